@@ -1,0 +1,38 @@
+"""moesaic: turn what you have into a routed mixture of experts, and see what the router did.
+
+Importing it makes PEFT know the methods: `PeftModel.from_pretrained` and `get_peft_model` work with their configs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from moesaic import _registration
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "trace": "moesaic.host",
+    "routing_tasks": "moesaic.host",
+    "router_aux_loss": "moesaic.host",
+    "RoutedTrainerMixin": "moesaic.host",
+    "RoutingTrace": "moesaic.routing",
+    "mix": "moesaic.lora",
+    "from_pretrained": "moesaic.lora.loading",
+}
+
+_registration.when_peft_is_imported()
+
+
+def __getattr__(name: str) -> Any:
+    """Public names, loaded when first used: importing moesaic alone must not import torch."""
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name.endswith("Config"):
+        return getattr(importlib.import_module("moesaic.lora"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

@@ -1,0 +1,155 @@
+"""The run folder: nothing half-written is ever seen under its final name, and nothing finished is lost.
+
+    recipe.yaml  layout.json  metrics.jsonl  checkpoints/checkpoint-N/  adapter/  results.json (last: the run is finished)
+"""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from moesaic.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+_PREFIX = "checkpoint-"
+_STAGING = ".staging"
+
+
+@contextmanager
+def atomic_folder(final: Path) -> Iterator[Path]:
+    """Write into the folder that is yielded; on leaving it appears as `final`, complete, or not at all."""
+    staging = final.parent / _STAGING / final.name
+    discard(staging)
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    for file in staging.rglob("*"):
+        _sync(file)
+    _sync(staging)
+    discard(final)
+    os.replace(staging, final)
+    _sync(final.parent)
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    part = file.with_name(f".{file.name}.part")
+    part.write_text(text, encoding="utf-8")
+    _sync(part)
+    os.replace(part, file)
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder so that, stopped half-way, its remains do not bear its name."""
+    if folder.exists():
+        trash = folder.with_name(f".trash-{folder.name}-{os.getpid()}")
+        os.replace(folder, trash)
+        shutil.rmtree(trash)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class RunFolder:
+    """A run's files. Creating the object touches nothing; `prepare` does."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe = path / "recipe.yaml"
+        self.layout = path / "layout.json"
+        self.metrics = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.adapter = path / "adapter"
+        self.results = path / "results.json"
+
+    @property
+    def finished(self) -> bool:
+        return self.results.is_file()
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"{_PREFIX}{step}"
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
+        names = [p.name.removeprefix(_PREFIX) for p in self.checkpoints.glob(f"{_PREFIX}*")]
+        return sorted(int(n) for n in names if n.isdigit())
+
+    def prune(self, keep: int) -> None:
+        """Remove all but the newest `keep` checkpoints."""
+        for step in self.steps()[:-keep]:
+            discard(self.checkpoint(step))
+
+    def prepare(self, *, overwrite: bool, resume: str, description: dict[str, Any], layout: dict[str, Any]) -> int:
+        """Make the folder ready and return the step to go on from (0: from the start).
+
+        Args:
+            description: the settings that make it the same run, compared with those of an unfinished one.
+            layout: what was read off the data, compared likewise.
+        Raises:
+            ConfigError: the folder holds a finished run, another run, or something that is no run at all.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"out={self.path} is a file; name a folder")
+        if self.path.is_dir() and any(self.path.iterdir()):
+            if not self.recipe.is_file():
+                raise ConfigError(f"out={self.path} holds files that are not a run's; name another folder")
+            if overwrite:
+                discard(self.path)
+            elif self.finished:
+                raise ConfigError(f"{self.path} holds a finished run; overwrite=true replaces it, out=… goes elsewhere")
+            elif resume == "never":
+                raise ConfigError(f"{self.path} holds an unfinished run; resume=auto continues it, overwrite=true replaces it")
+            else:
+                self._compare(description, layout)
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        for remains in (*self.path.glob(".*"), *self.checkpoints.glob(".*")):
+            if remains.is_dir():
+                shutil.rmtree(remains, ignore_errors=True)
+        step = max(self.steps(), default=0)
+        self._truncate_metrics(step)
+        return step
+
+    def _compare(self, description: dict[str, Any], layout: dict[str, Any]) -> None:
+        from omegaconf import OmegaConf
+
+        before = OmegaConf.to_container(OmegaConf.load(self.recipe))
+        assert isinstance(before, dict)
+        for key, value in description.items():
+            if before.get(key) != value:
+                raise ConfigError(
+                    f"{self.path} holds an unfinished run with {key}={before.get(key)}, now it is {value}: "
+                    "set it back to continue, or overwrite=true, or another out="
+                )
+        if self.layout.is_file() and json.loads(self.layout.read_text(encoding="utf-8")) != layout:
+            raise ConfigError(f"{self.path} holds an unfinished run on other data; overwrite=true or another out=")
+
+    def _truncate_metrics(self, step: int) -> None:
+        """Drop what was logged after the step that is gone back to, and a last line cut short."""
+        if not self.metrics.is_file():
+            return
+        kept = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except ValueError:
+                break
+        write_text(self.metrics, "".join(kept))

@@ -1,0 +1,186 @@
+"""The command line: `moesaic <verb> [recipe] key=value …`. Help answers without importing torch."""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from moesaic.errors import MoesaicError
+
+_EXAMPLES = """examples:
+  moesaic demo                                                   plain LoRA against HotMoE in four minutes
+  moesaic methods                                                what can be trained
+  moesaic train hotmoe model=minilm data=tasks/ steps=800        a packaged recipe, settings on top
+  moesaic train lora match=hotmoe model=minilm data=tasks/       plain LoRA with as many trainable parameters
+  moesaic train my.yaml adapter.num_experts=16 --dry-run         your own recipe, printed, not run
+  moesaic eval runs/hotmoe-minilm-s0 runs/lora-minilm-s0         scores side by side, the untrained base beside them
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 2 for a mistake that can be mended, 130 when interrupted."""
+    args = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(message)s", stream=sys.stderr)
+    try:
+        args.run(args)
+    except MoesaicError as error:
+        print(f"moesaic: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as error:
+        print(f"moesaic: {error or 'interrupted'}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="moesaic",
+        description="Turn what you have into a routed mixture of experts, and see what the router did.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print JSON for machines")
+    common.add_argument("-v", "--verbose", action="store_true", help="say more on stderr")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+
+    def verb(name: str, run: Any, summary: str, epilog: str = "") -> argparse.ArgumentParser:
+        sub = verbs.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=epilog,
+            parents=[common],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    verb("methods", _methods, "list the methods that can be trained")
+    train = verb("train", _train, "fine-tune a model by a recipe, or continue an interrupted run", _train_epilog())
+    train.add_argument("recipe", help="a packaged recipe's name, or the path of a .yaml file")
+    train.add_argument("settings", nargs="*", metavar="key=value", help="put on top of the recipe")
+    train.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
+    evaluate = verb("eval", _eval, "score finished runs on held-out rows", _eval_epilog())
+    evaluate.add_argument("runs", nargs="+", metavar="run | key=value", help="run folders, then settings")
+    demo = verb("demo", _demo, "plain LoRA against HotMoE on six small tasks, in four minutes")
+    demo.add_argument("settings", nargs="*", metavar="key=value", help="settings of the demo")
+    bench = verb("bench", _bench, "measure speed and memory against plain LoRA")
+    bench.add_argument("settings", nargs="*", metavar="key=value", help="settings of the benchmark")
+    return parser
+
+
+def _train_epilog() -> str:
+    from dataclasses import fields
+
+    from moesaic.recipe import Recipe, packaged
+
+    lines = [f"packaged recipes: {', '.join(packaged())}", "", "settings (key=value):"]
+    for f in fields(Recipe):
+        shown = "" if callable(f.default_factory) or f.default in ("", None) else f" [{f.default}]"
+        lines.append(f"  {f.name:<14} {f.metadata['help']}{shown}")
+    return "\n".join(lines)
+
+
+def _eval_epilog() -> str:
+    return """settings (key=value), the run's own where left out:
+  split          train, validation or test [validation]
+  data           other data
+  tasks          which tasks, comma-separated
+  limit          rows a task, for a quick look
+  batch_size     rows in a forward [32]
+  base           also score the untrained base [true]"""
+
+
+def _methods(args: argparse.Namespace) -> None:
+    from moesaic.recipe import methods, packaged
+
+    rows = []
+    for name, config in sorted(methods().items()):
+        rows.append(
+            {
+                "method": name,
+                "summary": getattr(config, "summary", "") or "one LoRA pair a layer, no router (PEFT's own)",
+                "paper": getattr(config, "paper", "") or "Hu et al., ICLR 2022",
+                "recipe": name if name in packaged() else None,
+            }
+        )
+    if args.json:
+        _print_json(rows)
+        return
+    from moesaic.tables import methods_table
+
+    _show(methods_table(rows))
+
+
+def _train(args: argparse.Namespace) -> None:
+    from moesaic.recipe import adapter_config, dump, load_recipe
+
+    recipe = load_recipe(args.recipe, args.settings)
+    if args.dry_run:
+        adapter_config(recipe)
+        print(dump(recipe), end="")
+        return
+    from moesaic.training import train
+
+    results = train(recipe)
+    if args.json:
+        _print_json({"run": str(recipe.run_folder()), **results})
+        return
+    folder = recipe.run_folder()
+    print(
+        f"{folder}: {results['steps']} steps in {results['train_seconds']:.0f} s "
+        f"({results['tokens_per_second']:.0f} tokens/s), {results['trainable_parameters']:,} trainable parameters, "
+        f"last loss {results['final_loss'] or float('nan'):.3f}"
+    )
+    print(f"next: moesaic eval {folder}")
+
+
+def _eval(args: argparse.Namespace) -> None:
+    from moesaic.recipe import parse_settings
+
+    runs = [a for a in args.runs if "=" not in a]
+    if not runs:
+        raise MoesaicError("name at least one run folder, such as runs/hotmoe-minilm-s0")
+    from moesaic.evaluation import EvalSettings, evaluate_run
+
+    settings = parse_settings(EvalSettings, [a for a in args.runs if "=" in a])
+    results = [evaluate_run(run, settings, progress=sys.stderr.isatty()) for run in runs]
+    if args.json:
+        _print_json(results)
+        return
+    from moesaic.tables import eval_table
+
+    _show(eval_table(results))
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from moesaic import demo  # type: ignore[attr-defined]
+
+    demo.run(args.settings, as_json=args.json)
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from moesaic import bench  # type: ignore[attr-defined]
+
+    bench.main(args.settings, as_json=args.json)
+
+
+def _print_json(content: Any) -> None:
+    print(json.dumps(content, indent=2, ensure_ascii=False))
+
+
+def _show(table: Any) -> None:
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

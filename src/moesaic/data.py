@@ -1,0 +1,228 @@
+"""Examples from JSONL files: one a line, in one of three shapes.
+
+    {"task", "prompt", "choices": [...], "answer": index}      multiple choice or classification
+    {"task", "prompt", "completion"[, "answer": text]}         generation
+    {"task", "messages": [{"role", "content"}, ...]}           chat; the last message is the assistant's
+
+A path is a file, a folder (`<task>/{train,validation,test}.jsonl`, or `<split>.jsonl` itself) or a `datasets` hub id.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from moesaic.errors import DataError, MissingDependency, first_line, suggest
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row. `choices` is empty unless `answer` indexes it; `messages` is empty unless the row is a chat."""
+
+    task: str
+    prompt: str = ""
+    completion: str = ""
+    choices: tuple[str, ...] = ()
+    answer: int | str | None = None
+    messages: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def label(self) -> int:
+        """The index of the right choice (multiple-choice rows only)."""
+        assert isinstance(self.answer, int), "label is for rows with choices"
+        return self.answer
+
+
+def load(
+    path: str | Path,
+    split: str = "train",
+    *,
+    tasks: Sequence[str] | None = None,
+    on_bad_lines: Literal["error", "skip"] = "error",
+) -> list[Example]:
+    """Read one split.
+
+    Args:
+        path: a file (then `split` is ignored), a folder, or a hub id.
+        tasks: which tasks, in this order; all that are there, sorted, where None.
+        on_bad_lines: stop at a row that cannot be read, or leave it out, counted and logged.
+    Raises:
+        DataError: with file, line and reason; or naming the tasks there are.
+    """
+    if on_bad_lines not in ("error", "skip"):
+        raise DataError(f"on_bad_lines is '{on_bad_lines}'; use error or skip")
+    place = Path(path).expanduser()
+    if place.is_dir():
+        examples = _folder(place, split, tasks, on_bad_lines)
+    elif place.is_file():
+        examples = _select(_read(place, on_bad_lines), tasks, str(place))
+    elif place.suffix or place.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") > 1:
+        raise DataError(f"no such file or folder: {place}")
+    else:
+        examples = _select(_hub(str(path), split, on_bad_lines), tasks, str(path))
+    return examples
+
+
+def digest(examples: Sequence[Example]) -> str:
+    """A fingerprint of the rows and their order: a run is resumed on the same data or not at all."""
+    sha = hashlib.sha256()
+    for example in examples:
+        sha.update(repr(example).encode())
+    return sha.hexdigest()
+
+
+def parse(row: Any, where: str) -> Example:
+    """One decoded JSON value to an `Example`; `where` ("file:line") opens the message of the DataError."""
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: expected an object like {{'task': …, 'prompt': …}}, got {type(row).__name__}")
+    task = _text(row, "task", where)
+    if not task.strip():
+        raise DataError(f"{where}: 'task' is empty")
+    if row.get("messages") is not None:
+        return Example(task, messages=_messages(row["messages"], where))
+    prompt = _text(row, "prompt", where)
+    if row.get("choices") is not None:
+        return _choice(task, prompt, row, where)
+    if row.get("completion") is not None:
+        answer = row.get("answer")
+        return Example(
+            task, prompt, _text(row, "completion", where), answer=None if answer is None else str(answer)
+        )
+    raise DataError(f"{where}: neither 'choices', 'completion' nor 'messages' is there; one of them is needed")
+
+
+def _text(row: dict[str, Any], key: str, where: str) -> str:
+    if key not in row:
+        raise DataError(f"{where}: field '{key}' is missing")
+    if not isinstance(row[key], str):
+        raise DataError(f"{where}: '{key}' must be text, got {type(row[key]).__name__}")
+    return row[key]
+
+
+def _choice(task: str, prompt: str, row: dict[str, Any], where: str) -> Example:
+    choices, answer = row["choices"], row.get("answer")
+    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) for c in choices):
+        raise DataError(f"{where}: 'choices' must be a list of at least two texts")
+    if "answer" not in row:
+        raise DataError(f"{where}: field 'answer' is missing: the index of the right choice")
+    if not isinstance(answer, int) or isinstance(answer, bool):
+        raise DataError(f"{where}: 'answer' must be an index into 'choices', got {answer!r}")
+    if not 0 <= answer < len(choices):
+        raise DataError(f"{where}: 'answer' is {answer}, but there are {len(choices)} choices (0 to {len(choices) - 1})")
+    return Example(task, prompt, choices=tuple(choices), answer=answer)
+
+
+def _messages(messages: Any, where: str) -> tuple[tuple[str, str], ...]:
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f"{where}: 'messages' must be a list of {{'role', 'content'}} objects")
+    turns = []
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise DataError(f"{where}: messages[{i}] must be an object with 'role' and 'content'")
+        turns.append((_text(message, "role", f"{where}: messages[{i}]"), _text(message, "content", f"{where}: messages[{i}]")))
+    if turns[-1][0] != "assistant":
+        raise DataError(f"{where}: the last message is by '{turns[-1][0]}'; it must be the assistant's, which is learned")
+    return tuple(turns)
+
+
+def _folder(folder: Path, split: str, tasks: Sequence[str] | None, on_bad_lines: str) -> list[Example]:
+    if split not in SPLITS:
+        raise DataError(f"unknown split '{split}'; {suggest(split, SPLITS)}")
+    whole = folder / f"{split}.jsonl"
+    if whole.is_file():
+        return _select(_read(whole, on_bad_lines), tasks, str(whole))
+    there = sorted(p.name for p in folder.iterdir() if any((p / f"{s}.jsonl").is_file() for s in SPLITS))
+    if not there:
+        raise DataError(f"{folder}: neither {split}.jsonl nor <task>/{split}.jsonl is in it")
+    examples: list[Example] = []
+    for task in _known(tasks, there, str(folder)):
+        file = folder / task / f"{split}.jsonl"
+        if not file.is_file():
+            raise DataError(f"task '{task}' has no {split} split: {file} is missing")
+        rows = _read(file, on_bad_lines)
+        stranger = next((e.task for e in rows if e.task != task), None)
+        if stranger is not None:
+            raise DataError(f"{file}: a row's task is '{stranger}'; in folder '{task}' it must be '{task}'")
+        examples += rows
+    return examples
+
+
+def _known(tasks: Sequence[str] | None, there: Sequence[str], where: str) -> list[str]:
+    if tasks is None:
+        return list(there)
+    if not tasks:
+        raise DataError(f"tasks is an empty list; leave it out for all of: {', '.join(there)}")
+    for task in tasks:
+        if task not in there:
+            raise DataError(f"no task '{task}' in {where}; {suggest(task, there)}")
+    return list(dict.fromkeys(tasks))
+
+
+def _select(examples: list[Example], tasks: Sequence[str] | None, where: str) -> list[Example]:
+    groups: dict[str, list[Example]] = {}
+    for example in examples:
+        groups.setdefault(example.task, []).append(example)
+    return [e for task in _known(tasks, sorted(groups), where) for e in groups[task]]
+
+
+def _read(file: Path, on_bad_lines: str) -> list[Example]:
+    def rows() -> Iterator[tuple[str, Any]]:
+        try:
+            text = file.read_bytes().decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+        except OSError as error:
+            raise DataError(f"cannot read {file}: {first_line(error)}") from None
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                yield f"{file}:{number}", line
+
+    return _collect(rows(), on_bad_lines, str(file))
+
+
+def _hub(name: str, split: str, on_bad_lines: str) -> list[Example]:
+    try:
+        import datasets
+    except ImportError:
+        raise MissingDependency("datasets", "train") from None
+    try:
+        table = datasets.load_dataset(name, split=split)
+    except Exception as error:
+        raise DataError(
+            f"'{name}' is neither a file, a folder nor a data set that could be loaded: {first_line(error)}"
+        ) from None
+    return _collect(((f"{name}[{split}]:{i}", row) for i, row in enumerate(table)), on_bad_lines, name)
+
+
+def _collect(rows: Iterable[tuple[str, Any]], on_bad_lines: str, source: str) -> list[Example]:
+    examples, skipped = [], 0
+    for where, row in rows:
+        try:
+            examples.append(parse(_decode(row, where), where))
+        except DataError as error:
+            if on_bad_lines == "error":
+                raise
+            skipped += 1
+            logger.debug("skipped %s", error)
+    if skipped:
+        logger.warning("%s: skipped %d bad lines, kept %d", source, skipped, len(examples))
+    if not examples:
+        raise DataError(f"{source}: no examples in it")
+    return examples
+
+
+def _decode(row: Any, where: str) -> Any:
+    if not isinstance(row, str):
+        return row
+    try:
+        return json.loads(row)
+    except ValueError as error:
+        detail = getattr(error, "msg", first_line(error))
+        raise DataError(f"{where}: not valid JSON: {detail}") from None

@@ -1,0 +1,8 @@
+"""The next floor: how a mixture lives inside a Transformers model."""
+
+from moesaic.host.context import router_aux_loss, routing_tasks, trace
+from moesaic.host.frames import Frame
+from moesaic.host.hooks import TASK_IDS, Host, find_host
+from moesaic.host.trainer import RoutedTrainerMixin
+
+__all__ = ["TASK_IDS", "Frame", "Host", "RoutedTrainerMixin", "find_host", "router_aux_loss", "routing_tasks", "trace"]

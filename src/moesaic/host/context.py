@@ -1,0 +1,54 @@
+"""What a user opens around a model: a trace of the routing, or fixed task ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from moesaic.host.hooks import find_host
+from moesaic.routing import RoutingTrace
+
+
+@contextmanager
+def trace(model: nn.Module, *, keep_weights: bool = False) -> Iterator[RoutingTrace]:
+    """Record what the routers of `model` do.
+
+        with moesaic.trace(model) as t:
+            model.generate(...)
+        t.utilisation(), t.entropy(), t.dead_experts()
+
+    Args:
+        keep_weights: also keep every weight tensor (see `RoutingTrace.weights`).
+    """
+    host, collected = find_host(model), RoutingTrace(keep_weights=keep_weights)
+    host.traces.append(collected)
+    try:
+        yield collected
+    finally:
+        host.traces.remove(collected)
+
+
+@contextmanager
+def routing_tasks(model: nn.Module, *, task_ids: Tensor | Sequence[int]) -> Iterator[None]:
+    """Fix the task ids (batch,) that routers and traces see, where they cannot be passed as a batch key.
+
+    with moesaic.routing_tasks(model, task_ids=[0, 0, 1]):
+        model.generate(...)
+    """
+    host = find_host(model)
+    previous, host.pinned_tasks = host.pinned_tasks, torch.as_tensor(task_ids)
+    try:
+        yield
+    finally:
+        host.pinned_tasks = previous
+
+
+def router_aux_loss(model: nn.Module) -> Tensor | None:
+    """Auxiliary loss of the last training forward, for loops that compute their loss from logits; None without one.
+
+    It is already weighted: add it to the loss as it is. Taking it twice gives None.
+    """
+    return find_host(model).take_aux()

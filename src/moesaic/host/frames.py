@@ -1,0 +1,42 @@
+"""One frame per forward of the base model: what routers may see, and what they recorded."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from moesaic.routing import Record
+
+
+@dataclass
+class StackView:
+    """Mask and sequence index of the tokens that run through one stack, both (batch, tokens) or None."""
+
+    mask: Tensor | None = None
+    sequences: Tensor | None = None
+
+
+@dataclass
+class Frame:
+    """All that belongs to one forward of the base model (or of one stack called on its own).
+
+    Layers write into `records`; a layer that is recomputed by checkpointing finds the frame of *its* forward again,
+    because the frame is bound to the checkpoint when it is made.
+    """
+
+    training: bool = False
+    grad: bool = False
+    complete: bool = False
+    """A full forward over the whole model: not one stack alone, not a decoding step."""
+    share: Tensor | float = 1.0
+    """This micro-batch's part of the optimiser step, for loops that divide by `num_items_in_batch`."""
+    labelled: bool = False
+    task_ids: Tensor | None = None
+    stacks: dict[str, StackView] = field(default_factory=dict)
+    records: dict[tuple[str, str], Record] = field(default_factory=dict)
+    called: set[str] = field(default_factory=set)
+    state: dict[Any, Any] = field(default_factory=dict)
+    memory: MutableMapping[Any, Any] = field(default_factory=dict)

@@ -1,0 +1,282 @@
+"""Host: how a mixture lives inside a model it does not own.
+
+Forward hooks on the base model open and close a frame, hooks on each stack read the masks, and the auxiliary
+losses enter the output. Hooks on the model, not on the tuner: `generate`, TRL and Transformers bypass the tuner's
+own forward.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from moesaic.errors import TrainingError
+from moesaic.host import masks
+from moesaic.host.carrier import carry, share_of_step
+from moesaic.host.checkpointing import bind_frames
+from moesaic.host.frames import Frame, StackView
+from moesaic.routing import AuxiliaryLoss, Record, RoutingContext, RoutingTrace, Site
+
+logger = logging.getLogger(__name__)
+
+TASK_IDS = "routing_task_ids"
+"""Name of the batch key with one task id a sequence. `task_ids` would be swallowed by PEFT."""
+
+
+class Host:
+    """Shared by all mixture layers of one base model. Holds no parameters.
+
+    Attributes:
+        losses: adapter name -> its auxiliary losses.
+        external: while True, a trainer adds the auxiliary loss itself and the output's loss is left alone.
+        aux: auxiliary loss of the training forwards with gradients: of the last one, or, while `external`, the sum of
+            all since it was last taken; None before any.
+    """
+
+    def __init__(self) -> None:
+        self.losses: dict[str, list[AuxiliaryLoss]] = {}
+        self.step_of: Callable[[str], Hashable] | None = None
+        self.external = False
+        self.aux: Tensor | None = None
+        self.loss_values: dict[str, Tensor] = {}
+        self.traces: list[RoutingTrace] = []
+        self.pinned_tasks: Tensor | None = None
+        self.frame: Frame | None = None
+        self.wrapped: set[str] = set()
+        self._recomputing = False
+        self._checked: set[bool] = set()
+        self._warned = False
+        self._handles: list[Any] = []
+        self._memory: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
+
+    # -- attaching -----------------------------------------------------------------------------------------------
+
+    def attach(self, model: nn.Module, wrapped: set[str]) -> dict[str, str]:
+        """Hook `model`. Returns, for each wrapped module's name, the name of the stack whose mask it sees."""
+        self.detach()
+        self.wrapped, self._checked = set(wrapped), set()
+        names = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
+        stack_of = {name: max((s for s in names if _inside(name, s)), key=len, default="") for name in wrapped}
+        # always_call closes the frame when the forward raises; the frame opens first and closes last.
+        self._handles = [
+            model.register_forward_pre_hook(self._open, with_kwargs=True, prepend=True),
+            model.register_forward_hook(self._close, with_kwargs=True, always_call=True),
+        ]
+        for name in set(stack_of.values()):
+            stack = model.get_submodule(name)
+            hook = _StackHook(self, name)
+            self._handles.append(stack.register_forward_pre_hook(hook.enter, with_kwargs=True))
+            if stack is not model:
+                self._handles.append(stack.register_forward_hook(hook.leave, always_call=True))
+        return stack_of
+
+    def detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies take the hooks and settings along, not what belongs to a running forward."""
+        state = self.__dict__.copy()
+        state.update(frame=None, aux=None, loss_values={}, traces=[], _recomputing=False)
+        del state["_memory"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._memory = weakref.WeakKeyDictionary()
+
+    # -- what layers call ----------------------------------------------------------------------------------------
+
+    def context(self, site: Site, stack: str, cross: bool, h: Tensor) -> RoutingContext:
+        """What the router at `site` may see of the current forward; its tensors have `h`'s leading shape."""
+        frame = self.frame
+        if frame is None:
+            return RoutingContext(site, task_ids=self.pinned_tasks)
+        view = frame.stacks.get(f"{stack}/cross" if cross else stack) or StackView()
+        return RoutingContext(
+            site,
+            mask=_fit(view.mask, h),
+            sequences=_fit(view.sequences, h),
+            task_ids=_expand(frame.task_ids, h.shape[0]),
+            state=frame.state,
+            memory=frame.memory,
+        )
+
+    @property
+    def recomputing(self) -> bool:
+        """Inside checkpointing's second run of a layer: records were already written by the first."""
+        if self._recomputing:
+            return True
+        return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+    def wants(self, adapter: str) -> bool:
+        """Whether the current forward needs this adapter's records."""
+        frame = self.frame
+        if frame is None or self.recomputing:
+            return False
+        return bool(self.traces) or (frame.training and frame.grad and bool(self.losses.get(adapter)))
+
+    def needs_hidden(self, adapter: str) -> bool:
+        frame = self.frame
+        return frame is not None and frame.training and any(loss.needs_hidden for loss in self.losses.get(adapter, []))
+
+    def record(self, adapter: str, record: Record) -> None:
+        if self.frame is not None:
+            self.frame.records[record.site.name, adapter] = record
+
+    def called(self, name: str) -> None:
+        frame = self.frame
+        if frame is not None and frame.complete and len(self._checked) < 2 and not torch.compiler.is_compiling():
+            frame.called.add(name)
+
+    @contextmanager
+    def use(self, frame: Frame | None) -> Iterator[None]:
+        """Recompute under `frame`: what non-reentrant checkpointing enters before it runs a layer again."""
+        previous, self.frame, self._recomputing = self.frame, frame, True
+        try:
+            yield
+        finally:
+            self.frame, self._recomputing = previous, False
+
+    # -- hooks ---------------------------------------------------------------------------------------------------
+
+    def _open(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        kwargs = dict(kwargs)
+        task_ids = kwargs.pop(TASK_IDS, None)
+        self.frame = self._new_frame(model, masks.bind(model, args, kwargs), whole=True)
+        if task_ids is not None:
+            self.frame.task_ids = task_ids
+        if self.frame.training and self.frame.grad:
+            bind_frames(model, self)
+        return args, kwargs
+
+    def _close(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        frame, self.frame = self.frame, None
+        if frame is None or output is None:
+            return None
+        self._check_dead_modules(frame)
+        for trace in self.traces:
+            trace.update(list(frame.records.values()))
+        if not (frame.training and frame.grad):
+            return None
+        aux = self.auxiliary_loss(frame)
+        if aux is None:
+            return None
+        self.aux = self.aux + aux if self.external and self.aux is not None else aux
+        return carry(self, frame, output, aux)
+
+    def _new_frame(self, module: nn.Module, arguments: Mapping[str, Any], *, whole: bool) -> Frame:
+        frame = Frame(training=module.training, grad=torch.is_grad_enabled(), task_ids=self.pinned_tasks)
+        if whole:
+            frame.labelled = arguments.get("labels") is not None
+            frame.share = share_of_step(module, arguments)
+            frame.complete = arguments.get("encoder_outputs") is None and masks.past_length(arguments) == 0
+        cache = masks.cache_of(arguments)
+        if cache is not None and not torch.compiler.is_compiling():
+            frame.memory = self._memory.setdefault(cache, {})
+        return frame
+
+    def auxiliary_loss(self, frame: Frame) -> Tensor | None:
+        """Weighted sum of all active adapters' losses over the frame's records; None when there are none."""
+        total: Tensor | None = None
+        self.loss_values = {}
+        for adapter, losses in self.losses.items():
+            records = [record for (_, name), record in frame.records.items() if name == adapter]
+            if not records:
+                continue
+            step = self.step_of(adapter) if self.step_of else None
+            for loss in losses:
+                value = loss(records, step)
+                self.loss_values[type(loss).__name__] = value.detach()
+                total = loss.weight * value + (0 if total is None else total)
+        return total
+
+    def take_aux(self) -> Tensor | None:
+        """The auxiliary loss, once: the next call gives None until another training forward."""
+        aux, self.aux = self.aux, None
+        return aux
+
+    def _check_dead_modules(self, frame: Frame) -> None:
+        """After the first whole forward in each mode: a wrapped module that was never called trains nothing."""
+        if not frame.complete or frame.training in self._checked or torch.compiler.is_compiling():
+            return
+        self._checked.add(frame.training)
+        dead = sorted(self.wrapped - frame.called)
+        if dead and len(dead) < len(self.wrapped):
+            shown = ", ".join(dead[:3]) + (f" and {len(dead) - 3} more" if len(dead) > 3 else "")
+            warnings.warn(
+                f"wrapped but never called in {'training' if frame.training else 'evaluation'}: {shown}. The model reads "
+                "their weight directly (a fused kernel, or an attention module), so their experts have no effect: "
+                "leave them out of target_modules",
+                stacklevel=2,
+            )
+
+    def warn_once(self, message: str) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(message, stacklevel=2)
+
+
+class _StackHook:
+    """Reads a stack's masks into the frame. A stack called on its own (T5's encoder in `generate`) opens a frame."""
+
+    def __init__(self, host: Host, name: str) -> None:
+        self.host, self.name, self.own = host, name, False
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        host, arguments = self.host, masks.bind(module, args, kwargs)
+        if host.frame is None:
+            host.frame, self.own = host._new_frame(module, arguments, whole=False), True
+        own, cross = masks.view_of(arguments, training=host.frame.training or bool(host.traces))
+        host.frame.stacks[self.name] = own
+        host.frame.stacks[f"{self.name}/cross"] = cross
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not self.own:
+            return
+        frame, self.host.frame, self.own = self.host.frame, None, False
+        if frame is not None and output is not None:
+            for trace in self.host.traces:
+                trace.update(list(frame.records.values()))
+
+
+def _inside(name: str, stack: str) -> bool:
+    return stack == "" or name == stack or name.startswith(f"{stack}.")
+
+
+def _fit(values: Tensor | None, h: Tensor) -> Tensor | None:
+    """(B, T) values in the leading shape of `h`: as they are, flattened for (B*T, d), or None if they cannot belong."""
+    if values is None or values.shape == h.shape[:-1]:
+        return values
+    if h.dim() == 2 and h.shape[0] == values.numel():
+        return values.flatten()
+    return None
+
+
+def _expand(task_ids: Tensor | None, rows: int) -> Tensor | None:
+    """One id a row; a batch that was expanded for beams or several answers repeats its ids."""
+    if task_ids is None or len(task_ids) == 0 or rows % len(task_ids):
+        return None
+    return task_ids if len(task_ids) == rows else task_ids.repeat_interleave(rows // len(task_ids))
+
+
+def find_host(model: nn.Module) -> Host:
+    """The host of the mixture in `model`.
+
+    Raises:
+        TrainingError: when the model holds no mixture.
+    """
+    for module in model.modules():
+        host = getattr(module, "host", None)
+        if isinstance(host, Host):
+            return host
+    raise TrainingError("this model holds no moesaic mixture: wrap it with peft.get_peft_model first")

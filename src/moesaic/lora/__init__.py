@@ -1,0 +1,24 @@
+"""Experts are LoRA pairs beside a frozen linear, trained here. Every module of this folder may define a method."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import Any
+
+from moesaic.lora.config import METHODS, MixtureConfig
+from moesaic.lora.layer import MixtureLinear
+from moesaic.lora.mix import mix
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+__all__ = ["METHODS", "MixtureConfig", "MixtureLinear", "mix"]
+
+
+def __getattr__(name: str) -> Any:
+    """Config classes by name: `from moesaic.lora import HotMoEConfig`."""
+    for config in METHODS.values():
+        if config.__name__ == name:
+            return config
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

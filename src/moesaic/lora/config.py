@@ -1,0 +1,132 @@
+"""The base class of every mixture-of-LoRA config: what PEFT needs, what all methods share, and the register.
+
+A method is a dataclass that derives from `MixtureConfig`, names itself, and says which router, gate and losses it
+uses. Defining the class registers it: with PEFT (as its own `peft_type`) and in `METHODS`, from which the command
+line, the contract tests and the tables are made.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from abc import abstractmethod
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from typing import Any, ClassVar
+
+from peft import PeftConfig
+
+from moesaic.errors import ConfigError
+from moesaic.lora.mix import Backend
+from moesaic.routing import AuxiliaryLoss, Gate, Router, Site
+
+METHODS: dict[str, type[MixtureConfig]] = {}
+
+
+@dataclass
+class MixtureConfig(PeftConfig):
+    """Settings that all mixtures of LoRA experts share.
+
+    Raises:
+        ConfigError: on an unknown key (naming the nearest known one) or an impossible value.
+    """
+
+    method: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+    type: ClassVar[Any] = None
+
+    r: int = field(default=8, metadata={"help": "rank of one expert"})
+    num_experts: int = field(default=8, metadata={"help": "experts in each adapted layer"})
+    lora_alpha: float = field(default=16, metadata={"help": "scaling numerator: alpha/r, or alpha/sqrt(r) with rslora"})
+    use_rslora: bool = field(default=False, metadata={"help": "scale by alpha/sqrt(r) (Kalajdzievski 2023)"})
+    lora_dropout: float = field(default=0.0, metadata={"help": "dropout on the experts' input, shared by all experts"})
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "names of the linears to adapt, a regular expression, or 'all-linear'"}
+    )
+    lora_target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "linears that get one plain LoRA of rank r instead: no router, no experts"}
+    )
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "names never to adapt"})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "modules trained and saved as a whole"})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "adapt these layers only"})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "name of the list of layers"})
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "token embeddings to train beside the mixture"}
+    )
+    bias: str = field(default="none", metadata={"help": "always 'none': a routed mixture has no bias to train"})
+    backend: Backend = field(default="auto", metadata={"help": "auto, rank, grouped or reference: see lora/mix.py"})
+    aux_weight: float = field(default=0.01, metadata={"help": "weight of the auxiliary losses; 0 turns them off"})
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> MixtureConfig:
+        known = [f.name for f in fields(cls) if f.init]
+        for key in kwargs:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f": did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+                raise ConfigError(f"unknown setting {key!r} for {cls.__name__}{hint}")
+        return super().__new__(cls)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if not cls.method:
+            return
+        name = f"MOESAIC_{cls.method.upper().replace('-', '_')}"
+        cls.type = Enum(f"{cls.__name__}Type", {name: name}, type=str)[name]
+        METHODS[cls.method] = cls
+        register_with_peft(cls)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = type(self).type
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        for name in ("r", "num_experts"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name}={value!r} must be a whole number of at least 1")
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"lora_dropout={self.lora_dropout} must be at least 0 and below 1")
+        if self.bias != "none":
+            raise ConfigError(f"bias={self.bias!r} is not supported by mixtures: leave it at 'none'")
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise ConfigError("layers_pattern needs layers_to_transform")
+        self.gate().check(self.num_experts)
+
+    @property
+    def scaling(self) -> float:
+        """Factor on every expert's output."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    def experts_at(self, site: Site) -> int:
+        """Number of experts of the layer at `site`."""
+        return self.num_experts
+
+    @abstractmethod
+    def router(self, site: Site) -> Router:
+        """A fresh router for the layer at `site`."""
+
+    @abstractmethod
+    def gate(self) -> Gate:
+        """The gate, the same for all layers."""
+
+    def losses(self) -> list[AuxiliaryLoss]:
+        """The auxiliary losses; built once for each adapter."""
+        return []
+
+
+def register_with_peft(cls: type[MixtureConfig]) -> None:
+    """Make PEFT know the method: config, tuner and parameter prefix under the class's own type.
+
+    PEFT's register_peft_method accepts only names in its own enum, so the tables are filled directly; they accept
+    any string enum whose member's name equals its value.
+    """
+    from peft import mapping
+
+    from moesaic.lora.tuner import MixtureModel
+
+    mapping.PEFT_TYPE_TO_CONFIG_MAPPING[cls.type] = cls
+    mapping.PEFT_TYPE_TO_TUNER_MAPPING[cls.type] = MixtureModel
+    mapping.PEFT_TYPE_TO_PREFIX_MAPPING[cls.type] = MixtureModel.prefix

@@ -1,0 +1,145 @@
+"""The one forward of a mixture of LoRA experts.
+
+    y = sum_e w_e B_e A_e x
+
+There is no nonlinearity between A and B, so the weights commute into rank space:
+
+    y = ((w (x) 1_r) * (x A^T)) B        two matrix products of rank E*r and one multiply
+
+exact for every gate. `A` is (E*r, d_in), `B` is (E*r, d_out); expert e owns rows e*r to (e+1)*r of both, so that
+the flat view and the (E, r, d) view are both free.
+
+| backend | work | when |
+| --- | --- | --- |
+| `reference` | a loop over experts, one token set each | tests; float64; the definition |
+| `rank` | every expert on every token, in rank space | E*r small: the default |
+| `grouped` | only routed (token, expert) pairs, sorted by expert, `grouped_mm` | E*r large and weights sparse |
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moesaic.errors import ConfigError
+
+Backend = Literal["auto", "reference", "rank", "grouped"]
+
+RANK_SPACE_LIMIT = {"cpu": 64, "cuda": 256}
+"""Largest E*r at which rank space is taken although weights are sparse: measured on CPU, arithmetic on GPU."""
+
+
+def mix(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    weights: Tensor | None = None,
+    *,
+    base: Tensor | None = None,
+    backend: Backend = "auto",
+    top_k: int | None = None,
+) -> Tensor:
+    """Mixture of LoRA experts, added to `base` when given.
+
+    Args:
+        x: input (..., d_in).
+        A: down projections (E*r, d_in).
+        B: up projections (E*r, d_out).
+        weights: (..., E), scaling folded in; None is a single expert of weight 1 (plain LoRA).
+        base: (..., d_out), the frozen layer's output; not modified.
+        backend: one of the table above, or "auto".
+        top_k: non-zero weights a row, when known. Only "auto" reads it. The grouped backend skips zero weights, so
+            they get no gradient there.
+
+    Returns:
+        (..., d_out) in the dtype of `base`, or of the product without it.
+    """
+    if weights is None:
+        weights = x.new_ones(*x.shape[:-1], 1)
+    num_experts = weights.shape[-1]
+    if A.shape[0] % num_experts or A.shape[0] != B.shape[0]:
+        raise ConfigError(
+            f"A {tuple(A.shape)} and B {tuple(B.shape)} must both have E*r rows, and weights have E={num_experts}"
+        )
+    if backend == "auto":
+        backend = choose(x, A, num_experts, top_k)
+    flat_x, flat_w = x.reshape(-1, x.shape[-1]), weights.reshape(-1, num_experts)
+    flat_base = None if base is None else base.reshape(-1, B.shape[-1])
+    if backend == "rank":
+        out = rank_space(flat_x, A, B, flat_w, flat_base)
+    elif backend == "grouped":
+        out = grouped(flat_x, A, B, flat_w, flat_base)
+    elif backend == "reference":
+        out = reference(flat_x, A, B, flat_w, flat_base)
+    else:
+        raise ConfigError(f"unknown backend {backend!r}: choose one of {', '.join(get_args(Backend))}")
+    return out.view(*x.shape[:-1], B.shape[-1])
+
+
+def choose(x: Tensor, A: Tensor, num_experts: int, top_k: int | None) -> Literal["rank", "grouped"]:
+    """Rank space, unless the weights are known to be sparse and E*r is past the measured crossover."""
+    limit = RANK_SPACE_LIMIT.get(x.device.type, 256)
+    sparse = top_k is not None and 2 * top_k <= num_experts
+    if not sparse or A.shape[0] <= limit or x.dtype == torch.float64 or torch.compiler.is_compiling():
+        return "rank"
+    return "grouped"
+
+
+def reference(x: Tensor, A: Tensor, B: Tensor, weights: Tensor, base: Tensor | None = None) -> Tensor:
+    """The definition, one expert at a time: x (N, d_in), weights (N, E) -> (N, d_out)."""
+    num_experts = weights.shape[-1]
+    out = x.new_zeros(len(x), B.shape[-1])
+    experts = zip(A.chunk(num_experts), B.chunk(num_experts), weights.unbind(-1), strict=True)
+    for a, b, w in experts:
+        out = out + w[:, None].to(x.dtype) * ((x @ a.t()) @ b)
+    return out if base is None else base + out.to(base.dtype)
+
+
+def rank_space(x: Tensor, A: Tensor, B: Tensor, weights: Tensor, base: Tensor | None = None) -> Tensor:
+    """All experts on all tokens, weighted between the two products."""
+    num_experts = weights.shape[-1]
+    z = F.linear(x, A)
+    z = (z.view(len(x), num_experts, -1) * weights.to(z.dtype).unsqueeze(-1)).view_as(z)
+    if base is None:
+        return z @ B
+    if base.dtype == z.dtype and (B.dtype == z.dtype or torch.is_autocast_enabled(x.device.type)):
+        return torch.addmm(base, z, B)
+    return base + (z @ B).to(base.dtype)
+
+
+def grouped(x: Tensor, A: Tensor, B: Tensor, weights: Tensor, base: Tensor | None = None) -> Tensor:
+    """Only the pairs of token and expert whose weight is not zero, sorted by expert.
+
+    `grouped_mm` asks for row strides that are multiples of 16 bytes: other ranks and widths are padded with zeros.
+    """
+    if x.dtype == torch.float64:
+        raise ConfigError("the grouped backend has no float64 kernel: use backend='rank' or 'reference'")
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, A, B = x.to(dtype), A.to(dtype), B.to(dtype)
+    num_experts, d_out = weights.shape[-1], B.shape[-1]
+    a, b = A.unflatten(0, (num_experts, -1)), B.unflatten(0, (num_experts, -1))
+    lanes = 16 // x.element_size()
+    a, b, x = _pad_last(_pad_rank(a, lanes), lanes), _pad_last(_pad_rank(b, lanes), lanes), _pad_last(x, lanes)
+
+    expert, token = weights.t().nonzero(as_tuple=True)
+    ends = torch.bincount(expert, minlength=num_experts).cumsum(0).to(torch.int32)
+    w = weights[token, expert].to(x.dtype)
+    z = F.grouped_mm(x[token], a.transpose(-1, -2), offs=ends)
+    y = F.grouped_mm(z * w[:, None], b, offs=ends)[:, :d_out]
+    if base is None:
+        base = x.new_zeros(len(x), d_out)
+    return base.index_add(0, token, y.to(base.dtype))
+
+
+def _pad_rank(m: Tensor, lanes: int) -> Tensor:
+    missing = -m.shape[1] % lanes
+    return F.pad(m, (0, 0, 0, missing)) if missing else m
+
+
+def _pad_last(m: Tensor, lanes: int) -> Tensor:
+    missing = -m.shape[-1] % lanes
+    return F.pad(m, (0, missing)) if missing else m

@@ -1,0 +1,142 @@
+"""Which modules a config means, and whether it can have them. Everything here runs before anything is changed."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+
+from moesaic.errors import ConfigError
+from moesaic.lora.layer import features
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+_READ_NOT_CALLED = {
+    "mamba": {"dt_proj"},
+    "falcon_mamba": {"dt_proj"},
+    "jamba": {"dt_proj"},
+}
+"""Linears whose weight the model's code reads without calling them."""
+
+
+def place(model: nn.Module, name: str) -> tuple[int, int]:
+    """(index, number) of the block that holds module `name`; (0, 1) outside any list of blocks.
+
+    Counted within its own list: T5's encoder and decoder each start at 0.
+    """
+    module, parts = model, name.split(".")
+    for index, part in enumerate(parts):
+        if isinstance(module, nn.ModuleList):
+            return int(part), len(module)
+        if index < len(parts) - 1:
+            module = getattr(module, part)
+    return 0, 1
+
+
+def default(model: nn.Module) -> str:
+    """A pattern for every linear inside the model's blocks: no embeddings, heads or poolers."""
+    skip = _READ_NOT_CALLED.get(_model_type(model), set())
+    leaves = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if (features(module) is not None and place(model, name)[1] > 1) or _in_single_block(model, name, module)
+    }
+    if not leaves - skip:
+        raise ConfigError("this model has no linear layers inside a list of blocks: name them in target_modules")
+    return rf".*\.\d+\.(?:.*\.)?(?:{'|'.join(sorted(leaves - skip))})"
+
+
+def _in_single_block(model: nn.Module, name: str, module: nn.Module) -> bool:
+    return features(module) is not None and bool(re.search(r"\.\d+\.", name))
+
+
+def is_plain_lora(config: PeftConfig, key: str) -> bool:
+    """Whether `lora_target_modules` names this module."""
+    wanted = getattr(config, "lora_target_modules", None)
+    if not wanted:
+        return False
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, key) is not None
+    return any(key == w or key.endswith(f".{w}") for w in wanted)
+
+
+def check(model: nn.Module, config: Any) -> None:
+    """Every target must be a linear that is really called, and every name in a list must match one."""
+    names = dict(model.named_modules())
+    entries = [config.target_modules] if isinstance(config.target_modules, str) else list(config.target_modules or [])
+    plain = config.lora_target_modules or []
+    entries += [plain] if isinstance(plain, str) else list(plain)
+    is_pattern = isinstance(config.target_modules, str) or (isinstance(plain, str) and bool(plain))
+    for entry in entries:
+        if entry == "all-linear" or is_pattern:
+            continue
+        if not any(name == entry or name.endswith(f".{entry}") for name in names):
+            _raise_unmatched(model, entry)
+    if isinstance(config.target_modules, str) and config.target_modules != "all-linear":
+        if not any(re.fullmatch(config.target_modules, name) for name in names):
+            _raise_unmatched(model, config.target_modules)
+    fused = _fused_parameters(model)
+    if fused and config.target_modules in (None, "all-linear"):
+        warnings.warn(
+            f"this model keeps experts of its own in fused 3-D parameters ({fused[0]}, ...), which a mixture of LoRA "
+            "cannot wrap: only its linear layers are adapted",
+            stacklevel=3,
+        )
+    if config.target_modules is None or config.target_modules == "all-linear":
+        return
+    for name, module in names.items():
+        if not (check_target_module_exists(config, name) or is_plain_lora(config, name)):
+            continue
+        _check_called(model, name, module)
+
+
+def _check_called(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent = model.get_submodule(name.rpartition(".")[0])
+    leaf = name.rpartition(".")[2]
+    if leaf in _READ_NOT_CALLED.get(_model_type(model), set()) or isinstance(parent, nn.MultiheadAttention):
+        raise ConfigError(
+            f"target {name!r} is never called: {type(parent).__name__} reads its weight directly, so experts there would "
+            "train nothing. Leave it out of target_modules"
+        )
+
+
+def _raise_unmatched(model: nn.Module, entry: str) -> None:
+    fused = _fused_parameters(model)
+    if fused:
+        raise ConfigError(
+            f"target {entry!r} matches no module. This model keeps its experts in fused 3-D parameters ({fused[0]}, ...), "
+            "which a mixture of LoRA cannot wrap: target its attention linears instead"
+        )
+    leaves = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if features(m) is not None})
+    raise ConfigError(f"target {entry!r} matches no module of this model; its linears are {', '.join(leaves)}")
+
+
+def _fused_parameters(model: nn.Module) -> list[str]:
+    """Names of 3-D parameters: experts that some models keep in one tensor. Convolutions are not meant."""
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.dim() == 3 and not isinstance(_owner(model, name), nn.Conv1d)
+    ]
+
+
+def _owner(model: nn.Module, parameter: str) -> nn.Module:
+    return model.get_submodule(parameter.rpartition(".")[0])
+
+
+def check_adapter_name(model: nn.Module, name: str, *, reserved: set[str]) -> None:
+    """PEFT drops every tensor whose key has another adapter's name as a component: such names lose weights on save."""
+    components = {part for module in dict(model.named_modules()) for part in module.split(".")} - {""}
+    if not name or "." in name or name in components | reserved or name.isdigit():
+        raise ConfigError(
+            f"adapter name {name!r} is also a part of the model's parameter names, so PEFT would drop weights on save: "
+            "choose another name"
+        )
+
+
+def _model_type(model: nn.Module) -> str:
+    return str(getattr(getattr(model, "config", None), "model_type", ""))

@@ -1,0 +1,164 @@
+"""MixtureModel: the PEFT tuner of all mixture methods."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from torch import nn
+
+from moesaic.errors import AdapterError, ConfigError, MissingRouterWeights
+from moesaic.host import Host
+from moesaic.lora import targets
+from moesaic.lora.layer import MixtureLinear, features
+from moesaic.routing import Site
+
+
+class MixtureModel(BaseTuner):
+    """Wraps target linears in `MixtureLinear` and hooks the base model.
+
+    Raises:
+        ConfigError: for targets that match nothing, are no linear, are fused 3-D experts or are never called; and for
+            adapter names that PEFT would strip from parameter names on save.
+    """
+
+    prefix = "moe_lora_"
+    tuner_layer_cls = MixtureLinear
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        config = self.peft_config[adapter_name]
+        targets.check_adapter_name(model, adapter_name, reserved=_reserved_names())
+        targets.check(model, config)
+        if "host" not in self.__dict__:
+            self.host = _host_of(model) or Host()
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self._attach(model)
+        self.host.losses[adapter_name] = config.losses() if config.aux_weight > 0 else []
+
+    def _attach(self, model: nn.Module) -> None:
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, MixtureLinear)}
+        stack_of = self.host.attach(model, set(layers))
+        for name, layer in layers.items():
+            layer.stack = stack_of[name]
+        self.host.step_of = StepCounter(next(iter(layers.values())))
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        if peft_config.target_modules is None:
+            peft_config.target_modules = targets.default(self.model)
+        return peft_config
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
+        return check_target_module_exists(peft_config, key) or targets.is_plain_lora(peft_config, key)
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        base = target.get_base_layer() if isinstance(target, MixtureLinear) else target
+        size = features(base)
+        if size is None:
+            raise ConfigError(
+                f"target {current_key!r} is a {type(base).__name__}, not a linear layer: leave it out of target_modules"
+            )
+        layer, num_layers = targets.place(self.model, current_key)
+        site = Site(current_key, *size, layer=layer, num_layers=num_layers)
+        routed = not targets.is_plain_lora(peft_config, current_key)
+        if isinstance(target, MixtureLinear):
+            target.update_layer(adapter_name, peft_config, site, routed=routed)
+            return
+        wrapped = MixtureLinear(target, self.host)
+        wrapped._active_adapter = adapter_name
+        wrapped.update_layer(adapter_name, peft_config, site, routed=routed)
+        if adapter_name not in self.active_adapters:
+            wrapped.requires_grad_(False)
+        self._replace_module(parent, target_name, wrapped, target)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.host.losses.pop(adapter_name, None)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        if merge:
+            raise ConfigError(
+                "a token-routed mixture cannot be merged into the base weights: use unload() to get the base back"
+            )
+        self.host.detach()
+        return super()._unload_and_optionally_merge(False, *args, **kwargs)
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """Router parameters are nested, so PEFT's own rule (last or last but one) would keep the adapter's name."""
+        routed = f".moe_lora_router.{adapter_name}."
+        if routed in key:
+            return key.replace(routed, ".moe_lora_router.", 1)
+        return super()._remove_adapter_name_from_key(key, adapter_name)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+    ) -> dict[str, torch.Tensor]:
+        """As PEFT does, then check that nothing of the mixture is missing or of another shape."""
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        own = {
+            key: value
+            for key, value in model.state_dict().items()
+            if re.search(rf"\.moe_lora_(A|B|router)\.{re.escape(adapter_name)}(\.|$)", key)
+        }
+        missing = [key for key in own if key not in remapped]
+        if any(".moe_lora_router." in key for key in missing) and len(missing) < len(own):
+            raise MissingRouterWeights(
+                f"the checkpoint holds experts but not their routers ({len(missing)} tensors missing, first {missing[0]}): "
+                "it was written without them, so the mixture cannot be restored from it"
+            )
+        if missing:
+            raise AdapterError(
+                f"the checkpoint lacks {len(missing)} of the mixture's {len(own)} tensors (first {missing[0]}): it "
+                "belongs to another method, base model or set of target modules"
+            )
+        for key, value in own.items():
+            if remapped[key].shape != value.shape:
+                raise AdapterError(
+                    f"{key} is {tuple(remapped[key].shape)} in the checkpoint and {tuple(value.shape)} here: it belongs "
+                    "to another base model, rank or number of experts"
+                )
+        return remapped
+
+
+class StepCounter:
+    """Names the optimiser step by the version counter of one layer's parameters: it rises when they are updated.
+
+    So windows over accumulated micro-batches need no callback from the training loop.
+    """
+
+    def __init__(self, layer: MixtureLinear) -> None:
+        self.layer = layer
+
+    def __call__(self, adapter: str) -> Hashable:
+        A, B = self.layer.moe_lora_A, self.layer.moe_lora_B
+        return (A[adapter]._version, B[adapter]._version) if adapter in A else None
+
+
+def _host_of(model: nn.Module) -> Host | None:
+    return next((m.host for m in model.modules() if isinstance(m, MixtureLinear)), None)
+
+
+def _reserved_names() -> set[str]:
+    return {"weight", "bias", *MixtureLinear.adapter_layer_names}

@@ -1,0 +1,58 @@
+"""Figures of predictions against labels: plain functions on lists."""
+
+import math
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+def accuracy(predicted: Sequence[int], gold: Sequence[int]) -> float:
+    """Share of equal pairs."""
+    return sum(p == g for p, g in zip(predicted, gold, strict=True)) / len(gold)
+
+
+def standard_error(share: float, n: int) -> float:
+    """Of a share of n independent answers."""
+    return math.sqrt(share * (1 - share) / n)
+
+
+def majority_rate(gold: Sequence[int]) -> float:
+    """What always giving the commonest label scores."""
+    return max(Counter(gold).values()) / len(gold)
+
+
+def matthews(predicted: Sequence[int], gold: Sequence[int]) -> float:
+    """Matthews correlation for any number of classes (Gorodkin 2004); 0 where either side is constant."""
+    n = len(gold)
+    correct = sum(p == g for p, g in zip(predicted, gold, strict=True))
+    p_count, g_count = Counter(predicted), Counter(gold)
+    covariance = correct * n - sum(p_count[k] * g_count[k] for k in g_count)
+    spread = (n * n - sum(v * v for v in p_count.values())) * (n * n - sum(v * v for v in g_count.values()))
+    return covariance / math.sqrt(spread) if spread else 0.0
+
+
+def last_number(text: str) -> float | None:
+    """The last number in a text, thousands separators ignored; None where there is none."""
+    found = _NUMBER.findall(text)
+    return float(found[-1].replace(",", "")) if found else None
+
+
+def normalise(text: str) -> str:
+    """Lower case, punctuation at the words' ends dropped, white space collapsed."""
+    return " ".join(word.strip(string.punctuation) or word for word in text.lower().split())
+
+
+def answers_match(generated: str, completion: str, answer: str | None) -> bool:
+    """Exact match of a generated answer.
+
+    A row with a numeric `answer` compares last numbers; another one looks for the normalised `answer` as the whole
+    text; a row without compares the whole normalised completion.
+    """
+    if answer is not None:
+        wanted = last_number(answer)
+        if wanted is not None:
+            return last_number(generated) == wanted
+    return normalise(generated) == normalise(completion if answer is None else answer)

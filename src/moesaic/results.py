@@ -1,0 +1,45 @@
+"""What a run says of itself: versions, device, parameters, the command."""
+
+import platform
+import shlex
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("moesaic", "torch", "transformers", "peft", "trl", "datasets", "accelerate")
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what a result depends on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def command_line() -> str:
+    """The command this process was started with, the program by its bare name."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def device_name(device: Any) -> str:
+    """A device in words: the GPU's name, or the processor's kind and the threads used."""
+    import torch
+
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def count_trainable(model: Any) -> int:
+    """Number of trainable parameters."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def count_total(model: Any) -> int:
+    """Number of all parameters, a shared one counted once."""
+    return sum(p.numel() for p in model.parameters())

@@ -1,0 +1,35 @@
+"""The ground floor: routers, gates, auxiliary losses and the trace. Needs torch and nothing else."""
+
+from moesaic.routing.gates import Gate, Routing, Softmax, TopK, TopP
+from moesaic.routing.losses import (
+    AuxiliaryLoss,
+    MutualInformation,
+    Record,
+    Similarity,
+    SwitchBalance,
+    ZLoss,
+    pool,
+)
+from moesaic.routing.router import LinearRouter, Router, RoutingContext, Site, float_linear
+from moesaic.routing.trace import RoutingTrace
+
+__all__ = [
+    "AuxiliaryLoss",
+    "Gate",
+    "LinearRouter",
+    "MutualInformation",
+    "Record",
+    "Router",
+    "Routing",
+    "RoutingContext",
+    "RoutingTrace",
+    "Similarity",
+    "Site",
+    "Softmax",
+    "SwitchBalance",
+    "TopK",
+    "TopP",
+    "ZLoss",
+    "float_linear",
+    "pool",
+]

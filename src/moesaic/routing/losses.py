@@ -1,0 +1,239 @@
+"""Auxiliary losses: what shapes a router beside the task.
+
+A loss sees the records of one forward, one per router, and returns one scalar. Padding never counts.
+Routers whose records have the same shape are stacked and computed at once, so that the number of kernels does
+not grow with the depth of the model.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from moesaic.routing.gates import Routing
+from moesaic.routing.router import Site
+
+Reduce = Literal["sum", "mean"]
+Source = Literal["weights", "probs"]
+
+
+@dataclass
+class Record:
+    """What one router did in one forward. `routing` is (..., E); `mask` and `sequences` have its leading shape."""
+
+    site: Site
+    routing: Routing
+    mask: Tensor | None = None
+    sequences: Tensor | None = None
+    task_ids: Tensor | None = None
+    hidden: Tensor | None = None
+    """Mean input of each sequence (sequences, d_in), detached; present when a loss asks for it."""
+
+
+@dataclass
+class Stack:
+    """Records of one shape, stacked: values (R, N, E) and token weights (N,) that sum to the number of real tokens."""
+
+    records: list[Record]
+    values: Tensor
+    mask: Tensor | None
+
+    def mean(self, per_token: Tensor) -> Tensor:
+        """Mean over real tokens of (R, N, ...)."""
+        if self.mask is None:
+            return per_token.mean(dim=1)
+        share = self.mask.to(per_token.dtype)
+        share = share / share.sum().clamp(min=1)
+        return torch.einsum("rn...,n->r...", per_token, share)
+
+
+def stacks(records: Sequence[Record], source: Source | Literal["logits"]) -> Iterator[Stack]:
+    """Group records by shape and mask, and stack the named tensor of each group."""
+    groups: dict[Hashable, list[Record]] = {}
+    for record in records:
+        key = (record.routing.logits.shape, record.routing.logits.device, id(record.mask))
+        groups.setdefault(key, []).append(record)
+    for group in groups.values():
+        values = torch.stack([getattr(r.routing, source).flatten(0, -2) for r in group])
+        mask = group[0].mask
+        yield Stack(group, values, None if mask is None else mask.flatten())
+
+
+class AuxiliaryLoss(ABC):
+    """`loss(records, step) -> scalar`; the total added to the task loss is `weight * loss`.
+
+    `step` names the optimiser step: it stays the same while gradients accumulate. `needs_hidden` asks for
+    `Record.hidden`.
+    """
+
+    needs_hidden = False
+
+    def __init__(self, weight: float, *, reduce: Reduce = "sum") -> None:
+        self.weight = weight
+        self.reduce = reduce
+
+    def __call__(self, records: Sequence[Record], step: Hashable = None) -> Tensor:
+        per_router = torch.cat(list(self.per_router(records, step)))
+        return per_router.sum() if self.reduce == "sum" else per_router.mean()
+
+    @abstractmethod
+    def per_router(self, records: Sequence[Record], step: Hashable) -> Iterator[Tensor]:
+        """Loss values, one a router, in groups of any size (r,)."""
+
+
+class SwitchBalance(AuxiliaryLoss):
+    """`E * sum_e f_e P_e`: share of routed slots times mean probability (Fedus et al. 2022, eq. 4).
+
+    `f_e` counts expert e among the non-zero weights and sums to 1 over experts, so perfect balance gives 1 for
+    any k. Gradient flows through `P` alone.
+    """
+
+    def per_router(self, records: Sequence[Record], step: Hashable) -> Iterator[Tensor]:
+        for probs, weights in zip(stacks(records, "probs"), stacks(records, "weights"), strict=True):
+            routed = (weights.values > 0).to(probs.values.dtype)
+            share = weights.mean(routed / routed.sum(dim=-1, keepdim=True))
+            yield probs.values.shape[-1] * (share * probs.mean(probs.values)).sum(dim=-1)
+
+
+class ZLoss(AuxiliaryLoss):
+    """`mean_t logsumexp(logits_t)^2`: keeps logits small (ST-MoE, Zoph et al. 2022, eq. 5)."""
+
+    def per_router(self, records: Sequence[Record], step: Hashable) -> Iterator[Tensor]:
+        for stack in stacks(records, "logits"):
+            yield stack.mean(stack.values.logsumexp(dim=-1).square())
+
+
+class MutualInformation(AuxiliaryLoss):
+    """`relu(log E - (H(mean_t p_t) - mean_t H(p_t))) / log E`, in [0, 1]: balanced overall, certain per token.
+
+    0 for balanced one-hot rows, 1 for uniform rows and for a collapsed router. `source` names what p is: the dense
+    probabilities or the gate's weights. HotMoE's generalised Jensen-Shannon term (section 1.4 of our method notes).
+    """
+
+    def __init__(self, weight: float, *, source: Source = "probs", reduce: Reduce = "sum") -> None:
+        super().__init__(weight, reduce=reduce)
+        self.source = source
+
+    def per_router(self, records: Sequence[Record], step: Hashable) -> Iterator[Tensor]:
+        for stack in stacks(records, self.source):
+            log_e = math.log(stack.values.shape[-1]) if stack.values.shape[-1] > 1 else 1.0
+            overall = entropy(stack.mean(stack.values))
+            per_token = stack.mean(entropy(stack.values))
+            yield torch.relu(log_e - (overall - per_token)) / log_e
+
+
+class Similarity(AuxiliaryLoss):
+    """Sequences with like hidden states should route alike, unlike ones apart.
+
+        beta_similar * mean((1 - S_r) * S_x) + beta_different * mean(S_r * (1 - S_x))
+
+    `S_x` (N, N) are cosines of the sequences' mean inputs (detached), `S_r` of their mean weights, the diagonal
+    included. A pair is pulled together when its S_x exceeds beta_different / (beta_similar + beta_different): 0.6 with
+    the defaults. `center_hidden` subtracts the batch mean first, for base models whose states all point the same way.
+
+    With `window`, sequences of earlier micro-batches of the same optimiser step take part, detached. So the loss is
+    not linear in the batch: the last of n equal micro-batches has the large batch's value, not its gradient.
+    """
+
+    needs_hidden = True
+
+    def __init__(
+        self,
+        weight: float,
+        *,
+        beta_similar: float = 1.0,
+        beta_different: float = 1.5,
+        center_hidden: bool = False,
+        window: bool = True,
+        reduce: Reduce = "sum",
+    ) -> None:
+        super().__init__(weight, reduce=reduce)
+        self.beta_similar = beta_similar
+        self.beta_different = beta_different
+        self.center_hidden = center_hidden
+        self.window = window
+        self._step: Hashable = None
+        self._seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
+
+    def per_router(self, records: Sequence[Record], step: Hashable) -> Iterator[Tensor]:
+        hidden_and_routes = [(record.hidden, sequence_means(record.routing.weights, record)) for record in records]
+        if self.window and not torch.compiler.is_compiling():
+            hidden_and_routes = self._extend(records, hidden_and_routes, step)
+        groups: dict[tuple[torch.Size, torch.Size], list[tuple[Tensor, Tensor]]] = {}
+        for hidden, routes in hidden_and_routes:
+            assert hidden is not None, "Similarity needs Record.hidden: the layer must pool its input"
+            groups.setdefault((hidden.shape, routes.shape), []).append((hidden, routes))
+        for group in groups.values():
+            hidden, routes = (torch.stack(part) for part in zip(*group, strict=True))
+            yield self.pairwise(hidden, routes)
+
+    def pairwise(self, hidden: Tensor, routes: Tensor) -> Tensor:
+        """Loss (R,) of R routers from mean inputs (R, N, d) and mean weights (R, N, E)."""
+        hidden = hidden.detach().to(routes.dtype)
+        if self.center_hidden:
+            hidden = hidden - hidden.mean(dim=-2, keepdim=True)
+        s_x, s_r = cosine_matrix(hidden), cosine_matrix(routes)
+        pull, push = (1 - s_r) * s_x, s_r * (1 - s_x)
+        return (self.beta_similar * pull + self.beta_different * push).mean(dim=(-2, -1))
+
+    def _extend(
+        self, records: Sequence[Record], now: list[tuple[Tensor | None, Tensor]], step: Hashable
+    ) -> list[tuple[Tensor | None, Tensor]]:
+        if step is None or step != self._step:
+            self._seen, self._step = {}, step
+        extended: list[tuple[Tensor | None, Tensor]] = []
+        for record, (hidden, routes) in zip(records, now, strict=True):
+            assert hidden is not None, "Similarity needs Record.hidden: the layer must pool its input"
+            earlier = self._seen.setdefault(record.site.name, [])
+            extended.append(
+                (
+                    torch.cat([*(h for h, _ in earlier), hidden]),
+                    torch.cat([*(r for _, r in earlier), routes]),
+                )
+            )
+            earlier.append((hidden, routes.detach()))
+        return extended
+
+
+def entropy(p: Tensor) -> Tensor:
+    """Shannon entropy in nats over the last axis; exact zeros count as zero."""
+    return -(p * (p + 1e-9).log()).sum(dim=-1)
+
+
+def cosine_matrix(x: Tensor) -> Tensor:
+    """Cosines (..., N, N) between the rows of x (..., N, d)."""
+    unit = torch.nn.functional.normalize(x, dim=-1)
+    return unit @ unit.transpose(-1, -2)
+
+
+def sequence_means(values: Tensor, record: Record) -> Tensor:
+    """Mean over the real tokens of each sequence: (..., d) -> (sequences, d). See `pool`."""
+    return pool(values, record.mask, record.sequences)
+
+
+def pool(values: Tensor, mask: Tensor | None, sequences: Tensor | None) -> Tensor:
+    """Mean over the real tokens of each sequence: (batch, tokens, d) -> (sequences, d).
+
+    Without `sequences` every row of the batch is a sequence; with it, a packed batch of `sequences.max() + 1`.
+    A 2-D input (rows, d) has one token a row.
+    """
+    if sequences is not None:
+        flat, index = values.flatten(0, -2), sequences.flatten()
+        share = torch.ones_like(index, dtype=values.dtype) if mask is None else mask.flatten().to(values.dtype)
+        num = int(index.max()) + 1
+        total = values.new_zeros(num, flat.shape[-1]).index_add(0, index, flat * share[:, None])
+        count = values.new_zeros(num).index_add(0, index, share)
+        return total / count.clamp(min=1)[:, None]
+    if values.dim() < 3:
+        return values
+    if mask is None:
+        return values.mean(dim=-2)
+    share = mask.to(values.dtype)
+    share = share / share.sum(dim=-1, keepdim=True).clamp(min=1)
+    return torch.bmm(share.unsqueeze(1), values).squeeze(1)

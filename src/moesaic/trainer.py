@@ -1,0 +1,176 @@
+"""What our training adds to HF Trainer and TRL's SFTTrainer: order, checkpoints, metrics, stopping in good time."""
+
+import json
+import logging
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from moesaic.checkpoints import RunFolder, atomic_folder
+from moesaic.errors import TrainingError
+from moesaic.sampling import InterleavedSampler
+
+logger = logging.getLogger(__name__)
+
+
+class RunMixin:
+    """Put before Trainer or SFTTrainer (and before host's mixin) in the bases; then call `attach`.
+
+    - one epoch is the whole run, in task-interleaved order;
+    - checkpoints appear complete or not at all;
+    - every step is a line of metrics.jsonl;
+    - a loss or gradient that is not finite stops the run before the optimizer sees it;
+    - Ctrl-C and SIGTERM end the run after the step, with a checkpoint.
+    """
+
+    def attach(self, folder: RunFolder, sampler: InterleavedSampler, *, keep: int, progress: bool) -> None:
+        """Say where the run is written and in which order it reads; `progress` shows a bar on stderr."""
+        self.folder = folder
+        self.run_sampler = sampler
+        self.keep = keep
+        self.stopper = _Stopper()
+        self.tokens = 0
+        self.seconds = 0.0
+        self.last_loss = math.nan
+        self._staging: Any = None
+        me: Any = self
+        for callback in (ProgressCallback, PrinterCallback):
+            me.remove_callback(callback)
+        me.add_callback(self.stopper)
+        if progress:
+            me.add_callback(_Bar())
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> InterleavedSampler:
+        return self.run_sampler
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            with self.stopper.listening():
+                return super().train(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.seconds = time.perf_counter() - start
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if model.training:
+            self.tokens += int(inputs["attention_mask"].sum())
+        result = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        loss = result[0] if isinstance(result, tuple) else result
+        if model.training:
+            self._require_finite(loss, "loss")
+        return result
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
+        self._require_finite(norm, "gradient norm")
+        return norm
+
+    def _require_finite(self, value: Tensor | float, what: str) -> None:
+        number = float(value.detach().mean()) if isinstance(value, Tensor) else float(value)
+        if math.isfinite(number):
+            return
+        steps = self.folder.steps()
+        kept = f"the checkpoint of step {steps[-1]} is kept" if steps else "no checkpoint was written yet"
+        step = self.state.global_step + 1  # type: ignore[attr-defined]
+        raise TrainingError(f"{what} is {number} at step {step}: lower lr or clip, or look at the data; {kept}")
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        step = self.state.global_step  # type: ignore[attr-defined]
+        final = self.folder.checkpoint(step)
+        if final.is_dir():
+            return
+        with atomic_folder(final) as staging:
+            self._staging = staging.parent
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        self.folder.prune(self.keep)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """The adapter alone: no pickled arguments, no tokenizer (both can be had from the recipe)."""
+        self.model.save_pretrained(output_dir, state_dict=state_dict)  # type: ignore[attr-defined]
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """None: SFTTrainer would write one into every checkpoint."""
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)  # type: ignore[misc]
+        state = self.state  # type: ignore[attr-defined]
+        state.log_history.clear()  # metrics.jsonl holds it; checkpoints would carry all of it each time
+        if "loss" not in logs:
+            return
+        self.last_loss = logs["loss"]
+        kept = {k: v for k, v in logs.items() if k not in ("epoch", "num_tokens")}
+        with self.folder.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, **kept}) + "\n")
+
+
+class _Stopper(TrainerCallback):
+    """Turns the first SIGINT or SIGTERM into a checkpoint and an orderly end after the step; a second one is a KeyboardInterrupt."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        logger.warning("stopping after this step; once more to stop at once")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.requested:
+            control.should_save = True
+            control.should_training_stop = True
+
+
+class _Bar(TrainerCallback):
+    """A progress bar with the loss."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        from tqdm import tqdm
+
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", file=sys.stderr, leave=False)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.close()
+
+
+def bf16_pays(device: torch.device) -> bool:
+    """Whether bf16 autocast is faster than fp32 here: CUDA from Ampere on, CPUs with AVX512-BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    try:
+        flags = open("/proc/cpuinfo", encoding="utf-8").read()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags

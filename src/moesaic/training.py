@@ -1,0 +1,276 @@
+"""From a recipe to a run folder: HF Trainer for encoders, TRL's SFTTrainer for causal models."""
+
+import logging
+import math
+import sys
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moesaic import data
+from moesaic.checkpoints import RunFolder, atomic_folder, write_json, write_text
+from moesaic.embedded import LoadedModel, linear_targets, load_model
+from moesaic.encoder import HEADS, EncoderCollator, EncoderForTasks, Layout
+from moesaic.errors import ConfigError, MissingDependency, TrainingError, first_line
+from moesaic.matching import matching_lora_rank
+from moesaic.recipe import Recipe, adapter_config, dump, load_recipe
+from moesaic.results import command_line, count_total, count_trainable, device_name, versions
+from moesaic.sampling import InterleavedSampler
+from moesaic.trainer import RunMixin, bf16_pays
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Prepared:
+    """A model ready to train or to evaluate, and what belongs to it. `tasks` gives a task its id by position."""
+
+    model: Any
+    base: LoadedModel
+    tasks: tuple[str, ...]
+    layout: Layout | None
+    recipe: Recipe
+
+    @property
+    def routed(self) -> bool:
+        return self.recipe.method != "lora"
+
+
+def train(recipe: Recipe, *, command: str | None = None, progress: bool | None = None) -> dict[str, Any]:
+    """Run a recipe, or continue it where it was interrupted; returns what is written to results.json.
+
+    Args:
+        command: recorded with the results; this process's where None.
+        progress: a bar on stderr; where None, if that is a terminal.
+    Raises:
+        MoesaicError: of the kind that fits; nothing already written is lost.
+        KeyboardInterrupt: after a checkpoint, when interrupted.
+    """
+    require_extras()
+    folder = RunFolder(recipe.run_folder())
+    if folder.finished and not recipe.overwrite:
+        raise ConfigError(f"{folder.path} holds a finished run; overwrite=true replaces it, out=… goes elsewhere")
+    examples = load_examples(recipe)
+    prepared = prepare(recipe, examples)
+    recipe = prepared.recipe
+    digest = data.digest(examples)
+    stored = {"tasks": list(prepared.tasks), "data_sha256": digest}
+    if prepared.layout is not None:
+        stored["labels"] = {t: list(v) for t, v in prepared.layout.labels.items()}
+    step = folder.prepare(
+        overwrite=recipe.overwrite, resume=recipe.resume, description=_plain(recipe), layout=stored
+    )
+    write_json(folder.layout, stored)
+    write_text(folder.recipe, dump(recipe))
+    trainer = build_trainer(prepared, examples, folder, progress=progress)
+    if step:
+        logger.warning("%s: going on from step %d", folder.path, step)
+    _fit(trainer, folder, step)
+    with atomic_folder(folder.adapter) as staging:
+        prepared.model.save_pretrained(str(staging))
+    results = _results(trainer, prepared, step, command or command_line())
+    write_json(folder.results, results)
+    return results
+
+
+def require_extras() -> None:
+    """Raise MissingDependency where the `train` extra is not installed."""
+    for package in ("trl", "datasets", "accelerate"):
+        try:
+            __import__(package)
+        except ImportError:
+            raise MissingDependency(package, "train") from None
+
+
+def load_examples(recipe: Recipe) -> list[data.Example]:
+    """The training rows of a recipe."""
+    if not recipe.data:
+        raise ConfigError("data is missing: data=FILE.jsonl, a folder of tasks, or a hub id")
+    return data.load(recipe.data, "train", tasks=recipe.tasks, on_bad_lines=recipe.on_bad_lines)  # type: ignore[arg-type]
+
+
+def prepare(recipe: Recipe, examples: list[data.Example]) -> Prepared:
+    """Load the base model, put heads on an encoder, and wrap it with the recipe's adapter (its rank solved, if asked)."""
+    from peft import get_peft_model
+    from transformers import set_seed
+
+    adapter_config(recipe)  # a setting that cannot be is refused before anything is loaded
+    other = load_recipe(recipe.match) if recipe.match else None
+    base = load_model(recipe.model, dtype=_weights_dtype(recipe))
+    set_seed(recipe.seed)
+    layout = Layout.of(examples) if base.kind == "encoder" else None
+    tasks = layout.tasks if layout else tuple(sorted({e.task for e in examples}))
+    model, defaults = _with_heads(base, layout)
+    if other is not None:
+        recipe = _matched(recipe, other, model, defaults)
+    config = adapter_config(recipe, **defaults)
+    try:
+        wrapped = get_peft_model(model, config)
+    except ConfigError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"method {recipe.method} on model {recipe.model}: {first_line(error)}") from None
+    return Prepared(wrapped, base, tasks, layout, recipe)
+
+
+def _with_heads(base: LoadedModel, layout: Layout | None) -> tuple[Any, dict[str, Any]]:
+    """The model PEFT wraps, and the adapter settings that follow from its kind."""
+    defaults: dict[str, Any] = {"target_modules": linear_targets(base.model)}
+    if layout is None:
+        return base.model, {**defaults, "task_type": "CAUSAL_LM"}
+    return EncoderForTasks(base.model, layout), {**defaults, "modules_to_save": [HEADS]}
+
+
+def _matched(recipe: Recipe, other: Recipe, model: Any, defaults: dict[str, Any]) -> Recipe:
+    """Plain LoRA with as many trainable parameters as `other`, on the same modules and at the same alpha / r."""
+    target = adapter_config(other, **defaults)
+    adapter = dict(recipe.adapter)
+    if "target_modules" in other.adapter:
+        adapter.setdefault("target_modules", other.adapter["target_modules"])
+    lora: Any = adapter_config(replace(recipe, adapter=adapter), **defaults)
+    rank = matching_lora_rank(model, target, lora)
+    adapter |= {"r": rank, "lora_alpha": rank * lora.lora_alpha / lora.r}
+    logger.info("rank %d gives plain LoRA the trainable parameters of %s", rank, recipe.match)
+    return replace(recipe, adapter=adapter)
+
+
+def _weights_dtype(recipe: Recipe) -> torch.dtype:
+    """Frozen weights in bf16 where a GPU computes in it; fp32 elsewhere, under autocast where that pays."""
+    return torch.bfloat16 if torch.cuda.is_available() and recipe.precision != "fp32" else torch.float32
+
+
+def build_trainer(prepared: Prepared, examples: list[data.Example], folder: RunFolder, *, progress: bool | None) -> Any:
+    """The trainer of a prepared model; `moesaic.host`'s mixin adds a mixture's auxiliary loss."""
+    recipe, tokenizer = prepared.recipe, prepared.base.tokenizer
+    trainer: Any
+    if prepared.layout is not None:
+        from transformers import Trainer, TrainingArguments
+
+        trainer = _class(Trainer, prepared.routed)(
+            model=prepared.model,
+            args=TrainingArguments(**_arguments(recipe, folder)),
+            train_dataset=examples,
+            data_collator=EncoderCollator(
+                tokenizer, prepared.layout, max_length=recipe.max_length, task_ids=prepared.routed
+            ),
+        )
+    else:
+        from datasets import Dataset
+        from trl import SFTConfig, SFTTrainer
+
+        from moesaic.causal import CausalCollator, tokenize
+
+        rows = tokenize(examples, tokenizer, prepared.tasks, max_length=recipe.max_length)
+        trainer = _class(SFTTrainer, prepared.routed)(
+            model=prepared.model,
+            args=SFTConfig(
+                **_arguments(recipe, folder), max_length=recipe.max_length, dataset_kwargs={"skip_prepare_dataset": True}
+            ),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            data_collator=CausalCollator(tokenizer.pad_token_id, task_ids=prepared.routed),
+        )
+    length = recipe.steps * recipe.batch_size * recipe.accumulation * trainer.args.world_size
+    sampler = InterleavedSampler(
+        [e.task for e in examples], length, seed=recipe.seed, temperature=recipe.temperature
+    )
+    shown = sys.stderr.isatty() if progress is None else progress
+    trainer.attach(folder, sampler, keep=recipe.keep, progress=shown)
+    return trainer
+
+
+def _class(trainer: type, routed: bool) -> type:
+    bases: tuple[type, ...] = (RunMixin, trainer)
+    if routed:
+        from moesaic.host import RoutedTrainerMixin
+
+        bases = (RunMixin, RoutedTrainerMixin, trainer)
+    return type(f"Run{trainer.__name__}", bases, {})
+
+
+def _arguments(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
+    from transformers import TrainingArguments
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and bf16_pays(device))
+    renamed = "activation_checkpointing" in {f.name for f in fields(TrainingArguments)}  # since Transformers 5.2x
+    checkpointing = "activation" if renamed else "gradient"
+    return {
+        "output_dir": str(folder.checkpoints),
+        "max_steps": recipe.steps,
+        "per_device_train_batch_size": recipe.batch_size,
+        "gradient_accumulation_steps": recipe.accumulation,
+        "learning_rate": recipe.lr,
+        "lr_scheduler_type": recipe.schedule,
+        "warmup_steps": recipe.warmup,
+        "weight_decay": recipe.weight_decay,
+        "max_grad_norm": recipe.clip,
+        "seed": recipe.seed,
+        "bf16": bf16,
+        "use_cpu": device.type == "cpu",
+        "save_strategy": "steps",
+        "save_steps": recipe.save_every,
+        "logging_strategy": "steps",
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": device.type == "cuda",
+        f"{checkpointing}_checkpointing": recipe.checkpointing,
+        f"{checkpointing}_checkpointing_kwargs": {"use_reentrant": False},
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
+
+
+def _fit(trainer: Any, folder: RunFolder, step: int) -> None:
+    try:
+        trainer.train(resume_from_checkpoint=str(folder.checkpoint(step)) if step else None)
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(f"out of memory: lower batch_size or max_length, or checkpointing=true ({first_line(error)})") from None
+    if trainer.state.global_step < trainer.state.max_steps:
+        raise KeyboardInterrupt(
+            f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, saved; "
+            "the same command goes on from there"
+        )
+
+
+def _results(trainer: Any, prepared: Prepared, resumed: int, command: str) -> dict[str, Any]:
+    seconds = trainer.seconds
+    return {
+        "method": prepared.recipe.method,
+        "model": prepared.recipe.model,
+        "tasks": list(prepared.tasks),
+        "seed": prepared.recipe.seed,
+        "steps": prepared.recipe.steps,
+        "resumed_from_step": resumed,
+        "final_loss": None if math.isnan(trainer.last_loss) else trainer.last_loss,
+        "trainable_parameters": count_trainable(prepared.model),
+        "total_parameters": count_total(prepared.model),
+        "train_seconds": round(seconds, 2),
+        "tokens_per_second": round(trainer.tokens / seconds, 1) if seconds else None,
+        "bf16_autocast": bool(trainer.args.bf16),
+        "device": device_name(trainer.args.device),
+        "command": command,
+        "versions": versions(),
+    }
+
+
+def _plain(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's description as it reads after a trip through YAML."""
+    from omegaconf import OmegaConf
+
+    described = OmegaConf.to_container(OmegaConf.create(recipe.describes()))
+    assert isinstance(described, dict)
+    return {str(k): v for k, v in described.items()}
+
+
+def run_path(folder: Path) -> RunFolder:
+    """A run folder that can be evaluated: finished, or at least with an adapter. Raises ConfigError."""
+    run = RunFolder(folder)
+    if not run.recipe.is_file():
+        raise ConfigError(f"{folder} is not a run folder: it has no recipe.yaml (make one with `moesaic train`)")
+    if not run.adapter.is_dir():
+        raise ConfigError(f"{folder} is an unfinished run: run its `moesaic train` command again to finish it")
+    return run
