@@ -63,7 +63,9 @@ def fit(prompt: list[int], answer: list[int], max_length: int) -> tuple[list[int
     return prompt[max(0, len(prompt) - room) :] if room else [], answer
 
 
-def tokenize(examples: Sequence[Example], tokenizer: Any, tasks: Sequence[str], *, max_length: int) -> list[dict[str, Any]]:
+def tokenize(
+    examples: Sequence[Example], tokenizer: Any, tasks: Sequence[str], *, max_length: int
+) -> list[dict[str, Any]]:
     """Rows {"input_ids", "labels", "task"}: loss on the answer and the closing token only; `task` indexes `tasks`."""
     position = {task: i for i, task in enumerate(tasks)}
     rows, cut = [], 0

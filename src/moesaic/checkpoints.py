@@ -1,6 +1,6 @@
 """The run folder: nothing half-written is ever seen under its final name, and nothing finished is lost.
 
-    recipe.yaml  layout.json  metrics.jsonl  checkpoints/checkpoint-N/  adapter/  results.json (last: the run is finished)
+recipe.yaml  layout.json  metrics.jsonl  checkpoints/checkpoint-N/  adapter/  results.json (last: the run is finished)
 """
 
 import json
@@ -116,7 +116,9 @@ class RunFolder:
             elif self.finished:
                 raise ConfigError(f"{self.path} holds a finished run; overwrite=true replaces it, out=… goes elsewhere")
             elif resume == "never":
-                raise ConfigError(f"{self.path} holds an unfinished run; resume=auto continues it, overwrite=true replaces it")
+                raise ConfigError(
+                    f"{self.path} holds an unfinished run; resume=auto continues it, overwrite=true replaces it"
+                )
             else:
                 self._compare(description, layout)
         self.checkpoints.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from moesaic.errors import MoesaicError
 
-_EXAMPLES = """examples:
+_EXAMPLES = """settings are given as key=value; examples:
   moesaic demo                                                   plain LoRA against HotMoE in four minutes
   moesaic methods                                                what can be trained
   moesaic train hotmoe model=minilm data=tasks/ steps=800        a packaged recipe, settings on top
@@ -22,7 +22,9 @@ _EXAMPLES = """examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for a mistake that can be mended, 130 when interrupted."""
     args = _parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(
+        level=logging.INFO if args.verbose else logging.WARNING, format="%(message)s", stream=sys.stderr
+    )
     try:
         args.run(args)
     except MoesaicError as error:
@@ -160,13 +162,13 @@ def _eval(args: argparse.Namespace) -> None:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    from moesaic import demo  # type: ignore[attr-defined]
+    from moesaic import demo
 
     demo.run(args.settings, as_json=args.json)
 
 
 def _bench(args: argparse.Namespace) -> None:
-    from moesaic import bench  # type: ignore[attr-defined]
+    from moesaic import bench
 
     bench.main(args.settings, as_json=args.json)
 

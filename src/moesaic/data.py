@@ -92,9 +92,7 @@ def parse(row: Any, where: str) -> Example:
         return _choice(task, prompt, row, where)
     if row.get("completion") is not None:
         answer = row.get("answer")
-        return Example(
-            task, prompt, _text(row, "completion", where), answer=None if answer is None else str(answer)
-        )
+        return Example(task, prompt, _text(row, "completion", where), answer=None if answer is None else str(answer))
     raise DataError(f"{where}: neither 'choices', 'completion' nor 'messages' is there; one of them is needed")
 
 
@@ -115,7 +113,9 @@ def _choice(task: str, prompt: str, row: dict[str, Any], where: str) -> Example:
     if not isinstance(answer, int) or isinstance(answer, bool):
         raise DataError(f"{where}: 'answer' must be an index into 'choices', got {answer!r}")
     if not 0 <= answer < len(choices):
-        raise DataError(f"{where}: 'answer' is {answer}, but there are {len(choices)} choices (0 to {len(choices) - 1})")
+        raise DataError(
+            f"{where}: 'answer' is {answer}, but there are {len(choices)} choices (0 to {len(choices) - 1})"
+        )
     return Example(task, prompt, choices=tuple(choices), answer=answer)
 
 
@@ -126,9 +126,13 @@ def _messages(messages: Any, where: str) -> tuple[tuple[str, str], ...]:
     for i, message in enumerate(messages):
         if not isinstance(message, dict):
             raise DataError(f"{where}: messages[{i}] must be an object with 'role' and 'content'")
-        turns.append((_text(message, "role", f"{where}: messages[{i}]"), _text(message, "content", f"{where}: messages[{i}]")))
+        turns.append(
+            (_text(message, "role", f"{where}: messages[{i}]"), _text(message, "content", f"{where}: messages[{i}]"))
+        )
     if turns[-1][0] != "assistant":
-        raise DataError(f"{where}: the last message is by '{turns[-1][0]}'; it must be the assistant's, which is learned")
+        raise DataError(
+            f"{where}: the last message is by '{turns[-1][0]}'; it must be the assistant's, which is learned"
+        )
     return tuple(turns)
 
 

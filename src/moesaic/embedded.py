@@ -1,8 +1,12 @@
-"""Base models: two that need no hub (`nano`, `minilm`), else a local folder or a hub id. Safetensors only, no remote code."""
+"""Base models: two that need no hub (`nano`, `minilm`), else a local folder or a hub id.
+
+Safetensors only, no remote code.
+"""
 
 import hashlib
 import importlib.util
 import os
+import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -77,9 +81,14 @@ def load_model(name: str, *, dtype: Any = None, attention: str | None = None) ->
         ConfigError: it cannot be found or is of a kind that is not trained here.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as hf_logging
 
     place = resolve(name)
+    bars = hf_logging.is_progress_bar_enabled() and not sys.stderr.isatty()
+    if bars:
+        hf_logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(place)
         kind = model_kind(config)
@@ -90,9 +99,12 @@ def load_model(name: str, *, dtype: Any = None, attention: str | None = None) ->
         tokenizer = AutoTokenizer.from_pretrained(place)
     except ConfigError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         hint = "" if Path(place).is_dir() else f" ({suggest(name, EMBEDDED)}, or a folder, or a hub id)"
         raise ConfigError(f"cannot load model '{name}'{hint}: {first_line(error)}") from None
+    finally:
+        if bars:
+            hf_logging.enable_progress_bar()
     if kind == "encoder" and getattr(model, "pooler", None) is not None:
         model.pooler = None  # states are mean-pooled: a pooler would be wrapped, trained by nothing and saved
     if tokenizer.pad_token is None:

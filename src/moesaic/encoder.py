@@ -1,10 +1,12 @@
 """Encoders on several tasks at once: a stock Transformers encoder, mean pooling, and heads.
 
-Tasks with a fixed label set get a linear head of their own. Tasks whose choices vary share one scoring head: question
-and choice are encoded apart, score = exp(s) * sum_i w_i q_i c_i over normalised embeddings q, c. It starts as the
-cosine (w = 1), which a sentence encoder already answers with, so training begins above chance.
+An example is one row: the prompt, then, where a task's choices vary, all of its choices, each closed by a separator.
+Tasks with a fixed label set get a linear head of their own on the row's mean state. Tasks whose choices vary share one
+scoring head on the mean state of each part: score = exp(s) * sum_i w_i q_i c_i over the normalised prompt q and choice
+c. It starts as the cosine (w = 1), which a sentence encoder already answers with, so training begins above chance.
+(A row for each choice scores alike and takes two to three times as long: most of such a batch is padding.)
 
-Shapes: R rows of text (sentences, questions and choices, in one encoder call), N examples, C choices at most, d hidden.
+Shapes: N examples, T tokens, C choices or labels at most, d hidden.
 """
 
 from collections.abc import Sequence
@@ -57,7 +59,8 @@ class Layout:
         if labels is not None:
             if labels != example.choices:
                 raise DataError(
-                    f"task '{example.task}' was trained on the labels {list(labels)}, this row has {list(example.choices)}"
+                    f"task '{example.task}' was trained on the labels {list(labels)}, "
+                    f"this row has {list(example.choices)}"
                 )
             return list(self.labels).index(example.task)
         if not example.choices:
@@ -72,40 +75,39 @@ class Layout:
 
 
 class TaskHeads(nn.Module):
-    """All heads in three tensors, so that every parameter is in every step's graph, whatever a batch holds (DDP)."""
+    """All heads in four tensors, so that every parameter is in every step's graph, whatever a batch holds (DDP)."""
 
     def __init__(self, hidden: int, layout: Layout) -> None:
         super().__init__()
         sizes = [len(labels) for labels in layout.labels.values()]
-        widest = max(sizes, default=0)
         bound = hidden**-0.5
-        self.weight = nn.Parameter(torch.empty(len(sizes), widest, hidden).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.zeros(len(sizes), widest))
+        self.weight = nn.Parameter(torch.empty(len(sizes), max(sizes, default=0), hidden).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(len(sizes), max(sizes, default=0)))
         self.diagonal = nn.Parameter(torch.ones(hidden))
         self.log_scale = nn.Parameter(torch.tensor(INITIAL_SCALE).log())
+        self.sizes: Tensor
         self.register_buffer("sizes", torch.tensor(sizes, dtype=torch.long), persistent=False)
 
-    def forward(self, pooled: Tensor, questions: Tensor, choices: Tensor, heads: Tensor) -> Tensor:
+    def forward(self, states: Tensor, segments: Tensor, heads: Tensor) -> Tensor:
         """Scores (N, C), the smallest float where an example has fewer than C choices.
 
         Args:
-            pooled: (R, d). questions: (N,) row of each sentence or question. choices: (N, C) rows of the choices, -1
-            where there is none. heads: (N,) label head, -1 for the shared scorer.
+            states: (N, T, d). segments: (N, T) 0 for the prompt, k for choice k, -1 for padding.
+            heads: (N,) label head, -1 for the shared scorer.
         """
-        pooled = pooled.float()
-        width = choices.shape[1]
-        places = torch.arange(width, device=pooled.device)
-        question = pooled[questions]
+        widest = self.weight.shape[1]
+        width = max(widest, int(segments.max()))
+        parts = (segments[..., None] == torch.arange(width + 1, device=segments.device)).to(states.dtype)
+        counts = parts.sum(1)
+        pooled = torch.einsum("ntk,ntd->nkd", parts, states) / counts.clamp(min=1)[..., None]
         unit = F.normalize(pooled, dim=-1)
-        scores = torch.einsum("nd,d,ncd->nc", unit[questions], self.diagonal, unit[choices.clamp(min=0)])
-        scores = scores * self.log_scale.exp()
-        valid = choices >= 0
+        scores = torch.einsum("nd,d,ncd->nc", unit[:, 0], self.diagonal, unit[:, 1:]) * self.log_scale.exp()
+        valid = counts[:, 1:] > 0
         if len(self.weight):
-            head = heads.clamp(min=0)
-            labelled = torch.einsum("nd,nld->nl", question, self.weight[head]) + self.bias[head]
-            labelled = F.pad(labelled, (0, width - labelled.shape[1])) if width > labelled.shape[1] else labelled[:, :width]
-            own = (heads >= 0)[:, None]
-            scores = torch.where(own, labelled, scores)
+            head, own = heads.clamp(min=0), (heads >= 0)[:, None]
+            labelled = torch.einsum("nd,nld->nl", pooled[:, 0], self.weight[head]) + self.bias[head]
+            scores = torch.where(own, F.pad(labelled, (0, width - widest)), scores)
+            places = torch.arange(width, device=segments.device)
             valid = torch.where(own, places < self.sizes[head][:, None], valid)
         return scores.masked_fill(~valid, torch.finfo(scores.dtype).min)
 
@@ -119,7 +121,7 @@ class EncoderForTasks(nn.Module):
 
     accepts_loss_kwargs = False
 
-    def __init__(self, encoder: nn.Module, layout: Layout) -> None:
+    def __init__(self, encoder: Any, layout: Layout) -> None:
         super().__init__()
         self.encoder = encoder
         self.config: Any = encoder.config
@@ -130,26 +132,24 @@ class EncoderForTasks(nn.Module):
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
-        questions: Tensor,
-        choices: Tensor,
+        segments: Tensor,
         heads: Tensor,
         labels: Tensor | None = None,
     ) -> SequenceClassifierOutput:
         """Logits (N, C) and, given labels (N,), the mean cross-entropy of the examples."""
         states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        mask = attention_mask.unsqueeze(-1).to(torch.float32)
         with torch.autocast(states.device.type, enabled=False):
-            pooled = (states.float() * mask).sum(1) / mask.sum(1).clamp(min=1)
-            logits = self.task_heads(pooled, questions, choices, heads)
+            logits = self.task_heads(states.float(), segments, heads)
             loss = None if labels is None else F.cross_entropy(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
 class EncoderCollator:
-    """Examples to one padded batch of rows.
+    """Examples to one padded batch.
 
     Args:
-        task_ids: emit `routing_task_ids` (R,), which a mixture's router may read; a plain encoder would choke on it.
+        max_length: tokens a row; where there are more, the longest parts are cut.
+        task_ids: emit `routing_task_ids` (N,), which a mixture's router may read; a plain encoder would choke on it.
     """
 
     def __init__(self, tokenizer: Any, layout: Layout, *, max_length: int = 128, task_ids: bool = False) -> None:
@@ -157,33 +157,40 @@ class EncoderCollator:
         self.layout = layout
         self.max_length = max_length
         self.task_ids = task_ids
+        first = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
+        self.opening = [] if first is None else [first]
+        last = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
+        self.closing = [] if last is None else [last]
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        texts: list[str] = []
-        owners: list[int] = []
-        questions, rows, heads = [], [], []
-        for number, example in enumerate(examples):
-            head = self.layout.head(example)
-            heads.append(head)
-            questions.append(len(texts))
-            texts.append(example.prompt)
-            rows.append([] if head >= 0 else list(range(len(texts), len(texts) + len(example.choices))))
-            if head < 0:
-                texts += example.choices
-            owners += [number] * (len(texts) - len(owners))
-        width = max(len(e.choices) for e in examples)
-        encoded = self.tokenizer(
-            texts, truncation=True, max_length=self.max_length, padding=True, return_tensors="pt"
-        )
+        heads = [self.layout.head(e) for e in examples]
+        rows = [self._row(e, head) for e, head in zip(examples, heads, strict=True)]
+        longest = max(len(ids) for ids, _ in rows)
+        pad = self.tokenizer.pad_token_id
+        segments = torch.tensor([parts + [-1] * (longest - len(parts)) for _, parts in rows])
         batch = {
-            "input_ids": encoded["input_ids"],
-            "attention_mask": encoded["attention_mask"],
-            "questions": torch.tensor(questions),
-            "choices": torch.tensor([r + [-1] * (width - len(r)) for r in rows]),
+            "input_ids": torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _ in rows]),
+            "attention_mask": (segments >= 0).long(),
+            "segments": segments,
             "heads": torch.tensor(heads),
             "labels": torch.tensor([e.label for e in examples]),
         }
         if self.task_ids:
-            ids = [self.layout.task_id(e.task) for e in examples]
-            batch["routing_task_ids"] = torch.tensor([ids[owner] for owner in owners])
+            batch["routing_task_ids"] = torch.tensor([self.layout.task_id(e.task) for e in examples])
         return batch
+
+    def _row(self, example: Example, head: int) -> tuple[list[int], list[int]]:
+        """Token ids, and the part each belongs to."""
+        texts = [example.prompt, *(example.choices if head < 0 else ())]
+        parts: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        room = self.max_length - len(self.opening) - len(parts) * len(self.closing)
+        if room < len(parts):
+            raise DataError(f"task '{example.task}': {len(parts)} parts do not fit max_length={self.max_length} tokens")
+        lengths = [len(p) for p in parts]
+        while sum(lengths) > room:
+            lengths[lengths.index(max(lengths))] -= 1
+        ids, owners = list(self.opening), [0] * len(self.opening)
+        for number, (part, length) in enumerate(zip(parts, lengths, strict=True)):
+            ids += part[:length] + self.closing
+            owners += [number] * (length + len(self.closing))
+        return ids, owners

@@ -4,7 +4,6 @@ Encoders answer through their heads. Causal models answer choices by log-likelih
 (`accuracy`; `accuracy_per_byte` divides by the choice's length) and other rows by greedy generation (`exact_match`).
 """
 
-import contextlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -20,10 +19,10 @@ from moesaic.checkpoints import write_json
 from moesaic.data import Example
 from moesaic.embedded import load_model
 from moesaic.encoder import EncoderCollator, EncoderForTasks, Layout
-from moesaic.errors import AdapterError, ConfigError, first_line
+from moesaic.errors import AdapterError, ConfigError, DataError, first_line
+from moesaic.precision import numerics
 from moesaic.recipe import Recipe, load_recipe
 from moesaic.results import command_line, versions
-from moesaic.trainer import bf16_pays
 from moesaic.training import Prepared, run_path
 
 logger = logging.getLogger(__name__)
@@ -93,7 +92,8 @@ def load_run(folder: str | Path) -> Prepared:
     if recipe.method != "lora":
         import moesaic.lora  # noqa: F401  registers the methods with PEFT
     stored = json.loads(run.layout.read_text(encoding="utf-8"))
-    base = load_model(recipe.model)
+    plan = numerics(recipe.precision)
+    base = load_model(recipe.model, dtype=plan.weights, attention=plan.attention)
     set_seed(recipe.seed)
     layout = Layout.from_dict(stored) if base.kind == "encoder" else None
     model = EncoderForTasks(base.model, layout) if layout else base.model
@@ -103,10 +103,12 @@ def load_run(folder: str | Path) -> Prepared:
         raise
     except Exception as error:
         raise AdapterError(f"{run.adapter} is damaged or does not fit {recipe.model}: {first_line(error)}") from None
-    return Prepared(wrapped.eval(), base, tuple(stored["tasks"]), layout, recipe)
+    return Prepared(wrapped.eval().to(plan.device), base, tuple(stored["tasks"]), layout, recipe)
 
 
-def score(prepared: Prepared, examples: Sequence[Example], *, batch_size: int = 32, progress: bool = False) -> dict[str, Any]:
+def score(
+    prepared: Prepared, examples: Sequence[Example], *, batch_size: int = 32, progress: bool = False
+) -> dict[str, Any]:
     """Figures per task: {"metric", "n", "score", "stderr"} and, for fixed label sets, {"majority", "matthews"}."""
     groups: dict[str, list[Example]] = {}
     for example in examples:
@@ -114,8 +116,10 @@ def score(prepared: Prepared, examples: Sequence[Example], *, batch_size: int = 
     training = prepared.model.training
     prepared.model.eval()
     try:
-        with torch.no_grad(), _autocast(prepared):
-            return {t: _score_task(prepared, rows, _batches(rows, batch_size, t, progress)) for t, rows in groups.items()}
+        with torch.no_grad(), numerics(prepared.recipe.precision).context():
+            return {
+                t: _score_task(prepared, rows, _batches(rows, batch_size, t, progress)) for t, rows in groups.items()
+            }
     finally:
         prepared.model.train(training)
 
@@ -160,7 +164,12 @@ def _score_task(prepared: Prepared, rows: list[Example], batches: Iterator[list[
     if not rows[0].choices:
         hits = _exact_matches(prepared, rows, batches)
         share = sum(hits) / len(hits)
-        return {"metric": "exact_match", "n": len(hits), "score": share, "stderr": metrics.standard_error(share, len(hits))}
+        return {
+            "metric": "exact_match",
+            "n": len(hits),
+            "score": share,
+            "stderr": metrics.standard_error(share, len(hits)),
+        }
     figures: dict[str, Any] = {"metric": "accuracy", "n": len(rows)}
     gold, predicted, per_byte = [], [], []
     ask = _encoder_choices if prepared.layout is not None else _likelihood_choices
@@ -192,7 +201,7 @@ def _likelihood_choices(prepared: Prepared, batch: list[Example]) -> tuple[list[
     for example in batch:
         prompt = causal.prompt_ids(example, tokenizer)
         for choice in example.choices:
-            answer = causal.answer_ids(example, choice, tokenizer) + [tokenizer.eos_token_id]
+            answer = [*causal.answer_ids(example, choice, tokenizer), tokenizer.eos_token_id]
             head, answer = causal.fit(prompt, answer, prepared.recipe.max_length)
             rows.append({"input_ids": head + answer, "labels": [causal.IGNORED] * len(head) + answer})
     collated = causal.CausalCollator(tokenizer.pad_token_id)(rows)
@@ -206,13 +215,13 @@ def _likelihood_choices(prepared: Prepared, batch: list[Example]) -> tuple[list[
         scores = [next(totals) for _ in example.choices]
         lengths = [max(1, len(c.encode())) for c in example.choices]
         best.append(max(range(len(scores)), key=scores.__getitem__))
-        per_byte.append(max(range(len(scores)), key=lambda i: scores[i] / lengths[i]))  # noqa: B023
+        per_byte.append(max(range(len(scores)), key=lambda i: scores[i] / lengths[i]))
     return best, per_byte
 
 
 def _exact_matches(prepared: Prepared, rows: list[Example], batches: Iterator[list[Example]]) -> list[bool]:
     if prepared.layout is not None:
-        raise ConfigError(f"task '{rows[0].task}' wants a written answer, which an encoder cannot give")
+        raise DataError(f"task '{rows[0].task}' has rows without choices: an encoder cannot write an answer")
     tokenizer = prepared.base.tokenizer
     longest = max(len(causal.answer_ids(e, causal.answer_text(e), tokenizer)) for e in rows)
     hits = []
@@ -239,13 +248,5 @@ def _device(prepared: Prepared) -> torch.device:
     return next(prepared.model.parameters()).device
 
 
-def _autocast(prepared: Prepared) -> contextlib.AbstractContextManager[Any]:
-    device = _device(prepared)
-    wanted = prepared.recipe.precision == "bf16" or (prepared.recipe.precision == "auto" and bf16_pays(device))
-    return torch.autocast(device.type, dtype=torch.bfloat16) if wanted else contextlib.nullcontext()
-
-
 def _mean(scores: dict[str, Any], key: str) -> float:
     return sum(s[key] for s in scores.values()) / len(scores)
-
-

@@ -19,42 +19,43 @@ T = TypeVar("T")
 PACKAGED = Path(__file__).parent / "recipes"
 
 
-def _doc(default: Any, text: str) -> Any:
-    """A dataclass field whose help text `moesaic train --help` prints."""
-    if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata={"help": text})
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
 class Recipe:
     """One training run. `out`, `overwrite` and `resume` say where and how; the rest says what, and is kept with it."""
 
-    method: str = _doc("lora", "lora, or a routed method (see `moesaic methods`)")
-    model: str = _doc("minilm", "nano, minilm, a local folder or a hub id")
-    data: str = _doc("", "a JSONL file, a folder of tasks, or a hub id")
-    tasks: list[str] | None = _doc(None, "which tasks, comma-separated; all where left out")
-    steps: int = _doc(800, "optimizer steps")
-    batch_size: int = _doc(16, "examples in a forward")
-    accumulation: int = _doc(1, "forwards in a step")
-    lr: float = _doc(1e-3, "peak learning rate")
-    schedule: str = _doc("linear", "linear, cosine, constant or constant_with_warmup")
-    warmup: int = _doc(50, "steps from 0 to the peak")
-    weight_decay: float = _doc(0.0, "AdamW's weight decay")
-    clip: float = _doc(1.0, "largest gradient norm; 0 for no clipping")
-    temperature: float = _doc(float("inf"), "task sampling n^(1/t): 1 proportional to size, inf equal")
-    max_length: int = _doc(128, "tokens a row, longer ones are cut")
-    seed: int = _doc(0, "of weights, order and dropout")
-    precision: str = _doc("auto", "auto, bf16 (autocast) or fp32")
-    checkpointing: bool = _doc(False, "recompute activations (non-reentrant): slower, less memory")
-    save_every: int = _doc(200, "steps between checkpoints")
-    keep: int = _doc(2, "checkpoints kept")
-    on_bad_lines: str = _doc("error", "error or skip")
-    match: str | None = _doc(None, "lora only: solve the rank for as many trainable parameters as this recipe's")
-    out: str = _doc("", "run folder; runs/<method>-<model>-s<seed> where left out")
-    overwrite: bool = _doc(False, "replace a finished run")
-    resume: str = _doc("auto", "auto continues an unfinished run, never refuses to")
-    adapter: dict[str, Any] = _doc({}, "settings of the method's config: adapter.r=8 adapter.num_experts=4 …")
+    method: str = field(default="lora", metadata={"help": "lora, or a routed method (see `moesaic methods`)"})
+    model: str = field(default="minilm", metadata={"help": "nano, minilm, a local folder or a hub id"})
+    data: str = field(default="", metadata={"help": "a JSONL file, a folder of tasks, or a hub id"})
+    tasks: list[str] | None = field(default=None, metadata={"help": "which tasks, comma-separated; all where left out"})
+    steps: int = field(default=800, metadata={"help": "optimizer steps"})
+    batch_size: int = field(default=16, metadata={"help": "examples in a forward"})
+    accumulation: int = field(default=1, metadata={"help": "forwards in a step"})
+    lr: float = field(default=1e-3, metadata={"help": "peak learning rate"})
+    schedule: str = field(default="linear", metadata={"help": "linear, cosine, constant or constant_with_warmup"})
+    warmup: int = field(default=50, metadata={"help": "steps from 0 to the peak"})
+    weight_decay: float = field(default=0.0, metadata={"help": "AdamW's weight decay"})
+    clip: float = field(default=1.0, metadata={"help": "largest gradient norm; 0 for no clipping"})
+    temperature: float = field(
+        default=float("inf"), metadata={"help": "task sampling n^(1/t): 1 proportional to size, inf equal"}
+    )
+    max_length: int = field(default=128, metadata={"help": "tokens a row, longer ones are cut"})
+    seed: int = field(default=0, metadata={"help": "of weights, order and dropout"})
+    precision: str = field(default="auto", metadata={"help": "auto, bf16 (autocast) or fp32"})
+    checkpointing: bool = field(
+        default=False, metadata={"help": "recompute activations (non-reentrant): slower, less memory"}
+    )
+    save_every: int = field(default=200, metadata={"help": "steps between checkpoints"})
+    keep: int = field(default=2, metadata={"help": "checkpoints kept"})
+    on_bad_lines: str = field(default="error", metadata={"help": "error or skip"})
+    match: str | None = field(
+        default=None, metadata={"help": "lora only: solve the rank for as many trainable parameters as this recipe's"}
+    )
+    out: str = field(default="", metadata={"help": "run folder; runs/<method>-<model>-s<seed> where left out"})
+    overwrite: bool = field(default=False, metadata={"help": "replace a finished run"})
+    resume: str = field(default="auto", metadata={"help": "auto continues an unfinished run, never refuses to"})
+    adapter: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "settings of the method's config: adapter.r=8 adapter.num_experts=4 …"}
+    )
 
     def run_folder(self) -> Path:
         if self.out:
@@ -106,10 +107,10 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
 
     file = recipe_file(name)
     try:
-        stored = OmegaConf.to_container(OmegaConf.load(file))
+        stored: Any = OmegaConf.to_container(OmegaConf.load(file))
     except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is not a YAML file that can be read: {first_line(error)}") from None
-    if not isinstance(stored, dict):
+    if not isinstance(stored, dict) or not stored:
         raise ConfigError(f"{file} must hold `key: value` lines")
     given = _parse_overrides(overrides)
     if "method" in given and given["method"] != stored.get("method"):
@@ -157,7 +158,9 @@ def check(recipe: Recipe) -> None:
     if recipe.clip < 0 or recipe.weight_decay < 0:
         raise ConfigError("clip and weight_decay cannot be negative")
     if recipe.match and recipe.method != "lora":
-        raise ConfigError(f"match={recipe.match} solves the rank of plain LoRA; it cannot go with method={recipe.method}")
+        raise ConfigError(
+            f"match={recipe.match} solves the rank of plain LoRA; it cannot go with method={recipe.method}"
+        )
 
 
 def save_recipe(recipe: Recipe, file: Path) -> None:
@@ -194,8 +197,12 @@ def adapter_config(recipe: Recipe, **defaults: Any) -> "PeftConfig":
     for key in recipe.adapter:
         if key not in valid:
             raise ConfigError(f"method {recipe.method} has no setting adapter.{key}; {suggest(key, valid)}")
+    settings = {**defaults, **recipe.adapter}
+    for key in ("target_modules", "modules_to_save"):
+        if isinstance(settings.get(key), str) and settings[key].isidentifier():
+            settings[key] = [settings[key]]  # PEFT takes a bare text for a regular expression on whole paths
     try:
-        config: PeftConfig = cls(**{**defaults, **recipe.adapter})
+        config: PeftConfig = cls(**settings)
     except ConfigError:
         raise
     except (TypeError, ValueError) as error:
@@ -212,7 +219,7 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         if not equals or not key:
             raise ConfigError(f"'{text}' is not of the form key=value")
         try:
-            parsed = yaml.safe_load(value) if value else None
+            parsed = yaml.safe_load(value) if value else ""
         except yaml.YAMLError:
             parsed = value
         if isinstance(parsed, str):
@@ -221,7 +228,7 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         if dot and section == "adapter":
             given.setdefault("adapter", {})[name] = parsed
         else:
-            given[key] = [parsed] if key == "tasks" and isinstance(parsed, str) else parsed
+            given[key] = [parsed] if key == "tasks" and isinstance(parsed, (str, int, float)) else parsed
     return given
 
 

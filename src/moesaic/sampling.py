@@ -26,7 +26,9 @@ def quotas(sizes: Sequence[int], temperature: float) -> list[float]:
     return [w / sum(raw) for w in raw]
 
 
-def interleave(groups: Sequence[Sequence[int]], length: int, *, seed: int, temperature: float = math.inf) -> Iterator[int]:
+def interleave(
+    groups: Sequence[Sequence[int]], length: int, *, seed: int, temperature: float = math.inf
+) -> Iterator[int]:
     """Yield `length` row indices from `groups` (one list of rows a task).
 
     Tasks follow each other by smallest lag (the one furthest behind its quota is next), so after n draws a task's count
@@ -63,9 +65,7 @@ class InterleavedSampler(Sampler[int]):
         length: how many rows the run draws (steps x batch x accumulation x processes).
     """
 
-    def __init__(
-        self, tasks: Sequence[str], length: int, *, seed: int, temperature: float = math.inf
-    ) -> None:
+    def __init__(self, tasks: Sequence[str], length: int, *, seed: int, temperature: float = math.inf) -> None:
         groups: dict[str, list[int]] = {}
         for row, task in enumerate(tasks):
             groups.setdefault(task, []).append(row)

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -106,18 +105,18 @@ class RunMixin:
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log(logs, start_time)  # type: ignore[misc]
-        state = self.state  # type: ignore[attr-defined]
-        state.log_history.clear()  # metrics.jsonl holds it; checkpoints would carry all of it each time
-        if "loss" not in logs:
+        # the history would be carried by every checkpoint, and metrics.jsonl holds it
+        entry = self.state.log_history.pop()  # type: ignore[attr-defined]
+        if "loss" not in entry:
             return
-        self.last_loss = logs["loss"]
-        kept = {k: v for k, v in logs.items() if k not in ("epoch", "num_tokens")}
+        self.last_loss = entry["loss"]
+        kept = {k: v for k, v in entry.items() if k not in ("step", "epoch", "num_tokens")}
         with self.folder.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, **kept}) + "\n")
+            file.write(json.dumps({"step": entry["step"], **kept}) + "\n")
 
 
 class _Stopper(TrainerCallback):
-    """Turns the first SIGINT or SIGTERM into a checkpoint and an orderly end after the step; a second one is a KeyboardInterrupt."""
+    """Turns the first SIGINT or SIGTERM into a checkpoint and an orderly end after the step; a second interrupts."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -163,14 +162,3 @@ class _Bar(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.close()
-
-
-def bf16_pays(device: torch.device) -> bool:
-    """Whether bf16 autocast is faster than fp32 here: CUDA from Ampere on, CPUs with AVX512-BF16 or AMX."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    try:
-        flags = open("/proc/cpuinfo", encoding="utf-8").read()
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags

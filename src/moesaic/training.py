@@ -4,6 +4,7 @@ import logging
 import math
 import sys
 from dataclasses import dataclass, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from moesaic.embedded import LoadedModel, linear_targets, load_model
 from moesaic.encoder import HEADS, EncoderCollator, EncoderForTasks, Layout
 from moesaic.errors import ConfigError, MissingDependency, TrainingError, first_line
 from moesaic.matching import matching_lora_rank
+from moesaic.precision import numerics
 from moesaic.recipe import Recipe, adapter_config, dump, load_recipe
 from moesaic.results import command_line, count_total, count_trainable, device_name, versions
 from moesaic.sampling import InterleavedSampler
-from moesaic.trainer import RunMixin, bf16_pays
+from moesaic.trainer import RunMixin
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +51,7 @@ def train(recipe: Recipe, *, command: str | None = None, progress: bool | None =
         KeyboardInterrupt: after a checkpoint, when interrupted.
     """
     require_extras()
+    adapter_config(recipe)  # a setting that cannot be is refused before anything is read
     folder = RunFolder(recipe.run_folder())
     if folder.finished and not recipe.overwrite:
         raise ConfigError(f"{folder.path} holds a finished run; overwrite=true replaces it, out=… goes elsewhere")
@@ -56,12 +59,10 @@ def train(recipe: Recipe, *, command: str | None = None, progress: bool | None =
     prepared = prepare(recipe, examples)
     recipe = prepared.recipe
     digest = data.digest(examples)
-    stored = {"tasks": list(prepared.tasks), "data_sha256": digest}
+    stored: dict[str, Any] = {"tasks": list(prepared.tasks), "data_sha256": digest}
     if prepared.layout is not None:
         stored["labels"] = {t: list(v) for t, v in prepared.layout.labels.items()}
-    step = folder.prepare(
-        overwrite=recipe.overwrite, resume=recipe.resume, description=_plain(recipe), layout=stored
-    )
+    step = folder.prepare(overwrite=recipe.overwrite, resume=recipe.resume, description=_plain(recipe), layout=stored)
     write_json(folder.layout, stored)
     write_text(folder.recipe, dump(recipe))
     trainer = build_trainer(prepared, examples, folder, progress=progress)
@@ -78,10 +79,8 @@ def train(recipe: Recipe, *, command: str | None = None, progress: bool | None =
 def require_extras() -> None:
     """Raise MissingDependency where the `train` extra is not installed."""
     for package in ("trl", "datasets", "accelerate"):
-        try:
-            __import__(package)
-        except ImportError:
-            raise MissingDependency(package, "train") from None
+        if find_spec(package) is None:
+            raise MissingDependency(package, "train")
 
 
 def load_examples(recipe: Recipe) -> list[data.Example]:
@@ -92,26 +91,30 @@ def load_examples(recipe: Recipe) -> list[data.Example]:
 
 
 def prepare(recipe: Recipe, examples: list[data.Example]) -> Prepared:
-    """Load the base model, put heads on an encoder, and wrap it with the recipe's adapter (its rank solved, if asked)."""
+    """Load the base model, put heads on an encoder, wrap it with the recipe's adapter (its rank solved, if asked)."""
     from peft import get_peft_model
     from transformers import set_seed
 
-    adapter_config(recipe)  # a setting that cannot be is refused before anything is loaded
     other = load_recipe(recipe.match) if recipe.match else None
-    base = load_model(recipe.model, dtype=_weights_dtype(recipe))
+    plan = numerics(recipe.precision)
+    base = load_model(recipe.model, dtype=plan.weights, attention=plan.attention)
     set_seed(recipe.seed)
     layout = Layout.of(examples) if base.kind == "encoder" else None
     tasks = layout.tasks if layout else tuple(sorted({e.task for e in examples}))
     model, defaults = _with_heads(base, layout)
     if other is not None:
         recipe = _matched(recipe, other, model, defaults)
-    config = adapter_config(recipe, **defaults)
+    config: Any = adapter_config(recipe, **defaults)
+    if layout is not None:
+        config.modules_to_save = sorted({HEADS, *(config.modules_to_save or ())})
     try:
         wrapped = get_peft_model(model, config)
     except ConfigError:
         raise
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"method {recipe.method} on model {recipe.model}: {first_line(error)}") from None
+        wanted, there = recipe.adapter.get("target_modules"), ", ".join(defaults["target_modules"])
+        targets = f" (target_modules={wanted}; this model has {there})" if wanted else ""
+        raise ConfigError(f"method {recipe.method} on model {recipe.model}{targets}: {first_line(error)}") from None
     return Prepared(wrapped, base, tasks, layout, recipe)
 
 
@@ -134,11 +137,6 @@ def _matched(recipe: Recipe, other: Recipe, model: Any, defaults: dict[str, Any]
     adapter |= {"r": rank, "lora_alpha": rank * lora.lora_alpha / lora.r}
     logger.info("rank %d gives plain LoRA the trainable parameters of %s", rank, recipe.match)
     return replace(recipe, adapter=adapter)
-
-
-def _weights_dtype(recipe: Recipe) -> torch.dtype:
-    """Frozen weights in bf16 where a GPU computes in it; fp32 elsewhere, under autocast where that pays."""
-    return torch.bfloat16 if torch.cuda.is_available() and recipe.precision != "fp32" else torch.float32
 
 
 def build_trainer(prepared: Prepared, examples: list[data.Example], folder: RunFolder, *, progress: bool | None) -> Any:
@@ -166,16 +164,16 @@ def build_trainer(prepared: Prepared, examples: list[data.Example], folder: RunF
         trainer = _class(SFTTrainer, prepared.routed)(
             model=prepared.model,
             args=SFTConfig(
-                **_arguments(recipe, folder), max_length=recipe.max_length, dataset_kwargs={"skip_prepare_dataset": True}
+                **_arguments(recipe, folder),
+                max_length=recipe.max_length,
+                dataset_kwargs={"skip_prepare_dataset": True},
             ),
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
             data_collator=CausalCollator(tokenizer.pad_token_id, task_ids=prepared.routed),
         )
     length = recipe.steps * recipe.batch_size * recipe.accumulation * trainer.args.world_size
-    sampler = InterleavedSampler(
-        [e.task for e in examples], length, seed=recipe.seed, temperature=recipe.temperature
-    )
+    sampler = InterleavedSampler([e.task for e in examples], length, seed=recipe.seed, temperature=recipe.temperature)
     shown = sys.stderr.isatty() if progress is None else progress
     trainer.attach(folder, sampler, keep=recipe.keep, progress=shown)
     return trainer
@@ -193,8 +191,7 @@ def _class(trainer: type, routed: bool) -> type:
 def _arguments(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
     from transformers import TrainingArguments
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and bf16_pays(device))
+    plan = numerics(recipe.precision)
     renamed = "activation_checkpointing" in {f.name for f in fields(TrainingArguments)}  # since Transformers 5.2x
     checkpointing = "activation" if renamed else "gradient"
     return {
@@ -207,16 +204,19 @@ def _arguments(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
         "warmup_steps": recipe.warmup,
         "weight_decay": recipe.weight_decay,
         "max_grad_norm": recipe.clip,
+        # not the fused one, Trainer's default: it leaves no trace on the parameters' version counters, by which losses
+        # over accumulated batches know that a step has ended
+        "optim": "adamw_torch",
         "seed": recipe.seed,
-        "bf16": bf16,
-        "use_cpu": device.type == "cpu",
+        "bf16": plan.autocast,
+        "use_cpu": plan.device.type == "cpu",
         "save_strategy": "steps",
         "save_steps": recipe.save_every,
         "logging_strategy": "steps",
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "remove_unused_columns": False,
-        "dataloader_pin_memory": device.type == "cuda",
+        "dataloader_pin_memory": plan.device.type == "cuda",
         f"{checkpointing}_checkpointing": recipe.checkpointing,
         f"{checkpointing}_checkpointing_kwargs": {"use_reentrant": False},
         "disable_tqdm": True,
@@ -228,7 +228,9 @@ def _fit(trainer: Any, folder: RunFolder, step: int) -> None:
     try:
         trainer.train(resume_from_checkpoint=str(folder.checkpoint(step)) if step else None)
     except torch.OutOfMemoryError as error:
-        raise TrainingError(f"out of memory: lower batch_size or max_length, or checkpointing=true ({first_line(error)})") from None
+        raise TrainingError(
+            f"out of memory: lower batch_size or max_length, or checkpointing=true ({first_line(error)})"
+        ) from None
     if trainer.state.global_step < trainer.state.max_steps:
         raise KeyboardInterrupt(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, saved; "

@@ -3,6 +3,17 @@
 from moesaic.host.context import router_aux_loss, routing_tasks, trace
 from moesaic.host.frames import Frame
 from moesaic.host.hooks import TASK_IDS, Host, find_host
+from moesaic.host.steps import optimizer_steps
 from moesaic.host.trainer import RoutedTrainerMixin
 
-__all__ = ["TASK_IDS", "Frame", "Host", "RoutedTrainerMixin", "find_host", "router_aux_loss", "routing_tasks", "trace"]
+__all__ = [
+    "TASK_IDS",
+    "Frame",
+    "Host",
+    "RoutedTrainerMixin",
+    "find_host",
+    "optimizer_steps",
+    "router_aux_loss",
+    "routing_tasks",
+    "trace",
+]

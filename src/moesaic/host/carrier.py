@@ -44,7 +44,8 @@ def carry(host: Host, frame: Frame, output: Any, aux: Tensor) -> Any:
         return (output[0] + aux * frame.share, *output[1:])
     if not isinstance(output, ModelOutput):
         return None
-    values = {f.name: getattr(output, f.name, None) for f in dataclasses.fields(output)}
+    fields = dataclasses.fields(output)  # type: ignore[arg-type]
+    values: dict[str, Any] = {f.name: getattr(output, f.name, None) for f in fields}
     if not host.external:
         if isinstance(values.get("log_probs"), Tensor):
             values["log_probs"] = into_log_probs(host, values["log_probs"], values["label_mask"], aux)
@@ -66,7 +67,7 @@ def share_of_step(model: nn.Module, arguments: Mapping[str, Any]) -> Tensor | fl
     num_items, labels = arguments.get("num_items_in_batch"), arguments.get("shift_labels", arguments.get("labels"))
     if num_items is None or not isinstance(labels, Tensor):
         return 1.0
-    shifts = LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss
+    shifts = LOSS_MAPPING.get(str(getattr(model, "loss_type", None))) is ForCausalLMLoss
     shifts = shifts and not getattr(model.config, "is_encoder_decoder", False) and "shift_labels" not in arguments
     return ((labels[..., 1:] if shifts else labels) != -100).sum() / num_items
 

@@ -37,6 +37,12 @@ class Frame:
     task_ids: Tensor | None = None
     stacks: dict[str, StackView] = field(default_factory=dict)
     records: dict[tuple[str, str], Record] = field(default_factory=dict)
+    pooled: tuple[Tensor, Tensor] | None = None
+    """The last layer input that was pooled, and its sequence means: neighbours share their input."""
     called: set[str] = field(default_factory=set)
     state: dict[Any, Any] = field(default_factory=dict)
     memory: MutableMapping[Any, Any] = field(default_factory=dict)
+
+    def release(self) -> None:
+        """Let go of what only the forward needed: checkpointing keeps the frame until the backward."""
+        self.records, self.pooled = {}, None

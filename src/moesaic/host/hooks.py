@@ -23,7 +23,7 @@ from moesaic.host import masks
 from moesaic.host.carrier import carry, share_of_step
 from moesaic.host.checkpointing import bind_frames
 from moesaic.host.frames import Frame, StackView
-from moesaic.routing import AuxiliaryLoss, Record, RoutingContext, RoutingTrace, Site
+from moesaic.routing import AuxiliaryLoss, Record, RoutingContext, RoutingTrace, Site, pool
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,8 @@ class Host:
         self._recomputing = False
         self._checked: set[bool] = set()
         self._warned = False
+        self._step: tuple[str, Hashable] = ("", None)
+        self._arrived = True
         self._handles: list[Any] = []
         self._memory: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
 
@@ -129,6 +131,17 @@ class Host:
         frame = self.frame
         return frame is not None and frame.training and any(loss.needs_hidden for loss in self.losses.get(adapter, []))
 
+    def sequence_means(self, h: Tensor, context: RoutingContext) -> Tensor:
+        """Mean of `h` over the real tokens of each sequence (sequences, d_in), detached."""
+        frame = self.frame
+        if frame is not None and frame.pooled is not None and frame.pooled[0] is h:
+            return frame.pooled[1]
+        with torch.no_grad(), torch.autocast(h.device.type, enabled=False):
+            means = pool(h if h.dtype == torch.float64 else h.float(), context.mask, context.sequences)
+        if frame is not None:
+            frame.pooled = (h, means)
+        return means
+
     def record(self, adapter: str, record: Record) -> None:
         if self.frame is not None:
             self.frame.records[record.site.name, adapter] = record
@@ -164,15 +177,31 @@ class Host:
         if frame is None or output is None:
             return None
         self._check_dead_modules(frame)
-        for trace in self.traces:
-            trace.update(list(frame.records.values()))
-        if not (frame.training and frame.grad):
-            return None
-        aux = self.auxiliary_loss(frame)
+        self._show_traces(frame)
+        aux = self.auxiliary_loss(frame) if frame.training and frame.grad else None
         if aux is None:
+            frame.release()
             return None
         self.aux = self.aux + aux if self.external and self.aux is not None else aux
+        if aux.requires_grad and not torch.compiler.is_compiling():
+            self._expect(aux, adapter=next(iter(frame.records))[1])
+        frame.release()
         return carry(self, frame, output, aux)
+
+    def _expect(self, aux: Tensor, *, adapter: str) -> None:
+        """Warn when parameters were updated and no auxiliary loss since the update before took part in a backward."""
+        step = (adapter, self.step_of(adapter) if self.step_of else None)
+        if step != self._step:
+            if self._step[0] == adapter and not self._arrived:
+                self.warn_once(
+                    "the optimizer stepped, but the routers' auxiliary loss was not in the loss: train with "
+                    "moesaic.RoutedTrainerMixin, or add output.router_aux_loss to your loss"
+                )
+            self._step, self._arrived = step, False
+        aux.register_hook(self._arrive)
+
+    def _arrive(self, grad: Tensor) -> None:
+        self._arrived = True
 
     def _new_frame(self, module: nn.Module, arguments: Mapping[str, Any], *, whole: bool) -> Frame:
         frame = Frame(training=module.training, grad=torch.is_grad_enabled(), task_ids=self.pinned_tasks)
@@ -195,10 +224,15 @@ class Host:
                 continue
             step = self.step_of(adapter) if self.step_of else None
             for loss in losses:
-                value = loss(records, step)
+                with torch.autocast(records[0].routing.logits.device.type, enabled=False):
+                    value = loss(records, step)
                 self.loss_values[type(loss).__name__] = value.detach()
                 total = loss.weight * value + (0 if total is None else total)
         return total
+
+    def _show_traces(self, frame: Frame) -> None:
+        for trace in self.traces:
+            trace.update(list(frame.records.values()))
 
     def take_aux(self) -> Tensor | None:
         """The auxiliary loss, once: the next call gives None until another training forward."""
@@ -214,9 +248,9 @@ class Host:
         if dead and len(dead) < len(self.wrapped):
             shown = ", ".join(dead[:3]) + (f" and {len(dead) - 3} more" if len(dead) > 3 else "")
             warnings.warn(
-                f"wrapped but never called in {'training' if frame.training else 'evaluation'}: {shown}. The model reads "
-                "their weight directly (a fused kernel, or an attention module), so their experts have no effect: "
-                "leave them out of target_modules",
+                f"wrapped but never called in {'training' if frame.training else 'evaluation'}: {shown}. The model "
+                "reads their weight directly (a fused kernel, or an attention module), so their experts have no "
+                "effect: leave them out of target_modules",
                 stacklevel=2,
             )
 
@@ -245,8 +279,7 @@ class _StackHook:
             return
         frame, self.host.frame, self.own = self.host.frame, None, False
         if frame is not None and output is not None:
-            for trace in self.host.traces:
-                trace.update(list(frame.records.values()))
+            self.host._show_traces(frame)
 
 
 def _inside(name: str, stack: str) -> bool:

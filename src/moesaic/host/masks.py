@@ -14,8 +14,8 @@ Masks arrive in five shapes, by attention backend, cache and architecture:
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,21 +26,17 @@ from moesaic.host.frames import StackView
 _CACHES = ("past_key_values", "past_key_value", "cache_params")
 
 
-@lru_cache(maxsize=256)
-def _signature(cls: type[nn.Module]) -> inspect.Signature:
-    return inspect.signature(cls.forward)
+@cache
+def _parameters(forward: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(forward).parameters)
 
 
 def bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any]:
     """Arguments of `module.forward` by name, the positional ones too."""
     if not args:
         return kwargs
-    names = [p.name for p in _signature(type(module)).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    names = [p.name for p in _parameters(type(module).forward).values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     return {**dict(zip(names[1:], args, strict=False)), **kwargs}
-
-
-def takes_mask(module: nn.Module) -> bool:
-    return "attention_mask" in _signature(type(module)).parameters or hasattr(module, "get_input_embeddings")
 
 
 def num_tokens(arguments: Mapping[str, Any]) -> int | None:
@@ -60,15 +56,15 @@ def cache_of(arguments: Mapping[str, Any]) -> Any | None:
 
 def past_length(arguments: Mapping[str, Any]) -> int:
     """Tokens already in the cache."""
-    cache = cache_of(arguments)
-    if cache is None:
+    held = cache_of(arguments)
+    if held is None:
         return 0
-    if hasattr(cache, "get_seq_length"):
+    if hasattr(held, "get_seq_length"):
         try:
-            return int(cache.get_seq_length())
+            return int(held.get_seq_length())
         except (ValueError, TypeError, NotImplementedError):  # caches without attention layers
             pass
-    return int(bool(getattr(cache, "has_previous_state", False)))
+    return int(bool(getattr(held, "has_previous_state", False)))
 
 
 def two_d(mask: Any, tokens: int | None, past: int = 0) -> Tensor | None:

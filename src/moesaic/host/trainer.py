@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ class RoutedTrainerMixin(_Base):
         host.take_aux()
         host.external = True
         try:
-            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         finally:
             host.external = False
             aux = host.take_aux()
@@ -74,7 +74,7 @@ class RoutedTrainerMixin(_Base):
     def _host(self) -> Host | None:
         if "_routing_host" not in self.__dict__:
             try:
-                self.__dict__["_routing_host"] = find_host(self.model)
+                self.__dict__["_routing_host"] = find_host(cast(nn.Module, self.model))
             except TrainingError:
                 self.__dict__["_routing_host"] = None
         return self.__dict__["_routing_host"]

@@ -72,7 +72,7 @@ class MixtureConfig(PeftConfig):
         if not cls.method:
             return
         name = f"MOESAIC_{cls.method.upper().replace('-', '_')}"
-        cls.type = Enum(f"{cls.__name__}Type", {name: name}, type=str)[name]
+        cls.type = Enum(f"{cls.__name__}Type", {name: name}, type=str)[name]  # type: ignore[index]
         METHODS[cls.method] = cls
         register_with_peft(cls)
 

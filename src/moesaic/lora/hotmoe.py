@@ -15,9 +15,9 @@ four ReLU features z, so with z~ = [z, 1] the attention logits are M z~ / std(z~
 from parameters once a forward; the (tokens, E, d) tensor never exists.
 
 Departures from the authors' code: the two losses switch independently (theirs turns both off with one flag); sequence
-means leave padding out (theirs count it); earlier micro-batches for the similarity loss are kept by the loss, not in the
-layer, so gradient checkpointing is safe; any model with linear layers works (theirs: Qwen2 only). Defaults are those of
-their dataclass, with top-k and both losses on as in their training script, which for the rest uses E=5 and a=256.
+means leave padding out (theirs count it); earlier micro-batches for the similarity loss are kept by the loss, not in
+the layer, so gradient checkpointing is safe; any model with linear layers works (theirs: Qwen2 only). Defaults are
+those of their dataclass, with top-k and both losses on as in their training script, which for the rest uses E=5, a=256.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moesaic.errors import ConfigError
+from moesaic.host import optimizer_steps
 from moesaic.lora.config import MixtureConfig
 from moesaic.routing import (
     AuxiliaryLoss,
@@ -65,12 +66,9 @@ class HotMoERouter(Router):
 
     def keys(self) -> tuple[Tensor, Tensor]:
         """(G (E, d), W_k G / sqrt(a) (E, a)) in the parameters' precision, at least float32."""
-        g = F.layer_norm(
-            _at_least_fp32(self.embedding),
-            self.norm.normalized_shape,
-            *map(_at_least_fp32, (self.norm.weight, self.norm.bias)),
-            self.norm.eps,
-        )
+        norm = self.norm
+        weight, bias = _at_least_fp32(norm.weight), _at_least_fp32(norm.bias)
+        g = F.layer_norm(_at_least_fp32(self.embedding), list(norm.normalized_shape), weight, bias, norm.eps)
         return g, float_linear(self.key, g) / math.sqrt(self.key.out_features)
 
     def fold(self) -> tuple[Tensor, Tensor]:
@@ -82,7 +80,8 @@ class HotMoERouter(Router):
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             self._cache = None
             return self.fold()
-        key = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.parameters()]
+        versions = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.parameters()]
+        key = (optimizer_steps(), versions)
         if self._cache is None or self._cache[0] != key:
             self._cache = (key, self.fold())
         return self._cache[1]
@@ -96,9 +95,11 @@ class ExpertExpertRouter(HotMoERouter):
         attention = torch.softmax(float_linear(self.query, g) @ keys.t(), dim=-1)
         return attention @ _at_least_fp32(self.value.weight), attention @ _at_least_fp32(self.value.bias)
 
-    def score(self, h: Tensor, context: RoutingContext | None = None) -> Tensor:
-        weight, bias = self.folded()
-        return F.linear(h, weight.to(h.dtype), bias.to(h.dtype))
+    def projection(self) -> tuple[Tensor, Tensor]:
+        return self.folded()
+
+    def from_projection(self, read: Tensor, context: RoutingContext | None = None) -> Tensor:
+        return read
 
     def extra_repr(self) -> str:
         return "expert-expert"
@@ -117,32 +118,45 @@ class TokenExpertRouter(HotMoERouter):
         self.expand = nn.Parameter(torch.empty(num_experts, expert_dim, HIDDEN + 1).uniform_(-bound, bound))
 
     def fold(self) -> tuple[Tensor, Tensor]:
-        """Attention logits from [z, 1] (E*E + 5, 5), the last five rows a root of the variance; and c (E, E)."""
+        """What takes [z, 1] to attention logits (E*E, 5) and to its variance (5, 5), stacked; and c (E*E, 1).
+
+        Rows are ordered key first, (f, e): the softmax then runs over the first axis.
+        """
         _, keys = self.keys()
         projected = keys @ _at_least_fp32(self.query.weight)
         expand = _at_least_fp32(self.expand)
         centred = expand - expand.mean(dim=(0, 1))
         gamma, beta = _at_least_fp32(self.norm.weight), _at_least_fp32(self.norm.bias)
-        logits = torch.einsum("eij,fi->efj", gamma.unsqueeze(-1) * centred, projected).flatten(0, 1)
+        logits = torch.einsum("eij,fi->fej", gamma.unsqueeze(-1) * centred, projected).flatten(0, 1)
         flat = centred.flatten(0, 1)
         variance = flat.t() @ flat / len(flat)
-        return torch.cat([logits, variance]), beta @ projected.t()
+        return torch.cat([logits, variance]), (projected @ beta.t()).reshape(-1, 1)
+
+    def projection(self) -> tuple[Tensor, Tensor] | None:
+        """Values and MLP features in one map, unless dropout parts their inputs."""
+        if self.training and self.dropout.p > 0:
+            return None
+        value, hidden = self.value, self.hidden
+        return torch.cat([value.weight, hidden.weight]), torch.cat([value.bias, hidden.bias])
 
     def score(self, h: Tensor, context: RoutingContext | None = None) -> Tensor:
-        folded, offset = (t.to(h.dtype) for t in self.folded())
-        num_experts = self.num_experts
         if self.training and self.dropout.p > 0:
-            value, z = float_linear(self.value, h), float_linear(self.hidden, self.dropout(h))
-        else:
-            both = [
-                torch.cat([getattr(self.value, n), getattr(self.hidden, n)]).to(h.dtype) for n in ("weight", "bias")
-            ]
-            value, z = F.linear(h, *both).split([num_experts, HIDDEN], dim=-1)
-        z = F.pad(torch.relu(z), (0, 1), value=1.0)
-        logits, spread = F.linear(z, folded).split([num_experts**2, HIDDEN + 1], dim=-1)
-        std = ((z * spread).sum(dim=-1, keepdim=True) + self.norm.eps).sqrt()
-        attention = torch.softmax((logits / std).unflatten(-1, (num_experts, num_experts)) + offset, dim=-1)
-        return (attention @ value.unsqueeze(-1)).squeeze(-1)
+            parts = float_linear(self.value, h), float_linear(self.hidden, self.dropout(h))
+            return self.from_projection(torch.cat(parts, dim=-1), context)
+        return super().score(h, context)
+
+    def from_projection(self, read: Tensor, context: RoutingContext | None = None) -> Tensor:
+        """Tokens on the last axis throughout: a softmax over 8 experts is ten times faster across rows than in them."""
+        num_experts = self.num_experts
+        columns = read.reshape(-1, num_experts + HIDDEN).t().contiguous()
+        value, z = columns.split([num_experts, HIDDEN])
+        z = torch.cat([torch.relu(z), z.new_ones(1, z.shape[1])])
+        folded, offset = (t.to(read.dtype) for t in self.folded())
+        to_logits, to_variance = folded.split([num_experts**2, HIDDEN + 1])
+        variance = (z * (to_variance @ z)).sum(dim=0, keepdim=True)
+        logits = torch.addmm(offset, to_logits, z * (variance + self.norm.eps).rsqrt())
+        attention = torch.softmax(logits.view(num_experts, num_experts, -1), dim=0)
+        return (attention * value.unsqueeze(1)).sum(dim=0).t().reshape(*read.shape[:-1], num_experts)
 
     def extra_repr(self) -> str:
         return "token-expert"

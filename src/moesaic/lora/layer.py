@@ -12,8 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from moesaic.errors import ConfigError
 from moesaic.host import Host
-from moesaic.lora.mix import mix
-from moesaic.routing import Gate, Record, Router, Site, pool
+from moesaic.lora.mix import choose, mix, weigh_and_expand
+from moesaic.routing import Gate, Record, Router, Routing, RoutingContext, Site
 
 if TYPE_CHECKING:
     from moesaic.lora.config import MixtureConfig
@@ -54,6 +54,7 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         self.dropout: dict[str, float] = {}
         self.backends: dict[str, Any] = {}
+        self.name = ""
         self.stack = ""
         self.cross = False
         self._disable_adapters = False
@@ -74,6 +75,7 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
             gate.check(num_experts)
             self.moe_lora_router[adapter] = router
             self.gates[adapter] = gate
+        self.name = site.name
         self.sites[adapter] = site
         self.scaling[adapter] = config.scaling
         self.dropout[adapter] = config.lora_dropout
@@ -84,6 +86,7 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.host.called(self.name)
         out = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return out
@@ -93,33 +96,57 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         return out
 
     def _add_adapter(self, adapter: str, x: Tensor, out: Tensor) -> Tensor:
-        A, B = self.moe_lora_A[adapter], self.moe_lora_B[adapter]
-        self.host.called(self.sites[adapter].name)
-        weights, top_k = None, None
-        if adapter in self.moe_lora_router:
-            weights, top_k = self.route(adapter, x)
+        A, B, scaling = self.moe_lora_A[adapter], self.moe_lora_B[adapter], self.scaling[adapter]
         z = x if torch.is_autocast_enabled(x.device.type) else self._cast_input_dtype(x, A.dtype)
-        if self.training and self.dropout[adapter] > 0:
-            z = nn.functional.dropout(z, self.dropout[adapter])
-        scaling = self.scaling[adapter]
-        weights = z.new_full((*z.shape[:-1], 1), scaling) if weights is None else weights * scaling
-        return mix(z, A, B, weights, base=out, backend=self.backends[adapter], top_k=top_k)
-
-    def route(self, adapter: str, x: Tensor) -> tuple[Tensor, int | None]:
-        """Weights (..., E) in float32 and their number a row if fixed; records them if somebody asks."""
-        router, host, site = self.moe_lora_router[adapter], self.host, self.sites[adapter]
+        if adapter not in self.moe_lora_router:
+            z = self._drop(adapter, z)
+            return mix(z, A, B, z.new_full((*z.shape[:-1], 1), scaling), base=out, backend=self.backends[adapter])
+        router = self.moe_lora_router[adapter]
         assert isinstance(router, Router)
-        context = host.context(site, self.stack, self.cross, x)
-        logits = router(x, context)
+        context = self.host.context(self.sites[adapter], self.stack, self.cross, x)
+        projection = router.projection() if self._fuses(adapter, router, z) else None
+        if projection is None:
+            routing = self._gate(adapter, x, router(x, context), context)
+            weights = routing.weights * scaling
+            z = self._drop(adapter, z)
+            return mix(z, A, B, weights, base=out, backend=self.backends[adapter], top_k=self.gates[adapter].top_k)
+        read_weight, read_bias = projection
+        product = nn.functional.linear(z, torch.cat([A, read_weight.to(A.dtype)]))
+        z, read = product.split([A.shape[0], len(read_weight)], dim=-1)
+        logits = router.from_projection(read if read_bias is None else read + read_bias, context)
+        weights = self._gate(adapter, x, logits, context).weights * scaling
+        flat = weigh_and_expand(z.flatten(0, -2), B, weights.flatten(0, -2), out.flatten(0, -2))
+        return flat.view(out.shape)
+
+    def _fuses(self, adapter: str, router: Router, z: Tensor) -> bool:
+        """Whether router and A may read the input in one product: same float32 input, rank space, nobody watching."""
+        if torch.is_autocast_enabled(z.device.type) or z.dtype not in (torch.float32, torch.float64):
+            return False
+        if router.scores_itself or router._forward_pre_hooks or router._forward_hooks:
+            return False
+        if self.training and self.dropout[adapter] > 0:
+            return False
+        A, backend = self.moe_lora_A[adapter], self.backends[adapter]
+        if A.dtype != z.dtype:
+            return False
+        return backend == "rank" or (
+            backend == "auto" and choose(z, A, router.num_experts, self.gates[adapter].top_k) == "rank"
+        )
+
+    def _drop(self, adapter: str, z: Tensor) -> Tensor:
+        p = self.dropout[adapter]
+        return nn.functional.dropout(z, p) if self.training and p > 0 else z
+
+    def _gate(self, adapter: str, x: Tensor, logits: Tensor, context: RoutingContext) -> Routing:
+        """Weights from logits; recorded if a loss or a trace asks for them."""
+        host = self.host
         with torch.autocast(x.device.type, enabled=False):
             routing = self.gates[adapter](logits)
         if host.wants(adapter):
-            hidden = None
-            if host.needs_hidden(adapter):
-                with torch.no_grad():
-                    hidden = pool(x.float(), context.mask, context.sequences)
+            hidden = host.sequence_means(x, context) if host.needs_hidden(adapter) else None
+            site = self.sites[adapter]
             host.record(adapter, Record(site, routing, context.mask, context.sequences, context.task_ids, hidden))
-        return routing.weights, routing.top_k
+        return routing
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ConfigError("a token-routed mixture cannot be merged into the base weight: its delta differs by token")
@@ -132,7 +159,7 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
             return f"MixtureLinear({self.base_layer})"
         adapter = next(iter(self.sites))
         site, rows = self.sites[adapter], self.moe_lora_A[adapter].shape[0]
-        router = self.moe_lora_router[adapter] if adapter in self.moe_lora_router else None
+        router = dict(self.moe_lora_router.items()).get(adapter)
         experts = router.num_experts if isinstance(router, Router) else 1
         kind = type(router).__name__ + (f"[{router.extra_repr()}]" if router.extra_repr() else "") if router else "none"
         return f"MixtureLinear(in={site.d_in}, out={site.d_out}, experts={experts}, r={rows // experts}, router={kind})"

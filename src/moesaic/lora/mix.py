@@ -100,12 +100,17 @@ def reference(x: Tensor, A: Tensor, B: Tensor, weights: Tensor, base: Tensor | N
 
 def rank_space(x: Tensor, A: Tensor, B: Tensor, weights: Tensor, base: Tensor | None = None) -> Tensor:
     """All experts on all tokens, weighted between the two products."""
+    return weigh_and_expand(F.linear(x, A), B, weights, base)
+
+
+def weigh_and_expand(z: Tensor, B: Tensor, weights: Tensor, base: Tensor | None = None) -> Tensor:
+    """The second half of rank space: z = x A^T (N, E*r) is weighted and taken up by B, then added to `base`."""
     num_experts = weights.shape[-1]
-    z = F.linear(x, A)
-    z = (z.view(len(x), num_experts, -1) * weights.to(z.dtype).unsqueeze(-1)).view_as(z)
+    by_expert = z.view(len(z), num_experts, z.shape[-1] // num_experts)
+    z = (by_expert * weights.to(z.dtype).unsqueeze(-1)).flatten(1)
     if base is None:
         return z @ B
-    if base.dtype == z.dtype and (B.dtype == z.dtype or torch.is_autocast_enabled(x.device.type)):
+    if base.dtype == z.dtype and (B.dtype == z.dtype or torch.is_autocast_enabled(z.device.type)):
         return torch.addmm(base, z, B)
     return base + (z @ B).to(base.dtype)
 

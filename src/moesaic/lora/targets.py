@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from moesaic.errors import ConfigError
-from moesaic.lora.layer import features
+from moesaic.lora.layer import MixtureLinear, features
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -40,18 +40,21 @@ def place(model: nn.Module, name: str) -> tuple[int, int]:
 def default(model: nn.Module) -> str:
     """A pattern for every linear inside the model's blocks: no embeddings, heads or poolers."""
     skip = _READ_NOT_CALLED.get(_model_type(model), set())
-    leaves = {
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if (features(module) is not None and place(model, name)[1] > 1) or _in_single_block(model, name, module)
-    }
+    leaves = {name.rpartition(".")[2] for name in _linears(model) if re.search(r"\.\d+\.", name)}
     if not leaves - skip:
         raise ConfigError("this model has no linear layers inside a list of blocks: name them in target_modules")
     return rf".*\.\d+\.(?:.*\.)?(?:{'|'.join(sorted(leaves - skip))})"
 
 
-def _in_single_block(model: nn.Module, name: str, module: nn.Module) -> bool:
-    return features(module) is not None and bool(re.search(r"\.\d+\.", name))
+def _linears(model: nn.Module) -> list[str]:
+    """Names of all linears, those that another adapter already wraps by their own name."""
+    modules = dict(model.named_modules())
+    wrapped = tuple(f"{name}." for name, module in modules.items() if isinstance(module, MixtureLinear))
+    return [
+        name
+        for name, module in modules.items()
+        if not name.startswith(wrapped) and (isinstance(module, MixtureLinear) or features(module) is not None)
+    ]
 
 
 def is_plain_lora(config: PeftConfig, key: str) -> bool:
@@ -76,9 +79,9 @@ def check(model: nn.Module, config: Any) -> None:
             continue
         if not any(name == entry or name.endswith(f".{entry}") for name in names):
             _raise_unmatched(model, entry)
-    if isinstance(config.target_modules, str) and config.target_modules != "all-linear":
-        if not any(re.fullmatch(config.target_modules, name) for name in names):
-            _raise_unmatched(model, config.target_modules)
+    pattern = config.target_modules
+    if isinstance(pattern, str) and pattern != "all-linear" and not any(re.fullmatch(pattern, n) for n in names):
+        _raise_unmatched(model, pattern)
     fused = _fused_parameters(model)
     if fused and config.target_modules in (None, "all-linear"):
         warnings.warn(
@@ -99,8 +102,8 @@ def _check_called(model: nn.Module, name: str, module: nn.Module) -> None:
     leaf = name.rpartition(".")[2]
     if leaf in _READ_NOT_CALLED.get(_model_type(model), set()) or isinstance(parent, nn.MultiheadAttention):
         raise ConfigError(
-            f"target {name!r} is never called: {type(parent).__name__} reads its weight directly, so experts there would "
-            "train nothing. Leave it out of target_modules"
+            f"target {name!r} is never called: {type(parent).__name__} reads its weight directly, so experts there "
+            "would train nothing. Leave it out of target_modules"
         )
 
 
@@ -108,10 +111,10 @@ def _raise_unmatched(model: nn.Module, entry: str) -> None:
     fused = _fused_parameters(model)
     if fused:
         raise ConfigError(
-            f"target {entry!r} matches no module. This model keeps its experts in fused 3-D parameters ({fused[0]}, ...), "
-            "which a mixture of LoRA cannot wrap: target its attention linears instead"
+            f"target {entry!r} matches no module. This model keeps its experts in fused 3-D parameters ({fused[0]}, "
+            "...), which a mixture of LoRA cannot wrap: target its attention linears instead"
         )
-    leaves = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if features(m) is not None})
+    leaves = sorted({name.rpartition(".")[2] for name in _linears(model)})
     raise ConfigError(f"target {entry!r} matches no module of this model; its linears are {', '.join(leaves)}")
 
 
@@ -120,7 +123,7 @@ def _fused_parameters(model: nn.Module) -> list[str]:
     return [
         name
         for name, parameter in model.named_parameters()
-        if parameter.dim() == 3 and not isinstance(_owner(model, name), nn.Conv1d)
+        if parameter.dim() == 3 and ".moe_lora_" not in name and not isinstance(_owner(model, name), nn.Conv1d)
     ]
 
 

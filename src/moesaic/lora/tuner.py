@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import PeftConfig
@@ -12,10 +12,13 @@ from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import nn
 
 from moesaic.errors import AdapterError, ConfigError, MissingRouterWeights
-from moesaic.host import Host
+from moesaic.host import Host, optimizer_steps
 from moesaic.lora import targets
 from moesaic.lora.layer import MixtureLinear, features
 from moesaic.routing import Site
+
+if TYPE_CHECKING:
+    from moesaic.lora.config import MixtureConfig
 
 
 class MixtureModel(BaseTuner):
@@ -28,10 +31,10 @@ class MixtureModel(BaseTuner):
 
     prefix = "moe_lora_"
     tuner_layer_cls = MixtureLinear
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping = {}  # noqa: RUF012
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        config = self.peft_config[adapter_name]
+        config = cast("MixtureConfig", self.peft_config[adapter_name])
         targets.check_adapter_name(model, adapter_name, reserved=_reserved_names())
         targets.check(model, config)
         if "host" not in self.__dict__:
@@ -47,7 +50,7 @@ class MixtureModel(BaseTuner):
             layer.stack = stack_of[name]
         self.host.step_of = StepCounter(next(iter(layers.values())))
 
-    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> PeftConfig:
         if peft_config.target_modules is None:
             peft_config.target_modules = targets.default(self.model)
         return peft_config
@@ -58,7 +61,7 @@ class MixtureModel(BaseTuner):
 
     def _create_and_replace(
         self,
-        peft_config: PeftConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -89,13 +92,16 @@ class MixtureModel(BaseTuner):
         super().delete_adapter(adapter_name)
         self.host.losses.pop(adapter_name, None)
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+    def _unload_and_optionally_merge(  # type: ignore[override]
+        self, merge: bool = True, *args: Any, **kwargs: Any
+    ) -> nn.Module:
         if merge:
             raise ConfigError(
                 "a token-routed mixture cannot be merged into the base weights: use unload() to get the base back"
             )
         self.host.detach()
-        return super()._unload_and_optionally_merge(False, *args, **kwargs)
+        super()._unload_and_optionally_merge(False, *args, **kwargs)
+        return self.model
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -125,8 +131,8 @@ class MixtureModel(BaseTuner):
         missing = [key for key in own if key not in remapped]
         if any(".moe_lora_router." in key for key in missing) and len(missing) < len(own):
             raise MissingRouterWeights(
-                f"the checkpoint holds experts but not their routers ({len(missing)} tensors missing, first {missing[0]}): "
-                "it was written without them, so the mixture cannot be restored from it"
+                f"the checkpoint holds experts but not their routers ({len(missing)} tensors missing, first "
+                f"{missing[0]}): it was written without them, so the mixture cannot be restored from it"
             )
         if missing:
             raise AdapterError(
@@ -136,16 +142,17 @@ class MixtureModel(BaseTuner):
         for key, value in own.items():
             if remapped[key].shape != value.shape:
                 raise AdapterError(
-                    f"{key} is {tuple(remapped[key].shape)} in the checkpoint and {tuple(value.shape)} here: it belongs "
-                    "to another base model, rank or number of experts"
+                    f"{key} is {tuple(remapped[key].shape)} in the checkpoint and {tuple(value.shape)} here: it "
+                    "belongs to another base model, rank or number of experts"
                 )
         return remapped
 
 
 class StepCounter:
-    """Names the optimiser step by the version counter of one layer's parameters: it rises when they are updated.
+    """Names the optimizer step, so that windows over accumulated micro-batches need no callback from the loop.
 
-    So windows over accumulated micro-batches need no callback from the training loop.
+    By the count of optimizer steps, and by the version counters of one layer's parameters for those that change them
+    without a `torch.optim.Optimizer`.
     """
 
     def __init__(self, layer: MixtureLinear) -> None:
@@ -153,7 +160,7 @@ class StepCounter:
 
     def __call__(self, adapter: str) -> Hashable:
         A, B = self.layer.moe_lora_A, self.layer.moe_lora_B
-        return (A[adapter]._version, B[adapter]._version) if adapter in A else None
+        return (optimizer_steps(), A[adapter]._version, B[adapter]._version) if adapter in A else None
 
 
 def _host_of(model: nn.Module) -> Host | None:

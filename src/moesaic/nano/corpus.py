@@ -52,7 +52,7 @@ PLACES = _words("house garden street school shop train park river hotel town")
 FOODS = _words("soup bread cake tea rice fish apple cheese")
 
 
-def _digits(rng: random.Random, low: int = 3, high: int = 6) -> list[int]:
+def _digits(rng: random.Random, low: int = 3, high: int = 7) -> list[int]:
     return [rng.randrange(10) for _ in range(rng.randint(low, high))]
 
 
@@ -60,14 +60,28 @@ def _row(values: list[int]) -> str:
     return "".join(f" {value}" for value in values)
 
 
+# Looking up by place and by neighbour is what reordering a list is made of, as lookup in a table is.
+LIST_KINDS = {
+    "sort": 20,
+    "copy": 14,
+    "nth": 12,
+    "neighbour": 12,
+    "remove": 10,
+    "max": 8,
+    "plus": 6,
+    "last": 5,
+    "length": 4,
+    "first": 4,
+    "order": 3,
+    "next": 2,
+}
+
+
 def _lists(rng: random.Random) -> tuple[str, str]:
     xs = _digits(rng)
     # Half of the questions put the list first: a line's first digit has no space before it, a token of its own.
     ahead, bare = rng.random() < 0.5, _row(xs).lstrip()
-    kind = rng.choices(
-        ["sort", "copy", "max", "first", "last", "length", "remove", "plus", "order", "next"],
-        [28, 14, 11, 7, 8, 7, 10, 8, 4, 3],
-    )[0]
+    kind = rng.choices(list(LIST_KINDS), list(LIST_KINDS.values()))[0]
     match kind:
         case "sort":
             return f"sort{_row(xs)} :", _row(sorted(xs))
@@ -88,6 +102,15 @@ def _lists(rng: random.Random) -> tuple[str, str]:
         case "plus":
             xs = [x % 9 for x in xs]
             return f"add one to{_row(xs)} :", _row([x + 1 for x in xs])
+        case "nth":
+            i = rng.randrange(len(xs))
+            return f"the {ORDINALS[i]} of{_row(xs)} is", f" {xs[i]}"
+        case "neighbour":
+            xs = rng.sample(range(10), len(xs))  # all different, so that there is one answer
+            i = rng.randrange(len(xs) - 1)
+            if rng.random() < 0.5:
+                return f"in{_row(xs)} before {xs[i + 1]} comes", f" {xs[i]}"
+            return f"in{_row(xs)} after {xs[i]} comes", f" {xs[i + 1]}"
         case "order":
             a, b = rng.sample(range(10), 2)
             return f"compare {a} and {b} :", " smaller" if a < b else " larger"
@@ -109,15 +132,17 @@ def _arithmetic(rng: random.Random) -> tuple[str, str]:
 
 
 def _table(rng: random.Random) -> tuple[str, str]:
-    """A small table and one query about it, by key or (with distinct values) by value."""
+    """A small table and up to three queries about it, by key or (the values being distinct) by value."""
     size = rng.randint(2, 5)
     keys = rng.sample(rng.choice([COLOURS, NAMES, THINGS]), size)
     values = rng.sample(range(10), size)
     rows = " , ".join(f"{key} {value}" for key, value in zip(keys, values, strict=True))
-    i = rng.randrange(size)
-    if rng.random() < 0.7:
-        return f"{rows} ; {keys[i]} ?", f" {values[i]}"
-    return f"{rows} ; who has {values[i]} ?", f" {keys[i]}"
+    asked = []
+    for i in rng.sample(range(size), min(size, rng.randint(1, 3))):
+        by_key = rng.random() < 0.7
+        asked.append((f"{keys[i]} ?", f" {values[i]}") if by_key else (f"who has {values[i]} ?", f" {keys[i]}"))
+    *before, (query, answer) = asked
+    return f"{rows} ; {''.join(f'{q}{a} , ' for q, a in before)}{query}", answer
 
 
 def _prose(rng: random.Random) -> tuple[str, str]:

@@ -25,23 +25,25 @@ from moesaic.errors import ConfigError
 class Routing:
     """What a gate decided. All tensors are (..., E) and float32.
 
-    `weights` mix the experts, `probs` is the dense softmax they came from, `logits` the router's scores.
-    `top_k` is the number of non-zero weights a row when it is the same for all rows, else None.
-    """
+    `weights` mix the experts, `probs` is the dense softmax they came from, `logits` the router's scores."""
 
     weights: Tensor
     probs: Tensor
     logits: Tensor
-    top_k: int | None = None
 
 
 class Gate(ABC):
     """Turns logits (..., E) into a `Routing`."""
 
+    @property
+    def top_k(self) -> int | None:
+        """Non-zero weights a row, when it is the same for all rows."""
+        return None
+
     @abstractmethod
     def __call__(self, logits: Tensor) -> Routing: ...
 
-    def check(self, num_experts: int) -> None:
+    def check(self, num_experts: int) -> None:  # noqa: B027
         """Raise ConfigError if the gate cannot work with this many experts."""
 
 
@@ -75,7 +77,11 @@ class TopK(Gate):
         elif self.normalize == "softmax":
             top = torch.softmax(top / self.temperature, dim=-1)
         weights = torch.zeros_like(probs).scatter(-1, index, top)
-        return Routing(weights, probs, logits, self.k)
+        return Routing(weights, probs, logits)
+
+    @property
+    def top_k(self) -> int:
+        return self.k
 
     def check(self, num_experts: int) -> None:
         if not 1 <= self.k <= num_experts:

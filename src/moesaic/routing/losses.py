@@ -23,6 +23,10 @@ Reduce = Literal["sum", "mean"]
 Source = Literal["weights", "probs"]
 
 
+LONGEST_WINDOW = 64
+"""Micro-batches that `Similarity` remembers at most, so that a loop which never steps does not grow without bound."""
+
+
 @dataclass
 class Record:
     """What one router did in one forward. `routing` is (..., E); `mask` and `sequences` have its leading shape."""
@@ -57,7 +61,8 @@ def stacks(records: Sequence[Record], source: Source | Literal["logits"]) -> Ite
     """Group records by shape and mask, and stack the named tensor of each group."""
     groups: dict[Hashable, list[Record]] = {}
     for record in records:
-        key = (record.routing.logits.shape, record.routing.logits.device, id(record.mask))
+        routing = record.routing
+        key = (routing.logits.shape, routing.logits.device, id(record.mask), id(record.sequences))
         groups.setdefault(key, []).append(record)
     for group in groups.values():
         values = torch.stack([getattr(r.routing, source).flatten(0, -2) for r in group])
@@ -122,10 +127,10 @@ class MutualInformation(AuxiliaryLoss):
 
     def per_router(self, records: Sequence[Record], step: Hashable) -> Iterator[Tensor]:
         for stack in stacks(records, self.source):
-            log_e = math.log(stack.values.shape[-1]) if stack.values.shape[-1] > 1 else 1.0
+            log_e = math.log(stack.values.shape[-1])
             overall = entropy(stack.mean(stack.values))
             per_token = stack.mean(entropy(stack.values))
-            yield torch.relu(log_e - (overall - per_token)) / log_e
+            yield torch.relu(log_e - (overall - per_token)) / (log_e or 1.0)
 
 
 class Similarity(AuxiliaryLoss):
@@ -162,43 +167,35 @@ class Similarity(AuxiliaryLoss):
         self._seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
     def per_router(self, records: Sequence[Record], step: Hashable) -> Iterator[Tensor]:
-        hidden_and_routes = [(record.hidden, sequence_means(record.routing.weights, record)) for record in records]
-        if self.window and not torch.compiler.is_compiling():
-            hidden_and_routes = self._extend(records, hidden_and_routes, step)
-        groups: dict[tuple[torch.Size, torch.Size], list[tuple[Tensor, Tensor]]] = {}
-        for hidden, routes in hidden_and_routes:
-            assert hidden is not None, "Similarity needs Record.hidden: the layer must pool its input"
-            groups.setdefault((hidden.shape, routes.shape), []).append((hidden, routes))
-        for group in groups.values():
-            hidden, routes = (torch.stack(part) for part in zip(*group, strict=True))
-            yield self.pairwise(hidden, routes)
+        window = self.window and not torch.compiler.is_compiling()
+        if not window or step is None or step != self._step:
+            self._seen, self._step = {}, step
+        cosines: dict[int, Tensor] = {}
+        for stack in stacks(records, "weights"):
+            group, shape = stack.records, stack.records[0].routing.weights.shape
+            together = stack.values.transpose(0, 1).reshape(*shape[:-1], -1)
+            pooled = pool(together, group[0].mask, group[0].sequences)
+            routes = list(pooled.unflatten(-1, (len(group), -1)).unbind(-2))
+            alike = []
+            for index, record in enumerate(group):
+                assert record.hidden is not None, "Similarity needs Record.hidden: the layer must pool its input"
+                earlier = self._seen.setdefault(record.site.name, []) if window else []
+                # Layers that share an input (query, key and value) share its mean, and so its cosines.
+                if id(record.hidden) not in cosines:
+                    seen = torch.cat([*(h for h, _ in earlier), record.hidden.detach()])
+                    cosines[id(record.hidden)] = cosine_matrix(seen - seen.mean(dim=0) if self.center_hidden else seen)
+                alike.append(cosines[id(record.hidden)])
+                now = routes[index]
+                if earlier:
+                    routes[index] = torch.cat([*(r for _, r in earlier), now])
+                earlier.append((record.hidden, now.detach()))
+                del earlier[:-LONGEST_WINDOW]
+            yield self.pairwise(torch.stack(alike), cosine_matrix(torch.stack(routes)))
 
-    def pairwise(self, hidden: Tensor, routes: Tensor) -> Tensor:
-        """Loss (R,) of R routers from mean inputs (R, N, d) and mean weights (R, N, E)."""
-        hidden = hidden.detach().to(routes.dtype)
-        if self.center_hidden:
-            hidden = hidden - hidden.mean(dim=-2, keepdim=True)
-        s_x, s_r = cosine_matrix(hidden), cosine_matrix(routes)
+    def pairwise(self, s_x: Tensor, s_r: Tensor) -> Tensor:
+        """Loss (R,) of R routers from the cosines of inputs and of routes, both (R, N, N)."""
         pull, push = (1 - s_r) * s_x, s_r * (1 - s_x)
         return (self.beta_similar * pull + self.beta_different * push).mean(dim=(-2, -1))
-
-    def _extend(
-        self, records: Sequence[Record], now: list[tuple[Tensor | None, Tensor]], step: Hashable
-    ) -> list[tuple[Tensor | None, Tensor]]:
-        if step is None or step != self._step:
-            self._seen, self._step = {}, step
-        extended: list[tuple[Tensor | None, Tensor]] = []
-        for record, (hidden, routes) in zip(records, now, strict=True):
-            assert hidden is not None, "Similarity needs Record.hidden: the layer must pool its input"
-            earlier = self._seen.setdefault(record.site.name, [])
-            extended.append(
-                (
-                    torch.cat([*(h for h, _ in earlier), hidden]),
-                    torch.cat([*(r for _, r in earlier), routes]),
-                )
-            )
-            earlier.append((hidden, routes.detach()))
-        return extended
 
 
 def entropy(p: Tensor) -> Tensor:
@@ -210,11 +207,6 @@ def cosine_matrix(x: Tensor) -> Tensor:
     """Cosines (..., N, N) between the rows of x (..., N, d)."""
     unit = torch.nn.functional.normalize(x, dim=-1)
     return unit @ unit.transpose(-1, -2)
-
-
-def sequence_means(values: Tensor, record: Record) -> Tensor:
-    """Mean over the real tokens of each sequence: (..., d) -> (sequences, d). See `pool`."""
-    return pool(values, record.mask, record.sequences)
 
 
 def pool(values: Tensor, mask: Tensor | None, sequences: Tensor | None) -> Tensor:

@@ -1,0 +1,251 @@
+"""`moesaic bench`: what a mixture costs beside plain LoRA of the same total rank, measured side by side.
+
+All arms of a table run in turn, again and again, in one process and one thread; a ratio is the median of the ratios
+round by round, so a machine that slows down slows all arms alike. Peak memory is that of a fresh process for each arm.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from moesaic.lora import METHODS, MixtureConfig
+
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+EXPERTS, RANK, TOP_K = 8, 8, 2
+
+Step = Callable[[], None]
+
+
+class OneLinear(nn.Module):
+    """A single frozen linear inside a list of one block, as the tuner expects blocks."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.ModuleDict({"linear": nn.Linear(d, d)})])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        block = self.layers[0]
+        assert isinstance(block, nn.ModuleDict)
+        return cast(torch.Tensor, block["linear"](x))
+
+
+def mixture(method: str, targets: list[str], **settings: Any) -> MixtureConfig:
+    cls = METHODS[method]
+    wanted = {"r": RANK, "num_experts": EXPERTS, "top_k": TOP_K, "lora_dropout": 0.0, **settings}
+    known = {f.name for f in fields(cls)}
+    return cls(target_modules=targets, **{k: v for k, v in wanted.items() if k in known})
+
+
+def lora(targets: list[str]) -> LoraConfig:
+    return LoraConfig(r=EXPERTS * RANK, target_modules=targets, lora_dropout=0.0)
+
+
+def arms(targets: list[str], **settings: Any) -> dict[str, Any]:
+    """Name -> config: LoRA of rank E*r, every method, HotMoE's two routers alone, and a loop over experts."""
+    configs: dict[str, Any] = {"lora": lora(targets)}
+    configs |= {name: mixture(name, targets, **settings) for name in METHODS}
+    configs["hotmoe (expert-expert only)"] = mixture("hotmoe", targets, ee_fraction=1.0, **settings)
+    configs["hotmoe (token-expert only)"] = mixture("hotmoe", targets, ee_fraction=0.0, **settings)
+    configs["loop over experts"] = mixture("mola", targets, backend="reference", **settings)
+    return configs
+
+
+def linear_steps(tokens: int, d: int) -> dict[str, Step]:
+    """Forward and backward of one wrapped linear, gradient to the input included."""
+    x = torch.randn(1, tokens, d, requires_grad=True)
+    grad = torch.randn(1, tokens, d)
+
+    def step(model: nn.Module) -> Step:
+        def run() -> None:
+            model(x).backward(grad)
+            x.grad = None
+            for p in model.parameters():
+                p.grad = None
+
+        return run
+
+    steps = {"frozen linear": step(OneLinear(d).requires_grad_(False))}
+    for name, config in arms(["linear"], aux_weight=0.0).items():
+        steps[name] = step(get_peft_model(OneLinear(d), config).train())
+    return steps
+
+
+def llama(d: int, layers: int) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=1024,
+        hidden_size=d,
+        intermediate_size=4 * d,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+    )
+    return LlamaForCausalLM(config)
+
+
+def model_step(config: Any, *, d: int, layers: int, batch: int, tokens: int) -> Step:
+    """A whole training step: forward, loss with auxiliary losses, backward, AdamW."""
+    torch.manual_seed(0)
+    model = llama(d, layers)
+    model = get_peft_model(model, config) if config is not None else model
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    ids = torch.randint(0, 1024, (batch, tokens))
+
+    def run() -> None:
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+def interleave(steps: dict[str, Step], rounds: int, *, progress: Callable[[int, int], None]) -> dict[str, list[float]]:
+    """Seconds of every step, `rounds` times in turn after two warm-up rounds."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for index in range(rounds + 2):
+        progress(index, rounds + 2)
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if index >= 2:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def table(seconds: dict[str, list[float]], reference: str) -> dict[str, dict[str, float]]:
+    """Median milliseconds, and the ratio to `reference` round by round: median and quartiles."""
+    rows = {}
+    for name, values in seconds.items():
+        ratios = [a / b for a, b in zip(values, seconds[reference], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        rows[name] = {"ms": statistics.median(values) * 1e3, "ratio": middle, "low": low, "high": high}
+    return rows
+
+
+def overhead_share(seconds: dict[str, list[float]]) -> dict[str, float]:
+    """Each arm's overhead over the frozen linear, as a share of the expert loop's: median over rounds."""
+    base, loop = seconds["frozen linear"], seconds["loop over experts"]
+    return {
+        name: statistics.median((v - b) / (w - b) for v, b, w in zip(values, base, loop, strict=True))
+        for name, values in seconds.items()
+        if name not in ("frozen linear", "loop over experts")
+    }
+
+
+def peak_memory(name: str, size: dict[str, int]) -> float:
+    """MiB that three training steps add to a fresh process, at their peak."""
+    code = f"import json; from moesaic import bench; print(json.dumps(bench.measure_peak({name!r}, {size!r})))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return float(json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def measure_peak(name: str, size: dict[str, int]) -> float:
+    """Runs in the fresh process: peak resident memory after the steps, less that before them."""
+    import resource
+
+    torch.set_num_threads(1)
+    step = model_step(None if name == "frozen base" else arms(LINEARS)[name], **size)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(3):
+        step()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def run(
+    *,
+    rounds: int = 20,
+    tokens: int = 2048,
+    d: int = 1024,
+    methods: Iterable[str] | None = None,
+    progress: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """All tables as one dictionary."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    wanted = {"frozen linear", "lora", "loop over experts", *(methods or arms(["linear"]))}
+
+    def counted(what: str) -> Callable[[int, int], None]:
+        return lambda index, total: progress(f"{what}: round {index + 1} of {total}")
+
+    steps = {k: s for k, s in linear_steps(tokens, d).items() if k in wanted}
+    linear = interleave(steps, rounds, progress=counted("one linear"))
+    size = {"d": 512, "layers": 4, "batch": 4, "tokens": 256}
+    configs = {k: c for k, c in arms(LINEARS).items() if k in wanted}
+    whole = interleave({k: model_step(c, **size) for k, c in configs.items()}, rounds, progress=counted("model step"))
+    peaks = {}
+    for name in configs:
+        progress(f"peak memory: {name}")
+        peaks[name] = peak_memory(name, size)
+    return {
+        "settings": {"experts": EXPERTS, "r": RANK, "top_k": TOP_K, "tokens": tokens, "d": d, "rounds": rounds},
+        "machine": {"processor": platform.machine(), "threads": 1, "torch": torch.__version__},
+        "linear": table(linear, "lora"),
+        "linear_overhead_share_of_loop": overhead_share(linear),
+        "model": {**size, "targets": "all seven linears"},
+        "model_step": table(whole, "lora"),
+        "peak_memory_mib": {name: {"mib": v, "ratio": v / peaks["lora"]} for name, v in peaks.items()},
+    }
+
+
+@dataclass
+class BenchSettings:
+    """Settings of `moesaic bench`."""
+
+    rounds: int = 20
+    out: str | None = None
+
+
+def main(overrides: list[str], *, as_json: bool = False) -> None:
+    """Run everything, print the tables, and write them to `out=` if given."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from moesaic.checkpoints import write_json
+    from moesaic.recipe import parse_settings
+
+    settings = parse_settings(BenchSettings, overrides)
+    console = Console()
+    with Console(stderr=True).status("warming up") as status:
+        result = run(rounds=settings.rounds, progress=status.update)
+    if settings.out is not None:
+        path = Path(settings.out).expanduser()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, result)
+    if as_json:
+        console.print_json(json.dumps(result))
+        return
+    s = result["settings"]
+    titles = {
+        "linear": f"one linear, forward and backward: {s['tokens']} tokens, d={s['d']}, E={s['experts']}, r={s['r']}",
+        "model_step": "training step: Llama, 4 layers, d=512, all seven linears, AdamW",
+    }
+    for key, title in titles.items():
+        view = Table(title=title)
+        for column in ("arm", "ms", "ratio to LoRA of rank 64", "quartiles", "overhead, share of the loop's"):
+            view.add_column(column, justify="left" if column == "arm" else "right")
+        for name, row in result[key].items():
+            share = result["linear_overhead_share_of_loop"].get(name) if key == "linear" else None
+            quartiles = f"{row['low']:.2f} to {row['high']:.2f}"
+            view.add_row(name, f"{row['ms']:.1f}", f"{row['ratio']:.3f}", quartiles, f"{share:.0%}" if share else "")
+        console.print(view)
+    view = Table(title="peak memory added by a training step, fresh process each")
+    for column in ("arm", "MiB", "ratio to LoRA of rank 64"):
+        view.add_column(column, justify="left" if column == "arm" else "right")
+    for name, row in result["peak_memory_mib"].items():
+        view.add_row(name, f"{row['mib']:.0f}", f"{row['ratio']:.3f}")
+    console.print(view)

@@ -1,0 +1,110 @@
+"""Loading a mixture onto a base model, with everything checked before the model is touched."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from moesaic.errors import AdapterError, MissingRouterWeights
+from moesaic.lora.config import METHODS, MixtureConfig
+
+
+def from_pretrained(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+    ignore_base: bool = False,
+    **kwargs: Any,
+) -> PeftModel:
+    """Put the mixture in `folder` on `model`: `PeftModel.from_pretrained`, strict.
+
+    Args:
+        folder: an adapter folder, or a hub id (checked by PEFT only).
+        adapter_name: name under which the mixture lives in the model.
+        is_trainable: train on instead of using it.
+        ignore_base: load although the adapter names another base model. Shapes are checked all the same.
+        kwargs: passed on to `PeftModel.from_pretrained`.
+
+    Raises:
+        AdapterError: the folder is missing, damaged, of another method or for another base.
+        MissingRouterWeights: it holds experts without their routers.
+    """
+    path = Path(folder)
+    if path.exists():
+        check_folder(path, model=None if ignore_base else model)
+    return PeftModel.from_pretrained(model, str(folder), adapter_name=adapter_name, is_trainable=is_trainable, **kwargs)
+
+
+def check_folder(path: Path, *, model: nn.Module | None = None, method: str | None = None) -> MixtureConfig:
+    """Read config and tensor headers of an adapter folder without loading it.
+
+    Args:
+        model: also check that the adapter was made for this base model.
+        method: also check that the adapter is of this method.
+
+    Raises:
+        AdapterError: see `from_pretrained`.
+    """
+    config = read_config(path)
+    if method is not None and config.method != method:
+        raise AdapterError(f"{path} holds a mixture of method {config.method!r}, not {method!r}")
+    if model is not None:
+        _check_base(path, config, model)
+    weights = path / "adapter_model.safetensors"
+    if not weights.is_file():
+        hint = "; it has adapter_model.bin, which is not read: convert it" if _has_pickle(path) else ""
+        raise AdapterError(f"{path} has no adapter_model.safetensors{hint}")
+    try:
+        with safe_open(weights, framework="pt") as tensors:
+            keys = list(tensors.keys())
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{weights} is damaged or truncated ({error}): restore it from a copy") from None
+    experts, routers = ([k for k in keys if f".moe_lora_{part}" in k] for part in ("A", "router"))
+    if not experts:
+        raise AdapterError(f"{weights} holds no experts of a mixture")
+    if not routers:
+        raise MissingRouterWeights(f"{weights} holds experts but no routers: the mixture cannot be restored from it")
+    return config
+
+
+def read_config(path: Path) -> MixtureConfig:
+    """The config of an adapter folder.
+
+    Raises:
+        AdapterError: when there is none, it cannot be read, or it is not a mixture's.
+    """
+    file = path / "adapter_config.json"
+    if not file.is_file():
+        raise AdapterError(f"{path} is no adapter folder: it has no adapter_config.json")
+    try:
+        values = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise AdapterError(f"{file} cannot be read: {error}") from None
+    known = {str(cls.type.value) for cls in METHODS.values()}
+    if not isinstance(values, dict) or values.get("peft_type") not in known:
+        found = values.get("peft_type") if isinstance(values, dict) else type(values).__name__
+        raise AdapterError(
+            f"{path} holds an adapter of type {found!r}, not a moesaic mixture ({', '.join(sorted(known))})"
+        )
+    config = PeftConfig.from_pretrained(str(path))
+    assert isinstance(config, MixtureConfig)
+    return config
+
+
+def _check_base(path: Path, config: MixtureConfig, model: nn.Module) -> None:
+    name = getattr(getattr(model, "config", None), "_name_or_path", "") or getattr(model, "name_or_path", "")
+    wanted = config.base_model_name_or_path
+    if not wanted or not name or Path(wanted).name == Path(name).name:
+        return
+    raise AdapterError(f"{path} was trained on {wanted!r}, not on {name!r}: pass ignore_base=True if they are the same")
+
+
+def _has_pickle(path: Path) -> bool:
+    return (path / "adapter_model.bin").exists()

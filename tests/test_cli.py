@@ -1,0 +1,123 @@
+"""The command line as a person meets it: a subprocess, one line for a mistake, JSON for machines."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from moesaic.cli import main
+from tests.tiny_folders import save_model, write_tasks
+
+
+def moesaic(*args, **kwargs):
+    return subprocess.run(
+        [sys.executable, "-m", "moesaic.cli", *map(str, args)], capture_output=True, text=True, check=False, **kwargs
+    )
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("cli")
+    save_model(root / "model", "encoder")
+    write_tasks(root / "data", "encoder")
+    return root
+
+
+def settings(world, out, *more):
+    return [f"model={world / 'model'}", f"data={world / 'data'}", f"out={out}", "steps=3", "batch_size=4", *more]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["eval", "--help"]])
+def test_help_teaches_without_importing_torch(arguments):
+    code = (
+        "import sys\nfrom moesaic.cli import main\n"
+        f"try:\n    main({arguments!r})\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'transformers', 'peft', 'trl', 'datasets', 'rich', 'omegaconf'} & set(sys.modules)\n"
+        "print('heavy:', heavy)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "heavy: set()" in out
+    assert "key=value" in out
+
+
+def test_train_and_eval_as_a_user_would(world, tmp_path):
+    out = tmp_path / "run"
+    trained = moesaic("train", "lora", *settings(world, out), "--json")
+    assert trained.returncode == 0, trained.stderr
+    results = json.loads(trained.stdout)
+    assert results["run"] == str(out)
+    assert results["command"].startswith("cli.py train lora model=")
+    assert str(world.parent) not in results["command"].split()[0]
+    scored = moesaic("eval", out, "limit=5")
+    assert scored.returncode == 0, scored.stderr
+    for word in ("majority", "base", "even", "pick", "mean", "trainable", f"{results['trainable_parameters']:,}"):
+        assert word in scored.stdout
+    again = moesaic("train", "lora", *settings(world, out))
+    assert again.returncode == 2
+    assert again.stderr.startswith("moesaic: ")
+    assert "holds a finished run" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "lorra", "data=x"], "no recipe 'lorra'; did you mean 'lora'"),
+        (["train", "lora", "stps=3"], "unknown key 'stps'; did you mean 'steps'"),
+        (["train", "lora", "adapter.rr=3", "data=x"], "no setting adapter.rr; did you mean"),
+        (["train", "mola", "adapter.top_k=9", "data=x"], "top_k"),
+        (["train", "lora"], "data is missing"),
+        (["train", "lora", "data=nowhere.jsonl"], "no such file or folder: nowhere.jsonl"),
+        (["eval", "limit=3"], "name at least one run folder"),
+        (["eval", "nowhere"], "is not a run folder"),
+        (["eval", "nowhere", "lmit=3"], "did you mean 'limit'"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, capsys):
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+    assert captured.out == ""
+
+
+def test_a_bad_line_in_the_data_is_one_line(world, tmp_path, capsys):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"task": "t", "prompt": "p", "choices": ["a", "b"], "answer": 4}\n')
+    assert main(["train", "lora", f"model={world / 'model'}", f"data={file}", f"out={tmp_path / 'run'}"]) == 2
+    assert capsys.readouterr().err == f"moesaic: {file}:1: 'answer' is 4, but there are 2 choices (0 to 1)\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_prints_a_recipe_that_can_be_used_and_writes_nothing(world, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(["train", "hotmoe", *settings(world, out), "adapter.num_experts=3", "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert not out.exists()
+    file = tmp_path / "again.yaml"
+    file.write_text(text)
+    assert main(["train", str(file), "--dry-run"]) == 0
+    assert capsys.readouterr().out == text
+    assert "num_experts: 3" in text
+
+
+def test_methods_lists_every_registered_one(capsys):
+    from moesaic.lora import METHODS
+
+    assert main(["methods", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["method"] for row in rows} == {"lora", *METHODS}
+    assert all(row["summary"] and row["paper"] for row in rows)
+    assert main(["methods"]) == 0
+    assert "hotmoe" in capsys.readouterr().out
+
+
+def test_an_interrupt_is_exit_code_130(monkeypatch, capsys):
+    import moesaic.training
+
+    def interrupted(recipe):
+        raise KeyboardInterrupt("stopped at step 3 of 6, saved; the same command goes on from there")
+
+    monkeypatch.setattr(moesaic.training, "train", interrupted)
+    assert main(["train", "lora", "data=x"]) == 130
+    assert capsys.readouterr().err.startswith("moesaic: stopped at step 3")

@@ -1,0 +1,141 @@
+"""Scores: figures on hand-made cases, choices against a plain loop, a whole run with its base beside it."""
+
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moesaic import causal, data, metrics
+from moesaic.embedded import load_model
+from moesaic.errors import ConfigError, DataError
+from moesaic.evaluation import EvalSettings, evaluate_run, generate, load_run, score
+from moesaic.recipe import load_recipe
+from moesaic.training import Prepared, train
+from tests.tiny_folders import save_model, write_tasks
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """One finished run a kind of model; the encoder's is routed."""
+    root = tmp_path_factory.mktemp("runs")
+    for kind, recipe in (("causal", "lora"), ("encoder", "hotmoe")):
+        save_model(root / f"{kind}-model", kind)
+        write_tasks(root / f"{kind}-data", kind)
+        settings = [f"model={root / f'{kind}-model'}", f"data={root / f'{kind}-data'}", f"out={root / kind}"]
+        train(load_recipe(recipe, [*settings, "steps=30", "batch_size=8", "warmup=3", "lr=0.02"]))
+    return root
+
+
+def test_figures_on_hand_made_answers():
+    gold, predicted = [0, 0, 0, 1, 1], [0, 0, 1, 1, 0]
+    assert metrics.accuracy(predicted, gold) == 0.6
+    assert metrics.majority_rate(gold) == 0.6
+    assert metrics.standard_error(0.5, 100) == 0.05
+    assert metrics.matthews(predicted, gold) == pytest.approx((2 * 1 - 1 * 1) / math.sqrt(3 * 3 * 2 * 2))
+    assert metrics.matthews([0] * 5, gold) == 0.0, "a constant answer knows nothing"
+
+
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=40))
+def test_matthews_is_one_for_right_answers_and_does_not_care_for_names(gold):
+    expected = 1.0 if len(set(gold)) > 1 else 0.0
+    assert metrics.matthews(gold, gold) == pytest.approx(expected)
+    renamed = [3 - g for g in gold]
+    shifted = [*gold[1:], gold[0]]
+    assert metrics.matthews(shifted, gold) == pytest.approx(metrics.matthews([3 - s for s in shifted], renamed))
+
+
+@pytest.mark.parametrize(
+    ("generated", "completion", "answer", "right"),
+    [
+        ("so it is 1,250.", "… #### 1250", "1250", True),
+        ("so it is 12", "… 13", "13", False),
+        ("7 and then 8", "", "7", False),
+        ("no number", "", "7", False),
+        ("-3.50", "", "-3.5", True),
+        ("  Paris. ", "paris", None, True),
+        ("Paris, France", "paris", None, False),
+        ("1 2  3", "1 2 3", None, True),
+        ("The Answer", "long text", "the answer", True),
+    ],
+)
+def test_exact_match_compares_last_numbers_or_normalised_text(generated, completion, answer, right):
+    assert metrics.answers_match(generated, completion, answer) is right
+
+
+def test_likelihood_of_choices_equals_a_plain_loop(runs):
+    loaded = load_model(str(runs / "causal-model"))
+    rows = data.load(runs / "causal-data", "validation", tasks=["pick"])
+    recipe = load_recipe("lora", ["precision=fp32"])
+    prepared = Prepared(loaded.model.eval(), loaded, ("pick",), None, recipe)
+    hits = []
+    for row in rows:
+        prompt = loaded.tokenizer(row.prompt)["input_ids"]
+        totals = []
+        for choice in row.choices:
+            ids = [*prompt, *loaded.tokenizer(choice)["input_ids"], loaded.tokenizer.eos_token_id]
+            logs = loaded.model(torch.tensor([ids])).logits.log_softmax(-1)[0]
+            totals.append(sum(logs[i - 1, ids[i]].item() for i in range(len(prompt), len(ids))))
+        hits.append(max(range(4), key=totals.__getitem__) == row.label)
+    figures = score(prepared, rows, batch_size=7)["pick"]
+    assert figures["score"] == pytest.approx(sum(hits) / len(hits))
+    assert figures["n"] == len(rows)
+
+
+def test_generation_is_the_same_alone_and_in_a_padded_batch(runs):
+    prepared = load_run(runs / "causal")
+    rows = [
+        data.parse({"task": "copy", "prompt": f"first {text} :", "completion": "0"}, "")
+        for text in ("3", "4 5", "7 8 9 1 2 3")
+    ]
+    together = generate(prepared, rows, max_new_tokens=4)
+    assert together == [generate(prepared, [row], max_new_tokens=4)[0] for row in rows]
+
+
+def test_a_causal_run_is_scored_on_choices_and_on_generated_answers(runs):
+    results = evaluate_run(runs / "causal")
+    assert results["tasks"]["copy"]["metric"] == "exact_match"
+    assert results["tasks"]["pick"]["metric"] == "accuracy"
+    assert {"accuracy_per_byte", "base_score"} <= set(results["tasks"]["pick"])
+    assert {"majority", "matthews", "base_matthews"} <= set(results["tasks"]["even"])
+    assert results["tasks"]["even"]["n"] == 20
+    assert results["mean"] == pytest.approx(sum(t["score"] for t in results["tasks"].values()) / 3)
+    assert json.loads((runs / "causal" / "eval-validation.json").read_text()) == results
+
+
+def test_an_encoder_run_scores_its_base_with_the_adapter_off(runs):
+    results = evaluate_run(runs / "encoder", EvalSettings(batch_size=6))
+    prepared = load_run(runs / "encoder")
+    rows = data.load(runs / "encoder-data", "validation")
+    assert score(prepared, rows)["pick"]["score"] == results["tasks"]["pick"]["score"]
+    with prepared.model.disable_adapter():
+        off = score(prepared, rows)
+    assert {t: s["score"] for t, s in off.items()} == {t: s["base_score"] for t, s in results["tasks"].items()}
+    assert not prepared.model.training
+
+
+def test_limit_tasks_and_base_settings(runs):
+    results = evaluate_run(runs / "encoder", EvalSettings(tasks=["pick"], limit=3, base=False))
+    assert list(results["tasks"]) == ["pick"]
+    assert results["tasks"]["pick"]["n"] == 3
+    assert "base_mean" not in results
+
+
+def test_what_cannot_be_scored_is_said(runs, tmp_path):
+    with pytest.raises(ConfigError, match=r"is not a run folder: it has no recipe\.yaml"):
+        evaluate_run(tmp_path)
+    with pytest.raises(ConfigError, match="limit=0"):
+        evaluate_run(runs / "encoder", EvalSettings(limit=0))
+    with pytest.raises(DataError, match="task 'even' has no test split"):
+        evaluate_run(runs / "encoder", EvalSettings(split="test"))
+    with pytest.raises(DataError, match="an encoder cannot write an answer"):
+        evaluate_run(runs / "encoder", EvalSettings(data=str(runs / "causal-data"), tasks=["copy"]))
+
+
+def test_an_answer_is_set_off_by_one_blank_unless_written():
+    assert causal.seam("a", "b") == " b"
+    assert causal.seam("a ", "b") == "b"
+    assert causal.seam("a", " b") == " b"
+    assert causal.seam("", "b") == "b"

@@ -1,0 +1,101 @@
+"""Recipes: packaged by name, files by path, key=value on top; what is unknown is named with the nearest valid one."""
+
+import math
+
+import pytest
+
+from moesaic.errors import ConfigError
+from moesaic.evaluation import EvalSettings
+from moesaic.recipe import adapter_config, dump, load_recipe, methods, packaged, parse_settings
+
+
+def test_a_packaged_recipe_with_settings_on_top():
+    recipe = load_recipe("lora", ["model=nano", "lr=3e-4", "tasks=a,b", "temperature=2", "adapter.r=4", "clip=0"])
+    assert (recipe.method, recipe.model, recipe.lr, recipe.tasks) == ("lora", "nano", 3e-4, ["a", "b"])
+    assert recipe.temperature == 2.0
+    assert recipe.adapter["r"] == 4
+    assert recipe.adapter["lora_alpha"] == 32
+
+
+def test_one_task_is_a_list_too():
+    assert load_recipe("lora", ["tasks=a"]).tasks == ["a"]
+
+
+def test_the_default_temperature_survives_yaml(tmp_path):
+    recipe = load_recipe("lora")
+    assert math.isinf(recipe.temperature)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(dump(recipe))
+    assert load_recipe(str(file)) == recipe
+    assert load_recipe(str(tmp_path)) == recipe, "a run folder stands for its recipe"
+
+
+@pytest.mark.parametrize("name", packaged())
+def test_every_packaged_recipe_makes_a_config_of_a_registered_method(name):
+    recipe = load_recipe(name)
+    assert recipe.method in methods()
+    assert adapter_config(recipe, target_modules=["query"]).r == recipe.adapter["r"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["stepz=3"], "unknown key 'stepz'.*did you mean 'steps'"),
+        (["adaptor.r=3"], "unknown key 'adaptor.r'.*go under adapter"),
+        (["steps"], "'steps' is not of the form key=value"),
+        (["steps=many"], "steps"),
+        (["steps=0"], "steps=0 must be at least 1"),
+        (["lr=-1"], "lr=-1.0 must be above 0"),
+        (["clip=-1"], "cannot be negative"),
+        (["schedule=linnear"], "schedule=linnear; did you mean 'linear'"),
+        (["precision=fp16"], "precision=fp16"),
+        (["resume=yes"], "resume=True; "),
+        (["adapter=3"], "adapter must hold settings"),
+        (["match=hotmoe", "method=mola"], "cannot go with method=mola"),
+    ],
+)
+def test_a_bad_setting_is_one_line(settings, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_recipe("lora", settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_recipe_names_the_nearest():
+    with pytest.raises(ConfigError, match="no recipe 'hotmo'; did you mean 'hotmoe'"):
+        load_recipe("hotmo")
+    with pytest.raises(ConfigError, match=r"no recipe file .*my\.yaml"):
+        load_recipe("my.yaml")
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1\n- 2", "\tx: 1", ""])
+def test_a_file_that_is_no_recipe_is_one_line(tmp_path, text):
+    file = tmp_path / "bad.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=r"bad\.yaml") as caught:
+        load_recipe(str(file))
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_adapter_settings_and_methods_name_the_nearest():
+    with pytest.raises(ConfigError, match=r"no setting adapter\.num_expert; did you mean 'num_experts'"):
+        adapter_config(load_recipe("mola", ["adapter.num_expert=4"]))
+    with pytest.raises(ConfigError, match="no method 'mol'; did you mean 'mola'"):
+        adapter_config(load_recipe("mola", ["method=mol"]))
+
+
+def test_top_k_above_the_number_of_experts_is_refused():
+    with pytest.raises(ConfigError, match="top_k"):
+        adapter_config(load_recipe("mola", ["adapter.num_experts=2", "adapter.top_k=3"]))
+
+
+def test_another_method_drops_the_recipes_adapter_settings():
+    recipe = load_recipe("mola", ["method=lora", "adapter.r=3"])
+    assert recipe.adapter == {"r": 3}
+
+
+def test_eval_settings_are_checked_likewise():
+    assert parse_settings(EvalSettings, ["limit=5", "base=false", "tasks=a"]) == EvalSettings(
+        limit=5, base=False, tasks=["a"]
+    )
+    with pytest.raises(ConfigError, match=r"unknown key 'limt'.*did you mean 'limit'"):
+        parse_settings(EvalSettings, ["limt=5"])

@@ -1,0 +1,375 @@
+"""Training end to end on tiny models: runs, resumes, kills, and what stops a run."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from moesaic import data
+from moesaic.causal import CausalCollator, fit, tokenize
+from moesaic.checkpoints import RunFolder, atomic_folder
+from moesaic.encoder import EncoderCollator, EncoderForTasks, Layout
+from moesaic.errors import AdapterError, ConfigError, DataError, TrainingError
+from moesaic.evaluation import load_run
+from moesaic.matching import matching_lora_rank, trainable_with
+from moesaic.recipe import adapter_config, load_recipe
+from moesaic.training import prepare, train
+from tests.tiny_folders import save_model, tokenizer, write_tasks
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Two tiny models and the data for each."""
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("world")
+    for kind in ("causal", "encoder"):
+        save_model(root / kind, kind)
+        write_tasks(root / f"{kind}-data", kind)
+    return root
+
+
+def settings(world: Path, kind: str, out: Path, *more: str) -> list[str]:
+    return [
+        f"model={world / kind}",
+        f"data={world / f'{kind}-data'}",
+        f"out={out}",
+        f"steps={STEPS}",
+        "batch_size=4",
+        "warmup=2",
+        "lr=0.01",
+        "save_every=2",
+        "adapter.lora_dropout=0.1",
+        *more,
+    ]
+
+
+def run(recipe: str, *args, **kwargs):
+    return train(load_recipe(recipe, settings(*args)), **kwargs)
+
+
+def metrics_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("kind", ["causal", "encoder"])
+@pytest.mark.parametrize("recipe", ["lora", "mola", "hotmoe"])
+def test_a_run_leaves_a_folder_that_loads_as_it_was_trained(world, tmp_path, kind, recipe):
+    results = run(recipe, world, kind, tmp_path / "run", command="test")
+    folder = RunFolder(tmp_path / "run")
+    assert folder.finished
+    assert [m["step"] for m in metrics_of(folder.path)] == list(range(1, STEPS + 1))
+    assert all(math.isfinite(m["loss"]) for m in metrics_of(folder.path))
+    assert all(("router_aux_loss" in m) == (recipe != "lora") for m in metrics_of(folder.path))
+    assert folder.steps() == [STEPS - 2, STEPS]
+    assert results["command"] == "test"
+    assert results["trainable_parameters"] > 0
+    assert results["tokens_per_second"] > 0
+    assert set(results["versions"]) >= {"torch", "transformers", "peft"}
+    assert not list(folder.path.rglob("*.bin")), "nothing pickled but the optimizer's tensors"
+    from peft import PeftModel
+
+    stored = load_recipe(str(folder.path))
+    prepared = prepare(stored, data.load(stored.data))
+    base = prepared.model.unload() if kind == "causal" else EncoderForTasks(prepared.base.model, prepared.layout)
+    if kind == "causal":
+        reloaded = PeftModel.from_pretrained(base, str(folder.adapter)).state_dict()
+        loaded = load_run(folder.path).model.state_dict()
+        assert all(torch.equal(reloaded[k], loaded[k]) for k in loaded)
+
+
+@pytest.mark.parametrize("kind", ["causal", "encoder"])
+def test_accumulating_copies_of_a_batch_changes_nothing_but_the_count(world, tmp_path, kind):
+    """Four micro-batches of one row give the loss and gradient of one batch of four, as every row counts alike."""
+    model = f"model={save_model(tmp_path / 'model', kind, dropout=0.0)}"
+    rows = {"one": ("batch_size=4",), "four": ("batch_size=1", "accumulation=4")}
+    losses = {}
+    for name, more in rows.items():
+        run("lora", world, kind, tmp_path / name, model, *more, "adapter.lora_dropout=0", "precision=fp32")
+        losses[name] = [(m["loss"], m["grad_norm"]) for m in metrics_of(tmp_path / name)]
+    for one, four in zip(losses["one"], losses["four"], strict=True):
+        assert four == pytest.approx(one, rel=1e-3)
+
+
+def test_a_killed_run_resumes_to_the_same_losses_bit_for_bit(world, tmp_path):
+    recipe, kind = "hotmoe", "causal"
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run(recipe, world, kind, whole)
+    script = (
+        "import sys, time, torch; torch.set_num_threads(1)\n"
+        "from moesaic.trainer import RunMixin\n"
+        "from moesaic.cli import main\n"
+        "step = RunMixin.compute_loss\n"
+        "def slow(self, *a, **k):\n"
+        "    if self.state.global_step == 5: time.sleep(60)\n"
+        "    return step(self, *a, **k)\n"
+        "RunMixin.compute_loss = slow\n"
+        "main(['train', *sys.argv[1:]])\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, recipe, *settings(world, kind, killed)], stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not (killed / "metrics.jsonl").exists() or len(metrics_of(killed)) < 5:
+            assert process.poll() is None, "the run ended by itself"
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    half = killed / "checkpoints" / ".staging" / "checkpoint-5"
+    half.mkdir(parents=True)
+    (half / "trainer_state.json").write_text("{")
+    with (killed / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    results = run(recipe, world, kind, killed)
+    assert results["resumed_from_step"] == 4
+    assert metrics_of(killed) == metrics_of(whole)
+    first, second = ((folder / "adapter" / "adapter_model.safetensors").read_bytes() for folder in (whole, killed))
+    assert first == second
+    assert not half.exists()
+
+
+@pytest.mark.parametrize(("recipe", "kind"), [("lora", "causal"), ("mola", "encoder"), ("hotmoe", "encoder")])
+def test_going_back_to_a_checkpoint_repeats_the_losses_bit_for_bit(world, tmp_path, recipe, kind):
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    run(recipe, world, kind, whole, "keep=9", "accumulation=2")
+    shutil.copytree(whole, again)
+    (again / "results.json").unlink()
+    for step in (4, 6):
+        shutil.rmtree(again / "checkpoints" / f"checkpoint-{step}")
+    assert run(recipe, world, kind, again, "keep=9", "accumulation=2")["resumed_from_step"] == 2
+    assert metrics_of(again) == metrics_of(whole)
+
+
+def test_interrupting_saves_after_the_step_and_the_same_command_goes_on(world, tmp_path, monkeypatch):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    run("lora", world, "encoder", whole)
+    from moesaic.trainer import RunMixin
+
+    original = RunMixin.compute_loss
+
+    def interrupt(self, *args, **kwargs):
+        if self.state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(RunMixin, "compute_loss", interrupt)
+    with pytest.raises(KeyboardInterrupt, match="stopped at step 3 of 6, saved; the same command goes on"):
+        run("lora", world, "encoder", stopped)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match="is an unfinished run"):
+        load_run(stopped)
+    run("lora", world, "encoder", stopped)
+    assert metrics_of(stopped) == metrics_of(whole)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient norm"])
+def test_a_non_finite_step_is_named_and_the_last_good_checkpoint_stays(world, tmp_path, monkeypatch, where):
+    from moesaic.trainer import RunMixin
+
+    out = tmp_path / "run"
+    original = RunMixin.compute_loss
+
+    def poison(self, *args, **kwargs):
+        loss = original(self, *args, **kwargs)
+        if self.state.global_step != 4:
+            return loss
+        if where == "loss":
+            self._require_finite(loss * math.nan, "loss")
+        loss.register_hook(lambda g: g * math.nan)
+        return loss
+
+    monkeypatch.setattr(RunMixin, "compute_loss", poison)
+    with pytest.raises(TrainingError, match=f"{where} is nan at step 5: .*checkpoint of step 4 is kept"):
+        run("lora", world, "encoder", out)
+    monkeypatch.undo()
+    assert RunFolder(out).steps() == [2, 4]
+    assert run("lora", world, "encoder", out)["resumed_from_step"] == 4
+
+
+def test_a_learning_rate_that_diverges_stops_with_the_step(world, tmp_path):
+    with pytest.raises(TrainingError, match=r"is (nan|inf) at step \d+: lower lr"):
+        run("lora", world, "causal", tmp_path / "run", "lr=1e30", "warmup=0", "schedule=constant", "clip=0")
+
+
+def test_finished_unfinished_and_foreign_folders(world, tmp_path):
+    out = tmp_path / "run"
+    run("lora", world, "encoder", out)
+    before = (out / "metrics.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match="holds a finished run; overwrite=true"):
+        run("lora", world, "encoder", out)
+    assert (out / "metrics.jsonl").read_bytes() == before
+    (out / "results.json").unlink()
+    with pytest.raises(ConfigError, match=r"unfinished run with lr=0.01, now it is 0.02"):
+        run("lora", world, "encoder", out, "lr=0.02")
+    with pytest.raises(ConfigError, match="resume=auto continues"):
+        run("lora", world, "encoder", out, "resume=never")
+    assert run("lora", world, "encoder", out, "lr=0.02", "overwrite=true")["resumed_from_step"] == 0
+    foreign = tmp_path / "thesis"
+    foreign.mkdir()
+    (foreign / "chapter1.tex").write_text("x")
+    for more in ((), ("overwrite=true",)):
+        with pytest.raises(ConfigError, match="not a run's"):
+            run("lora", world, "encoder", foreign, *more)
+    assert (foreign / "chapter1.tex").read_text() == "x"
+
+
+def test_an_unfinished_run_is_not_continued_on_other_data(world, tmp_path):
+    out, rows = tmp_path / "run", write_tasks(tmp_path / "data", "encoder")
+    more = (f"data={rows}",)
+    run("lora", world, "encoder", out, *more)
+    (out / "results.json").unlink()
+    file = next(rows.rglob("train.jsonl"))
+    file.write_text("\n".join(file.read_text().splitlines()[:-1]))
+    with pytest.raises(ConfigError, match="on other data"):
+        run("lora", world, "encoder", out, *more)
+
+
+def test_nothing_is_written_when_the_data_or_the_adapter_cannot_be(world, tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(DataError, match="no task 'sst'"):
+        run("lora", world, "encoder", out, "tasks=sst")
+    with pytest.raises(ConfigError, match="data is missing"):
+        run("lora", world, "encoder", out, "data=")
+    with pytest.raises(ConfigError, match="nowhere_proj"):
+        run("lora", world, "encoder", out, "adapter.target_modules=nowhere_proj")
+    with pytest.raises(DataError, match="an encoder cannot write an answer"):
+        run("lora", world, "encoder", out, f"data={world / 'causal-data'}", "tasks=copy")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove", "other"])
+def test_a_damaged_or_foreign_adapter_is_one_line(world, tmp_path, damage):
+    out = tmp_path / "run"
+    run("lora", world, "encoder", out)
+    file = out / "adapter" / "adapter_model.safetensors"
+    if damage == "truncate":
+        file.write_bytes(file.read_bytes()[:-64])
+    elif damage == "remove":
+        file.unlink()
+    else:
+        run("lora", world, "encoder", tmp_path / "wider", "adapter.r=5")
+        file.write_bytes((tmp_path / "wider" / "adapter" / "adapter_model.safetensors").read_bytes())
+    with pytest.raises(AdapterError, match="damaged or does not fit") as caught:
+        load_run(out)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("recipe", ["mola", "hotmoe"])
+@pytest.mark.parametrize("kind", ["causal", "encoder"])
+def test_the_matched_rank_is_the_closest(world, recipe, kind):
+    rows = data.load(world / f"{kind}-data")
+    mixture = load_recipe(recipe, [f"model={world / kind}"])
+    lora = load_recipe("lora", [f"model={world / kind}", f"match={recipe}"])
+    routed, plain = prepare(mixture, rows), prepare(lora, rows)
+    from moesaic.results import count_trainable
+
+    target, rank = count_trainable(routed.model), plain.recipe.adapter["r"]
+    assert plain.recipe.adapter["lora_alpha"] == 2 * rank
+    error = abs(count_trainable(plain.model) - target)
+    for other in (rank - 1, rank + 1):
+        if other:
+            neighbour = prepare(load_recipe("lora", [f"model={world / kind}", f"adapter.r={other}"]), rows)
+            assert error <= abs(count_trainable(neighbour.model) - target)
+
+
+def test_counting_leaves_the_model_as_it_was(world):
+    from moesaic.embedded import load_model
+
+    model = load_model(str(world / "causal")).model
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    config = adapter_config(load_recipe("mola"), target_modules=["q_proj", "down_proj"])
+    assert matching_lora_rank(model, config) > 1
+    assert trainable_with(model, config) > 0
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[k], before[k]) for k in before)
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    def half() -> None:
+        with atomic_folder(tmp_path / "x") as staging:
+            (staging / "half").write_text("h")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        half()
+    assert not (tmp_path / "x").exists()
+    with atomic_folder(tmp_path / "x") as staging:
+        (staging / "whole").write_text("w")
+        assert not (tmp_path / "x").exists()
+    assert (tmp_path / "x" / "whole").read_text() == "w"
+
+
+def test_causal_rows_learn_the_answer_alone():
+    tok = tokenizer(encoder=False)
+    rows = [
+        data.parse({"task": "a", "prompt": "sort 3 1 :", "completion": "1 3"}, ""),
+        data.parse({"task": "b", "prompt": "good ?", "choices": ["yes", "no"], "answer": 1}, ""),
+    ]
+    first, second = tokenize(rows, tok, ("a", "b"), max_length=16)
+    assert tok.decode(first["input_ids"]) == "sort 3 1 : 1 3 <eos>"
+    assert [i for i in first["labels"] if i >= 0] == tok("1 3")["input_ids"] + [tok.eos_token_id]
+    assert second["labels"][-2:] == [tok.convert_tokens_to_ids("no"), tok.eos_token_id]
+    batch = CausalCollator(0, task_ids=True)([first, second])
+    assert batch["routing_task_ids"].tolist() == [0, 1]
+    assert batch["attention_mask"].sum(1).tolist() == [len(first["input_ids"]), len(second["input_ids"])]
+    assert "routing_task_ids" not in CausalCollator(0)([first])
+
+
+def test_a_long_row_loses_its_prompts_start_first():
+    assert fit([1, 2, 3], [4, 5], 4) == ([2, 3], [4, 5])
+    assert fit([1, 2, 3], [4, 5], 2) == ([], [4, 5])
+    assert fit([1, 2, 3], [4, 5], 1) == ([], [4])
+
+
+def test_encoder_rows_hold_question_and_choices_in_parts():
+    tok = tokenizer(encoder=True)
+    rows = [
+        data.parse({"task": "q", "prompt": "a b", "choices": ["c", "d e"], "answer": 1}, ""),
+        data.parse({"task": "q", "prompt": "a", "choices": ["f", "g", "h"], "answer": 0}, ""),
+        data.parse({"task": "s", "prompt": "good", "choices": ["no", "yes"], "answer": 1}, ""),
+    ]
+    layout = Layout.of(rows)
+    assert layout.labels == {"s": ("no", "yes")} or set(layout.labels) == {"s"}
+    batch = EncoderCollator(tok, layout, task_ids=True)(rows)
+    assert batch["segments"][0].tolist()[:9] == [0, 0, 0, 0, 1, 1, 2, 2, 2]
+    assert batch["heads"].tolist() == [-1, -1, 0]
+    assert batch["routing_task_ids"].tolist() == [0, 0, 1]
+    short = EncoderCollator(tok, layout, max_length=8)(rows[:1])
+    assert short["input_ids"].shape[1] == 8
+    with pytest.raises(DataError, match="do not fit max_length=5"):
+        EncoderCollator(tok, layout, max_length=5)(rows[:1])
+    with pytest.raises(DataError, match="was trained on the labels"):
+        layout.head(data.parse({"task": "s", "prompt": "p", "choices": ["x", "y"], "answer": 0}, ""))
+
+
+def test_an_untrained_scorer_is_the_cosine_and_padding_does_not_count(world):
+    from moesaic.embedded import load_model
+
+    loaded = load_model(str(world / "encoder"))
+    rows = data.load(world / "encoder-data", tasks=["pick"])[:3]
+    layout = Layout.of(rows)
+    model = EncoderForTasks(loaded.model.eval(), layout)
+    collate = EncoderCollator(loaded.tokenizer, layout)
+    together = model(**collate(rows)).logits
+    for i, row in enumerate(rows):
+        alone = collate([row])
+        logits = model(**alone).logits[0]
+        torch.testing.assert_close(together[i, : len(row.choices)], logits[: len(row.choices)])
+        states = loaded.model(input_ids=alone["input_ids"], attention_mask=alone["attention_mask"]).last_hidden_state[0]
+        parts = [states[alone["segments"][0] == k].mean(0) for k in range(len(row.choices) + 1)]
+        cosines = torch.stack([torch.cosine_similarity(parts[0], p, dim=0) for p in parts[1:]])
+        torch.testing.assert_close(logits, 20 * cosines, rtol=1e-4, atol=1e-4)
