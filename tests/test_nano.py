@@ -279,6 +279,7 @@ def test_teacher_forced_score_equals_greedy_decoding(model, tokenizer):
 
 
 def test_script_trains_saves_and_what_it_saves_loads(tmp_path, monkeypatch, tokenizer):
+    torch.set_num_threads(1)
     monkeypatch.setattr(sys, "argv", ["pretrain", "--out", str(tmp_path / "new"), "--steps", "2"])
     pretrain.main()
     written = json.loads((tmp_path / "new" / "training.json").read_text())
@@ -287,8 +288,10 @@ def test_script_trains_saves_and_what_it_saves_loads(tmp_path, monkeypatch, toke
     # The shipped tokenizer comes from the corpus as it is now.
     assert again.get_vocab() == tokenizer.get_vocab()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "new", dtype=torch.float32)
-    scores = pretrain.score_fresh(loaded, again, 300)
-    assert scores == written["fresh_lines"]
+    rows = [
+        (line.prompt, line.answer) for line in itertools.islice(corpus.lines(pretrain.FRESH_SEED, domain="say"), 300)
+    ]
+    assert pretrain.score(rows, loaded, again) == written["fresh_lines"]["say"]
 
 
 def test_script_refuses_nothing_to_do(tmp_path, monkeypatch, capsys):

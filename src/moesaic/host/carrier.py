@@ -13,7 +13,7 @@ Always reported as `output.router_aux_loss`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -91,3 +91,25 @@ def into_log_probs(host: Host, log_probs: Tensor, label_mask: Tensor, aux: Tenso
     if log_probs.requires_grad:
         log_probs.register_hook(even)
     return log_probs - (aux - aux.detach()).to(log_probs.dtype) * mask.to(log_probs.dtype)
+
+
+class Delivery:
+    """Tells whether the auxiliary loss reaches the optimizer: a loop may ignore the output's loss altogether."""
+
+    def __init__(self) -> None:
+        self._expected: tuple[str, Hashable] = ("", None)
+        self._arrived = True
+
+    def expect(self, host: Host, aux: Tensor, *, adapter: str, step: Hashable) -> None:
+        """Warn when the optimizer stepped since the last forward and no auxiliary loss of that step had a backward."""
+        if (adapter, step) != self._expected:
+            if self._expected[0] == adapter and not self._arrived:
+                host.warn_once(
+                    "the optimizer stepped, but the routers' auxiliary loss was not in the loss: train with "
+                    "moesaic.RoutedTrainerMixin, or add output.router_aux_loss to your loss"
+                )
+            self._expected, self._arrived = (adapter, step), False
+        aux.register_hook(self._arrive)
+
+    def _arrive(self, grad: Tensor) -> None:
+        self._arrived = True

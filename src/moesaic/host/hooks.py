@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from moesaic.errors import TrainingError
 from moesaic.host import masks
-from moesaic.host.carrier import carry, share_of_step
+from moesaic.host.carrier import Delivery, carry, share_of_step
 from moesaic.host.checkpointing import bind_frames
 from moesaic.host.frames import Frame, StackView
 from moesaic.routing import AuxiliaryLoss, Record, RoutingContext, RoutingTrace, Site, pool
@@ -54,8 +54,7 @@ class Host:
         self._recomputing = False
         self._checked: set[bool] = set()
         self._warned = False
-        self._step: tuple[str, Hashable] = ("", None)
-        self._arrived = True
+        self._delivery = Delivery()
         self._handles: list[Any] = []
         self._memory: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
 
@@ -178,30 +177,19 @@ class Host:
             return None
         self._check_dead_modules(frame)
         self._show_traces(frame)
+        made = masks.cache_of(output) if frame.memory and isinstance(output, Mapping) else None
+        if made is not None:  # a cache that the model made within this forward
+            self._memory.setdefault(made, dict(frame.memory))
         aux = self.auxiliary_loss(frame) if frame.training and frame.grad else None
         if aux is None:
             frame.release()
             return None
         self.aux = self.aux + aux if self.external and self.aux is not None else aux
         if aux.requires_grad and not torch.compiler.is_compiling():
-            self._expect(aux, adapter=next(iter(frame.records))[1])
+            adapter = next(iter(frame.records))[1]
+            self._delivery.expect(self, aux, adapter=adapter, step=self.step_of(adapter) if self.step_of else None)
         frame.release()
         return carry(self, frame, output, aux)
-
-    def _expect(self, aux: Tensor, *, adapter: str) -> None:
-        """Warn when parameters were updated and no auxiliary loss since the update before took part in a backward."""
-        step = (adapter, self.step_of(adapter) if self.step_of else None)
-        if step != self._step:
-            if self._step[0] == adapter and not self._arrived:
-                self.warn_once(
-                    "the optimizer stepped, but the routers' auxiliary loss was not in the loss: train with "
-                    "moesaic.RoutedTrainerMixin, or add output.router_aux_loss to your loss"
-                )
-            self._step, self._arrived = step, False
-        aux.register_hook(self._arrive)
-
-    def _arrive(self, grad: Tensor) -> None:
-        self._arrived = True
 
     def _new_frame(self, module: nn.Module, arguments: Mapping[str, Any], *, whole: bool) -> Frame:
         frame = Frame(training=module.training, grad=torch.is_grad_enabled(), task_ids=self.pinned_tasks)

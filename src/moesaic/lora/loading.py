@@ -10,7 +10,7 @@ from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from moesaic.errors import AdapterError, MissingRouterWeights
+from moesaic.errors import AdapterError, MissingRouterWeights, MoesaicError, first_line
 from moesaic.lora.config import METHODS, MixtureConfig
 
 
@@ -37,9 +37,16 @@ def from_pretrained(
         MissingRouterWeights: it holds experts without their routers.
     """
     path = Path(folder)
+    kwargs = {**kwargs, "adapter_name": adapter_name, "is_trainable": is_trainable}
     if path.exists():
         check_folder(path, model=None if ignore_base else model)
-    return PeftModel.from_pretrained(model, str(folder), adapter_name=adapter_name, is_trainable=is_trainable, **kwargs)
+        return PeftModel.from_pretrained(model, str(folder), **kwargs)
+    try:
+        return PeftModel.from_pretrained(model, str(folder), **kwargs)
+    except (OSError, ValueError) as error:
+        if isinstance(error, MoesaicError):
+            raise
+        raise AdapterError(f"{folder} is no folder, and no adapter of the hub either: {first_line(error)}") from None
 
 
 def check_folder(path: Path, *, model: nn.Module | None = None, method: str | None = None) -> MixtureConfig:

@@ -39,7 +39,7 @@ def place(model: nn.Module, name: str) -> tuple[int, int]:
 
 def default(model: nn.Module) -> str:
     """A pattern for every linear inside the model's blocks: no embeddings, heads or poolers."""
-    skip = _READ_NOT_CALLED.get(_model_type(model), set())
+    skip = never_called(model)
     leaves = {name.rpartition(".")[2] for name in _linears(model) if re.search(r"\.\d+\.", name)}
     if not leaves - skip:
         raise ConfigError("this model has no linear layers inside a list of blocks: name them in target_modules")
@@ -68,43 +68,47 @@ def is_plain_lora(config: PeftConfig, key: str) -> bool:
 
 
 def check(model: nn.Module, config: Any) -> None:
-    """Every target must be a linear that is really called, and every name in a list must match one."""
-    names = dict(model.named_modules())
-    entries = [config.target_modules] if isinstance(config.target_modules, str) else list(config.target_modules or [])
-    plain = config.lora_target_modules or []
-    entries += [plain] if isinstance(plain, str) else list(plain)
-    is_pattern = isinstance(config.target_modules, str) or (isinstance(plain, str) and bool(plain))
-    for entry in entries:
-        if entry == "all-linear" or is_pattern:
+    """Every target must be a linear that is really called, and every name or pattern must match one."""
+    modules, linears = dict(model.named_modules()), set(_linears(model))
+    by_default = config.target_modules in (None, "all-linear")
+    for wanted in (None if by_default else config.target_modules, config.lora_target_modules):
+        if isinstance(wanted, str):
+            if wanted and not any(re.fullmatch(wanted, name) for name in modules):
+                _raise_unmatched(model, wanted)
             continue
-        if not any(name == entry or name.endswith(f".{entry}") for name in names):
-            _raise_unmatched(model, entry)
-    pattern = config.target_modules
-    if isinstance(pattern, str) and pattern != "all-linear" and not any(re.fullmatch(pattern, n) for n in names):
-        _raise_unmatched(model, pattern)
+        for entry in wanted or ():
+            if not any(name == entry or name.endswith(f".{entry}") for name in modules):
+                _raise_unmatched(model, entry)
     fused = _fused_parameters(model)
-    if fused and config.target_modules in (None, "all-linear"):
+    if fused and by_default:
         warnings.warn(
             f"this model keeps experts of its own in fused 3-D parameters ({fused[0]}, ...), which a mixture of LoRA "
             "cannot wrap: only its linear layers are adapted",
             stacklevel=3,
         )
-    if config.target_modules is None or config.target_modules == "all-linear":
-        return
-    for name, module in names.items():
-        if not (check_target_module_exists(config, name) or is_plain_lora(config, name)):
+    for name, module in modules.items():
+        if not is_plain_lora(config, name) and (by_default or not check_target_module_exists(config, name)):
             continue
-        _check_called(model, name, module)
+        if name in linears:
+            _check_called(model, name)
+        elif not isinstance(model.get_submodule(name.rpartition(".")[0]), MixtureLinear):
+            raise ConfigError(
+                f"target {name!r} is a {type(module).__name__}, not a linear layer: leave it out of target_modules"
+            )
 
 
-def _check_called(model: nn.Module, name: str, module: nn.Module) -> None:
+def _check_called(model: nn.Module, name: str) -> None:
     parent = model.get_submodule(name.rpartition(".")[0])
-    leaf = name.rpartition(".")[2]
-    if leaf in _READ_NOT_CALLED.get(_model_type(model), set()) or isinstance(parent, nn.MultiheadAttention):
+    if name.rpartition(".")[2] in never_called(model) or isinstance(parent, nn.MultiheadAttention):
         raise ConfigError(
             f"target {name!r} is never called: {type(parent).__name__} reads its weight directly, so experts there "
             "would train nothing. Leave it out of target_modules"
         )
+
+
+def never_called(model: nn.Module) -> set[str]:
+    """Names of linears whose weight this kind of model reads without calling them."""
+    return _READ_NOT_CALLED.get(_model_type(model), set())
 
 
 def _raise_unmatched(model: nn.Module, entry: str) -> None:

@@ -51,7 +51,8 @@ class MixtureModel(BaseTuner):
         self.host.step_of = StepCounter(next(iter(layers.values())))
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> PeftConfig:
-        if peft_config.target_modules is None:
+        every = peft_config.target_modules == "all-linear"
+        if peft_config.target_modules is None or (every and targets.never_called(self.model)):
             peft_config.target_modules = targets.default(self.model)
         return peft_config
 

@@ -1,0 +1,191 @@
+"""Configs and adapter folders that cannot be right: one typed error with one clear line, before anything is changed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import moesaic
+from moesaic.errors import AdapterError, ConfigError, MissingRouterWeights, MoesaicError
+from moesaic.lora import METHODS
+from tests.tiny import batch, llama, mixtures, small, wrap
+
+
+def one_line(error: pytest.ExceptionInfo[MoesaicError]) -> str:
+    message = str(error.value)
+    assert message
+    assert "\n" not in message
+    return message
+
+
+# -- configs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"num_expert": 4}, "num_experts"),
+        ({"lora_alhpa": 4}, "lora_alpha"),
+        ({"zzz": 1}, "zzz"),
+        ({"num_experts": 0}, "num_experts=0"),
+        ({"r": -1}, "r=-1"),
+        ({"r": 2.5}, "r=2.5"),
+        ({"lora_dropout": 1.0}, "lora_dropout"),
+        ({"bias": "all"}, "bias"),
+        ({"layers_pattern": "layers"}, "layers_to_transform"),
+    ],
+)
+def test_bad_setting_is_named(setting: dict[str, Any], said: str, method: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        METHODS[method](**setting)
+    assert said in one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "said"),
+    [
+        ("hotmoe", {"top_k": 5, "num_experts": 4}, "top_k=5"),
+        ("mola", {"top_k": 9}, "top_k=9"),
+        ("mola", {"top_k": 4, "experts_per_layer": [2, 4]}, "top_k=4"),
+        ("hotmoe", {"top_k": 0}, "top_k=0"),
+        ("hotmoe", {"ee_fraction": 1.5}, "ee_fraction=1.5"),
+        ("hotmoe", {"gate_temperature": 0.0}, "temperature"),
+    ],
+)
+def test_bad_setting_of_a_method_is_named(name: str, setting: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        METHODS[name](**setting)
+    assert said in one_line(error)
+
+
+@pytest.mark.parametrize("name", ["0", "mlp", "layers", "weight", "self_attn", "q_proj", "", "a.b", "moe_lora_A"])
+def test_adapter_name_that_peft_would_strip_is_refused(name: str) -> None:
+    base = llama()
+    with pytest.raises(ConfigError) as error:
+        get_peft_model(base, small("hotmoe"), adapter_name=name)  # type: ignore[arg-type]
+    assert repr(name) in one_line(error)
+    assert not mixtures(base)
+    model = wrap(base, small("hotmoe"))
+    with pytest.raises(ConfigError):
+        model.add_adapter(name, small("hotmoe"))  # type: ignore[arg-type]
+
+
+# -- adapter folders -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("good")
+    llama().save_pretrained(folder / "base")
+    wrap(type(llama()).from_pretrained(folder / "base"), small("hotmoe")).save_pretrained(folder / "adapter")
+    return folder
+
+
+def base_of(good: Path) -> nn.Module:
+    return type(llama()).from_pretrained(good / "base").eval()
+
+
+def set_config(**changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        file = folder / "adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+    return change
+
+
+def keep_tensors(wanted: Callable[[str], bool]) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        file = folder / "adapter_model.safetensors"
+        save_file({k: v for k, v in load_file(file).items() if wanted(k)}, file, metadata={"format": "pt"})
+
+    return change
+
+
+def truncate(folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def lora(folder: Path) -> None:
+    shutil.rmtree(folder)
+    get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(folder)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], Any], type[MoesaicError], str]] = {
+    "truncated": (truncate, AdapterError, "truncated"),
+    "empty weights": (lambda f: (f / "adapter_model.safetensors").write_bytes(b""), AdapterError, "damaged"),
+    "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), AdapterError, "adapter_model.safetensors"),
+    "no config": (lambda f: (f / "adapter_config.json").unlink(), AdapterError, "adapter_config.json"),
+    "broken config": (lambda f: (f / "adapter_config.json").write_text("{"), AdapterError, "adapter_config.json"),
+    "not a mapping": (lambda f: (f / "adapter_config.json").write_text("[1]"), AdapterError, "list"),
+    "a LoRA": (lora, AdapterError, "LORA"),
+    "no such method": (set_config(peft_type="MOESAIC_NOSUCH"), AdapterError, "MOESAIC_NOSUCH"),
+    "another method": (set_config(peft_type="MOESAIC_MOLA"), MoesaicError, ""),
+    "another base": (set_config(base_model_name_or_path="/models/other"), AdapterError, "other"),
+    "another rank": (set_config(r=2), AdapterError, "rank"),
+    "more experts": (set_config(num_experts=8), AdapterError, "number of experts"),
+    "more targets": (set_config(target_modules=["q_proj", "lm_head"]), AdapterError, "lm_head"),
+    "unknown key": (set_config(num_expertz=3), MoesaicError, "num_expertz"),
+    "impossible top_k": (set_config(top_k=9), ConfigError, "top_k=9"),
+    "no routers": (keep_tensors(lambda k: ".moe_lora_router." not in k), MissingRouterWeights, "router"),
+    "one router gone": (
+        keep_tensors(lambda k: not (".moe_lora_router." in k and "layers.1.mlp.up_proj" in k)),
+        MissingRouterWeights,
+        "router",
+    ),
+    "no experts": (keep_tensors(lambda k: ".moe_lora_router." in k), AdapterError, "no experts"),
+    "one expert gone": (
+        keep_tensors(lambda k: not k.endswith("layers.0.mlp.up_proj.moe_lora_B")),
+        AdapterError,
+        "moe_lora_B",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_or_foreign_folder_is_refused_in_one_line(kind: str, good: Path, tmp_path: Path) -> None:
+    damage, expected, said = DAMAGE[kind]
+    folder = tmp_path / "adapter"
+    shutil.copytree(good / "adapter", folder)
+    damage(folder)
+    model = base_of(good)
+    with pytest.raises(expected) as error:
+        moesaic.from_pretrained(model, folder)
+    assert said in one_line(error)
+    restored = moesaic.from_pretrained(model, good / "adapter", adapter_name="second")
+    inputs = batch(model, labels=False)
+    expected_logits = moesaic.from_pretrained(base_of(good), good / "adapter")(**inputs).logits
+    assert torch.equal(restored(**inputs).logits, expected_logits), "nothing of the failed attempt is left"
+
+
+def test_folder_for_a_larger_base_is_refused(good: Path) -> None:
+    with pytest.raises(AdapterError) as error:
+        moesaic.from_pretrained(llama(hidden_size=32), good / "adapter")
+    assert "another base model" in one_line(error)
+
+
+def test_missing_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError) as error:
+        moesaic.from_pretrained(llama(), tmp_path / "nowhere")
+    assert "nowhere" in one_line(error)
+
+
+@pytest.mark.parametrize("kind", ["no routers", "one router gone", "one expert gone", "another rank", "more experts"])
+def test_peft_itself_does_not_load_it_either(kind: str, good: Path, tmp_path: Path) -> None:
+    """PEFT alone would leave what is missing at random values, with a warning."""
+    damage, expected, _ = DAMAGE[kind]
+    folder = tmp_path / "adapter"
+    shutil.copytree(good / "adapter", folder)
+    damage(folder)
+    with pytest.raises(expected) as error:
+        PeftModel.from_pretrained(base_of(good), folder)
+    one_line(error)
