@@ -124,7 +124,7 @@ def test_a_loop_of_ones_own_can_take_it() -> None:
     assert torch.equal(aux, output.router_aux_loss)
     assert moesaic.router_aux_loss(model) is None
     (logits_loss(output, labels, 1) + aux).backward()
-    expected, _ = exact(mixture()(0.01), [batch], [1.0])
+    expected, _ = exact(mixture()(0.01), [batch | {"labels": labels}], [1.0])
     assert_same({n: p.grad for n, p in router_parameters(model).items() if p.grad is not None}, expected)
 
 
@@ -143,7 +143,9 @@ def test_eval_loss_is_not_contaminated(cls: Any, tmp_path: Path) -> None:
         loop = make_loop(model, tmp_path, cls=cls)
         data = loop.train_dataset
         losses.append(loop.evaluate(data)["eval_loss"])
-        assert model(**collate(rows([4, 7]))).get("router_aux_loss") is None
+        with moesaic.trace(model) as t:
+            assert model(**collate(rows([4, 7]))).get("router_aux_loss") is None
+        assert t.modules
     assert losses[0] == losses[1]
 
 

@@ -68,7 +68,7 @@ def test_four_dimensional_and_mapped_masks_are_read(toy: str) -> None:
 def test_static_cache_masks_cover_the_current_tokens_only(toy: str) -> None:
     model = wrap(llama(), small(toy))
     inputs = left_padded(model)
-    config = GenerationConfig(max_new_tokens=4, cache_implementation="static", do_sample=False, pad_token_id=PAD)
+    config = GenerationConfig(max_new_tokens=4, cache_implementation="static", do_sample=False, pad_token_id=0)
     with shown() as calls:
         model.generate(**inputs, generation_config=config)
         widths = [context.mask.shape[1] for _, context, _ in calls if context.mask is not None]
@@ -141,10 +141,14 @@ def test_padding_free_batches_tell_sequences_apart(toy: str) -> None:
 
 def test_task_ids_are_a_batch_key_that_the_model_never_sees(toy: str) -> None:
     model = wrap(llama(), small(toy))
-    inputs = batch(model)
+    inputs, passed_on = batch(model), set()
+    stack = model.get_base_model().model
+    stack.register_forward_pre_hook(lambda m, args, kwargs: passed_on.update(kwargs), with_kwargs=True)
     with shown() as calls:
         model(**inputs, **{TASK_IDS: torch.tensor([2, 0, 1])})
         assert all(context.task_ids.tolist() == [2, 0, 1] for _, context, _ in calls)
+        assert "attention_mask" in passed_on
+        assert TASK_IDS not in passed_on
         calls.clear()
         model(**inputs)
         assert all(context.task_ids is None for _, context, _ in calls)

@@ -221,13 +221,14 @@ def test_the_auxiliary_loss_alone_reaches_routers_and_is_added_once(method: str)
     assert {name.partition(".moe_lora_router.")[0] for name in reached} == layers
 
 
-def test_evaluation_carries_no_auxiliary_loss(method: str) -> None:
-    model = wrapped(method)
+@pytest.mark.parametrize("grad", [False, True])
+def test_evaluation_carries_no_auxiliary_loss(method: str, grad: bool) -> None:
+    model, without = wrapped(method), wrapped(method, aux_weight=0.0)
     inputs = tiny.batch(model)
-    with torch.no_grad():
+    with torch.set_grad_enabled(grad):
         evaluated = model(**inputs)
     assert getattr(evaluated, "router_aux_loss", None) is None
-    assert torch.equal(evaluated.loss, wrapped(method, aux_weight=0.0)(**inputs).loss)
+    assert torch.equal(evaluated.loss, without(**inputs).loss)
 
 
 @every_backend

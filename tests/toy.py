@@ -31,10 +31,10 @@ class ToyRouter(LinearRouter):
         site = context.site
         CALLS.append((site.name, context, h.shape))
         before = context.state.get(site.layer - 1)
-        now = logits.mean() if before is None else before + logits.mean()
-        context.state.setdefault(site.layer, now)
-        means = logits.detach().reshape(len(logits), -1, logits.shape[-1]).mean(dim=1)
-        kept = context.memory.setdefault(site.name, means)
+        means = logits.reshape(len(logits), -1, logits.shape[-1]).mean(dim=1)
+        now = means.mean(dim=0)
+        context.state.setdefault(site.layer, now if before is None else before + now)
+        kept = context.memory.setdefault(site.name, means.detach())
         kept = kept.view(-1, *[1] * (logits.dim() - 2), logits.shape[-1]) if len(kept) == len(logits) else 0
         return logits + (0 if before is None else before) + kept
 

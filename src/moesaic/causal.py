@@ -45,14 +45,14 @@ def seam(prompt: str, answer: str) -> str:
 def prompt_ids(example: Example, tokenizer: Any) -> list[int]:
     """The prompt's tokens, with the tokenizer's own opening tokens (none added to a chat, whose template has them)."""
     text = prompt_text(example, tokenizer)
-    ids: list[int] = tokenizer(text, add_special_tokens=not example.messages)["input_ids"]
+    ids: list[int] = tokenizer(text, add_special_tokens=not example.messages, verbose=False)["input_ids"]
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
 def answer_ids(example: Example, answer: str, tokenizer: Any) -> list[int]:
     """An answer's tokens as they follow the prompt, without the closing token."""
     text = answer if example.messages else seam(example.prompt, answer)
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 
 

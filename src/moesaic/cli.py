@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         level=logging.INFO if args.verbose else logging.WARNING, format="%(message)s", stream=sys.stderr
     )
+    # libraries about one another's names: nothing that a user of ours can mend
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
     try:
         args.run(args)
     except MoesaicError as error:

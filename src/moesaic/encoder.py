@@ -182,7 +182,7 @@ class EncoderCollator:
     def _row(self, example: Example, head: int) -> tuple[list[int], list[int]]:
         """Token ids, and the part each belongs to."""
         texts = [example.prompt, *(example.choices if head < 0 else ())]
-        parts: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        parts: list[list[int]] = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         room = self.max_length - len(self.opening) - len(parts) * len(self.closing)
         if room < len(parts):
             raise DataError(f"task '{example.task}': {len(parts)} parts do not fit max_length={self.max_length} tokens")

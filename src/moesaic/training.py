@@ -204,9 +204,6 @@ def _arguments(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
         "warmup_steps": recipe.warmup,
         "weight_decay": recipe.weight_decay,
         "max_grad_norm": recipe.clip,
-        # not the fused one, Trainer's default: it leaves no trace on the parameters' version counters, by which losses
-        # over accumulated batches know that a step has ended
-        "optim": "adamw_torch",
         "seed": recipe.seed,
         "bf16": plan.autocast,
         "use_cpu": plan.device.type == "cpu",

@@ -207,6 +207,9 @@ class HotMoEConfig(MixtureConfig):
 
     def is_expert_expert(self, site: Site) -> bool:
         if self.ee_layers is not None:
+            beyond = [layer for layer in self.ee_layers if not 0 <= layer < site.num_layers]
+            if beyond:
+                raise ConfigError(f"ee_layers={self.ee_layers}: this model's layers are 0 to {site.num_layers - 1}")
             return site.layer in self.ee_layers
         return (site.layer + 1) / site.num_layers <= self.ee_fraction
 

@@ -115,7 +115,9 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         z, read = product.split([A.shape[0], len(read_weight)], dim=-1)
         logits = router.from_projection(read if read_bias is None else read + read_bias, context)
         weights = self._gate(adapter, x, logits, context).weights * scaling
-        flat = weigh_and_expand(z.flatten(0, -2), B, weights.flatten(0, -2), out.flatten(0, -2))
+        rows = (t.reshape(-1, t.shape[-1]) for t in (z, weights, out))
+        z, weights, flat_out = rows
+        flat = weigh_and_expand(z, B, weights, flat_out)
         return flat.view(out.shape)
 
     def _fuses(self, adapter: str, router: Router, z: Tensor) -> bool:
