@@ -6,7 +6,9 @@ round by round, so a machine that slows down slows all arms alike. Peak memory i
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -148,22 +150,32 @@ def overhead_share(seconds: dict[str, list[float]]) -> dict[str, float]:
 
 
 def peak_memory(name: str, size: dict[str, int]) -> float:
-    """MiB that three training steps add to a fresh process, at their peak."""
-    code = f"import json; from moesaic import bench; print(json.dumps(bench.measure_peak({name!r}, {size!r})))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return float(json.loads(done.stdout.strip().splitlines()[-1]))
+    """MiB that training steps add to a fresh process, at their peak. Linux only: it reads /proc."""
+    code = f"from moesaic import bench; print(bench.measure_peak({name!r}, {size!r}))"
+    # Blocks above 64 KiB go back to the system when freed, so that what is resident is what is used.
+    settings = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, **settings}
+    )
+    return float(done.stdout.strip().splitlines()[-1])
 
 
 def measure_peak(name: str, size: dict[str, int]) -> float:
-    """Runs in the fresh process: peak resident memory after the steps, less that before them."""
-    import resource
-
+    """Runs in the fresh process: the highest resident memory of three steps, less that before the first."""
     torch.set_num_threads(1)
-    step = model_step(None if name == "frozen base" else arms(LINEARS)[name], **size)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step = model_step(arms(LINEARS)[name], **size)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before = _status("VmRSS")
     for _ in range(3):
         step()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return (_status("VmHWM") - before) / 1024
+
+
+def _status(key: str) -> int:
+    """A figure of this process in KiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
 
 
 def run(
@@ -188,7 +200,7 @@ def run(
     configs = {k: c for k, c in arms(LINEARS).items() if k in wanted}
     whole = interleave({k: model_step(c, **size) for k, c in configs.items()}, rounds, progress=counted("model step"))
     peaks = {}
-    for name in configs:
+    for name in configs if Path("/proc/self/clear_refs").exists() else ():
         progress(f"peak memory: {name}")
         peaks[name] = peak_memory(name, size)
     return {

@@ -3,9 +3,11 @@
 import argparse
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 from moesaic.errors import MoesaicError
@@ -26,8 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         level=logging.INFO if args.verbose else logging.WARNING, format="%(message)s", stream=sys.stderr
     )
-    # libraries about one another's names: nothing that a user of ours can mend
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+    _quiet_libraries(args.verbose)
     try:
         args.run(args)
     except MoesaicError as error:
@@ -40,6 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return 0
     return 0
+
+
+def _quiet_libraries(verbose: bool) -> None:
+    """Other libraries' bars are for terminals, and their deprecation notices for us."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    if not verbose:
+        warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -73,20 +82,35 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
     evaluate = verb("eval", _eval, "score finished runs on held-out rows", _eval_epilog())
     evaluate.add_argument("runs", nargs="+", metavar="run | key=value", help="run folders, then settings")
-    demo = verb("demo", _demo, "plain LoRA against HotMoE on six small tasks, in four minutes")
+    demo = verb("demo", _demo, "plain LoRA against HotMoE on six small tasks, in four minutes", _demo_epilog())
     demo.add_argument("settings", nargs="*", metavar="key=value", help="settings of the demo")
-    bench = verb("bench", _bench, "measure speed and memory against plain LoRA")
+    bench = verb("bench", _bench, "measure speed and memory against plain LoRA", _bench_epilog())
     bench.add_argument("settings", nargs="*", metavar="key=value", help="settings of the benchmark")
     return parser
 
 
 def _train_epilog() -> str:
-    from dataclasses import fields
-
     from moesaic.recipe import Recipe, packaged
 
-    lines = [f"packaged recipes: {', '.join(packaged())}", "", "settings (key=value):"]
-    for f in fields(Recipe):
+    return f"packaged recipes: {', '.join(packaged())}\n\n{_settings_of(Recipe)}"
+
+
+def _demo_epilog() -> str:
+    from moesaic.demo import DemoSettings
+
+    return _settings_of(DemoSettings)
+
+
+def _bench_epilog() -> str:
+    return """settings (key=value):
+  rounds         times that all arms run in turn [20]
+  out            a JSON file for the figures"""
+
+
+def _settings_of(cls: Any) -> str:
+    """The fields of a settings dataclass with their help and default, a line each."""
+    lines = ["settings (key=value):"]
+    for f in fields(cls):
         shown = "" if callable(f.default_factory) or f.default in ("", None) else f" [{f.default}]"
         lines.append(f"  {f.name:<14} {f.metadata['help']}{shown}")
     return "\n".join(lines)

@@ -4,7 +4,7 @@ An example is one row: the prompt, then, where a task's choices vary, all of its
 Tasks with a fixed label set get a linear head of their own on the row's mean state. Tasks whose choices vary share one
 scoring head on the mean state of each part: score = exp(s) * sum_i w_i q_i c_i over the normalised prompt q and choice
 c. It starts as the cosine (w = 1), which a sentence encoder already answers with, so training begins above chance.
-(A row for each choice scores alike and takes two to three times as long: most of such a batch is padding.)
+(A row for each choice takes two to three times as long: most of such a batch is padding.)
 
 Shapes: N examples, T tokens, C choices or labels at most, d hidden.
 """
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from moesaic.causal import round_up
 from moesaic.data import Example
 from moesaic.errors import DataError, suggest
 
@@ -165,7 +166,7 @@ class EncoderCollator:
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         heads = [self.layout.head(e) for e in examples]
         rows = [self._row(e, head) for e, head in zip(examples, heads, strict=True)]
-        longest = max(len(ids) for ids, _ in rows)
+        longest = round_up(max(len(ids) for ids, _ in rows))
         pad = self.tokenizer.pad_token_id
         segments = torch.tensor([parts + [-1] * (longest - len(parts)) for _, parts in rows])
         batch = {

@@ -18,7 +18,7 @@ the flat view and the (E, r, d) view are both free.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -105,14 +105,40 @@ def rank_space(x: Tensor, A: Tensor, B: Tensor, weights: Tensor, base: Tensor | 
 
 def weigh_and_expand(z: Tensor, B: Tensor, weights: Tensor, base: Tensor | None = None) -> Tensor:
     """The second half of rank space: z = x A^T (N, E*r) is weighted and taken up by B, then added to `base`."""
-    num_experts = weights.shape[-1]
-    by_expert = z.view(len(z), num_experts, z.shape[-1] // num_experts)
-    z = (by_expert * weights.to(z.dtype).unsqueeze(-1)).flatten(1)
+    if base is not None and base.dtype == z.dtype == B.dtype and not torch.is_autocast_enabled(z.device.type):
+        return cast(Tensor, _WeighAndExpand.apply(z, weights.to(z.dtype), B, base))
+    z = _weigh(z, weights.to(z.dtype))
     if base is None:
         return z @ B
-    if base.dtype == z.dtype and (B.dtype == z.dtype or torch.is_autocast_enabled(z.device.type)):
+    if base.dtype == z.dtype and torch.is_autocast_enabled(z.device.type):
         return torch.addmm(base, z, B)
     return base + (z @ B).to(base.dtype)
+
+
+def _weigh(z: Tensor, weights: Tensor) -> Tensor:
+    """z (N, E*r) times weights (N, E), each weight over its expert's r columns."""
+    num_experts = weights.shape[-1]
+    by_expert = z.view(len(z), num_experts, z.shape[-1] // num_experts)
+    return (by_expert * weights.unsqueeze(-1)).flatten(1)
+
+
+class _WeighAndExpand(torch.autograd.Function):
+    """`base + weigh(z, w) B`, keeping z and w alone: the weighted z is made again in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, weights: Tensor, B: Tensor, base: Tensor) -> Tensor:
+        ctx.save_for_backward(z, weights, B)
+        return torch.addmm(base, _weigh(z, weights), B)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        z, weights, B = ctx.saved_tensors
+        to_z, to_weights, to_b, to_base = ctx.needs_input_grad
+        back = grad @ B.t() if to_z or to_weights else None
+        grad_z = _weigh(back, weights) if to_z and back is not None else None
+        grad_weights = (back * z).view(*weights.shape, -1).sum(dim=-1) if to_weights and back is not None else None
+        grad_b = _weigh(z, weights).t() @ grad if to_b else None
+        return grad_z, grad_weights, grad_b, grad if to_base else None
 
 
 def grouped(x: Tensor, A: Tensor, B: Tensor, weights: Tensor, base: Tensor | None = None) -> Tensor:
