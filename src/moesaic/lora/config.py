@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from abc import abstractmethod
 from dataclasses import dataclass, field, fields
 from enum import Enum
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args, get_type_hints
 
 from peft import PeftConfig
 
-from moesaic.errors import ConfigError
+from moesaic.errors import ConfigError, first_line
 from moesaic.lora.mix import Backend
 from moesaic.routing import AuxiliaryLoss, Gate, Router, Site
 
@@ -77,22 +78,36 @@ class MixtureConfig(PeftConfig):
         register_with_peft(cls)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            raise ConfigError(first_line(error)) from None
         self.peft_type = type(self).type
+        _check_kinds(self)
+        _check_names(self)
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
         for name in ("r", "num_experts"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name}={value!r} must be a whole number of at least 1")
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be a whole number of at least 1")
+        if self.lora_alpha <= 0:
+            raise ConfigError(f"lora_alpha={self.lora_alpha} must be above 0: it scales what the experts add")
+        if self.aux_weight < 0:
+            raise ConfigError(f"aux_weight={self.aux_weight} must be at least 0; 0 turns the auxiliary losses off")
+        if self.backend not in get_args(Backend):
+            raise ConfigError(f"unknown backend {self.backend!r}: choose one of {', '.join(get_args(Backend))}")
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout={self.lora_dropout} must be at least 0 and below 1")
         if self.bias != "none":
             raise ConfigError(f"bias={self.bias!r} is not supported by mixtures: leave it at 'none'")
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ConfigError("layers_pattern needs layers_to_transform")
+        if self.layers_to_transform is not None and not isinstance(self.target_modules, set):
+            raise ConfigError(
+                "layers_to_transform needs target_modules as a list of names; a pattern picks layers itself"
+            )
         self.gate().check(self.num_experts)
 
     @property
@@ -115,6 +130,51 @@ class MixtureConfig(PeftConfig):
     def losses(self) -> list[AuxiliaryLoss]:
         """The auxiliary losses; built once for each adapter."""
         return []
+
+
+_KINDS = {
+    int: "a whole number",
+    float: "a finite number",
+    bool: "true or false",
+    list[int]: "a list of whole numbers",
+    type(None): "null",
+}
+
+
+def _check_kinds(config: MixtureConfig) -> None:
+    """Raise ConfigError for a setting that is not the number, switch or list of numbers its annotation asks for."""
+    hints = get_type_hints(type(config))
+    for f in fields(config):
+        hint, value = hints[f.name], getattr(config, f.name)
+        kinds = (hint,) if hint in _KINDS else get_args(hint)
+        if kinds and all(kind in _KINDS for kind in kinds) and not any(_is(value, kind) for kind in kinds):
+            raise ConfigError(f"{f.name}={value!r} must be {' or '.join(_KINDS[kind] for kind in kinds)}")
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value is of a kind in `_KINDS`; a switch is no number."""
+    if kind == list[int]:
+        return isinstance(value, (list, tuple)) and all(_is(v, int) for v in value)
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _check_names(config: MixtureConfig) -> None:
+    """Raise ConfigError for names of modules that are neither texts nor a pattern that can be read."""
+    for key in ("target_modules", "lora_target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+        value = getattr(config, key)
+        if isinstance(value, str) and key != "modules_to_save":
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ConfigError(f"{key}={value!r} is not a regular expression: {first_line(error)}") from None
+        elif value is not None and not (
+            isinstance(value, (list, tuple, set)) and all(isinstance(v, str) for v in value)
+        ):
+            raise ConfigError(f"{key}={value!r} must be a list of names")
+    if config.target_modules is not None and not config.target_modules and not config.lora_target_modules:
+        raise ConfigError("target_modules is empty: leave it out to adapt every linear of the model's blocks")
 
 
 def register_with_peft(cls: type[MixtureConfig]) -> None:

@@ -98,9 +98,6 @@ class ExpertExpertRouter(HotMoERouter):
     def projection(self) -> tuple[Tensor, Tensor]:
         return self.folded()
 
-    def from_projection(self, read: Tensor, context: RoutingContext | None = None) -> Tensor:
-        return read
-
     def extra_repr(self) -> str:
         return "expert-expert"
 
@@ -202,6 +199,9 @@ class HotMoEConfig(MixtureConfig):
         super().__post_init__()
         if not 0 <= self.ee_fraction <= 1:
             raise ConfigError(f"ee_fraction={self.ee_fraction} must be between 0 and 1")
+        for name in ("expert_dim", "attention_dim"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         if self.aux_reduce not in ("sum", "mean"):
             raise ConfigError(f"aux_reduce={self.aux_reduce!r} must be 'sum' or 'mean'")
 

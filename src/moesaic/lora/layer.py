@@ -115,16 +115,14 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         z, read = product.split([A.shape[0], len(read_weight)], dim=-1)
         logits = router.from_projection(read if read_bias is None else read + read_bias, context)
         weights = self._gate(adapter, x, logits, context).weights * scaling
-        rows = (t.reshape(-1, t.shape[-1]) for t in (z, weights, out))
-        z, weights, flat_out = rows
-        flat = weigh_and_expand(z, B, weights, flat_out)
-        return flat.view(out.shape)
+        flat_z, flat_weights, flat_out = (t.reshape(-1, t.shape[-1]) for t in (z, weights, out))
+        return weigh_and_expand(flat_z, B, flat_weights, flat_out).view(out.shape)
 
     def _fuses(self, adapter: str, router: Router, z: Tensor) -> bool:
         """Whether router and A may read the input in one product: same float32 input, rank space, nobody watching."""
         if torch.is_autocast_enabled(z.device.type) or z.dtype not in (torch.float32, torch.float64):
             return False
-        if router.scores_itself or router._forward_pre_hooks or router._forward_hooks:
+        if not router.reads_by_projection or router._forward_pre_hooks or router._forward_hooks:
             return False
         if self.training and self.dropout[adapter] > 0:
             return False

@@ -40,7 +40,10 @@ def from_pretrained(
     kwargs = {**kwargs, "adapter_name": adapter_name, "is_trainable": is_trainable}
     if path.exists():
         check_folder(path, model=None if ignore_base else model)
-        return PeftModel.from_pretrained(model, str(folder), **kwargs)
+        try:
+            return PeftModel.from_pretrained(model, str(folder), **kwargs)
+        except (KeyError, RuntimeError) as error:
+            raise AdapterError(f"{folder} is damaged or does not fit this model: {first_line(error)}") from None
     try:
         return PeftModel.from_pretrained(model, str(folder), **kwargs)
     except (OSError, ValueError) as error:
@@ -94,12 +97,10 @@ def read_config(path: Path) -> MixtureConfig:
         values = json.loads(file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise AdapterError(f"{file} cannot be read: {error}") from None
-    known = {str(cls.type.value) for cls in METHODS.values()}
+    known = sorted(str(cls.type.value) for cls in METHODS.values())
     if not isinstance(values, dict) or values.get("peft_type") not in known:
         found = values.get("peft_type") if isinstance(values, dict) else type(values).__name__
-        raise AdapterError(
-            f"{path} holds an adapter of type {found!r}, not a moesaic mixture ({', '.join(sorted(known))})"
-        )
+        raise AdapterError(f"{path} holds an adapter of type {found!r}, not a moesaic mixture ({', '.join(known)})")
     config = PeftConfig.from_pretrained(str(path))
     assert isinstance(config, MixtureConfig)
     return config
@@ -107,7 +108,7 @@ def read_config(path: Path) -> MixtureConfig:
 
 def _check_base(path: Path, config: MixtureConfig, model: nn.Module) -> None:
     name = getattr(getattr(model, "config", None), "_name_or_path", "") or getattr(model, "name_or_path", "")
-    wanted = config.base_model_name_or_path
+    wanted = str(config.base_model_name_or_path or "")
     if not wanted or not name or Path(wanted).name == Path(name).name:
         return
     raise AdapterError(f"{path} was trained on {wanted!r}, not on {name!r}: pass ignore_base=True if they are the same")

@@ -59,7 +59,8 @@ def mix(
     """
     if weights is None:
         weights = x.new_ones(*x.shape[:-1], 1)
-    num_experts = weights.shape[-1]
+    num_experts = weights.shape[-1] if weights.dim() else 0
+    _check_shapes(x, A, B, weights, base)
     if A.shape[0] % num_experts or A.shape[0] != B.shape[0]:
         raise ConfigError(
             f"A {tuple(A.shape)} and B {tuple(B.shape)} must both have E*r rows, and weights have E={num_experts}"
@@ -77,6 +78,17 @@ def mix(
     else:
         raise ConfigError(f"unknown backend {backend!r}: choose one of {', '.join(get_args(Backend))}")
     return out.view(*x.shape[:-1], B.shape[-1])
+
+
+def _check_shapes(x: Tensor, A: Tensor, B: Tensor, weights: Tensor, base: Tensor | None) -> None:
+    """Raise ConfigError for what would broadcast or be read out of place: each backend would do it in its own way."""
+    if A.dim() != 2 or B.dim() != 2 or x.dim() < 1 or x.shape[-1] != A.shape[-1]:
+        shapes = f"x {tuple(x.shape)}, A {tuple(A.shape)} and B {tuple(B.shape)}"
+        raise ConfigError(f"{shapes} must be (..., d_in), (E*r, d_in) and (E*r, d_out)")
+    if weights.shape[:-1] != x.shape[:-1] or weights.dim() < 1 or weights.shape[-1] < 1:
+        raise ConfigError(f"weights {tuple(weights.shape)} must be {(*x.shape[:-1], 'E')}: a row for each of x")
+    if base is not None and base.shape != (*x.shape[:-1], B.shape[-1]):
+        raise ConfigError(f"base {tuple(base.shape)} must be {(*x.shape[:-1], B.shape[-1])}")
 
 
 def choose(x: Tensor, A: Tensor, num_experts: int, top_k: int | None) -> Literal["rank", "grouped"]:

@@ -42,6 +42,8 @@ class MoLAConfig(MixtureConfig):
     def experts_at(self, site: Site) -> int:
         if self.experts_per_layer is None:
             return self.num_experts
+        if len(self.experts_per_layer) > site.num_layers > 1:
+            raise ConfigError(f"experts_per_layer={self.experts_per_layer}: this model has {site.num_layers} layers")
         return self.experts_per_layer[site.layer * len(self.experts_per_layer) // site.num_layers]
 
     def router(self, site: Site) -> Router:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -79,6 +81,8 @@ def check(model: nn.Module, config: Any) -> None:
         for entry in wanted or ():
             if not any(name == entry or name.endswith(f".{entry}") for name in modules):
                 _raise_unmatched(model, entry)
+    _check_layers(config, linears)
+    check_saved(model, config.modules_to_save)
     fused = _fused_parameters(model)
     if fused and by_default:
         warnings.warn(
@@ -95,6 +99,24 @@ def check(model: nn.Module, config: Any) -> None:
             raise ConfigError(
                 f"target {name!r} is a {type(module).__name__}, not a linear layer: leave it out of target_modules"
             )
+
+
+def _check_layers(config: Any, linears: set[str]) -> None:
+    """Every layer of `layers_to_transform` must hold a target, as PEFT counts layers."""
+    wanted = config.layers_to_transform
+    for layer in [wanted] if isinstance(wanted, int) else wanted or ():
+        alone = copy.copy(config)
+        alone.layers_to_transform = [layer]
+        if not any(check_target_module_exists(alone, name) for name in linears):
+            raise ConfigError(f"layers_to_transform={wanted}: no target module of this model is in layer {layer}")
+
+
+def check_saved(model: nn.Module, names: Collection[str] | None) -> None:
+    """Every entry of `modules_to_save` must name a module, but for the heads PEFT adds by itself."""
+    modules = [name for name, _ in model.named_modules()]
+    for entry in set(names or ()) - {"classifier", "score", "qa_outputs"}:
+        if not any(name.endswith(entry) for name in modules):
+            raise ConfigError(f"modules_to_save: {entry!r} matches no module of this model")
 
 
 def _check_called(model: nn.Module, name: str) -> None:
@@ -138,7 +160,7 @@ def _owner(model: nn.Module, parameter: str) -> nn.Module:
 def check_adapter_name(model: nn.Module, name: str, *, reserved: set[str]) -> None:
     """PEFT drops every tensor whose key has another adapter's name as a component: such names lose weights on save."""
     components = {part for module in dict(model.named_modules()) for part in module.split(".")} - {""}
-    if not name or "." in name or name in components | reserved or name.isdigit():
+    if not isinstance(name, str) or not name or "." in name or name in components | reserved or name.isdigit():
         raise ConfigError(
             f"adapter name {name!r} is also a part of the model's parameter names, so PEFT would drop weights on save: "
             "choose another name"

@@ -11,7 +11,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import nn
 
-from moesaic.errors import AdapterError, ConfigError, MissingRouterWeights
+from moesaic.errors import AdapterError, ConfigError, MissingRouterWeights, MoesaicError, first_line
 from moesaic.host import Host, optimizer_steps
 from moesaic.lora import targets
 from moesaic.lora.layer import MixtureLinear, features
@@ -39,7 +39,12 @@ class MixtureModel(BaseTuner):
         targets.check(model, config)
         if "host" not in self.__dict__:
             self.host = _host_of(model) or Host()
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except MoesaicError:
+            raise
+        except ValueError as error:
+            raise ConfigError(first_line(error)) from None
         self._attach(model)
         self.host.losses[adapter_name] = config.losses() if config.aux_weight > 0 else []
 

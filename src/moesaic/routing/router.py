@@ -7,7 +7,6 @@ bf16 logits change which experts are picked (measured: 0.2 % of top-2 sets).
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -47,25 +46,27 @@ class RoutingContext:
     """Kept for as long as one KV cache lives: scores computed at prefill, read at every decoding step."""
 
 
-class Router(nn.Module, ABC):
+class Router(nn.Module):
     """Scores experts: `h (..., d_in) -> logits (..., num_experts)`, float32.
 
     Most routers read `h` through one linear map and go on from there: they say which in `projection`, and a layer may
-    then compute it together with its own products (a product of 8 columns costs a third of one of 64). A router that
-    reads `h` otherwise overrides `score`.
+    then compute it together with its own products (a product of 8 columns costs far more than its share). A router
+    that reads `h` otherwise overrides `score`.
 
     Every parameter has the experts on its first axis, save those named in `shared`; so experts can be
     permuted, added or dropped without knowing the method.
     """
 
     shared: ClassVar[tuple[str, ...]] = ()
-    scores_itself: ClassVar[bool] = False
-    """Whether `score` is overridden below `from_projection`, so that a layer must call it."""
+    reads_by_projection: ClassVar[bool] = False
+    """Whether `projection` tells all: set by defining it, and unset by overriding `score` alone further down."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        first = {name: i for i, c in reversed(list(enumerate(cls.__mro__))) for name in vars(c)}
-        cls.scores_itself = min(first["score"], first["forward"]) < first["from_projection"]
+        if "projection" in vars(cls):
+            cls.reads_by_projection = True
+        elif {"score", "forward"} & vars(cls).keys():
+            cls.reads_by_projection = False
 
     def __init__(self, num_experts: int) -> None:
         super().__init__()
@@ -77,7 +78,9 @@ class Router(nn.Module, ABC):
 
     def score(self, h: Tensor, context: RoutingContext | None = None) -> Tensor:
         """Logits (..., E) from float32 (or float64) `h` (..., d_in), autocast already off."""
-        weight, bias = required(self.projection())
+        projection = self.projection()
+        assert projection is not None, f"{type(self).__name__} has no projection, so it must override score"
+        weight, bias = projection
         bias = None if bias is None else bias.to(h.dtype)
         return self.from_projection(F.linear(h, weight.to(h.dtype), bias), context)
 
@@ -85,9 +88,9 @@ class Router(nn.Module, ABC):
         """Weight (P, d_in) and bias (P,) of the map through which `h` is read; None while it is not one linear map."""
         return None
 
-    @abstractmethod
     def from_projection(self, read: Tensor, context: RoutingContext | None = None) -> Tensor:
-        """Logits (..., E) from the projected input (..., P), autocast already off."""
+        """Logits (..., E) from the projected input (..., P), autocast off; the projection itself by default."""
+        return read
 
     @torch.no_grad()
     def permute_experts_(self, order: Tensor) -> None:
@@ -107,16 +110,8 @@ class LinearRouter(Router):
     def projection(self) -> tuple[Tensor, Tensor | None]:
         return self.linear.weight, self.linear.bias
 
-    def from_projection(self, read: Tensor, context: RoutingContext | None = None) -> Tensor:
-        return read
-
     def extra_repr(self) -> str:
         return f"experts={self.num_experts}"
-
-
-def required(projection: tuple[Tensor, Tensor | None] | None) -> tuple[Tensor, Tensor | None]:
-    assert projection is not None, "a router without a projection must override score"
-    return projection
 
 
 def float_linear(linear: nn.Linear, h: Tensor) -> Tensor:
