@@ -1,14 +1,23 @@
 """Base models: the embedded ones are the published ones, and what cannot be loaded is said in one line."""
 
 import json
+import re
 import sys
 
 import pytest
 import torch
+from torch import nn
 
 from moesaic import embedded
 from moesaic.errors import ConfigError, MissingDependency
+from moesaic.lora import targets
 from tests.tiny_folders import save_model
+
+
+def adapted(model: nn.Module) -> list[str]:
+    """Last names of the modules that are adapted unless told otherwise."""
+    pattern = targets.default(model)
+    return sorted({n.rpartition(".")[2] for n, _ in model.named_modules() if re.fullmatch(pattern, n)})
 
 
 def test_minilm_is_found_without_running_its_package():
@@ -35,7 +44,7 @@ def test_minilm_loads_as_an_encoder_without_pooler():
     loaded = embedded.load_model("minilm")
     assert loaded.kind == "encoder"
     assert loaded.model.pooler is None
-    assert embedded.linear_targets(loaded.model) == ["dense", "key", "query", "value"]
+    assert adapted(loaded.model) == ["dense", "key", "query", "value"]
     assert sum(p.numel() for p in loaded.model.parameters()) > 22_000_000
 
 
@@ -45,7 +54,7 @@ def test_a_folder_loads_as_what_its_config_says(tmp_path, kind):
     assert loaded.kind == kind
     assert loaded.tokenizer.pad_token_id == 0
     wanted = {"causal": ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]}
-    assert embedded.linear_targets(loaded.model) == wanted.get(kind, ["dense", "key", "query", "value"])
+    assert adapted(loaded.model) == wanted.get(kind, ["dense", "key", "query", "value"])
 
 
 def test_weights_that_are_no_safetensors_are_refused(tmp_path):

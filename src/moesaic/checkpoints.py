@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from moesaic.errors import ConfigError
+from moesaic.errors import ConfigError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -47,9 +47,33 @@ def write_json(file: Path, content: Any) -> None:
 def write_text(file: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     part = file.with_name(f".{file.name}.part")
-    part.write_text(text, encoding="utf-8")
-    _sync(part)
-    os.replace(part, file)
+    with writing(file):
+        part.write_text(text, encoding="utf-8")
+        _sync(part)
+        os.replace(part, file)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object of a run. Raises ConfigError where it is missing or damaged."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} is missing or damaged: {first_line(error)}; restore it, or train again") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file} is damaged: it holds no object; restore it, or train again")
+    return content
+
+
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Turn what the file system refuses (no space, no permission, no such folder) into a ConfigError."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write {error.filename or place}: {error.strerror or first_line(error)}; "
+            "what was written before is kept: make room or name another folder"
+        ) from None
 
 
 def discard(folder: Path) -> None:
@@ -89,8 +113,8 @@ class RunFolder:
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
-        names = [p.name.removeprefix(_PREFIX) for p in self.checkpoints.glob(f"{_PREFIX}*")]
-        return sorted(int(n) for n in names if n.isdigit())
+        names = [p.name.removeprefix(_PREFIX) for p in self.checkpoints.glob(f"{_PREFIX}*") if p.is_dir()]
+        return sorted(int(n) for n in names if n.isdecimal() and n == str(int(n)))
 
     def prune(self, keep: int) -> None:
         """Remove all but the newest `keep` checkpoints."""
@@ -112,7 +136,8 @@ class RunFolder:
             if not self.recipe.is_file():
                 raise ConfigError(f"out={self.path} holds files that are not a run's; name another folder")
             if overwrite:
-                discard(self.path)
+                with writing(self.path):
+                    discard(self.path)
             elif self.finished:
                 raise ConfigError(f"{self.path} holds a finished run; overwrite=true replaces it, out=… goes elsewhere")
             elif resume == "never":
@@ -121,7 +146,8 @@ class RunFolder:
                 )
             else:
                 self._compare(description, layout)
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        with writing(self.path):
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
         for remains in (*self.path.glob(".*"), *self.checkpoints.glob(".*")):
             if remains.is_dir():
                 shutil.rmtree(remains, ignore_errors=True)
@@ -132,15 +158,21 @@ class RunFolder:
     def _compare(self, description: dict[str, Any], layout: dict[str, Any]) -> None:
         from omegaconf import OmegaConf
 
-        before = OmegaConf.to_container(OmegaConf.load(self.recipe))
-        assert isinstance(before, dict)
+        try:
+            before = OmegaConf.to_container(OmegaConf.load(self.recipe))
+        except Exception as error:
+            raise ConfigError(
+                f"{self.recipe} is damaged: {first_line(error)}; overwrite=true or another out="
+            ) from None
+        if not isinstance(before, dict):
+            raise ConfigError(f"{self.recipe} is damaged: it is no recipe; overwrite=true or another out=")
         for key, value in description.items():
             if before.get(key) != value:
                 raise ConfigError(
                     f"{self.path} holds an unfinished run with {key}={before.get(key)}, now it is {value}: "
                     "set it back to continue, or overwrite=true, or another out="
                 )
-        if self.layout.is_file() and json.loads(self.layout.read_text(encoding="utf-8")) != layout:
+        if self.layout.is_file() and read_json(self.layout) != layout:
             raise ConfigError(f"{self.path} holds an unfinished run on other data; overwrite=true or another out=")
 
     def _truncate_metrics(self, step: int) -> None:
@@ -148,10 +180,10 @@ class RunFolder:
         if not self.metrics.is_file():
             return
         kept = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+        for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
-            except ValueError:
+            except (ValueError, TypeError, KeyError):
                 break
         write_text(self.metrics, "".join(kept))

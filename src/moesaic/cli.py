@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from moesaic.errors import MoesaicError
+from moesaic.errors import MoesaicError, first_line
 
 _EXAMPLES = """settings are given as key=value; examples:
   moesaic demo                                                   plain LoRA against HotMoE in four minutes
@@ -40,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 0
+    except OSError as error:
+        print(f"moesaic: {first_line(error)}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -165,7 +168,7 @@ def _train(args: argparse.Namespace) -> None:
     print(
         f"{folder}: {results['steps']} steps in {results['train_seconds']:.0f} s "
         f"({results['tokens_per_second']:.0f} tokens/s), {results['trainable_parameters']:,} trainable parameters, "
-        f"last loss {results['final_loss'] or float('nan'):.3f}"
+        f"last loss {results['final_loss']:.3f}"
     )
     print(f"next: moesaic eval {folder}")
 

@@ -91,8 +91,12 @@ def parse(row: Any, where: str) -> Example:
     if row.get("choices") is not None:
         return _choice(task, prompt, row, where)
     if row.get("completion") is not None:
-        answer = row.get("answer")
-        return Example(task, prompt, _text(row, "completion", where), answer=None if answer is None else str(answer))
+        answer, completion = row.get("answer"), _text(row, "completion", where)
+        if not isinstance(answer, (str, int, float, type(None))):
+            raise DataError(f"{where}: 'answer' must be a text or a number, got {type(answer).__name__}")
+        if not prompt and not completion:
+            raise DataError(f"{where}: 'prompt' and 'completion' are both empty: there is nothing to learn")
+        return Example(task, prompt, completion, answer=None if answer is None else str(answer))
     raise DataError(f"{where}: neither 'choices', 'completion' nor 'messages' is there; one of them is needed")
 
 
@@ -101,13 +105,25 @@ def _text(row: dict[str, Any], key: str, where: str) -> str:
         raise DataError(f"{where}: field '{key}' is missing")
     if not isinstance(row[key], str):
         raise DataError(f"{where}: '{key}' must be text, got {type(row[key]).__name__}")
-    return row[key]
+    return _encodable(row[key], key, where)
+
+
+def _encodable(text: str, key: str, where: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError(
+            f"{where}: '{key}' holds half of a surrogate pair (\\ud800 to \\udfff): it is no text"
+        ) from None
+    return text
 
 
 def _choice(task: str, prompt: str, row: dict[str, Any], where: str) -> Example:
     choices, answer = row["choices"], row.get("answer")
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) for c in choices):
         raise DataError(f"{where}: 'choices' must be a list of at least two texts")
+    if not all(_encodable(c, "choices", where).strip() for c in choices):
+        raise DataError(f"{where}: one of the 'choices' is empty")
     if "answer" not in row:
         raise DataError(f"{where}: field 'answer' is missing: the index of the right choice")
     if not isinstance(answer, int) or isinstance(answer, bool):
@@ -115,6 +131,10 @@ def _choice(task: str, prompt: str, row: dict[str, Any], where: str) -> Example:
     if not 0 <= answer < len(choices):
         raise DataError(
             f"{where}: 'answer' is {answer}, but there are {len(choices)} choices (0 to {len(choices) - 1})"
+        )
+    if choices.count(choices[answer]) > 1:
+        raise DataError(
+            f"{where}: the right choice {choices[answer]!r} is there twice: no answer could be told from it"
         )
     return Example(task, prompt, choices=tuple(choices), answer=answer)
 
@@ -227,6 +247,6 @@ def _decode(row: Any, where: str) -> Any:
         return row
     try:
         return json.loads(row)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         detail = getattr(error, "msg", first_line(error))
         raise DataError(f"{where}: not valid JSON: {detail}") from None

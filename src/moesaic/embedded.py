@@ -131,17 +131,3 @@ def model_kind(config: Any) -> Literal["causal", "encoder"]:
 
     generates = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     return "causal" if generates and config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES else "encoder"
-
-
-def linear_targets(model: Any) -> list[str]:
-    """Names of the linear layers inside the repeated blocks of a model: what an adapter wraps unless told otherwise."""
-    import torch
-    from transformers.pytorch_utils import Conv1D
-
-    return sorted(
-        {
-            name.rpartition(".")[2]
-            for name, module in model.named_modules()
-            if isinstance(module, (torch.nn.Linear, Conv1D)) and any(part.isdigit() for part in name.split("."))
-        }
-    )

@@ -44,5 +44,6 @@ def suggest(name: str, options: Iterable[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """A foreign exception in one line, for the end of ours."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """A foreign exception in one line, for the end of ours: its first, and the second where that is a heading."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

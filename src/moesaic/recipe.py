@@ -4,6 +4,8 @@ A name is a packaged recipe (`hotmoe`), a path a file (`my.yaml`). Settings of t
 checked against the method's own config. An unknown key is an error that names the nearest valid one.
 """
 
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -75,6 +77,17 @@ _CHOICES = {
 }
 _AT_LEAST = {"steps": 1, "batch_size": 1, "accumulation": 1, "warmup": 0, "max_length": 8, "save_every": 1, "keep": 1}
 
+_SET_BY_PEFT = {
+    "task_type",
+    "peft_type",
+    "peft_version",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+}
+"""Fields of a PEFT config that record what a run found; set by hand they would belie it."""
+
 
 def packaged() -> list[str]:
     """Names of the recipes that come with the package."""
@@ -117,11 +130,11 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         stored.pop("adapter", None)  # another method's settings
     for source, values in ((str(file), stored), ("settings", given)):
         _check_keys(source, values)
-    adapter = {**(stored.pop("adapter", None) or {}), **given.pop("adapter", {})}
+    adapter = {**(stored.pop("adapter", None) or {}), **(given.pop("adapter", None) or {})}
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Recipe), stored, given, {"adapter": adapter})
         recipe = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
         key = getattr(error, "full_key", None)
         raise ConfigError(f"{key}: {first_line(error)}" if key else first_line(error)) from None
     assert isinstance(recipe, Recipe)
@@ -138,7 +151,7 @@ def parse_settings(cls: type[T], overrides: Sequence[str]) -> T:
     _check_keys("settings", given, cls)
     try:
         settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), given))
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
         raise ConfigError(f"{getattr(error, 'full_key', None) or 'settings'}: {first_line(error)}") from None
     assert isinstance(settings, cls)
     return settings
@@ -152,6 +165,13 @@ def check(recipe: Recipe) -> None:
     for key, least in _AT_LEAST.items():
         if getattr(recipe, key) < least:
             raise ConfigError(f"{key}={getattr(recipe, key)} must be at least {least}")
+    for key in ("lr", "clip", "weight_decay"):
+        if not math.isfinite(getattr(recipe, key)):
+            raise ConfigError(f"{key}={getattr(recipe, key)} must be a finite number")
+    if not 0 <= recipe.seed < 2**32:
+        raise ConfigError(f"seed={recipe.seed} must be between 0 and {2**32 - 1}")
+    if "\0" in recipe.out:
+        raise ConfigError("out holds a NUL character, which no path can")
     for key in ("lr", "temperature"):
         if not getattr(recipe, key) > 0:
             raise ConfigError(f"{key}={getattr(recipe, key)} must be above 0")
@@ -193,7 +213,7 @@ def adapter_config(recipe: Recipe, **defaults: Any) -> "PeftConfig":
     if recipe.method not in known:
         raise ConfigError(f"no method '{recipe.method}'; {suggest(recipe.method, known)}")
     cls = known[recipe.method]
-    valid = [f.name for f in fields(cls) if f.init]
+    valid = [f.name for f in fields(cls) if f.init and f.name not in _SET_BY_PEFT]
     for key in recipe.adapter:
         if key not in valid:
             raise ConfigError(f"method {recipe.method} has no setting adapter.{key}; {suggest(key, valid)}")
@@ -205,7 +225,7 @@ def adapter_config(recipe: Recipe, **defaults: Any) -> "PeftConfig":
         config: PeftConfig = cls(**settings)
     except ConfigError:
         raise
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, re.error) as error:
         raise ConfigError(f"adapter settings of {recipe.method}: {first_line(error)}") from None
     return config
 

@@ -12,9 +12,10 @@ import torch
 
 from moesaic import data
 from moesaic.checkpoints import RunFolder, atomic_folder, write_json, write_text
-from moesaic.embedded import LoadedModel, linear_targets, load_model
+from moesaic.embedded import LoadedModel, load_model
 from moesaic.encoder import HEADS, EncoderCollator, EncoderForTasks, Layout
 from moesaic.errors import ConfigError, MissingDependency, TrainingError, first_line
+from moesaic.lora import targets
 from moesaic.matching import matching_lora_rank
 from moesaic.precision import numerics
 from moesaic.recipe import Recipe, adapter_config, dump, load_recipe
@@ -120,7 +121,7 @@ def prepare(recipe: Recipe, examples: list[data.Example]) -> Prepared:
 
 def _with_heads(base: LoadedModel, layout: Layout | None) -> tuple[Any, dict[str, Any]]:
     """The model PEFT wraps, and the adapter settings that follow from its kind."""
-    defaults: dict[str, Any] = {"target_modules": linear_targets(base.model)}
+    defaults: dict[str, Any] = {"target_modules": targets.default(base.model)}
     if layout is None:
         return base.model, {**defaults, "task_type": "CAUSAL_LM"}
     return EncoderForTasks(base.model, layout), {**defaults, "modules_to_save": [HEADS]}

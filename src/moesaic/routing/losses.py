@@ -118,7 +118,7 @@ class MutualInformation(AuxiliaryLoss):
     """`relu(log E - (H(mean_t p_t) - mean_t H(p_t))) / log E`, in [0, 1]: balanced overall, certain per token.
 
     0 for balanced one-hot rows, 1 for uniform rows and for a collapsed router. `source` names what p is: the dense
-    probabilities or the gate's weights. HotMoE's generalised Jensen-Shannon term (section 1.4 of our method notes).
+    probabilities or the gate's weights. HotMoE's generalised Jensen-Shannon term.
     """
 
     def __init__(self, weight: float, *, source: Source = "probs", reduce: Reduce = "sum") -> None:
