@@ -189,3 +189,79 @@ def test_peft_itself_does_not_load_it_either(kind: str, good: Path, tmp_path: Pa
     with pytest.raises(expected) as error:
         PeftModel.from_pretrained(base_of(good), folder)
     one_line(error)
+
+
+# -- values of the wrong kind ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"r": True}, "r=True must be a whole number"),
+        ({"num_experts": "4"}, "num_experts='4' must be a whole number"),
+        ({"top_k": 1.5}, "top_k=1.5"),
+        ({"top_k": "2"}, "top_k='2'"),
+        ({"lora_alpha": 0}, "lora_alpha=0 must be above 0"),
+        ({"lora_alpha": float("nan")}, "lora_alpha=nan must be a finite number"),
+        ({"lora_dropout": "x"}, "lora_dropout='x'"),
+        ({"use_rslora": "no"}, "use_rslora='no' must be true or false"),
+        ({"aux_weight": -1}, "aux_weight=-1"),
+        ({"aux_weight": float("inf")}, "aux_weight=inf"),
+        ({"backend": "foo"}, "unknown backend 'foo'"),
+        ({"task_type": "FOO"}, "FOO"),
+        ({"target_modules": "("}, "is not a regular expression"),
+        ({"exclude_modules": "*"}, "is not a regular expression"),
+        ({"target_modules": []}, "target_modules is empty"),
+        ({"target_modules": 5}, "must be a list of names"),
+        ({"modules_to_save": "lm_head"}, "must be a list of names"),
+        ({"layers_to_transform": [0]}, "needs target_modules as a list"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_refused_at_once(setting: dict[str, Any], said: str, method: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        METHODS[method](**setting)
+    assert said in one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        ("hotmoe", {"expert_dim": 0}),
+        ("hotmoe", {"attention_dim": -1}),
+        ("hotmoe", {"ee_layers": 1}),
+        ("hotmoe", {"ee_layers": [0.5]}),
+        ("hotmoe", {"gate_temperature": float("nan")}),
+        ("mola", {"experts_per_layer": 4}),
+        ("mola", {"experts_per_layer": [2.5, 4]}),
+        ("mola", {"top_k": None}),
+    ],
+)
+def test_a_methods_value_of_the_wrong_kind_is_refused_at_once(name: str, setting: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError) as error:
+        METHODS[name](**setting)
+    assert next(iter(setting)) in one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"modules_to_save": ["nope"]}, "'nope' matches no module"),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [0, 99]}, "layer 99"),
+        ({"target_modules": ["q_proj"], "exclude_modules": ".*"}, "q_proj"),
+        ({"experts_per_layer": [2, 4, 8]}, "this model has 2 layers"),
+    ],
+)
+def test_a_setting_that_this_model_cannot_follow_is_refused(setting: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        get_peft_model(llama(), METHODS["mola"](r=2, num_experts=4, **setting))  # type: ignore[arg-type]
+    assert said in one_line(error)
+
+
+@pytest.mark.parametrize("change", [{"peft_type": ["x"]}, {"peft_type": {}}, {"modules_to_save": ["lm_head"]}])
+def test_an_edited_config_is_an_adapter_error(change: dict[str, Any], good: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    shutil.copytree(good / "adapter", folder)
+    set_config(**change)(folder)
+    with pytest.raises(AdapterError) as error:
+        moesaic.from_pretrained(base_of(good), folder)
+    one_line(error)

@@ -147,3 +147,28 @@ def test_any_json_value_parses_or_is_refused_in_one_typed_error(row):
         task = str(error).removeprefix("f:1: ")
         assert task != str(error)  # noqa: PT017  either outcome is right, as long as it is one of the two
     assert task
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("[" * 100000, "not valid JSON"),
+        (json.dumps({**COMPLETION, "prompt": "\ud800"}), "surrogate"),
+        (json.dumps({**CHOICE, "task": "\ud800"}), "surrogate"),
+        (json.dumps({**CHOICE, "choices": ["a", "\udfff"]}), "surrogate"),
+        (json.dumps({**CHOICE, "choices": ["a", " "]}), "'choices' is empty"),
+        (json.dumps({**CHOICE, "choices": ["b", "a", "a"]}), "right choice 'a' is there twice"),
+        (json.dumps({**COMPLETION, "answer": [1]}), "'answer' must be a text or a number, got list"),
+        (json.dumps({"task": "t", "prompt": "", "completion": ""}), "both empty"),
+    ],
+)
+def test_a_row_that_nothing_could_be_learned_from_is_refused(tmp_path, line, reason):
+    file = write(tmp_path / "x.jsonl", [CHOICE, line])
+    with pytest.raises(DataError) as caught:
+        data.load(file)
+    assert str(caught.value).startswith(f"{file}:2: ")
+    assert reason in str(caught.value)
+
+
+def test_a_wrong_choice_may_be_there_twice(tmp_path):
+    assert data.load(write(tmp_path / "x.jsonl", [{**CHOICE, "choices": ["a", "b", "a"]}]))

@@ -269,3 +269,25 @@ def test_auto_answers_as_the_backend_it_chose() -> None:
     p = problem(Case((40,), 32, 48, 16, 8, 2), torch.float32)
     auto = mix(p.x, p.A, p.B, p.weights, base=p.base, top_k=2)
     assert torch.equal(auto, mix(p.x, p.A, p.B, p.weights, base=p.base, backend="grouped"))
+
+
+@pytest.mark.parametrize("backend", ["rank", "grouped", "reference"])
+@pytest.mark.parametrize(
+    ("x", "weights", "base"),
+    [
+        ((3, 4), (3, 4), None),
+        ((3, 5), (1, 4), None),
+        ((3, 5), (6, 4), None),
+        ((3, 5), (4,), None),
+        ((3, 5), (3, 4), (1, 6)),
+        ((3, 5), (3, 4), (3, 5)),
+        ((3, 5), (3, 0), None),
+        ((), (4,), None),
+    ],
+)
+def test_shapes_that_would_broadcast_or_not_fit_are_refused(backend, x, weights, base):
+    A, B = torch.randn(8, 5), torch.randn(8, 6)
+    with pytest.raises(ConfigError, match="must be"):
+        mix(
+            torch.randn(x), A, B, torch.rand(weights), base=None if base is None else torch.zeros(base), backend=backend
+        )

@@ -99,3 +99,32 @@ def test_eval_settings_are_checked_likewise():
     )
     with pytest.raises(ConfigError, match=r"unknown key 'limt'.*did you mean 'limit'"):
         parse_settings(EvalSettings, ["limt=5"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["seed=-1"], "seed=-1 must be between 0"),
+        (["seed=99999999999"], "seed=99999999999"),
+        (["clip=nan"], "clip=nan must be a finite number"),
+        (["lr=inf"], "lr=inf must be a finite number"),
+        (["weight_decay=inf"], "weight_decay=inf"),
+        (["tasks={a: 1}"], "incompatible"),
+        (["out=a\0b"], "NUL"),
+    ],
+)
+def test_a_number_or_kind_that_cannot_be_is_one_line(settings, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_recipe("lora", settings)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["adapter=", "adapter=null"])
+def test_an_empty_adapter_section_adds_nothing(text):
+    assert load_recipe("lora", [text]) == load_recipe("lora")
+
+
+@pytest.mark.parametrize("key", ["inference_mode", "peft_type", "base_model_name_or_path"])
+def test_what_peft_records_cannot_be_set(key):
+    with pytest.raises(ConfigError, match=f"no setting adapter.{key}"):
+        adapter_config(load_recipe("hotmoe", [f"adapter.{key}=true"]))

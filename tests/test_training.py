@@ -373,3 +373,86 @@ def test_an_untrained_scorer_is_the_cosine_and_padding_does_not_count(world):
         parts = [states[alone["segments"][0] == k].mean(0) for k in range(len(row.choices) + 1)]
         cosines = torch.stack([torch.cosine_similarity(parts[0], p, dim=0) for p in parts[1:]])
         torch.testing.assert_close(logits, 20 * cosines, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("damage", ["remove", "garbage", "truncate"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(world, tmp_path, damage):
+    out = tmp_path / "run"
+    run("lora", world, "encoder", out)
+    (out / "results.json").unlink()
+    file = out / "checkpoints" / f"checkpoint-{STEPS}" / "optimizer.pt"
+    if damage == "remove":
+        file.unlink()
+    else:
+        file.write_bytes(b"garbage" if damage == "garbage" else file.read_bytes()[:100])
+    with pytest.raises(TrainingError, match=f"checkpoint-{STEPS} is damaged .*remove it") as caught:
+        run("lora", world, "encoder", out)
+    assert "\n" not in str(caught.value)
+    shutil.rmtree(file.parent)
+    assert run("lora", world, "encoder", out)["resumed_from_step"] == STEPS - 2
+
+
+def test_a_run_stopped_after_its_last_checkpoint_is_finished_with_its_loss(world, tmp_path):
+    out = tmp_path / "run"
+    loss = run("lora", world, "encoder", out)["final_loss"]
+    (out / "results.json").unlink()
+    (out / "checkpoints" / "checkpoint-\u00b2").mkdir()
+    results = run("lora", world, "encoder", out)
+    assert (results["resumed_from_step"], results["final_loss"]) == (STEPS, loss)
+
+
+@pytest.mark.parametrize("file", ["recipe.yaml", "layout.json"])
+@pytest.mark.parametrize("content", ["{", "- 1"])
+def test_a_damaged_file_of_an_unfinished_run_is_one_line(world, tmp_path, file, content):
+    out = tmp_path / "run"
+    run("lora", world, "encoder", out)
+    (out / "results.json").unlink()
+    (out / file).write_text(content)
+    with pytest.raises(ConfigError, match=f"{file} is .*damaged") as caught:
+        run("lora", world, "encoder", out)
+    assert "\n" not in str(caught.value)
+
+
+def test_rows_that_cannot_be_learned_do_not_cost_the_run_they_would_replace(world, tmp_path):
+    out, chats = tmp_path / "run", tmp_path / "chats.jsonl"
+    run("lora", world, "causal", out)
+    chats.write_text(json.dumps({"task": "t", "messages": [{"role": "assistant", "content": "a"}]}))
+    with pytest.raises(ConfigError, match="no chat template"):
+        run("lora", world, "causal", out, f"data={chats}", "overwrite=true")
+    assert RunFolder(out).finished
+
+
+def test_a_place_that_cannot_be_written_is_one_line(world, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match=r"cannot write .*: Not a directory"):
+        run("lora", world, "encoder", tmp_path / "file" / "run")
+
+    def full(*args, **kwargs):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 8 vs 4")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(ConfigError, match=r"cannot write .*make room"):
+        run("lora", world, "encoder", tmp_path / "run")
+    assert RunFolder(tmp_path / "run").steps() == []
+
+
+def test_a_run_whose_parts_do_not_belong_together_is_refused(world, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    out = tmp_path / "run"
+    run("lora", world, "encoder", out)
+    recipe, weights = out / "recipe.yaml", out / "adapter" / "adapter_model.safetensors"
+    text, tensors = recipe.read_text(), load_file(weights)
+    recipe.write_text(text.replace("method: lora", "method: mola").split("adapter:")[0])
+    with pytest.raises(AdapterError, match=r"LoraConfig, but .* says method=mola"):
+        load_run(out)
+    recipe.write_text(text)
+    save_file(dict(list(tensors.items())[1:]), weights)
+    with pytest.raises(AdapterError, match="1 tensors are on one side only"):
+        load_run(out)
+    save_file({k: v * math.nan for k, v in tensors.items()}, weights)
+    with pytest.raises(AdapterError, match="not finite"):
+        load_run(out)
+    (out / "layout.json").unlink()
+    with pytest.raises(ConfigError, match=r"layout\.json is missing or damaged"):
+        load_run(out)

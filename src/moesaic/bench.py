@@ -228,9 +228,12 @@ def main(overrides: list[str], *, as_json: bool = False) -> None:
     from rich.table import Table
 
     from moesaic.checkpoints import write_json
+    from moesaic.errors import ConfigError
     from moesaic.recipe import parse_settings
 
     settings = parse_settings(BenchSettings, overrides)
+    if settings.rounds < 1:
+        raise ConfigError(f"rounds={settings.rounds} must be at least 1")
     console = Console()
     with Console(stderr=True).status("warming up") as status:
         result = run(rounds=settings.rounds, progress=status.update)

@@ -5,12 +5,15 @@ recipe.yaml  layout.json  metrics.jsonl  checkpoints/checkpoint-N/  adapter/  re
 
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from moesaic.errors import ConfigError, first_line
 
@@ -69,9 +72,12 @@ def writing(place: Path) -> Iterator[None]:
     """Turn what the file system refuses (no space, no permission, no such folder) into a ConfigError."""
     try:
         yield
-    except OSError as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+            raise  # torch.save has no better sign of a full disk than the name of its own source file
+        place = getattr(error, "filename", None) or place
         raise ConfigError(
-            f"cannot write {error.filename or place}: {error.strerror or first_line(error)}; "
+            f"cannot write {place}: {getattr(error, 'strerror', None) or first_line(error)}; "
             "what was written before is kept: make room or name another folder"
         ) from None
 
@@ -115,6 +121,11 @@ class RunFolder:
         """Steps of the complete checkpoints, ascending."""
         names = [p.name.removeprefix(_PREFIX) for p in self.checkpoints.glob(f"{_PREFIX}*") if p.is_dir()]
         return sorted(int(n) for n in names if n.isdecimal() and n == str(int(n)))
+
+    def last_loss(self) -> float:
+        """The loss that was logged last; NaN where none was."""
+        lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.is_file() else []
+        return float(json.loads(lines[-1]).get("loss", math.nan)) if lines else math.nan
 
     def prune(self, keep: int) -> None:
         """Remove all but the newest `keep` checkpoints."""

@@ -164,11 +164,11 @@ def _train(args: argparse.Namespace) -> None:
     if args.json:
         _print_json({"run": str(recipe.run_folder()), **results})
         return
-    folder = recipe.run_folder()
+    folder, loss = recipe.run_folder(), results["final_loss"]
     print(
         f"{folder}: {results['steps']} steps in {results['train_seconds']:.0f} s "
         f"({results['tokens_per_second']:.0f} tokens/s), {results['trainable_parameters']:,} trainable parameters, "
-        f"last loss {results['final_loss']:.3f}"
+        f"last loss {'unknown' if loss is None else f'{loss:.3f}'}"
     )
     print(f"next: moesaic eval {folder}")
 

@@ -112,9 +112,7 @@ def _encodable(text: str, key: str, where: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise DataError(
-            f"{where}: '{key}' holds half of a surrogate pair (\\ud800 to \\udfff): it is no text"
-        ) from None
+        raise DataError(f"{where}: '{key}' holds half of a surrogate pair (\\ud800 to \\udfff): no text") from None
     return text
 
 
@@ -134,7 +132,7 @@ def _choice(task: str, prompt: str, row: dict[str, Any], where: str) -> Example:
         )
     if choices.count(choices[answer]) > 1:
         raise DataError(
-            f"{where}: the right choice {choices[answer]!r} is there twice: no answer could be told from it"
+            f"{where}: the right choice {choices[answer]!r} is there twice: answers could not be told apart"
         )
     return Example(task, prompt, choices=tuple(choices), answer=answer)
 

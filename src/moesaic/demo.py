@@ -47,10 +47,14 @@ def run(overrides: list[str], *, as_json: bool = False) -> dict[str, Any]:
     from rich.console import Console
 
     from moesaic.checkpoints import write_json
-    from moesaic.recipe import parse_settings
+    from moesaic.recipe import Recipe, check, parse_settings
     from moesaic.results import command_line, versions
 
     settings = parse_settings(DemoSettings, overrides)
+    for name in ("train_per_task", "test_per_task"):
+        if getattr(settings, name) < 1:
+            raise ConfigError(f"{name}={getattr(settings, name)} must be at least 1")
+    check(Recipe(steps=settings.steps, lr=settings.lr, seed=settings.seed))  # before an earlier demo is replaced
     torch.set_num_threads(1)  # products this small are slower on two threads than on one
     console = Console(stderr=as_json)
     started = time.perf_counter()

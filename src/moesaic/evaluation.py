@@ -4,7 +4,6 @@ Encoders answer through their heads. Causal models answer choices by log-likelih
 (`accuracy`; `accuracy_per_byte` divides by the choice's length) and other rows by greedy generation (`exact_match`).
 """
 
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,13 +14,13 @@ import torch
 import torch.nn.functional as F
 
 from moesaic import causal, data, metrics
-from moesaic.checkpoints import write_json
+from moesaic.checkpoints import RunFolder, read_json, write_json
 from moesaic.data import Example
-from moesaic.embedded import load_model
+from moesaic.embedded import load_model, resolve
 from moesaic.encoder import EncoderCollator, EncoderForTasks, Layout
 from moesaic.errors import AdapterError, ConfigError, DataError, first_line
 from moesaic.precision import numerics
-from moesaic.recipe import Recipe, load_recipe
+from moesaic.recipe import Recipe, adapter_config, load_recipe
 from moesaic.results import command_line, versions
 from moesaic.training import Prepared, run_path
 
@@ -49,6 +48,8 @@ def evaluate_run(folder: str | Path, settings: EvalSettings | None = None, *, pr
         ConfigError, DataError, AdapterError: no run, no such rows, or a damaged adapter.
     """
     settings = settings or EvalSettings()
+    if settings.batch_size < 1:
+        raise ConfigError(f"batch_size={settings.batch_size} must be at least 1")
     run = run_path(Path(folder).expanduser())
     recipe = load_recipe(str(run.recipe))
     examples = _examples(recipe, settings)
@@ -70,7 +71,7 @@ def evaluate_run(folder: str | Path, settings: EvalSettings | None = None, *, pr
         "tasks": scores,
         "mean": _mean(scores, "score"),
         **({"base_mean": _mean(scores, "base_score")} if settings.base else {}),
-        "trainable_parameters": json.loads(run.results.read_text())["trainable_parameters"] if run.finished else None,
+        "trainable_parameters": read_json(run.results).get("trainable_parameters") if run.finished else None,
         "command": command_line(),
         "versions": versions(),
     }
@@ -91,19 +92,60 @@ def load_run(folder: str | Path) -> Prepared:
     recipe = load_recipe(str(run.recipe))
     if recipe.method != "lora":
         import moesaic.lora  # noqa: F401  registers the methods with PEFT
-    stored = json.loads(run.layout.read_text(encoding="utf-8"))
+    stored = read_json(run.layout)
     plan = numerics(recipe.precision)
     base = load_model(recipe.model, dtype=plan.weights, attention=plan.attention)
     set_seed(recipe.seed)
-    layout = Layout.from_dict(stored) if base.kind == "encoder" else None
+    try:
+        tasks = tuple(stored["tasks"])
+        layout = Layout.from_dict(stored) if base.kind == "encoder" else None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{run.layout} is damaged, or of a run on another model: {recipe.model} needs {error}"
+        ) from None
     model = EncoderForTasks(base.model, layout) if layout else base.model
     try:
+        _check_adapter(run, recipe)
         wrapped = PeftModel.from_pretrained(model, str(run.adapter))
+        _check_tensors(run, wrapped)
     except AdapterError:
         raise
     except Exception as error:
         raise AdapterError(f"{run.adapter} is damaged or does not fit {recipe.model}: {first_line(error)}") from None
-    return Prepared(wrapped.eval().to(plan.device), base, tuple(stored["tasks"]), layout, recipe)
+    return Prepared(wrapped.eval().to(plan.device), base, tasks, layout, recipe)
+
+
+def _check_adapter(run: RunFolder, recipe: Recipe) -> None:
+    """Raise AdapterError where the run's adapter is not there, or not what its recipe says it is."""
+    from peft import PeftConfig
+
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (run.adapter / name).is_file():
+            raise AdapterError(f"{run.adapter} is damaged or does not fit {recipe.model}: it has no {name}")
+    config: Any = PeftConfig.from_pretrained(str(run.adapter))
+    if not isinstance(config, type(adapter_config(recipe))):
+        raise AdapterError(
+            f"{run.adapter} holds a {type(config).__name__}, but {run.recipe} says method={recipe.method}"
+        )
+    trained, now = config.base_model_name_or_path, resolve(recipe.model)
+    if trained and Path(trained).name != Path(now).name:
+        raise AdapterError(f"{run.adapter} was trained on {trained}, but {run.recipe} says model={recipe.model}")
+
+
+def _check_tensors(run: RunFolder, model: Any) -> None:
+    """Raise AdapterError where the file lacks tensors (PEFT would leave them at random) or holds others."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    there, wanted = load_file(run.adapter / "adapter_model.safetensors"), get_peft_model_state_dict(model)
+    odd = sorted(there.keys() ^ wanted.keys())
+    if odd:
+        raise AdapterError(
+            f"{run.adapter} is damaged or does not fit: {len(odd)} tensors are on one side only, {odd[0]}"
+        )
+    broken = [name for name, tensor in there.items() if not bool(tensor.isfinite().all())]
+    if broken:
+        raise AdapterError(f"{run.adapter} is damaged: {broken[0]} holds numbers that are not finite; train it again")
 
 
 def score(
@@ -113,6 +155,9 @@ def score(
     groups: dict[str, list[Example]] = {}
     for example in examples:
         groups.setdefault(example.task, []).append(example)
+    for task, rows in groups.items():
+        if len({bool(e.choices) for e in rows}) > 1:
+            raise DataError(f"task '{task}' has rows with and without choices: give them two names")
     training = prepared.model.training
     prepared.model.eval()
     try:

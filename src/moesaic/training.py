@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 import sys
 from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
@@ -11,10 +12,10 @@ from typing import Any
 import torch
 
 from moesaic import data
-from moesaic.checkpoints import RunFolder, atomic_folder, write_json, write_text
+from moesaic.checkpoints import RunFolder, atomic_folder, write_json, write_text, writing
 from moesaic.embedded import LoadedModel, load_model
 from moesaic.encoder import HEADS, EncoderCollator, EncoderForTasks, Layout
-from moesaic.errors import ConfigError, MissingDependency, TrainingError, first_line
+from moesaic.errors import ConfigError, MissingDependency, MoesaicError, TrainingError, first_line
 from moesaic.lora import targets
 from moesaic.matching import matching_lora_rank
 from moesaic.precision import numerics
@@ -63,15 +64,18 @@ def train(recipe: Recipe, *, command: str | None = None, progress: bool | None =
     stored: dict[str, Any] = {"tasks": list(prepared.tasks), "data_sha256": digest}
     if prepared.layout is not None:
         stored["labels"] = {t: list(v) for t, v in prepared.layout.labels.items()}
+    rows = training_rows(prepared, examples)
     step = folder.prepare(overwrite=recipe.overwrite, resume=recipe.resume, description=_plain(recipe), layout=stored)
     write_json(folder.layout, stored)
     write_text(folder.recipe, dump(recipe))
-    trainer = build_trainer(prepared, examples, folder, progress=progress)
-    if step:
-        logger.warning("%s: going on from step %d", folder.path, step)
-    _fit(trainer, folder, step)
-    with atomic_folder(folder.adapter) as staging:
-        prepared.model.save_pretrained(str(staging))
+    with writing(folder.path):
+        trainer = build_trainer(prepared, examples, rows, folder, progress=progress)
+        if step:
+            logger.warning("%s: going on from step %d", folder.path, step)
+            trainer.last_loss = folder.last_loss()
+        _fit(trainer, folder, step)
+        with atomic_folder(folder.adapter) as staging:
+            prepared.model.save_pretrained(str(staging))
     results = _results(trainer, prepared, step, command or command_line())
     write_json(folder.results, results)
     return results
@@ -112,7 +116,7 @@ def prepare(recipe: Recipe, examples: list[data.Example]) -> Prepared:
         wrapped = get_peft_model(model, config)
     except ConfigError:
         raise
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, IndexError, KeyError, re.error) as error:
         wanted, there = recipe.adapter.get("target_modules"), ", ".join(defaults["target_modules"])
         targets = f" (target_modules={wanted}; this model has {there})" if wanted else ""
         raise ConfigError(f"method {recipe.method} on model {recipe.model}{targets}: {first_line(error)}") from None
@@ -140,8 +144,26 @@ def _matched(recipe: Recipe, other: Recipe, model: Any, defaults: dict[str, Any]
     return replace(recipe, adapter=adapter)
 
 
-def build_trainer(prepared: Prepared, examples: list[data.Example], folder: RunFolder, *, progress: bool | None) -> Any:
-    """The trainer of a prepared model; `moesaic.host`'s mixin adds a mixture's auxiliary loss."""
+def training_rows(prepared: Prepared, examples: list[data.Example]) -> list[Any]:
+    """What the collator is given: an encoder's examples as they are, a causal model's as tokens.
+
+    Raises:
+        DataError, ConfigError: rows that this model cannot be trained on.
+    """
+    recipe, tokenizer = prepared.recipe, prepared.base.tokenizer
+    if prepared.layout is None:
+        from moesaic.causal import tokenize
+
+        return tokenize(examples, tokenizer, prepared.tasks, max_length=recipe.max_length)
+    collate = EncoderCollator(tokenizer, prepared.layout, max_length=recipe.max_length)
+    collate([max(examples, key=lambda e: len(e.choices))])  # the row with most parts is the one that may not fit
+    return list(examples)
+
+
+def build_trainer(
+    prepared: Prepared, examples: list[data.Example], rows: list[Any], folder: RunFolder, *, progress: bool | None
+) -> Any:
+    """The trainer of a prepared model and its `training_rows`; `moesaic.host`'s mixin adds the auxiliary loss."""
     recipe, tokenizer = prepared.recipe, prepared.base.tokenizer
     trainer: Any
     if prepared.layout is not None:
@@ -150,7 +172,7 @@ def build_trainer(prepared: Prepared, examples: list[data.Example], folder: RunF
         trainer = _class(Trainer, prepared.routed)(
             model=prepared.model,
             args=TrainingArguments(**_arguments(recipe, folder)),
-            train_dataset=examples,
+            train_dataset=rows,
             data_collator=EncoderCollator(
                 tokenizer, prepared.layout, max_length=recipe.max_length, task_ids=prepared.routed
             ),
@@ -159,9 +181,8 @@ def build_trainer(prepared: Prepared, examples: list[data.Example], folder: RunF
         from datasets import Dataset
         from trl import SFTConfig, SFTTrainer
 
-        from moesaic.causal import CausalCollator, tokenize
+        from moesaic.causal import CausalCollator
 
-        rows = tokenize(examples, tokenizer, prepared.tasks, max_length=recipe.max_length)
         trainer = _class(SFTTrainer, prepared.routed)(
             model=prepared.model,
             args=SFTConfig(
@@ -222,12 +243,29 @@ def _arguments(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
     }
 
 
+_RESUMED_FROM = ("adapter_model.safetensors", "trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state*.pth")
+"""Files of a checkpoint; where one is missing, HF Trainer would silently start that part anew."""
+
+
 def _fit(trainer: Any, folder: RunFolder, step: int) -> None:
+    lost = [f for f in _RESUMED_FROM if not any(folder.checkpoint(step).glob(f))] if step else []
+    if lost:
+        raise TrainingError(
+            f"{folder.checkpoint(step)} is damaged (no {lost[0]}): remove it to go on from the one before it"
+        )
     try:
         trainer.train(resume_from_checkpoint=str(folder.checkpoint(step)) if step else None)
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             f"out of memory: lower batch_size or max_length, or checkpointing=true ({first_line(error)})"
+        ) from None
+    except MoesaicError:
+        raise
+    except Exception as error:
+        if not step or trainer.tokens:
+            raise
+        raise TrainingError(
+            f"{folder.checkpoint(step)} is damaged ({first_line(error)}): remove it to go on from the one before it"
         ) from None
     if trainer.state.global_step < trainer.state.max_steps:
         raise KeyboardInterrupt(
