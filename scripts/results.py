@@ -31,8 +31,8 @@ def four_tasks(folder: Path) -> str:
         "",
         f"Validation splits, seeds {', '.join(map(str, seeds))}. Plain LoRA has the rank at which it trains as many "
         "parameters as HotMoE, routers counted. `base` is the untrained adapter with the same untrained heads. Steps "
-        "and learning rate were chosen with plain LoRA, seed 0, on these validation splits, and then used for both: HotMoE "
-        "had no tuning of its own.",
+        "and learning rate were chosen with plain LoRA, seed 0, on these validation splits, and then used for both: "
+        "HotMoE had no tuning of its own.",
         "",
         "| task | n | majority | base | " + " | ".join(methods) + " | hotmoe - lora |",
         "| --- | --- | --- | --- |" + " --- |" * (len(methods) + 1),
