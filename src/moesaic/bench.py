@@ -1,7 +1,8 @@
 """`moesaic bench`: what a mixture costs beside plain LoRA of the same total rank, measured side by side.
 
-All arms of a table run in turn, again and again, in one process and one thread; a ratio is the median of the ratios
-round by round, so a machine that slows down slows all arms alike. Peak memory is that of a fresh process for each arm.
+All arms of a table run in turn, in a new order each round, in one process and one thread; a ratio is the median of
+the ratios round by round, so a machine that slows down slows all arms alike. Peak memory is that of a fresh process
+for each arm.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import gc
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -81,7 +83,9 @@ def linear_steps(tokens: int, d: int) -> dict[str, Step]:
         return run
 
     steps = {"frozen linear": step(OneLinear(d).requires_grad_(False))}
-    for name, config in arms(["linear"], aux_weight=0.0).items():
+    configs = arms(["linear"], aux_weight=0.0)
+    del configs["hotmoe"]  # its two routers are measured by themselves: one layer has one of them
+    for name, config in configs.items():
         steps[name] = step(get_peft_model(OneLinear(d), config).train())
     return steps
 
@@ -117,13 +121,15 @@ def model_step(config: Any, *, d: int, layers: int, batch: int, tokens: int) -> 
 
 
 def interleave(steps: dict[str, Step], rounds: int, *, progress: Callable[[int, int], None]) -> dict[str, list[float]]:
-    """Seconds of every step, `rounds` times in turn after two warm-up rounds."""
+    """Seconds of every step, `rounds` times in turn after two warm-up rounds, in a new order each round."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
+    names, order = list(steps), random.Random(0)
     for index in range(rounds + 2):
         progress(index, rounds + 2)
-        for name, step in steps.items():
+        order.shuffle(names)
+        for name in names:
             start = time.perf_counter()
-            step()
+            steps[name]()
             if index >= 2:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
@@ -149,11 +155,22 @@ def overhead_share(seconds: dict[str, list[float]]) -> dict[str, float]:
     }
 
 
+def keep_freed_memory() -> None:
+    """Start this process again with an allocator that keeps what is freed, as CUDA's does; glibc only.
+
+    By default glibc gives blocks of megabytes back to the system and gets them zeroed anew each step. That costs all
+    arms alike, but its noise is larger than the differences to be measured.
+    """
+    settings = {"MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_MMAP_MAX_": "0"}
+    if platform.libc_ver()[0] == "glibc" and not settings.keys() <= os.environ.keys():
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **settings})
+
+
 def peak_memory(name: str, size: dict[str, int]) -> float:
     """MiB that training steps add to a fresh process, at their peak. Linux only: it reads /proc."""
     code = f"from moesaic import bench; print(bench.measure_peak({name!r}, {size!r}))"
     # Blocks above 64 KiB go back to the system when freed, so that what is resident is what is used.
-    settings = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    settings = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_MAX_": "65536"}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, **settings}
     )
@@ -195,7 +212,7 @@ def run(
         return lambda index, total: progress(f"{what}: round {index + 1} of {total}")
 
     steps = {k: s for k, s in linear_steps(tokens, d).items() if k in wanted}
-    linear = interleave(steps, rounds, progress=counted("one linear"))
+    linear = interleave(steps, 3 * rounds, progress=counted("one linear"))
     size = {"d": 512, "layers": 4, "batch": 4, "tokens": 256}
     configs = {k: c for k, c in arms(LINEARS).items() if k in wanted}
     whole = interleave({k: model_step(c, **size) for k, c in configs.items()}, rounds, progress=counted("model step"))
@@ -232,8 +249,9 @@ def main(overrides: list[str], *, as_json: bool = False) -> None:
     from moesaic.recipe import parse_settings
 
     settings = parse_settings(BenchSettings, overrides)
-    if settings.rounds < 1:
-        raise ConfigError(f"rounds={settings.rounds} must be at least 1")
+    if settings.rounds < 2:
+        raise ConfigError(f"rounds={settings.rounds} must be at least 2: quartiles need them")
+    keep_freed_memory()
     console = Console()
     with Console(stderr=True).status("warming up") as status:
         result = run(rounds=settings.rounds, progress=status.update)
@@ -251,12 +269,14 @@ def main(overrides: list[str], *, as_json: bool = False) -> None:
     }
     for key, title in titles.items():
         view = Table(title=title)
-        for column in ("arm", "ms", "ratio to LoRA of rank 64", "quartiles", "overhead, share of the loop's"):
+        columns = ["arm", "ms", "ratio to LoRA of rank 64", "quartiles"]
+        columns += ["overhead, share of the loop's"] if key == "linear" else []
+        for column in columns:
             view.add_column(column, justify="left" if column == "arm" else "right")
         for name, row in result[key].items():
-            share = result["linear_overhead_share_of_loop"].get(name) if key == "linear" else None
-            quartiles = f"{row['low']:.2f} to {row['high']:.2f}"
-            view.add_row(name, f"{row['ms']:.1f}", f"{row['ratio']:.3f}", quartiles, f"{share:.0%}" if share else "")
+            cells = [name, f"{row['ms']:.1f}", f"{row['ratio']:.3f}", f"{row['low']:.2f} to {row['high']:.2f}"]
+            share = result["linear_overhead_share_of_loop"].get(name)
+            view.add_row(*cells, *([f"{share:.0%}" if share is not None else ""] if key == "linear" else []))
         console.print(view)
     view = Table(title="peak memory added by a training step, fresh process each")
     for column in ("arm", "MiB", "ratio to LoRA of rank 64"):
