@@ -281,3 +281,16 @@ def test_generate_without_task_type_goes_around_the_tuner() -> None:
     assert torch.equal(model(inputs["input_ids"], inputs["attention_mask"]).logits, by_name)
     typed = get_peft_model(llama(), small("hotmoe", task_type="CAUSAL_LM"))  # type: ignore[arg-type]
     assert typed(**inputs).logits.shape == by_name.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loaded_for_inference_trains_nothing(method, dtype, tmp_path):
+    """PEFT makes frozen bf16 entries trainable when it casts them up."""
+    get_peft_model(llama().to(dtype), small(method)).save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama().to(dtype), tmp_path)
+    assert not [name for name, p in loaded.named_parameters() if p.requires_grad]
+    loaded.add_adapter("second", small(method))
+    loaded.set_adapter("second")
+    trained = {name for name, p in loaded.named_parameters() if p.requires_grad}
+    assert trained
+    assert all(".second" in name for name in trained)

@@ -145,3 +145,9 @@ def test_a_closed_trace_counts_no_more_and_does_not_change_the_output(method: st
 def test_a_model_without_a_mixture_cannot_be_traced() -> None:
     with pytest.raises(TrainingError, match="no moesaic mixture"), moesaic.trace(tiny.llama()):
         pass
+
+
+def test_a_trace_says_what_it_saw_and_when_it_saw_nothing():
+    assert RoutingTrace().entropy() is None
+    assert "nothing" in repr(RoutingTrace())
+    assert "1 of 4 experts dead" in repr(traced(record([[0.4, 0.3, 0.3, 0.0]])))

@@ -8,12 +8,13 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from moesaic.errors import MoesaicError, first_line
 
 _EXAMPLES = """settings are given as key=value; examples:
-  moesaic demo                                                   plain LoRA against HotMoE in four minutes
+  moesaic demo                                                   plain LoRA against HotMoE in minutes
   moesaic methods                                                what can be trained
   moesaic train hotmoe model=minilm data=tasks/ steps=800        a packaged recipe, settings on top
   moesaic train lora match=hotmoe model=minilm data=tasks/       plain LoRA with as many trainable parameters
@@ -85,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
     evaluate = verb("eval", _eval, "score finished runs on held-out rows", _eval_epilog())
     evaluate.add_argument("runs", nargs="+", metavar="run | key=value", help="run folders, then settings")
-    demo = verb("demo", _demo, "plain LoRA against HotMoE on six small tasks, in four minutes", _demo_epilog())
+    demo = verb("demo", _demo, "plain LoRA against HotMoE on six small tasks, in minutes", _demo_epilog())
     demo.add_argument("settings", nargs="*", metavar="key=value", help="settings of the demo")
     bench = verb("bench", _bench, "measure speed and memory against plain LoRA", _bench_epilog())
     bench.add_argument("settings", nargs="*", metavar="key=value", help="settings of the benchmark")
@@ -170,7 +171,8 @@ def _train(args: argparse.Namespace) -> None:
         f"({results['tokens_per_second']:.0f} tokens/s), {results['trainable_parameters']:,} trainable parameters, "
         f"last loss {'unknown' if loss is None else f'{loss:.3f}'}"
     )
-    print(f"next: moesaic eval {folder}")
+    rows = "" if Path(recipe.data).is_dir() else " data=HELD_OUT_ROWS"
+    print(f"next: moesaic eval {folder}{rows}")
 
 
 def _eval(args: argparse.Namespace) -> None:

@@ -210,6 +210,14 @@ def _class(trainer: type, routed: bool) -> type:
     return type(f"Run{trainer.__name__}", bases, {})
 
 
+def _warmup(recipe: Recipe) -> int:
+    """The recipe's warm-up; a tenth of a run so short that it would be half of it or more."""
+    if 2 * recipe.warmup < recipe.steps:
+        return recipe.warmup
+    logger.warning("warmup=%d is too long for steps=%d: taking %d", recipe.warmup, recipe.steps, recipe.steps // 10)
+    return recipe.steps // 10
+
+
 def _arguments(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
     from transformers import TrainingArguments
 
@@ -223,7 +231,7 @@ def _arguments(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
         "gradient_accumulation_steps": recipe.accumulation,
         "learning_rate": recipe.lr,
         "lr_scheduler_type": recipe.schedule,
-        "warmup_steps": recipe.warmup,
+        "warmup_steps": _warmup(recipe),
         "weight_decay": recipe.weight_decay,
         "max_grad_norm": recipe.clip,
         "seed": recipe.seed,

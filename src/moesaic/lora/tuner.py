@@ -94,6 +94,13 @@ class MixtureModel(BaseTuner):
             wrapped.requires_grad_(False)
         self._replace_module(parent, target_name, wrapped, target)
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """As PEFT does, which turns a frozen bf16 entry of a ParameterDict into a trainable float32 one: undo that."""
+        trained = {name: p.requires_grad for name, p in self.model.named_parameters()}
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for name, p in self.model.named_parameters():
+            p.requires_grad_(trained[name])
+
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self.host.losses.pop(adapter_name, None)

@@ -61,8 +61,8 @@ class RoutingTrace:
     | `utilisation()` | module -> share of weight by expert (E,) |
     | `by_layer()` | layer -> the same, averaged over the layer's modules |
     | `by_task()` | task id -> the same, averaged over modules |
-    | `entropy()` | mean token entropy over log E, averaged over modules |
-    | `dead_experts()` | (module, expert) pairs below a share of their fair utilisation |
+    | `entropy()` | mean entropy of a token's dense probabilities (before top-k) over log E, averaged over modules |
+    | `dead_experts()` | (module, expert) pairs whose weight (after top-k) is below a share of 1/E; needs many tokens |
     | `mutual_information()` | task-expert mutual information in [0, 1], averaged over modules |
     """
 
@@ -96,6 +96,15 @@ class RoutingTrace:
                     total = module.by_task.setdefault(task, torch.zeros(num_experts, dtype=torch.float64))
                     total += flat[tasks == task].sum(dim=0)
 
+    def __repr__(self) -> str:
+        if not self.modules:
+            return "RoutingTrace(nothing routed yet)"
+        tokens = max(m.tokens for m in self.modules.values())
+        return (
+            f"RoutingTrace({len(self.modules)} routers, {tokens} tokens, entropy {self.entropy():.2f} of 1, "
+            f"{len(self.dead_experts())} of {sum(len(m.weight) for m in self.modules.values())} experts dead)"
+        )
+
     def utilisation(self) -> dict[str, Tensor]:
         return {name: module.utilisation for name, module in self.modules.items()}
 
@@ -112,9 +121,10 @@ class RoutingTrace:
                 tasks.setdefault(task, []).append(weight / weight.sum().clamp(min=1e-12))
         return {task: _mean(rows) for task, rows in sorted(tasks.items()) if len({len(r) for r in rows}) == 1}
 
-    def entropy(self) -> float:
+    def entropy(self) -> float | None:
+        """None before any token was routed."""
         values = [module.mean_entropy for module in self.modules.values()]
-        return sum(values) / max(len(values), 1)
+        return sum(values) / len(values) if values else None
 
     def dead_experts(self, threshold: float = 0.1) -> list[tuple[str, int]]:
         """Experts that got less than `threshold` times the fair share 1/E."""
