@@ -23,6 +23,7 @@ those of their dataclass, with top-k and both losses on as in their training scr
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -50,7 +51,7 @@ HIDDEN = 4
 """Width of the token-expert MLP, fixed in the authors' code."""
 
 
-class HotMoERouter(Router):
+class HotMoERouter(Router, ABC):
     """What both kinds share: values, expert embeddings and the two attention projections."""
 
     shared = ("query.weight", "key.weight", "hidden.weight", "hidden.bias")
@@ -71,9 +72,9 @@ class HotMoERouter(Router):
         g = F.layer_norm(_at_least_fp32(self.embedding), list(norm.normalized_shape), weight, bias, norm.eps)
         return g, float_linear(self.key, g) / math.sqrt(self.key.out_features)
 
+    @abstractmethod
     def fold(self) -> tuple[Tensor, Tensor]:
         """What attention needs beside the token, from parameters alone."""
-        raise NotImplementedError
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """`fold()`, once a forward; in evaluation once until a parameter changes."""
