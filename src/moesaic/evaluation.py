@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from moesaic import causal, data, metrics
-from moesaic.checkpoints import RunFolder, read_json, write_json
+from moesaic.checkpoints import RunFolder, read_json, run_path, write_json
 from moesaic.data import Example
 from moesaic.embedded import load_model, resolve
 from moesaic.encoder import EncoderCollator, EncoderForTasks, Layout
@@ -22,7 +22,7 @@ from moesaic.errors import AdapterError, ConfigError, DataError, first_line
 from moesaic.precision import numerics
 from moesaic.recipe import Recipe, adapter_config, load_recipe
 from moesaic.results import command_line, versions
-from moesaic.training import Prepared, run_path
+from moesaic.training import Prepared
 
 logger = logging.getLogger(__name__)
 

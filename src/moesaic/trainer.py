@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +18,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from moesaic.checkpoints import RunFolder, atomic_folder
 from moesaic.errors import TrainingError
+from moesaic.precision import numerics
+from moesaic.recipe import Recipe
 from moesaic.sampling import InterleavedSampler
 
 logger = logging.getLogger(__name__)
@@ -162,3 +165,45 @@ class _Bar(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.close()
+
+
+def _warmup(recipe: Recipe) -> int:
+    """The recipe's warm-up; a tenth of a run so short that it would be half of it or more."""
+    if 2 * recipe.warmup < recipe.steps:
+        return recipe.warmup
+    logger.warning("warmup=%d is too long for steps=%d: taking %d", recipe.warmup, recipe.steps, recipe.steps // 10)
+    return recipe.steps // 10
+
+
+def training_arguments(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
+    """What a recipe means in the words of `TrainingArguments`."""
+    from transformers import TrainingArguments
+
+    plan = numerics(recipe.precision)
+    renamed = "activation_checkpointing" in {f.name for f in fields(TrainingArguments)}  # since Transformers 5.2x
+    checkpointing = "activation" if renamed else "gradient"
+    return {
+        "output_dir": str(folder.checkpoints),
+        "max_steps": recipe.steps,
+        "per_device_train_batch_size": recipe.batch_size,
+        "gradient_accumulation_steps": recipe.accumulation,
+        "learning_rate": recipe.lr,
+        "lr_scheduler_type": recipe.schedule,
+        "warmup_steps": _warmup(recipe),
+        "weight_decay": recipe.weight_decay,
+        "max_grad_norm": recipe.clip,
+        "seed": recipe.seed,
+        "bf16": plan.autocast,
+        "use_cpu": plan.device.type == "cpu",
+        "save_strategy": "steps",
+        "save_steps": recipe.save_every,
+        "logging_strategy": "steps",
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": plan.device.type == "cuda",
+        f"{checkpointing}_checkpointing": recipe.checkpointing,
+        f"{checkpointing}_checkpointing_kwargs": {"use_reentrant": False},
+        "disable_tqdm": True,
+        "report_to": "none",
+    }

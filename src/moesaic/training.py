@@ -4,9 +4,8 @@ import logging
 import math
 import re
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from moesaic.precision import numerics
 from moesaic.recipe import Recipe, adapter_config, dump, load_recipe
 from moesaic.results import command_line, count_total, count_trainable, device_name, versions
 from moesaic.sampling import InterleavedSampler
-from moesaic.trainer import RunMixin
+from moesaic.trainer import RunMixin, training_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -171,7 +170,7 @@ def build_trainer(
 
         trainer = _class(Trainer, prepared.routed)(
             model=prepared.model,
-            args=TrainingArguments(**_arguments(recipe, folder)),
+            args=TrainingArguments(**training_arguments(recipe, folder)),
             train_dataset=rows,
             data_collator=EncoderCollator(
                 tokenizer, prepared.layout, max_length=recipe.max_length, task_ids=prepared.routed
@@ -186,7 +185,7 @@ def build_trainer(
         trainer = _class(SFTTrainer, prepared.routed)(
             model=prepared.model,
             args=SFTConfig(
-                **_arguments(recipe, folder),
+                **training_arguments(recipe, folder),
                 max_length=recipe.max_length,
                 dataset_kwargs={"skip_prepare_dataset": True},
             ),
@@ -208,47 +207,6 @@ def _class(trainer: type, routed: bool) -> type:
 
         bases = (RunMixin, RoutedTrainerMixin, trainer)
     return type(f"Run{trainer.__name__}", bases, {})
-
-
-def _warmup(recipe: Recipe) -> int:
-    """The recipe's warm-up; a tenth of a run so short that it would be half of it or more."""
-    if 2 * recipe.warmup < recipe.steps:
-        return recipe.warmup
-    logger.warning("warmup=%d is too long for steps=%d: taking %d", recipe.warmup, recipe.steps, recipe.steps // 10)
-    return recipe.steps // 10
-
-
-def _arguments(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
-    from transformers import TrainingArguments
-
-    plan = numerics(recipe.precision)
-    renamed = "activation_checkpointing" in {f.name for f in fields(TrainingArguments)}  # since Transformers 5.2x
-    checkpointing = "activation" if renamed else "gradient"
-    return {
-        "output_dir": str(folder.checkpoints),
-        "max_steps": recipe.steps,
-        "per_device_train_batch_size": recipe.batch_size,
-        "gradient_accumulation_steps": recipe.accumulation,
-        "learning_rate": recipe.lr,
-        "lr_scheduler_type": recipe.schedule,
-        "warmup_steps": _warmup(recipe),
-        "weight_decay": recipe.weight_decay,
-        "max_grad_norm": recipe.clip,
-        "seed": recipe.seed,
-        "bf16": plan.autocast,
-        "use_cpu": plan.device.type == "cpu",
-        "save_strategy": "steps",
-        "save_steps": recipe.save_every,
-        "logging_strategy": "steps",
-        "logging_steps": 1,
-        "logging_nan_inf_filter": False,
-        "remove_unused_columns": False,
-        "dataloader_pin_memory": plan.device.type == "cuda",
-        f"{checkpointing}_checkpointing": recipe.checkpointing,
-        f"{checkpointing}_checkpointing_kwargs": {"use_reentrant": False},
-        "disable_tqdm": True,
-        "report_to": "none",
-    }
 
 
 _RESUMED_FROM = ("adapter_model.safetensors", "trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state*.pth")
@@ -310,13 +268,3 @@ def _plain(recipe: Recipe) -> dict[str, Any]:
     described = OmegaConf.to_container(OmegaConf.create(recipe.describes()))
     assert isinstance(described, dict)
     return {str(k): v for k, v in described.items()}
-
-
-def run_path(folder: Path) -> RunFolder:
-    """A run folder that can be evaluated: finished, or at least with an adapter. Raises ConfigError."""
-    run = RunFolder(folder)
-    if not run.recipe.is_file():
-        raise ConfigError(f"{folder} is not a run folder: it has no recipe.yaml (make one with `moesaic train`)")
-    if not run.adapter.is_dir():
-        raise ConfigError(f"{folder} is an unfinished run: run its `moesaic train` command again to finish it")
-    return run
