@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 
@@ -28,7 +29,7 @@ def settings(world, out, *more):
     return [f"model={world / 'model'}", f"data={world / 'data'}", f"out={out}", "steps=3", "batch_size=4", *more]
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["eval", "--help"]])
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["train", "--help"], ["eval", "--help"]])
 def test_help_teaches_without_importing_torch(arguments):
     code = (
         "import sys\nfrom moesaic.cli import main\n"
@@ -41,6 +42,13 @@ def test_help_teaches_without_importing_torch(arguments):
     assert "key=value" in out
 
 
+def test_the_version_is_the_packages(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"moesaic {metadata.version('moesaic')}\n"
+
+
 def test_train_and_eval_as_a_user_would(world, tmp_path, capsys):
     out = tmp_path / "run"
     trained = moesaic("train", "lora", *settings(world, out), "--json")
@@ -49,6 +57,9 @@ def test_train_and_eval_as_a_user_would(world, tmp_path, capsys):
     assert results["run"] == str(out)
     assert results["command"].startswith("cli.py train lora model=")
     assert str(world.parent) not in results["command"].split()[0]
+    card = (out / "adapter" / "README.md").read_text()
+    assert "lora on" in card
+    assert results["command"] in card
     scored = moesaic("eval", out, "limit=5")
     assert scored.returncode == 0, scored.stderr
     for word in ("majority", "base", "even", "pick", "mean", "trainable", f"{results['trainable_parameters']:,}"):

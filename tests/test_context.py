@@ -11,6 +11,7 @@ import torch
 from transformers import GenerationConfig, StaticCache
 
 import moesaic
+from moesaic.errors import ConfigError
 from moesaic.host import TASK_IDS
 from tests.tiny import batch, bert, llama, mamba, mixtures, qwen3, small, t5, wrap
 from tests.toy import BUILDERS, left_padded, shown, toy_method
@@ -186,3 +187,9 @@ def test_trace_by_task_during_generate() -> None:
         assert module.tokens == 2 * (4 + 6) + 3 * 4, "prefill without padding, then one token a beam"
     model(**batch(model, labels=False))
     assert len(next(iter(t.modules.values())).kept) == 4, "closed with the block"
+
+
+def test_task_ids_that_do_not_divide_the_batch_are_refused(toy: str) -> None:
+    model = wrap(llama(), small(toy))
+    with pytest.raises(ConfigError, match="2 ids for a batch of 3 rows"):
+        model(**batch(model, rows=3), **{TASK_IDS: torch.tensor([0, 1])})

@@ -11,6 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from moesaic import __version__
 from moesaic.errors import MoesaicError, first_line
 
 _EXAMPLES = """settings are given as key=value; examples:
@@ -25,7 +26,11 @@ _EXAMPLES = """settings are given as key=value; examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for a mistake that can be mended, 130 when interrupted."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.verb is None:
+        parser.print_help()
+        return 0
     logging.basicConfig(
         level=logging.INFO if args.verbose else logging.WARNING, format="%(message)s", stream=sys.stderr
     )
@@ -65,7 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="print JSON for machines")
     common.add_argument("-v", "--verbose", action="store_true", help="say more on stderr")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    parser.add_argument("--version", action="version", version=f"moesaic {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB")
 
     def verb(name: str, run: Any, summary: str, epilog: str = "") -> argparse.ArgumentParser:
         sub = verbs.add_parser(

@@ -3,6 +3,7 @@
 import platform
 import shlex
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -43,3 +44,40 @@ def count_trainable(model: Any) -> int:
 def count_total(model: Any) -> int:
     """Number of all parameters, a shared one counted once."""
     return sum(p.numel() for p in model.parameters())
+
+
+_CARD = """---
+library_name: peft
+base_model: {model}
+tags: [{tags}]
+---
+
+# {method} on {model}
+
+Made with moesaic {version}: `{command}`
+
+Tasks: {tasks}. Seed {seed}, {steps} steps, learning rate {lr:g}.
+
+```python
+import moesaic  # makes PEFT know the method
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "this/folder")
+```
+"""
+
+
+def model_card(recipe: Any, tasks: Sequence[str], command: str) -> str:
+    """README.md of an adapter folder: what it is and how it is loaded."""
+    tags = ["moesaic", recipe.method, *(["mixture-of-lora"] if recipe.method != "lora" else [])]
+    return _CARD.format(
+        model=recipe.model,
+        tags=", ".join(tags),
+        method=recipe.method,
+        version=version("moesaic"),
+        command=command,
+        tasks=", ".join(tasks),
+        seed=recipe.seed,
+        steps=recipe.steps,
+        lr=recipe.lr,
+    )

@@ -19,7 +19,7 @@ from moesaic.lora import targets
 from moesaic.matching import matching_lora_rank
 from moesaic.precision import numerics
 from moesaic.recipe import Recipe, adapter_config, dump, load_recipe
-from moesaic.results import command_line, count_total, count_trainable, device_name, versions
+from moesaic.results import command_line, count_total, count_trainable, device_name, model_card, versions
 from moesaic.sampling import InterleavedSampler
 from moesaic.trainer import RunMixin, training_arguments
 
@@ -52,6 +52,7 @@ def train(recipe: Recipe, *, command: str | None = None, progress: bool | None =
         KeyboardInterrupt: after a checkpoint, when interrupted.
     """
     require_extras()
+    command = command or command_line()
     adapter_config(recipe)  # a setting that cannot be is refused before anything is read
     folder = RunFolder(recipe.run_folder())
     if folder.finished and not recipe.overwrite:
@@ -75,7 +76,8 @@ def train(recipe: Recipe, *, command: str | None = None, progress: bool | None =
         _fit(trainer, folder, step)
         with atomic_folder(folder.adapter) as staging:
             prepared.model.save_pretrained(str(staging))
-    results = _results(trainer, prepared, step, command or command_line())
+            write_text(staging / "README.md", model_card(recipe, prepared.tasks, command))
+    results = _results(trainer, prepared, step, command)
     write_json(folder.results, results)
     return results
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moesaic.errors import TrainingError
+from moesaic.errors import ConfigError, TrainingError
 from moesaic.host import masks
 from moesaic.host.carrier import Delivery, carry, share_of_step
 from moesaic.host.checkpointing import bind_frames
@@ -107,7 +107,7 @@ class Host:
             site,
             mask=_fit(view.mask, h),
             sequences=_fit(view.sequences, h),
-            task_ids=_expand(frame.task_ids, h.shape[0]),
+            task_ids=_expand(frame.task_ids, h),
             state=frame.state,
             memory=frame.memory,
         )
@@ -283,10 +283,15 @@ def _fit(values: Tensor | None, h: Tensor) -> Tensor | None:
     return None
 
 
-def _expand(task_ids: Tensor | None, rows: int) -> Tensor | None:
+def _expand(task_ids: Tensor | None, h: Tensor) -> Tensor | None:
     """One id a row; a batch that was expanded for beams or several answers repeats its ids."""
-    if task_ids is None or len(task_ids) == 0 or rows % len(task_ids):
+    if task_ids is None:
         return None
+    rows = h.shape[0]
+    if len(task_ids) == 0 or rows % len(task_ids):
+        if h.dim() == 3:
+            raise ConfigError(f"{TASK_IDS} has {len(task_ids)} ids for a batch of {rows} rows: give one a row")
+        return None  # tokens that a model's own experts were dealt
     return task_ids if len(task_ids) == rows else task_ids.repeat_interleave(rows // len(task_ids))
 
 
