@@ -191,5 +191,5 @@ def test_trace_by_task_during_generate() -> None:
 
 def test_task_ids_that_do_not_divide_the_batch_are_refused(toy: str) -> None:
     model = wrap(llama(), small(toy))
-    with pytest.raises(ConfigError, match="2 ids for a batch of 3 rows"):
+    with pytest.raises(ConfigError, match="2 entries for a batch of 3 rows"):
         model(**batch(model, rows=3), **{TASK_IDS: torch.tensor([0, 1])})

@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "trace": "moesaic.host",
     "routing_tasks": "moesaic.host",
+    "set_training_progress": "moesaic.host",
     "router_aux_loss": "moesaic.host",
     "RoutedTrainerMixin": "moesaic.host",
     "RoutingTrace": "moesaic.routing",

@@ -1,12 +1,13 @@
 """The next floor: how a mixture lives inside a Transformers model."""
 
-from moesaic.host.context import router_aux_loss, routing_tasks, trace
+from moesaic.host.context import router_aux_loss, routing_tasks, set_training_progress, trace
 from moesaic.host.frames import Frame
-from moesaic.host.hooks import TASK_IDS, Host, find_host
+from moesaic.host.hooks import TARGETS, TASK_IDS, Host, find_host
 from moesaic.host.steps import optimizer_steps
 from moesaic.host.trainer import RoutedTrainerMixin
 
 __all__ = [
+    "TARGETS",
     "TASK_IDS",
     "Frame",
     "Host",
@@ -15,5 +16,6 @@ __all__ = [
     "optimizer_steps",
     "router_aux_loss",
     "routing_tasks",
+    "set_training_progress",
     "trace",
 ]

@@ -46,6 +46,14 @@ def routing_tasks(model: nn.Module, *, task_ids: Tensor | Sequence[int]) -> Iter
         host.pinned_tasks = previous
 
 
+def set_training_progress(model: nn.Module, progress: float) -> None:
+    """Tell methods that change over the training how far it is, from 0 to 1: in a loop of your own, before each step.
+
+    `RoutedTrainerMixin` does it. Where nobody does, they act as at the end of it.
+    """
+    find_host(model).progress = progress
+
+
 def router_aux_loss(model: nn.Module) -> Tensor | None:
     """Auxiliary loss of the last training forward, for loops that compute their loss from logits; None without one.
 

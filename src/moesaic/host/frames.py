@@ -35,6 +35,9 @@ class Frame:
     """This micro-batch's part of the optimiser step, for loops that divide by `num_items_in_batch`."""
     labelled: bool = False
     task_ids: Tensor | None = None
+    targets: Tensor | None = None
+    prompt: Tensor | None = None
+    """(batch, tokens), True on unlabelled tokens; None unless the labels belong to the tokens."""
     stacks: dict[str, StackView] = field(default_factory=dict)
     records: dict[tuple[str, str], Record] = field(default_factory=dict)
     pooled: tuple[Tensor, Tensor] | None = None

@@ -30,12 +30,16 @@ logger = logging.getLogger(__name__)
 TASK_IDS = "routing_task_ids"
 """Name of the batch key with one task id a sequence. `task_ids` would be swallowed by PEFT."""
 
+TARGETS = "routing_targets"
+"""Name of the batch key with what each sequence's routing should be like (batch, E)."""
+
 
 class Host:
     """Shared by all mixture layers of one base model. Holds no parameters.
 
     Attributes:
         losses: adapter name -> its auxiliary losses.
+        progress: share of the training that is done; None where no trainer tells.
         external: while True, a trainer adds the auxiliary loss itself and the output's loss is left alone.
         aux: auxiliary loss of the training forwards with gradients: of the last one, or, while `external`, the sum of
             all since it was last taken; None before any.
@@ -44,6 +48,7 @@ class Host:
     def __init__(self) -> None:
         self.losses: dict[str, list[AuxiliaryLoss]] = {}
         self.step_of: Callable[[str], Hashable] | None = None
+        self.progress: float | None = None
         self.external = False
         self.aux: Tensor | None = None
         self.loss_values: dict[str, Tensor] = {}
@@ -103,11 +108,15 @@ class Host:
         if frame is None:
             return RoutingContext(site, task_ids=self.pinned_tasks)
         view = frame.stacks.get(f"{stack}/cross" if cross else stack) or StackView()
+        mask, prompt = _fit(view.mask, h), _fit(frame.prompt, h)
         return RoutingContext(
             site,
-            mask=_fit(view.mask, h),
+            mask=mask,
             sequences=_fit(view.sequences, h),
-            task_ids=_expand(frame.task_ids, h),
+            prompt=prompt if prompt is None or mask is None else prompt & mask,
+            task_ids=_expand(frame.task_ids, h, TASK_IDS),
+            targets=_expand(frame.targets, h, TARGETS),
+            progress=1.0 if self.progress is None else self.progress,
             state=frame.state,
             memory=frame.memory,
         )
@@ -129,6 +138,9 @@ class Host:
     def needs_hidden(self, adapter: str) -> bool:
         frame = self.frame
         return frame is not None and frame.training and any(loss.needs_hidden for loss in self.losses.get(adapter, []))
+
+    def needs_experts(self, adapter: str) -> bool:
+        return any(loss.needs_experts for loss in self.losses.get(adapter, []))
 
     def sequence_means(self, h: Tensor, context: RoutingContext) -> Tensor:
         """Mean of `h` over the real tokens of each sequence (sequences, d_in), detached."""
@@ -163,10 +175,11 @@ class Host:
 
     def _open(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kwargs = dict(kwargs)
-        task_ids = kwargs.pop(TASK_IDS, None)
+        task_ids, targets = kwargs.pop(TASK_IDS, None), kwargs.pop(TARGETS, None)
         self.frame = self._new_frame(model, masks.bind(model, args, kwargs), whole=True)
         if task_ids is not None:
             self.frame.task_ids = task_ids
+        self.frame.targets = targets
         if self.frame.training and self.frame.grad:
             bind_frames(model, self)
         return args, kwargs
@@ -196,6 +209,7 @@ class Host:
         if whole:
             frame.labelled = arguments.get("labels") is not None
             frame.share = share_of_step(module, arguments)
+            frame.prompt = masks.prompt_of(module, arguments)
             frame.complete = arguments.get("encoder_outputs") is None and masks.past_length(arguments) == 0
         cache = masks.cache_of(arguments)
         if cache is not None and not torch.compiler.is_compiling():
@@ -283,16 +297,16 @@ def _fit(values: Tensor | None, h: Tensor) -> Tensor | None:
     return None
 
 
-def _expand(task_ids: Tensor | None, h: Tensor) -> Tensor | None:
-    """One id a row; a batch that was expanded for beams or several answers repeats its ids."""
-    if task_ids is None:
+def _expand(values: Tensor | None, h: Tensor, key: str) -> Tensor | None:
+    """One entry a row; a batch that was expanded for beams or several answers repeats its own."""
+    if values is None:
         return None
     rows = h.shape[0]
-    if len(task_ids) == 0 or rows % len(task_ids):
+    if len(values) == 0 or rows % len(values):
         if h.dim() == 3:
-            raise ConfigError(f"{TASK_IDS} has {len(task_ids)} ids for a batch of {rows} rows: give one a row")
+            raise ConfigError(f"{key} has {len(values)} entries for a batch of {rows} rows: give one a row")
         return None  # tokens that a model's own experts were dealt
-    return task_ids if len(task_ids) == rows else task_ids.repeat_interleave(rows // len(task_ids))
+    return values if len(values) == rows else values.repeat_interleave(rows // len(values), dim=0)
 
 
 def find_host(model: nn.Module) -> Host:

@@ -84,6 +84,15 @@ def two_d(mask: Any, tokens: int | None, past: int = 0) -> Tensor | None:
     return keys[:, past : past + tokens] if keys.shape[1] > past + tokens else keys[:, -tokens:]
 
 
+def prompt_of(model: nn.Module, arguments: Mapping[str, Any]) -> Tensor | None:
+    """True on the tokens without a label (batch, tokens); None unless labels and input have the same tokens."""
+    ids, labels = arguments.get("input_ids"), arguments.get("labels")
+    if not isinstance(ids, Tensor) or not isinstance(labels, Tensor) or labels.shape != ids.shape:
+        return None
+    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return None if encoder_decoder else labels == -100
+
+
 def packed_sequences(arguments: Mapping[str, Any]) -> Tensor | None:
     """Index of the sequence each token belongs to, when several share a row; None otherwise.
 

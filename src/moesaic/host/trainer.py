@@ -24,7 +24,7 @@ class RoutedTrainerMixin(_Base):
     The stock trainers work without it as long as their loss is linear in the labelled tokens. With it, label
     smoothing, DFT, a custom loss function and every other `compute_loss` work too. Its weight in a step is
     1/accumulation for each micro-batch; the stock path weighs a micro-batch by its labelled tokens. The two agree for
-    equal micro-batches. Logged as `router_aux_loss`.
+    equal micro-batches. It also tells routers and losses how far the training is. Logged as `router_aux_loss`.
     """
 
     def compute_loss(
@@ -38,6 +38,7 @@ class RoutedTrainerMixin(_Base):
         if host is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         host.take_aux()
+        host.progress = self.state.global_step / max(self.state.max_steps, 1)
         host.external = True
         try:
             result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)

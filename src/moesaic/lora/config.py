@@ -36,8 +36,13 @@ class MixtureConfig(PeftConfig):
     paper: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     type: ClassVar[Any] = None
+    shares_down: ClassVar[bool] = False
+    """Whether all experts of a layer share one down projection A (r, d_in)."""
 
     r: int = field(default=8, metadata={"help": "rank of one expert"})
+    rank_pattern: dict[str, int] | None = field(
+        default=None, metadata={"help": "rank by module name (or end of it) where it is not r; the scaling stays r's"}
+    )
     num_experts: int = field(default=8, metadata={"help": "experts in each adapted layer"})
     lora_alpha: float = field(default=16, metadata={"help": "scaling numerator: alpha/r, or alpha/sqrt(r) with rslora"})
     use_rslora: bool = field(default=False, metadata={"help": "scale by alpha/sqrt(r) (Kalajdzievski 2023)"})
@@ -89,9 +94,9 @@ class MixtureConfig(PeftConfig):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
-        for name in ("r", "num_experts"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be a whole number of at least 1")
+        for name, value in {"r": self.r, "num_experts": self.num_experts, **(self.rank_pattern or {})}.items():
+            if value < 1:
+                raise ConfigError(f"{name}={value} must be a whole number of at least 1")
         if self.lora_alpha <= 0:
             raise ConfigError(f"lora_alpha={self.lora_alpha} must be above 0: it scales what the experts add")
         if self.aux_weight < 0:
@@ -108,7 +113,8 @@ class MixtureConfig(PeftConfig):
             raise ConfigError(
                 "layers_to_transform needs target_modules as a list of names; a pattern picks layers itself"
             )
-        self.gate().check(self.num_experts)
+        for gate in (self.gate(), self.eval_gate()):
+            gate.check(self.num_experts)
 
     @property
     def scaling(self) -> float:
@@ -119,6 +125,11 @@ class MixtureConfig(PeftConfig):
         """Number of experts of the layer at `site`."""
         return self.num_experts
 
+    def rank_at(self, site: Site) -> int:
+        """Rank of one expert of the layer at `site`."""
+        pattern = self.rank_pattern or {}
+        return next((r for name, r in pattern.items() if f".{site.name}".endswith(f".{name}")), self.r)
+
     @abstractmethod
     def router(self, site: Site) -> Router:
         """A fresh router for the layer at `site`."""
@@ -126,6 +137,13 @@ class MixtureConfig(PeftConfig):
     @abstractmethod
     def gate(self) -> Gate:
         """The gate, the same for all layers."""
+
+    def eval_gate(self) -> Gate:
+        """The gate outside of training, where it is another one."""
+        return self.gate()
+
+    def connect(self, routers: list[Router]) -> None:
+        """Called once all routers of an adapter exist, in the model's order: for what they share."""
 
     def losses(self) -> list[AuxiliaryLoss]:
         """The auxiliary losses; built once for each adapter."""

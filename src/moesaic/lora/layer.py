@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -35,12 +35,12 @@ def features(base: nn.Module) -> tuple[int, int] | None:
 class MixtureLinear(nn.Module, BaseTunerLayer):
     """`base(x) + scaling * sum_e w_e(x) B_e A_e dropout(x)`, with w from a router and a gate.
 
-    Per adapter: `moe_lora_A` (E*r, d_in), `moe_lora_B` (E*r, d_out) and `moe_lora_router`. A target in
-    `lora_target_modules` has one expert and no router: plain LoRA.
+    Per adapter: `moe_lora_A` (E*r, d_in; r where experts share it), `moe_lora_B` (E*r, d_out), `moe_lora_router`.
+    A target in `lora_target_modules` has one expert and no router: plain LoRA.
     """
 
     adapter_layer_names = ("moe_lora_A", "moe_lora_B", "moe_lora_router")
-    other_param_names = ("sites", "gates", "scaling", "dropout", "backends")
+    other_param_names = ("sites", "gates", "eval_gates", "scaling", "dropout", "backends")
 
     def __init__(self, base_layer: nn.Module, host: Host) -> None:
         super().__init__()
@@ -51,6 +51,7 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         self.moe_lora_router = nn.ModuleDict()
         self.sites: dict[str, Site] = {}
         self.gates: dict[str, Gate] = {}
+        self.eval_gates: dict[str, Gate] = {}
         self.scaling: dict[str, float] = {}
         self.dropout: dict[str, float] = {}
         self.backends: dict[str, Any] = {}
@@ -63,18 +64,19 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter: str, config: MixtureConfig, site: Site, *, routed: bool) -> None:
         """Add an adapter. A is kaiming-uniform over the stacked matrix, B zero: the mixture starts as the base."""
         num_experts = config.experts_at(site) if routed else 1
-        rows = num_experts * config.r
-        self.moe_lora_A[adapter] = nn.Parameter(torch.empty(rows, site.d_in))
-        self.moe_lora_B[adapter] = nn.Parameter(torch.zeros(rows, site.d_out))
+        rank = config.rank_at(site)
+        down_rows = rank if routed and config.shares_down else num_experts * rank
+        self.moe_lora_A[adapter] = nn.Parameter(torch.empty(down_rows, site.d_in))
+        self.moe_lora_B[adapter] = nn.Parameter(torch.zeros(num_experts * rank, site.d_out))
         nn.init.kaiming_uniform_(self.moe_lora_A[adapter], a=5**0.5)
         if routed:
             router = config.router(site)
             if router.num_experts != num_experts:
                 raise ConfigError(f"the router of {site.name} scores {router.num_experts} experts, not {num_experts}")
-            gate = config.gate()
-            gate.check(num_experts)
             self.moe_lora_router[adapter] = router
-            self.gates[adapter] = gate
+            self.gates[adapter], self.eval_gates[adapter] = config.gate(), config.eval_gate()
+            for gate in (self.gates[adapter], self.eval_gates[adapter]):
+                gate.check(num_experts)
         self.name = site.name
         self.sites[adapter] = site
         self.scaling[adapter] = config.scaling
@@ -98,18 +100,17 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
     def _add_adapter(self, adapter: str, x: Tensor, out: Tensor) -> Tensor:
         A, B, scaling = self.moe_lora_A[adapter], self.moe_lora_B[adapter], self.scaling[adapter]
         z = x if torch.is_autocast_enabled(x.device.type) else self._cast_input_dtype(x, A.dtype)
-        if adapter not in self.moe_lora_router:
+        router = self.router(adapter)
+        if router is None:
             z = self._drop(adapter, z)
             return mix(z, A, B, z.new_full((*z.shape[:-1], 1), scaling), base=out, backend=self.backends[adapter])
-        router = self.moe_lora_router[adapter]
-        assert isinstance(router, Router)
         context = self.host.context(self.sites[adapter], self.stack, self.cross, x)
         projection = router.projection() if self._fuses(adapter, router, z) else None
         if projection is None:
             routing = self._gate(adapter, x, router(x, context), context)
             weights = routing.weights * scaling
             z = self._drop(adapter, z)
-            return mix(z, A, B, weights, base=out, backend=self.backends[adapter], top_k=self.gates[adapter].top_k)
+            return mix(z, A, B, weights, base=out, backend=self.backends[adapter], top_k=self._gate_of(adapter).top_k)
         read_weight, read_bias = projection
         product = nn.functional.linear(z, torch.cat([A, read_weight.to(A.dtype)]))
         z, read = product.split([A.shape[0], len(read_weight)], dim=-1)
@@ -126,26 +127,37 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
             return False
         if self.training and self.dropout[adapter] > 0:
             return False
-        A, backend = self.moe_lora_A[adapter], self.backends[adapter]
-        if A.dtype != z.dtype:
+        B, backend = self.moe_lora_B[adapter], self.backends[adapter]
+        if B.dtype != z.dtype:
             return False
         return backend == "rank" or (
-            backend == "auto" and choose(z, A, router.num_experts, self.gates[adapter].top_k) == "rank"
+            backend == "auto" and choose(z, B, router.num_experts, self._gate_of(adapter).top_k) == "rank"
         )
 
     def _drop(self, adapter: str, z: Tensor) -> Tensor:
         p = self.dropout[adapter]
         return nn.functional.dropout(z, p) if self.training and p > 0 else z
 
+    def router(self, adapter: str) -> Router | None:
+        """The adapter's router in this layer; None where it is not there, or is plain LoRA here."""
+        routers = dict(self.moe_lora_router.items())
+        return cast("Router | None", routers.get(adapter))
+
+    def _gate_of(self, adapter: str) -> Gate:
+        return (self.gates if self.training else self.eval_gates)[adapter]
+
     def _gate(self, adapter: str, x: Tensor, logits: Tensor, context: RoutingContext) -> Routing:
         """Weights from logits; recorded if a loss or a trace asks for them."""
         host = self.host
         with torch.autocast(x.device.type, enabled=False):
-            routing = self.gates[adapter](logits)
+            routing = self._gate_of(adapter)(logits)
         if host.wants(adapter):
-            hidden = host.sequence_means(x, context) if host.needs_hidden(adapter) else None
-            site = self.sites[adapter]
-            host.record(adapter, Record(site, routing, context.mask, context.sequences, context.task_ids, hidden))
+            record = Record.of(self.sites[adapter], routing, context, self.router(adapter))
+            if host.needs_hidden(adapter):
+                record.hidden = host.sequence_means(x, context)
+            if host.needs_experts(adapter):
+                record.experts = (self.moe_lora_A[adapter], self.moe_lora_B[adapter])
+            host.record(adapter, record)
         return routing
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -158,8 +170,8 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         if not self.sites:
             return f"MixtureLinear({self.base_layer})"
         adapter = next(iter(self.sites))
-        site, rows = self.sites[adapter], self.moe_lora_A[adapter].shape[0]
-        router = dict(self.moe_lora_router.items()).get(adapter)
-        experts = router.num_experts if isinstance(router, Router) else 1
+        site, rows = self.sites[adapter], self.moe_lora_B[adapter].shape[0]
+        router = self.router(adapter)
+        experts = router.num_experts if router is not None else 1
         kind = type(router).__name__ + (f"[{router.extra_repr()}]" if router.extra_repr() else "") if router else "none"
         return f"MixtureLinear(in={site.d_in}, out={site.d_out}, experts={experts}, r={rows // experts}, router={kind})"

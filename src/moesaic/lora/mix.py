@@ -7,7 +7,8 @@ There is no nonlinearity between A and B, so the weights commute into rank space
     y = ((w (x) 1_r) * (x A^T)) B        two matrix products of rank E*r and one multiply
 
 exact for every gate. `A` is (E*r, d_in), `B` is (E*r, d_out); expert e owns rows e*r to (e+1)*r of both, so that
-the flat view and the (E, r, d) view are both free.
+the flat view and the (E, r, d) view are both free. Where all experts share one down projection (HydraLoRA), `A` is
+(r, d_in) alone.
 
 | backend | work | when |
 | --- | --- | --- |
@@ -46,7 +47,7 @@ def mix(
 
     Args:
         x: input (..., d_in).
-        A: down projections (E*r, d_in).
+        A: down projections (E*r, d_in), or one for all experts (r, d_in).
         B: up projections (E*r, d_out).
         weights: (..., E), scaling folded in; None is a single expert of weight 1 (plain LoRA).
         base: (..., d_out), the frozen layer's output; not modified.
@@ -61,12 +62,12 @@ def mix(
         weights = x.new_ones(*x.shape[:-1], 1)
     num_experts = weights.shape[-1] if weights.dim() else 0
     _check_shapes(x, A, B, weights, base)
-    if A.shape[0] % num_experts or A.shape[0] != B.shape[0]:
+    if B.shape[0] % num_experts or A.shape[0] not in (B.shape[0], B.shape[0] // num_experts):
         raise ConfigError(
-            f"A {tuple(A.shape)} and B {tuple(B.shape)} must both have E*r rows, and weights have E={num_experts}"
+            f"B {tuple(B.shape)} must have E*r rows and A {tuple(A.shape)} as many, or r: weights have E={num_experts}"
         )
     if backend == "auto":
-        backend = choose(x, A, num_experts, top_k)
+        backend = choose(x, B, num_experts, top_k)
     flat_x, flat_w = x.reshape(-1, x.shape[-1]), weights.reshape(-1, num_experts)
     flat_base = None if base is None else base.reshape(-1, B.shape[-1])
     if backend == "rank":
@@ -91,11 +92,11 @@ def _check_shapes(x: Tensor, A: Tensor, B: Tensor, weights: Tensor, base: Tensor
         raise ConfigError(f"base {tuple(base.shape)} must be {(*x.shape[:-1], B.shape[-1])}")
 
 
-def choose(x: Tensor, A: Tensor, num_experts: int, top_k: int | None) -> Literal["rank", "grouped"]:
+def choose(x: Tensor, B: Tensor, num_experts: int, top_k: int | None) -> Literal["rank", "grouped"]:
     """Rank space, unless the weights are known to be sparse and E*r is past the measured crossover."""
     limit = RANK_SPACE_LIMIT.get(x.device.type, 256)
     sparse = top_k is not None and 2 * top_k <= num_experts
-    if not sparse or A.shape[0] <= limit or x.dtype == torch.float64 or torch.compiler.is_compiling():
+    if not sparse or B.shape[0] <= limit or x.dtype == torch.float64 or torch.compiler.is_compiling():
         return "rank"
     return "grouped"
 
@@ -104,7 +105,8 @@ def reference(x: Tensor, A: Tensor, B: Tensor, weights: Tensor, base: Tensor | N
     """The definition, one expert at a time: x (N, d_in), weights (N, E) -> (N, d_out)."""
     num_experts = weights.shape[-1]
     out = x.new_zeros(len(x), B.shape[-1])
-    experts = zip(A.chunk(num_experts), B.chunk(num_experts), weights.unbind(-1), strict=True)
+    downs = A.chunk(num_experts) if len(A) == len(B) else [A] * num_experts
+    experts = zip(downs, B.chunk(num_experts), weights.unbind(-1), strict=True)
     for a, b, w in experts:
         out = out + w[:, None].to(x.dtype) * ((x @ a.t()) @ b)
     return out if base is None else base + out.to(base.dtype)
@@ -116,10 +118,10 @@ def rank_space(x: Tensor, A: Tensor, B: Tensor, weights: Tensor, base: Tensor | 
 
 
 def weigh_and_expand(z: Tensor, B: Tensor, weights: Tensor, base: Tensor | None = None) -> Tensor:
-    """The second half of rank space: z = x A^T (N, E*r) is weighted and taken up by B, then added to `base`."""
+    """The second half of rank space: z = x A^T (N, E*r or r) is weighted and taken up by B, then added to `base`."""
     if base is not None and base.dtype == z.dtype == B.dtype and not torch.is_autocast_enabled(z.device.type):
         return cast(Tensor, _WeighAndExpand.apply(z, weights.to(z.dtype), B, base))
-    z = _weigh(z, weights.to(z.dtype))
+    z = _weigh(z, weights.to(z.dtype), len(B))
     if base is None:
         return z @ B
     if base.dtype == z.dtype and torch.is_autocast_enabled(z.device.type):
@@ -127,11 +129,15 @@ def weigh_and_expand(z: Tensor, B: Tensor, weights: Tensor, base: Tensor | None 
     return base + (z @ B).to(base.dtype)
 
 
-def _weigh(z: Tensor, weights: Tensor) -> Tensor:
-    """z (N, E*r) times weights (N, E), each weight over its expert's r columns."""
-    num_experts = weights.shape[-1]
-    by_expert = z.view(len(z), num_experts, z.shape[-1] // num_experts)
-    return (by_expert * weights.unsqueeze(-1)).flatten(1)
+def _weigh(z: Tensor, weights: Tensor, rows: int) -> Tensor:
+    """z (N, E*r) times weights (N, E), each weight over its expert's r columns; z (N, r) is every expert's."""
+    return (_by_expert(z, weights, rows) * weights.unsqueeze(-1)).flatten(1)
+
+
+def _by_expert(z: Tensor, weights: Tensor, rows: int) -> Tensor:
+    """z as (N, E, r), or (N, 1, r) where all experts share it."""
+    rank = rows // weights.shape[-1]
+    return z.view(len(z), z.shape[-1] // rank, rank)
 
 
 class _WeighAndExpand(torch.autograd.Function):
@@ -140,16 +146,22 @@ class _WeighAndExpand(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, weights: Tensor, B: Tensor, base: Tensor) -> Tensor:
         ctx.save_for_backward(z, weights, B)
-        return torch.addmm(base, _weigh(z, weights), B)
+        return torch.addmm(base, _weigh(z, weights, len(B)), B)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         z, weights, B = ctx.saved_tensors
         to_z, to_weights, to_b, to_base = ctx.needs_input_grad
-        back = grad @ B.t() if to_z or to_weights else None
-        grad_z = _weigh(back, weights) if to_z and back is not None else None
-        grad_weights = (back * z).view(*weights.shape, -1).sum(dim=-1) if to_weights and back is not None else None
-        grad_b = _weigh(z, weights).t() @ grad if to_b else None
+        grad_z = grad_weights = None
+        if to_z or to_weights:
+            back = _by_expert(grad @ B.t(), weights, len(B))
+            parts = _by_expert(z, weights, len(B))
+            if to_z:
+                grad_z = back * weights.unsqueeze(-1)
+                grad_z = (grad_z.sum(dim=1) if parts.shape[1] < back.shape[1] else grad_z).view(z.shape)
+            if to_weights:
+                grad_weights = (back * parts).sum(dim=-1)
+        grad_b = _weigh(z, weights, len(B)).t() @ grad if to_b else None
         return grad_z, grad_weights, grad_b, grad if to_base else None
 
 
@@ -164,14 +176,15 @@ def grouped(x: Tensor, A: Tensor, B: Tensor, weights: Tensor, base: Tensor | Non
         dtype = torch.get_autocast_dtype(x.device.type)
         x, A, B = x.to(dtype), A.to(dtype), B.to(dtype)
     num_experts, d_out = weights.shape[-1], B.shape[-1]
-    a, b = A.unflatten(0, (num_experts, -1)), B.unflatten(0, (num_experts, -1))
+    shared = len(A) < len(B)
+    a, b = A.unflatten(0, (1 if shared else num_experts, -1)), B.unflatten(0, (num_experts, -1))
     lanes = 16 // x.element_size()
     a, b, x = _pad_last(_pad_rank(a, lanes), lanes), _pad_last(_pad_rank(b, lanes), lanes), _pad_last(x, lanes)
 
     expert, token = weights.t().nonzero(as_tuple=True)
     ends = torch.bincount(expert, minlength=num_experts).cumsum(0).to(torch.int32)
     w = weights[token, expert].to(x.dtype)
-    z = F.grouped_mm(x[token], a.transpose(-1, -2), offs=ends)
+    z = (x @ a[0].t())[token] if shared else F.grouped_mm(x[token], a.transpose(-1, -2), offs=ends)
     y = F.grouped_mm(z * w[:, None], b, offs=ends)[:, :d_out]
     if base is None:
         base = x.new_zeros(len(x), d_out)

@@ -45,6 +45,8 @@ class MixtureModel(BaseTuner):
             raise
         except ValueError as error:
             raise ConfigError(first_line(error)) from None
+        found = [m.router(adapter_name) for m in model.modules() if isinstance(m, MixtureLinear)]
+        config.connect([router for router in found if router is not None])
         self._attach(model)
         self.host.losses[adapter_name] = config.losses() if config.aux_weight > 0 else []
 

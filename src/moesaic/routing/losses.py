@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moesaic.routing.gates import Routing
-from moesaic.routing.router import Site
+from moesaic.routing.router import Router, RoutingContext, Site
 
 Reduce = Literal["sum", "mean"]
 Source = Literal["weights", "probs"]
@@ -35,9 +35,21 @@ class Record:
     routing: Routing
     mask: Tensor | None = None
     sequences: Tensor | None = None
+    prompt: Tensor | None = None
     task_ids: Tensor | None = None
+    targets: Tensor | None = None
+    progress: float = 1.0
+    experts: tuple[Tensor, Tensor] | None = None
+    """The layer's A and B; present when a loss asks for them."""
+    router: Router | None = None
     hidden: Tensor | None = None
     """Mean input of each sequence (sequences, d_in), detached; present when a loss asks for it."""
+
+    @classmethod
+    def of(cls, site: Site, routing: Routing, context: RoutingContext, router: Router | None) -> Record:
+        """A record with all that the context knows."""
+        known = ("mask", "prompt", "sequences", "task_ids", "targets", "progress")
+        return cls(site, routing, router=router, **{name: getattr(context, name) for name in known})
 
 
 @dataclass
@@ -74,10 +86,11 @@ class AuxiliaryLoss(ABC):
     """`loss(records, step) -> scalar`; the total added to the task loss is `weight * loss`.
 
     `step` names the optimiser step: it stays the same while gradients accumulate. `needs_hidden` asks for
-    `Record.hidden`.
+    `Record.hidden`, `needs_experts` for `Record.experts`.
     """
 
     needs_hidden = False
+    needs_experts = False
 
     def __init__(self, weight: float, *, reduce: Reduce = "sum") -> None:
         self.weight = weight

@@ -31,7 +31,8 @@ class Site:
 class RoutingContext:
     """What a router may see beside its own input, for one call.
 
-    Shapes: `mask` and `sequences` have the input's leading shape, `task_ids` is (batch,).
+    Shapes: `mask`, `prompt` and `sequences` have the input's leading shape, `task_ids` is (batch,) and `targets`
+    (batch, E).
     """
 
     site: Site | None = None
@@ -39,7 +40,13 @@ class RoutingContext:
     """True where a token is real, False on padding; None if every token is."""
     sequences: Tensor | None = None
     """Which sequence of a packed batch a token belongs to, counted over the batch; None: one sequence a row."""
+    prompt: Tensor | None = None
+    """True where a token belongs to the prompt: real, and without a label; None if the batch has no labels by token."""
     task_ids: Tensor | None = None
+    targets: Tensor | None = None
+    """What each sequence's routing should be like (batch, E), from a teacher; see `routing_targets`."""
+    progress: float = 1.0
+    """Share of the training that is done, for routers and losses that change with it; 1 where nobody tells."""
     state: MutableMapping[Any, Any] = field(default_factory=dict)
     """Handed from layer to layer within one forward. Write each key once (`setdefault`)."""
     memory: MutableMapping[Any, Any] = field(default_factory=dict)
