@@ -18,12 +18,17 @@ settings.load_profile("moesaic")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that takes `method` runs once for each method registered when tests are collected."""
+    """A test that takes `method` runs for each method registered when tests are collected.
+
+    Those of the contract also run for some recombinations.
+    """
     given = {name for mark in metafunc.definition.iter_markers("parametrize") for name in str(mark.args[0]).split(",")}
     if "method" in metafunc.fixturenames and "method" not in given:
         from moesaic.lora import METHODS
+        from tests.tiny import COMBINATIONS
 
-        metafunc.parametrize("method", sorted(METHODS))
+        contract = metafunc.module.__name__.endswith("test_contract")
+        metafunc.parametrize("method", [*sorted(METHODS), *(COMBINATIONS if contract else ())])
 
 
 @pytest.fixture(autouse=True)

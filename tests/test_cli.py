@@ -6,6 +6,7 @@ import sys
 from importlib import metadata
 
 import pytest
+import yaml
 
 from moesaic.cli import main
 from tests.tiny_folders import save_model, write_tasks
@@ -29,7 +30,7 @@ def settings(world, out, *more):
     return [f"model={world / 'model'}", f"data={world / 'data'}", f"out={out}", "steps=3", "batch_size=4", *more]
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["train", "--help"], ["eval", "--help"]])
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["train", "--help"], ["eval", "--help"], ["compare", "--help"]])
 def test_help_teaches_without_importing_torch(arguments):
     code = (
         "import sys\nfrom moesaic.cli import main\n"
@@ -110,12 +111,23 @@ def test_dry_run_prints_a_recipe_that_can_be_used_and_writes_nothing(world, tmp_
     assert "num_experts: 3" in text
 
 
+def test_dry_run_shows_the_rank_that_match_solves_and_settings_may_follow_options(world, tmp_path, capsys):
+    train = ["train", "lora", "match=mola", "--dry-run", *settings(world, tmp_path / "run"), "adapter.lora_alpha=8"]
+    assert main(train) == 0
+    stored = yaml.safe_load(capsys.readouterr().out)
+    assert stored["adapter"]["r"] > 16
+    assert stored["adapter"]["lora_alpha"] / stored["adapter"]["r"] == 8 / 16
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "lora", "--dry-run", "steps=3", "--fast"])
+    assert stop.value.code == 2
+
+
 def test_methods_lists_every_registered_one(capsys):
     from moesaic.lora import METHODS
 
     assert main(["methods", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert {row["method"] for row in rows} == {"lora", *METHODS}
+    assert {row["method"] for row in rows} == {"lora", "rslora", "dora", *METHODS}
     assert all(row["summary"] and row["paper"] for row in rows)
     assert main(["methods"]) == 0
     assert "hotmoe" in capsys.readouterr().out

@@ -1,18 +1,23 @@
 """Scores: figures on hand-made cases, choices against a plain loop, a whole run with its base beside it."""
 
+import io
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from moesaic import causal, data, metrics
+from moesaic.answers import answer
 from moesaic.embedded import load_model
 from moesaic.errors import ConfigError, DataError
 from moesaic.evaluation import EvalSettings, evaluate_run, generate, load_run, score
 from moesaic.recipe import load_recipe
+from moesaic.tables import eval_table, routing_table
 from moesaic.training import Prepared, train
 from tests.tiny_folders import save_model, write_tasks
 
@@ -114,6 +119,72 @@ def test_an_encoder_run_scores_its_base_with_the_adapter_off(runs):
         off = score(prepared, rows)
     assert {t: s["score"] for t, s in off.items()} == {t: s["base_score"] for t, s in results["tasks"].items()}
     assert not prepared.model.training
+
+
+def test_every_answer_is_kept_in_the_order_of_the_rows(runs):
+    results = evaluate_run(runs / "causal")
+    lines = (runs / "causal" / "predictions-validation.jsonl").read_text().splitlines()
+    answers = [json.loads(line) for line in lines]
+    for task, figures in results["tasks"].items():
+        rows = data.load(runs / "causal-data", "validation", tasks=[task])
+        own = [a for a in answers if a["task"] == task]
+        assert [a["index"] for a in own] == list(range(20))
+        assert sum(a["correct"] for a in own) / 20 == figures["score"]
+        for row, one in zip(rows, own, strict=True):
+            if row.choices:
+                assert one["correct"] == (one["predicted"] == row.label)
+            else:
+                assert one["correct"] == metrics.answers_match(one["predicted"], row.completion, None)
+    assert not list((runs / "causal").glob(".*.part"))
+
+
+def test_a_batch_size_does_not_change_which_row_an_answer_belongs_to(runs):
+    prepared = load_run(runs / "encoder")
+    rows = data.load(runs / "encoder-data", "validation")
+    rows = [replace(row, prompt=row.prompt + " 1" * (i % 3)) for i, row in enumerate(rows)]
+    assert answer(prepared, rows, batch_size=1) == answer(prepared, rows, batch_size=7)
+
+
+def test_routing_is_reported_for_routed_runs_with_tasks_by_name(runs):
+    routing = evaluate_run(runs / "encoder", EvalSettings(base=False))["routing"]
+    assert set(routing["by_task"]) == {"even", "pick"}
+    assert set(routing["by_layer_and_task"]["0"]) == {"even", "pick"}
+    assert set(routing["entropy_by_layer"]) == {"0", "1"}
+    assert 0 <= routing["entropy"] <= 1
+    assert 0 <= routing["mutual_information"] <= 1
+    assert routing["dead_share"] == pytest.approx(routing["dead_experts"] / routing["num_experts"], abs=1e-5)
+    for row in routing["utilisation"].values():
+        assert sum(row) == pytest.approx(1, abs=1e-4)
+    json.dumps(routing, allow_nan=False)
+    assert evaluate_run(runs / "causal", EvalSettings(base=False))["routing"] is None
+
+
+@pytest.mark.parametrize("kind", ["causal", "encoder"])
+def test_a_task_gated_method_is_told_the_tasks_it_was_trained_on(runs, tmp_path, kind):
+    settings = [f"model={runs / f'{kind}-model'}", f"data={runs / f'{kind}-data'}", f"out={tmp_path / 'run'}"]
+    recipe = tmp_path / "oracle.yaml"
+    recipe.write_text("method: oracle\n")
+    train(load_recipe(str(recipe), [*settings, "steps=2", "batch_size=8", "adapter.r=2"]))
+    routing = evaluate_run(tmp_path / "run", EvalSettings(tasks=["pick", "even"], limit=4))["routing"]
+    trained = ("copy", "even", "pick") if kind == "causal" else ("even", "pick")
+    for task, row in routing["by_task"].items():
+        assert row == [float(name == task) for name in trained]
+    assert routing["mutual_information"] == pytest.approx(1)
+    assert routing["inner_balance"] is None, "a one-hot row has no second expert"
+
+
+def test_the_tables_of_eval_name_what_was_measured(runs):
+    results = [
+        evaluate_run(runs / kind, EvalSettings(tasks=["even", "pick"], limit=4)) for kind in ("causal", "encoder")
+    ]
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(eval_table(results), routing_table(results))
+    text = console.export_text()
+    assert "pick" in text
+    assert "task-expert information" in text
+    entropy = results[1]["routing"]["entropy"]
+    assert f"{entropy:.2f}" in text
+    assert routing_table(results[:1]) is None
 
 
 def test_limit_tasks_and_base_settings(runs):

@@ -15,7 +15,7 @@ ROOT = Path(moesaic.__file__).parent
 ALLOWED = {
     "routing": {"routing", "errors"},
     "host": {"host", "routing", "errors"},
-    "lora": {"lora", "host", "routing", "errors"},
+    "lora": {"lora", "host", "routing", "errors", "embedded"},
 }
 HEAVY = ("torch", "peft", "transformers", "trl", "datasets", "rich", "accelerate", "omegaconf", "matplotlib")
 

@@ -9,11 +9,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import moesaic
 from moesaic.lora import METHODS
 from moesaic.routing import Router
 from tests.tiny import MODELS, batch, llama, mixtures, small, wrap
 
 TARGETS = ["q_proj", "o_proj", "down_proj"]
+
+
+def targets_of(method: str) -> list[str] | None:
+    return TARGETS if METHODS[method].level == "linear" else None
+
+
+def routers(model: nn.Module) -> list[Router]:
+    return [layer.router("default") for layer in mixtures(model).values() if layer.router("default")]
 
 
 def watch_routers(model: nn.Module, seen: list[tuple[Tensor, list[torch.dtype]]]) -> None:
@@ -26,23 +35,24 @@ def watch_routers(model: nn.Module, seen: list[tuple[Tensor, list[torch.dtype]]]
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("watched", [False, True], ids=["fused", "watched"])
 def test_routing_is_float32_under_autocast(base: torch.dtype, watched: bool, method: str) -> None:
-    model = wrap(llama().to(base), small(method, target_modules=TARGETS)).train()
+    model = wrap(llama().to(base), small(method, target_modules=targets_of(method))).train()
     seen: list[tuple[Tensor, list[torch.dtype]]] = []
     if watched:
         watch_routers(model, seen)
     records: list[Any] = []
     host = next(iter(mixtures(model).values())).host
     host.record = lambda adapter, record: records.append(record.routing)  # type: ignore[method-assign]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=torch.bfloat16), moesaic.trace(model):
         out = model(**batch(model, labels=False)).logits
     assert out.dtype == torch.bfloat16
-    assert len(records) == len(mixtures(model))
+    assert len(records) == len(routers(model)) > 0
     for routing in records:
         assert {t.dtype for t in (routing.logits, routing.probs, routing.weights)} == {torch.float32}
         rounded = routing.logits.bfloat16().float()
-        assert not torch.equal(rounded, routing.logits), "computed in bf16 and cast back"
+        if routing.logits.any():  # zero logits are what they are
+            assert not torch.equal(rounded, routing.logits), "computed in bf16 and cast back"
     assert len(seen) == (len(records) if watched else 0)
-    assert all(logits.dtype == torch.float32 and set(dtypes) == {torch.float32} for logits, dtypes in seen)
+    assert all(logits.dtype == torch.float32 and set(dtypes) <= {torch.float32} for logits, dtypes in seen)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -73,21 +83,23 @@ def test_adapters_are_float32_beside_a_bf16_base_unless_told_otherwise() -> None
 
 
 def test_routers_cast_to_bf16_still_compute_in_float32(method: str) -> None:
-    model = wrap(llama(), small(method, target_modules=TARGETS))
+    model = wrap(llama(), small(method, target_modules=targets_of(method)))
     seen: list[tuple[Tensor, list[torch.dtype]]] = []
     watch_routers(model, seen)
     model.to(torch.bfloat16)
     model(**batch(model, labels=False))
-    assert len(seen) == len(mixtures(model))
+    assert len(seen) == len(routers(model)) > 0
     for logits, _ in seen:
         assert logits.dtype == torch.float32
-        assert not torch.equal(logits.bfloat16().float(), logits)
+        assert not logits.any() or not torch.equal(logits.bfloat16().float(), logits)
 
 
+@pytest.mark.parametrize("method", [m for m in METHODS if small(m).losses()])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_auxiliary_loss_under_autocast_equals_float32_of_the_same_inputs(method: str, checkpointing: bool) -> None:
     """The losses of what the routers recorded under bf16 autocast, against the same records in float64."""
-    model = wrap(llama(initializer_range=0.5), small(method, target_modules=TARGETS, aux_weight=1.0)).train()
+    config = small(method, target_modules=targets_of(method), aux_weight=1.0)
+    model = wrap(llama(initializer_range=0.5), config).train()
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     host = next(iter(mixtures(model).values())).host
@@ -101,7 +113,7 @@ def test_auxiliary_loss_under_autocast_equals_float32_of_the_same_inputs(method:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         aux = model(**inputs).router_aux_loss
     assert aux.dtype == torch.float32
-    assert len(frames) == len(mixtures(model))
+    assert len(frames) == len(routers(model)) > 0
     for entry in frames:
         for name in ("logits", "probs", "weights"):
             setattr(entry.routing, name, getattr(entry.routing, name).detach().double())

@@ -6,7 +6,8 @@ import pytest
 
 from moesaic.errors import ConfigError
 from moesaic.evaluation import EvalSettings
-from moesaic.recipe import adapter_config, dump, load_recipe, methods, packaged, parse_settings
+from moesaic.recipe import PLAIN, adapter_config, dump, is_routed, load_recipe, methods, packaged, parse_settings
+from moesaic.settings import parse_overrides
 
 
 def test_a_packaged_recipe_with_settings_on_top():
@@ -51,7 +52,6 @@ def test_every_packaged_recipe_makes_a_config_of_a_registered_method(name):
         (["precision=fp16"], "precision=fp16"),
         (["resume=yes"], "resume=True; "),
         (["adapter=3"], "adapter must hold settings"),
-        (["match=hotmoe", "method=mola"], "cannot go with method=mola"),
     ],
 )
 def test_a_bad_setting_is_one_line(settings, message):
@@ -128,3 +128,42 @@ def test_an_empty_adapter_section_adds_nothing(text):
 def test_what_peft_records_cannot_be_set(key):
     with pytest.raises(ConfigError, match=f"no setting adapter.{key}"):
         adapter_config(load_recipe("hotmoe", [f"adapter.{key}=true"]))
+
+
+def test_pefts_own_kinds_of_lora_are_methods_without_routers():
+    from peft import LoraConfig
+
+    made = {name: adapter_config(load_recipe(name), target_modules=["query"]) for name in PLAIN}
+    assert all(type(config) is LoraConfig and not is_routed(name) for name, config in made.items())
+    assert [(c.use_rslora, c.use_dora) for c in made.values()] == [(False, False), (True, False), (False, True)]
+    assert is_routed("mola")
+    assert made["rslora"].lora_alpha / made["rslora"].r ** 0.5 == made["lora"].lora_alpha / made["lora"].r
+
+
+@pytest.mark.parametrize(
+    ("recipe", "setting", "message"),
+    [
+        ("mola", "use_dora=true", "adapter.use_dora=true cannot go with method=mola: DoRA rescales by the norm"),
+        ("dora", "use_dora=false", "adapter.use_dora=false cannot go with method=dora"),
+        ("rslora", "use_rslora=false", "adapter.use_rslora=false cannot go with method=rslora"),
+    ],
+)
+def test_settings_that_belie_the_methods_name_are_refused(recipe, setting, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        adapter_config(load_recipe(recipe, [f"adapter.{setting}"]))
+    assert "\n" not in str(caught.value)
+
+
+def test_modules_to_save_are_the_recipes_and_the_defaults():
+    recipe = load_recipe("lora", ["adapter.modules_to_save=pooler"])
+    assert adapter_config(recipe, modules_to_save=["heads"]).modules_to_save == ["heads", "pooler"]
+    assert adapter_config(load_recipe("lora"), modules_to_save=["heads"]).modules_to_save == ["heads"]
+
+
+def test_settings_of_an_arm_nest_and_do_not_replace_a_whole():
+    assert parse_overrides(["arms.x.adapter.r=2", "arms.x.method=mola", "seeds=1"], lists=("seeds",)) == {
+        "arms": {"x": {"adapter": {"r": 2}, "method": "mola"}},
+        "seeds": [1],
+    }
+    with pytest.raises(ConfigError, match=r"'arms\.x\.r=2' sets a part of 'x'"):
+        parse_overrides(["arms.x=mola", "arms.x.r=2"])

@@ -10,17 +10,17 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from moesaic import data
 from moesaic.causal import CausalCollator, fit, tokenize
-from moesaic.checkpoints import RunFolder, atomic_folder
+from moesaic.checkpoints import RunFolder, atomic_folder, locked
 from moesaic.encoder import EncoderCollator, EncoderForTasks, Layout
 from moesaic.errors import AdapterError, ConfigError, DataError, TrainingError
 from moesaic.evaluation import load_run
-from moesaic.matching import matching_lora_rank, trainable_with
-from moesaic.recipe import adapter_config, load_recipe
+from moesaic.recipe import is_routed, load_recipe
 from moesaic.training import prepare, train
 from tests.tiny_folders import save_model, tokenizer, write_tasks
 
@@ -62,18 +62,21 @@ def metrics_of(folder: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize("kind", ["causal", "encoder"])
-@pytest.mark.parametrize("recipe", ["lora", "mola", "hotmoe"])
+@pytest.mark.parametrize("recipe", ["lora", "dora", "rslora", "mola", "hotmoe"])
 def test_a_run_leaves_a_folder_that_loads_as_it_was_trained(world, tmp_path, kind, recipe):
     results = run(recipe, world, kind, tmp_path / "run", command="test")
     folder = RunFolder(tmp_path / "run")
     assert folder.finished
     assert [m["step"] for m in metrics_of(folder.path)] == list(range(1, STEPS + 1))
     assert all(math.isfinite(m["loss"]) for m in metrics_of(folder.path))
-    assert all(("router_aux_loss" in m) == (recipe != "lora") for m in metrics_of(folder.path))
+    assert all(("router_aux_loss" in m) == is_routed(recipe) for m in metrics_of(folder.path))
     assert folder.steps() == [STEPS - 2, STEPS]
     assert results["command"] == "test"
     assert results["trainable_parameters"] > 0
     assert results["tokens_per_second"] > 0
+    assert results["peak_memory_of"] == "process"
+    assert psutil.Process().memory_info().rss / 2**20 < results["peak_memory_mib"] * 1.5
+    assert 50 < results["peak_memory_mib"] < 8192
     assert set(results["versions"]) >= {"torch", "transformers", "peft"}
     assert not list(folder.path.rglob("*.bin")), "nothing pickled but the optimizer's tensors"
     from peft import PeftModel
@@ -267,35 +270,16 @@ def test_a_damaged_or_foreign_adapter_is_one_line(world, tmp_path, damage):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("recipe", ["mola", "hotmoe"])
-@pytest.mark.parametrize("kind", ["causal", "encoder"])
-def test_the_matched_rank_is_the_closest(world, recipe, kind):
-    rows = data.load(world / f"{kind}-data")
-    mixture = load_recipe(recipe, [f"model={world / kind}"])
-    lora = load_recipe("lora", [f"model={world / kind}", f"match={recipe}"])
-    routed, plain = prepare(mixture, rows), prepare(lora, rows)
-    from moesaic.results import count_trainable
-
-    target, rank = count_trainable(routed.model), plain.recipe.adapter["r"]
-    assert plain.recipe.adapter["lora_alpha"] == 2 * rank
-    error = abs(count_trainable(plain.model) - target)
-    for other in (rank - 1, rank + 1):
-        if other:
-            neighbour = prepare(load_recipe("lora", [f"model={world / kind}", f"adapter.r={other}"]), rows)
-            assert error <= abs(count_trainable(neighbour.model) - target)
-
-
-def test_counting_leaves_the_model_as_it_was(world):
-    from moesaic.embedded import load_model
-
-    model = load_model(str(world / "causal")).model
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    config = adapter_config(load_recipe("mola"), target_modules=["q_proj", "down_proj"])
-    assert matching_lora_rank(model, config) > 1
-    assert trainable_with(model, config) > 0
-    after = model.state_dict()
-    assert list(after) == list(before)
-    assert all(torch.equal(after[k], before[k]) for k in before)
+def test_a_folder_is_one_process_at_a_time(world, tmp_path):
+    out = tmp_path / "run"
+    run("lora", world, "encoder", out)
+    (out / "results.json").unlink()
+    with locked(out):
+        for more in ((), ("overwrite=true",)):
+            with pytest.raises(ConfigError, match=r"another process is writing .*run: wait for it") as caught:
+                run("lora", world, "encoder", out, *more)
+            assert "\n" not in str(caught.value)
+    assert run("lora", world, "encoder", out)["resumed_from_step"] == STEPS
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):

@@ -29,12 +29,14 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from moesaic.host import TARGETS, find_host
 from moesaic.lora import METHODS, MixtureConfig, MixtureLinear
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 VOCAB = 64
 PAD, BOS, EOS = 0, 1, 2
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TOKENS: dict[str, Any] = {"vocab_size": VOCAB, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
 
 
@@ -110,12 +112,29 @@ def _seeded(cls: type[Any], config: Any, seed: int) -> Any:
         return cls(config).eval()
 
 
+COMBINATIONS: dict[str, dict[str, Any]] = {
+    "hotmoe router, dynmole gate": {
+        "router_of": "hotmoe",
+        "gate_of": "dynmole",
+        "settings": {"hotmoe": {"expert_dim": 8, "attention_dim": 8}},
+    },
+    "linear and recurrent logits": {"router_of": ["mola", "rmoe"], "settings": {"rmoe": {"state_dim": 8}}},
+    "task and token logits": {"router_of": ["moelora", "dense"], "gate_of": "random", "losses_of": ["mola", "dynmole"]},
+}
+"""A sample of what `custom` can recombine, that goes through the contract suite beside the methods."""
+
+
+def config_class(method: str) -> type[MixtureConfig]:
+    return METHODS["custom" if method in COMBINATIONS else method]
+
+
 def small(method: str, **overrides: Any) -> MixtureConfig:
     """A config of `method` with E=4, r=4 (top-2 where the method has a top_k), no dropout and sizes of 8.
 
-    Knows no method by name: whatever setting ends in `_dim` is shrunk.
+    Knows no method by name: whatever setting ends in `_dim` is shrunk. Also takes names of `COMBINATIONS`.
     """
-    cls = METHODS[method]
+    cls = config_class(method)
+    overrides = {**COMBINATIONS.get(method, {}), **overrides}
     fields = {f.name: f for f in dataclasses.fields(cls)}
     sizes: dict[str, Any] = {"r": 4, "num_experts": 4, "lora_alpha": 8, "lora_dropout": 0.0}
     if "top_k" in fields:
@@ -131,7 +150,15 @@ def wrap(model: nn.Module, config: MixtureConfig, *, seed: int = 1, random_b: bo
         wrapped = get_peft_model(model, config, **kwargs)
         if random_b:
             randomize_b(wrapped)
-    return wrapped.eval()
+    return pin_task(wrapped).eval()
+
+
+def pin_task(model: PeftModel) -> PeftModel:
+    """Every sequence is of task 1, for methods that cannot route without; a batch's own ids are preferred to it."""
+    config = model.peft_config["default"]
+    if isinstance(config, MixtureConfig) and config.needs_tasks:
+        find_host(model).pinned_tasks = torch.tensor([1])
+    return model
 
 
 @torch.no_grad()
@@ -156,6 +183,9 @@ def batch(model: nn.Module, *, rows: int = 3, tokens: int = 7, seed: int = 0, la
     ids = torch.randint(3, VOCAB, (rows, tokens), generator=generator)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     config: Any = model.config
+    adapter = getattr(model, "peft_config", {}).get("default")
+    if getattr(adapter, "needs_targets", False):
+        inputs[TARGETS] = torch.randn(rows, adapter.num_experts, generator=generator).softmax(dim=-1)
     if config.is_encoder_decoder:
         targets = torch.randint(3, VOCAB, (rows, tokens - 2), generator=generator)
         return inputs | ({"labels": targets} if labels else {"decoder_input_ids": targets})

@@ -29,6 +29,11 @@ def prompt_text(example: Example, tokenizer: Any) -> str:
     return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
 
+def question(example: Example) -> str:
+    """The prompt as plain text, for a teacher that reads it: of a chat, all that comes before the last message."""
+    return "\n".join(content for _, content in example.messages[:-1]) if example.messages else example.prompt
+
+
 def answer_text(example: Example) -> str:
     """What the model shall write: the completion, the right choice, or the last message."""
     if example.messages:
@@ -96,7 +101,7 @@ def round_up(tokens: int) -> int:
 
 
 class CausalCollator:
-    """Rows of `tokenize` to a batch padded on the right.
+    """Rows of `tokenize` to a batch padded on the right; with `routing_targets` where the rows have some.
 
     Args:
         task_ids: emit `routing_task_ids` (rows,), which a mixture's router may read; a plain model would choke on it.
@@ -121,4 +126,6 @@ class CausalCollator:
         }
         if self.task_ids:
             batch["routing_task_ids"] = torch.tensor([r["task"] for r in rows])
+        if "targets" in rows[0]:
+            batch["routing_targets"] = torch.tensor([r["targets"] for r in rows])
         return batch

@@ -13,6 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+try:
+    import fcntl
+except ImportError:  # no such locks on Windows
+    fcntl = None  # type: ignore[assignment]
+
 from safetensors import SafetensorError
 
 from moesaic.errors import ConfigError, first_line
@@ -68,6 +73,24 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 @contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a folder to this process for as long; a process that ends, however, gives it free.
+
+    Raises:
+        ConfigError: another process has it.
+    """
+    with writing(folder):
+        file = (folder / ".lock").open("a")
+    with file:
+        if fcntl is not None and int(os.environ.get("RANK", "0")) == 0:  # the ranks of a distributed run share a folder
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ConfigError(f"another process is writing {folder}: wait for it, or another out=") from None
+        yield
+
+
+@contextmanager
 def writing(place: Path) -> Iterator[None]:
     """Turn what the file system refuses (no space, no permission, no such folder) into a ConfigError."""
     try:
@@ -99,7 +122,7 @@ def _sync(path: Path) -> None:
 
 
 class RunFolder:
-    """A run's files. Creating the object touches nothing; `prepare` does."""
+    """A run's files. Creating the object touches nothing; `prepared` does."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -132,39 +155,47 @@ class RunFolder:
         for step in self.steps()[:-keep]:
             discard(self.checkpoint(step))
 
-    def prepare(self, *, overwrite: bool, resume: str, description: dict[str, Any], layout: dict[str, Any]) -> int:
-        """Make the folder ready and return the step to go on from (0: from the start).
+    @contextmanager
+    def prepared(
+        self, *, overwrite: bool, resume: str, description: dict[str, Any], layout: dict[str, Any]
+    ) -> Iterator[int]:
+        """Make the folder ready, keep it to this process, and yield the step to go on from (0: from the start).
 
         Args:
             description: the settings that make it the same run, compared with those of an unfinished one.
             layout: what was read off the data, compared likewise.
         Raises:
-            ConfigError: the folder holds a finished run, another run, or something that is no run at all.
+            ConfigError: the folder holds a finished run, another run, or something that is no run at all; or another
+                process writes it.
         """
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"out={self.path} is a file; name a folder")
-        if self.path.is_dir() and any(self.path.iterdir()):
-            if not self.recipe.is_file():
-                raise ConfigError(f"out={self.path} holds files that are not a run's; name another folder")
-            if overwrite:
-                with writing(self.path):
-                    discard(self.path)
-            elif self.finished:
-                raise ConfigError(f"{self.path} holds a finished run; overwrite=true replaces it, out=… goes elsewhere")
-            elif resume == "never":
-                raise ConfigError(
-                    f"{self.path} holds an unfinished run; resume=auto continues it, overwrite=true replaces it"
-                )
-            else:
-                self._compare(description, layout)
+        there = self.path.is_dir() and any(self.path.iterdir())
+        if there and not self.recipe.is_file():
+            raise ConfigError(f"out={self.path} holds files that are not a run's; name another folder")
+        if there and overwrite:
+            with locked(self.path), writing(self.path):
+                discard(self.path)
         with writing(self.path):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-        for remains in (*self.path.glob(".*"), *self.checkpoints.glob(".*")):
-            if remains.is_dir():
-                shutil.rmtree(remains, ignore_errors=True)
-        step = max(self.steps(), default=0)
-        self._truncate_metrics(step)
-        return step
+        with locked(self.path):
+            if there and not overwrite:
+                self._check_unfinished(resume, description, layout)
+            for remains in (*self.path.glob(".*"), *self.checkpoints.glob(".*")):
+                if remains.is_dir():
+                    shutil.rmtree(remains, ignore_errors=True)
+            step = max(self.steps(), default=0)
+            self._truncate_metrics(step)
+            yield step
+
+    def _check_unfinished(self, resume: str, description: dict[str, Any], layout: dict[str, Any]) -> None:
+        if self.finished:
+            raise ConfigError(f"{self.path} holds a finished run; overwrite=true replaces it, out=… goes elsewhere")
+        if resume == "never":
+            raise ConfigError(
+                f"{self.path} holds an unfinished run; resume=auto continues it, overwrite=true replaces it"
+            )
+        self._compare(description, layout)
 
     def _compare(self, description: dict[str, Any], layout: dict[str, Any]) -> None:
         from omegaconf import OmegaConf

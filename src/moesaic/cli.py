@@ -21,13 +21,45 @@ _EXAMPLES = """settings are given as key=value; examples:
   moesaic train lora match=hotmoe model=minilm data=tasks/       plain LoRA with as many trainable parameters
   moesaic train my.yaml adapter.num_experts=16 --dry-run         your own recipe, printed, not run
   moesaic eval runs/hotmoe-minilm-s0 runs/lora-minilm-s0         scores side by side, the untrained base beside them
+  moesaic compare methods=lora,mola,hotmoe data=tasks/           equal parameters, several seeds, controls, a report
 """
 
 
+_TOPICS = """A topic is what a task is about; the graph of topics says which experts a prompt calls for.
+
+  moesaic topics show                                            the topics that come along, and their experts
+  moesaic topics show out=graph.svg                              the graph as a picture
+  moesaic topics build tasks=mine.json out=mine.safetensors      your own tasks: {"task": ["keyword", ...], ...}
+  moesaic train topiclora data=tasks/ adapter.topics=mine.safetensors
+
+settings of build (key=value):
+  out            the file to write [topics.safetensors]
+  overwrite      replace it if it is there [false]
+  tasks          JSON files: task -> its keywords, and keywords of your own
+  vocabulary     bigbench, or a vocabulary's JSON file [bigbench]
+  level          what a topic is: keyword or group [keyword]
+  encoder        minilm, hashing, or an encoder's folder or hub id [minilm]
+  num_experts    experts to place among the topics [8]
+  topic_dim      size of a prototype [128]
+  seed           of weights, clusters, dropout and sampled pairs [0]
+  steps          steps of Adam [300]
+  jaccard        weight of shared tasks in an edge [1.0]
+  cosine         weight of similar descriptions in an edge [0.5]
+  group          weight of a common group in an edge [0.25]
+  separation     weight of the term that parts the prototypes [1.0]
+settings of show:
+  out            an .svg file to draw the graph into"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for a mistake that can be mended, 130 when interrupted."""
+    """Run one command; returns the exit code: 0, 1 if cells of a comparison failed, 2 for a mistake that can be mended,
+    130 when interrupted."""
     parser = _parser()
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    if rest:  # argparse gives up on settings that follow an option: `… lr=1e-3 --dry-run steps=9`
+        if not hasattr(args, "settings") or any(text.startswith("-") for text in rest):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        args.settings += rest
     if args.verb is None:
         parser.print_help()
         return 0
@@ -36,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     _quiet_libraries(args.verbose)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except MoesaicError as error:
         print(f"moesaic: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -49,7 +81,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"moesaic: {first_line(error)}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _quiet_libraries(verbose: bool) -> None:
@@ -92,10 +123,16 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
     evaluate = verb("eval", _eval, "score finished runs on held-out rows", _eval_epilog())
     evaluate.add_argument("runs", nargs="+", metavar="run | key=value", help="run folders, then settings")
+    compare = verb("compare", _compare, "compare methods at equal budget over seeds", _compare_epilog())
+    compare.add_argument("settings", nargs="*", metavar="FILE | key=value", help="a .yaml file, and settings on top")
+    compare.add_argument("--dry-run", action="store_true", help="print the arms, their ranks and counts, and stop")
     demo = verb("demo", _demo, "plain LoRA against HotMoE on six small tasks, in minutes", _demo_epilog())
     demo.add_argument("settings", nargs="*", metavar="key=value", help="settings of the demo")
     bench = verb("bench", _bench, "measure speed and memory against plain LoRA", _bench_epilog())
     bench.add_argument("settings", nargs="*", metavar="key=value", help="settings of the benchmark")
+    topics = verb("topics", _topics, "TopicLoRA's topics: build a file of your own, or look at one", _TOPICS)
+    topics.add_argument("action", help="build or show")
+    topics.add_argument("arguments", nargs="*", metavar="file | key=value", help="the file to show, then settings")
     return parser
 
 
@@ -105,6 +142,16 @@ def _train_epilog() -> str:
     return f"packaged recipes: {', '.join(packaged())}\n\n{_settings_of(Recipe)}"
 
 
+def _compare_epilog() -> str:
+    from moesaic.compare.settings import BY_CELL, CompareSettings
+    from moesaic.recipe import Recipe
+
+    return f"""{_settings_of(CompareSettings)}
+
+settings of every run, as for `moesaic train`:
+  {", ".join(f.name for f in fields(Recipe) if f.name not in BY_CELL)}"""
+
+
 def _demo_epilog() -> str:
     from moesaic.demo import DemoSettings
 
@@ -112,9 +159,9 @@ def _demo_epilog() -> str:
 
 
 def _bench_epilog() -> str:
-    return """settings (key=value):
-  rounds         times that all arms run in turn [20]
-  out            a JSON file for the figures"""
+    from moesaic.bench import BenchSettings
+
+    return _settings_of(BenchSettings)
 
 
 def _settings_of(cls: Any) -> str:
@@ -137,18 +184,13 @@ def _eval_epilog() -> str:
 
 
 def _methods(args: argparse.Namespace) -> None:
-    from moesaic.recipe import methods, packaged
+    from moesaic.recipe import PLAIN, methods, packaged
 
     rows = []
     for name, config in sorted(methods().items()):
-        rows.append(
-            {
-                "method": name,
-                "summary": getattr(config, "summary", "") or "one LoRA pair a layer, no router (PEFT's own)",
-                "paper": getattr(config, "paper", "") or "Hu et al., ICLR 2022",
-                "recipe": name if name in packaged() else None,
-            }
-        )
+        about: Any = PLAIN.get(name, config)
+        recipe = name if name in packaged() else None
+        rows.append({"method": name, "summary": about.summary, "paper": about.paper, "recipe": recipe})
     if args.json:
         _print_json(rows)
         return
@@ -163,6 +205,10 @@ def _train(args: argparse.Namespace) -> None:
     recipe = load_recipe(args.recipe, args.settings)
     if args.dry_run:
         adapter_config(recipe)
+        if recipe.match:
+            from moesaic.training import resolved
+
+            recipe = resolved(recipe)
         print(dump(recipe), end="")
         return
     from moesaic.training import train
@@ -194,9 +240,18 @@ def _eval(args: argparse.Namespace) -> None:
     if args.json:
         _print_json(results)
         return
-    from moesaic.tables import eval_table
+    from moesaic.tables import eval_table, routing_table
 
     _show(eval_table(results))
+    routing = routing_table(results)
+    if routing is not None:
+        _show(routing)
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from moesaic.compare.run import run
+
+    return run(args.settings, dry_run=args.dry_run, as_json=args.json)
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -209,6 +264,12 @@ def _bench(args: argparse.Namespace) -> None:
     from moesaic import bench
 
     bench.main(args.settings, as_json=args.json)
+
+
+def _topics(args: argparse.Namespace) -> None:
+    from moesaic import topics
+
+    topics.run(args.action, args.arguments, as_json=args.json)
 
 
 def _print_json(content: Any) -> None:

@@ -100,16 +100,46 @@ def load_model(name: str, *, dtype: Any = None, attention: str | None = None) ->
     except ConfigError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        hint = "" if Path(place).is_dir() else f" ({suggest(name, EMBEDDED)}, or a folder, or a hub id)"
-        raise ConfigError(f"cannot load model '{name}'{hint}: {first_line(error)}") from None
+        raise _cannot_load(name, place, error) from None
     finally:
         if bars:
             hf_logging.enable_progress_bar()
-    if kind == "encoder" and getattr(model, "pooler", None) is not None:
-        model.pooler = None  # states are mean-pooled: a pooler would be wrapped, trained by nothing and saved
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return LoadedModel(model, tokenizer, kind)
+    return LoadedModel(_without_pooler(model, kind), tokenizer, kind)
+
+
+def load_outline(name: str) -> LoadedModel:
+    """A base model on the meta device, read off its configuration: shapes and names, no weights, no tokenizer.
+
+    Raises:
+        ConfigError: as `load_model`.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    place = resolve(name)
+    try:
+        config = AutoConfig.from_pretrained(place)
+        kind = model_kind(config)
+        with torch.device("meta"):
+            model = (AutoModelForCausalLM if kind == "causal" else AutoModel).from_config(config)
+    except ConfigError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise _cannot_load(name, place, error) from None
+    return LoadedModel(_without_pooler(model, kind), None, kind)
+
+
+def _cannot_load(name: str, place: str, error: Exception) -> ConfigError:
+    hint = "" if Path(place).is_dir() else f" ({suggest(name, EMBEDDED)}, or a folder, or a hub id)"
+    return ConfigError(f"cannot load model '{name}'{hint}: {first_line(error)}")
+
+
+def _without_pooler(model: Any, kind: str) -> Any:
+    if kind == "encoder" and getattr(model, "pooler", None) is not None:
+        model.pooler = None  # states are mean-pooled: a pooler would be wrapped, trained by nothing and saved
+    return model
 
 
 def model_kind(config: Any) -> Literal["causal", "encoder"]:

@@ -9,7 +9,7 @@ c. It starts as the cosine (w = 1), which a sentence encoder already answers wit
 Shapes: N examples, T tokens, C choices or labels at most, d hidden.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -151,13 +151,23 @@ class EncoderCollator:
     Args:
         max_length: tokens a row; where there are more, the longest parts are cut.
         task_ids: emit `routing_task_ids` (N,), which a mixture's router may read; a plain encoder would choke on it.
+        targets: what the routing of a prompt should be like; then `routing_targets` (N, E) is emitted too.
     """
 
-    def __init__(self, tokenizer: Any, layout: Layout, *, max_length: int = 128, task_ids: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        layout: Layout,
+        *,
+        max_length: int = 128,
+        task_ids: bool = False,
+        targets: Mapping[str, Sequence[float]] | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
         self.layout = layout
         self.max_length = max_length
         self.task_ids = task_ids
+        self.targets = targets
         first = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
         self.opening = [] if first is None else [first]
         last = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
@@ -178,6 +188,8 @@ class EncoderCollator:
         }
         if self.task_ids:
             batch["routing_task_ids"] = torch.tensor([self.layout.task_id(e.task) for e in examples])
+        if self.targets is not None:
+            batch["routing_targets"] = torch.tensor([self.targets[e.prompt] for e in examples])
         return batch
 
     def _row(self, example: Example, head: int) -> tuple[list[int], list[int]]:

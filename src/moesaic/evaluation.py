@@ -1,32 +1,29 @@
-"""Scores of a trained run on held-out rows, per task, with the untrained base beside them.
+"""Scores of a trained run on held-out rows, per task, with the untrained base and what its routers did beside them."""
 
-Encoders answer through their heads. Causal models answer choices by log-likelihood of the choice given the prompt
-(`accuracy`; `accuracy_per_byte` divides by the choice's length) and other rows by greedy generation (`exact_match`).
-"""
-
+import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-
-from moesaic import causal, data, metrics
-from moesaic.checkpoints import RunFolder, read_json, run_path, write_json
+from moesaic import data
+from moesaic.answers import answer, by_task, figures, generate
+from moesaic.checkpoints import RunFolder, read_json, run_path, write_json, write_text
 from moesaic.data import Example
 from moesaic.embedded import load_model, resolve
-from moesaic.encoder import EncoderCollator, EncoderForTasks, Layout
-from moesaic.errors import AdapterError, ConfigError, DataError, first_line
+from moesaic.encoder import EncoderForTasks, Layout
+from moesaic.errors import AdapterError, ConfigError, first_line
 from moesaic.precision import numerics
 from moesaic.recipe import Recipe, adapter_config, load_recipe
 from moesaic.results import command_line, versions
+from moesaic.routing import RoutingTrace
 from moesaic.training import Prepared
 
-logger = logging.getLogger(__name__)
+__all__ = ["EvalSettings", "evaluate_run", "generate", "load_run", "routing_figures", "score"]
 
-LONGEST_ANSWER = 512
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -42,7 +39,10 @@ class EvalSettings:
 
 
 def evaluate_run(folder: str | Path, settings: EvalSettings | None = None, *, progress: bool = False) -> dict[str, Any]:
-    """Score a finished run and write `eval-<split>.json` beside it; returns its content.
+    """Score a finished run; returns what is written to `eval-<split>.json` beside it.
+
+    `predictions-<split>.jsonl` gets the answer to every row, for tests that pair two runs: {"task", "index" of the row
+    within its task, "correct", "predicted"}.
 
     Raises:
         ConfigError, DataError, AdapterError: no run, no such rows, or a damaged adapter.
@@ -53,13 +53,16 @@ def evaluate_run(folder: str | Path, settings: EvalSettings | None = None, *, pr
     run = run_path(Path(folder).expanduser())
     recipe = load_recipe(str(run.recipe))
     examples = _examples(recipe, settings)
+    rows = by_task(examples)
     prepared = load_run(run.path)
-    scores = score(prepared, examples, batch_size=settings.batch_size, progress=progress)
+    with _trace(prepared) as trace:
+        answers = answer(prepared, examples, batch_size=settings.batch_size, progress=progress)
+    scores = {task: figures(rows[task], found) for task, found in answers.items()}
     if settings.base:
         with prepared.model.disable_adapter():
             base = score(prepared, examples, batch_size=settings.batch_size, progress=progress)
-        for task, figures in base.items():
-            scores[task] |= {f"base_{k}": v for k, v in figures.items() if k in ("score", "matthews")}
+        for task, found in base.items():
+            scores[task] |= {f"base_{k}": v for k, v in found.items() if k in ("score", "matthews")}
     results = {
         "run": run.path.name,
         "method": recipe.method,
@@ -72,11 +75,37 @@ def evaluate_run(folder: str | Path, settings: EvalSettings | None = None, *, pr
         "mean": _mean(scores, "score"),
         **({"base_mean": _mean(scores, "base_score")} if settings.base else {}),
         "trainable_parameters": read_json(run.results).get("trainable_parameters") if run.finished else None,
+        "routing": routing_figures(trace, prepared.tasks) if trace is not None and trace.modules else None,
         "command": command_line(),
         "versions": versions(),
     }
+    lines = [json.dumps(a.to_dict(), ensure_ascii=False) + "\n" for found in answers.values() for a in found]
+    write_text(run.path / f"predictions-{settings.split}.jsonl", "".join(lines))
     write_json(run.path / f"eval-{settings.split}.json", results)
     return results
+
+
+def score(
+    prepared: Prepared, examples: Sequence[Example], *, batch_size: int = 32, progress: bool = False
+) -> dict[str, Any]:
+    """Figures per task: {"metric", "n", "score", "stderr"} and, for fixed label sets, {"majority", "matthews"}."""
+    rows = by_task(examples)
+    answers = answer(prepared, examples, batch_size=batch_size, progress=progress)
+    return {task: figures(rows[task], found) for task, found in answers.items()}
+
+
+def routing_figures(trace: RoutingTrace, tasks: Sequence[str]) -> dict[str, Any]:
+    """`RoutingTrace.to_dict` with tasks by name and dead experts counted; rounded, as thousands of shares are."""
+    found = trace.to_dict()
+    dead = len(found.pop("dead_experts"))
+    found |= {"dead_experts": dead, "dead_share": dead / found["num_experts"]}
+    found["by_task"] = {tasks[int(task)]: row for task, row in found["by_task"].items()}
+    found["by_layer_and_task"] = {
+        layer: {tasks[int(task)]: row for task, row in rows.items()}
+        for layer, rows in found["by_layer_and_task"].items()
+    }
+    rounded: dict[str, Any] = _rounded(found)
+    return rounded
 
 
 def load_run(folder: str | Path) -> Prepared:
@@ -88,10 +117,10 @@ def load_run(folder: str | Path) -> Prepared:
     from peft import PeftModel
     from transformers import set_seed
 
+    import moesaic.lora  # noqa: F401  registers the methods with PEFT
+
     run = run_path(Path(folder))
     recipe = load_recipe(str(run.recipe))
-    if recipe.method != "lora":
-        import moesaic.lora  # noqa: F401  registers the methods with PEFT
     stored = read_json(run.layout)
     plan = numerics(recipe.precision)
     base = load_model(recipe.model, dtype=plan.weights, attention=plan.attention)
@@ -148,45 +177,6 @@ def _check_tensors(run: RunFolder, model: Any) -> None:
         raise AdapterError(f"{run.adapter} is damaged: {broken[0]} holds numbers that are not finite; train it again")
 
 
-def score(
-    prepared: Prepared, examples: Sequence[Example], *, batch_size: int = 32, progress: bool = False
-) -> dict[str, Any]:
-    """Figures per task: {"metric", "n", "score", "stderr"} and, for fixed label sets, {"majority", "matthews"}."""
-    groups: dict[str, list[Example]] = {}
-    for example in examples:
-        groups.setdefault(example.task, []).append(example)
-    for task, rows in groups.items():
-        if len({bool(e.choices) for e in rows}) > 1:
-            raise DataError(f"task '{task}' has rows with and without choices: give them two names")
-    training = prepared.model.training
-    prepared.model.eval()
-    try:
-        with torch.no_grad(), numerics(prepared.recipe.precision).context():
-            return {
-                t: _score_task(prepared, rows, _batches(rows, batch_size, t, progress)) for t, rows in groups.items()
-            }
-    finally:
-        prepared.model.train(training)
-
-
-def generate(prepared: Prepared, examples: Sequence[Example], *, max_new_tokens: int) -> list[str]:
-    """Greedy answers of a causal model, in one batch padded on the left."""
-    tokenizer = prepared.base.tokenizer
-    rows = [causal.prompt_ids(e, tokenizer)[-prepared.recipe.max_length :] for e in examples]
-    longest = max(len(r) for r in rows)
-    device = prepared.model.device
-    ids = torch.tensor([[tokenizer.pad_token_id] * (longest - len(r)) + r for r in rows], device=device)
-    mask = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows], device=device)
-    out = prepared.model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return [str(text) for text in tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)]
-
-
 def _examples(recipe: Recipe, settings: EvalSettings) -> list[Example]:
     source = settings.data or recipe.data
     if settings.data is None and Path(source).is_file():
@@ -205,93 +195,22 @@ def _examples(recipe: Recipe, settings: EvalSettings) -> list[Example]:
     return kept
 
 
-def _score_task(prepared: Prepared, rows: list[Example], batches: Iterator[list[Example]]) -> dict[str, Any]:
-    if not rows[0].choices:
-        hits = _exact_matches(prepared, rows, batches)
-        share = sum(hits) / len(hits)
-        return {
-            "metric": "exact_match",
-            "n": len(hits),
-            "score": share,
-            "stderr": metrics.standard_error(share, len(hits)),
-        }
-    figures: dict[str, Any] = {"metric": "accuracy", "n": len(rows)}
-    gold, predicted, per_byte = [], [], []
-    ask = _encoder_choices if prepared.layout is not None else _likelihood_choices
-    for batch in batches:
-        best, best_per_byte = ask(prepared, batch)
-        gold += [e.label for e in batch]
-        predicted += best
-        per_byte += best_per_byte
-    share = metrics.accuracy(predicted, gold)
-    figures |= {"score": share, "stderr": metrics.standard_error(share, len(rows))}
-    if per_byte:
-        figures["accuracy_per_byte"] = metrics.accuracy(per_byte, gold)
-    if len({e.choices for e in rows}) == 1:
-        figures |= {"majority": metrics.majority_rate(gold), "matthews": metrics.matthews(predicted, gold)}
-    return figures
+def _trace(prepared: Prepared) -> Any:
+    """A trace of a routed model's forwards, None of any other's, for a `with`."""
+    if not prepared.routed:
+        return nullcontext()
+    from moesaic.host import trace
 
-
-def _encoder_choices(prepared: Prepared, batch: list[Example]) -> tuple[list[int], list[int]]:
-    assert prepared.layout is not None
-    collate = EncoderCollator(prepared.base.tokenizer, prepared.layout, max_length=prepared.recipe.max_length)
-    inputs = {k: v.to(_device(prepared)) for k, v in collate(batch).items()}
-    return prepared.model(**inputs).logits.argmax(-1).tolist(), []
-
-
-def _likelihood_choices(prepared: Prepared, batch: list[Example]) -> tuple[list[int], list[int]]:
-    """The likeliest choice of each row, by log-likelihood and by log-likelihood per byte."""
-    tokenizer = prepared.base.tokenizer
-    rows = []
-    for example in batch:
-        prompt = causal.prompt_ids(example, tokenizer)
-        for choice in example.choices:
-            answer = [*causal.answer_ids(example, choice, tokenizer), tokenizer.eos_token_id]
-            head, answer = causal.fit(prompt, answer, prepared.recipe.max_length)
-            rows.append({"input_ids": head + answer, "labels": [causal.IGNORED] * len(head) + answer})
-    collated = causal.CausalCollator(tokenizer.pad_token_id)(rows)
-    inputs = {k: v.to(_device(prepared)) for k, v in collated.items()}
-    labels = inputs.pop("labels")[:, 1:]
-    logits = prepared.model(**inputs).logits[:, :-1].float()
-    losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=causal.IGNORED, reduction="none")
-    totals = iter((-losses.sum(1)).tolist())
-    best, per_byte = [], []
-    for example in batch:
-        scores = [next(totals) for _ in example.choices]
-        lengths = [max(1, len(c.encode())) for c in example.choices]
-        best.append(max(range(len(scores)), key=scores.__getitem__))
-        per_byte.append(max(range(len(scores)), key=lambda i: scores[i] / lengths[i]))
-    return best, per_byte
-
-
-def _exact_matches(prepared: Prepared, rows: list[Example], batches: Iterator[list[Example]]) -> list[bool]:
-    if prepared.layout is not None:
-        raise DataError(f"task '{rows[0].task}' has rows without choices: an encoder cannot write an answer")
-    tokenizer = prepared.base.tokenizer
-    longest = max(len(causal.answer_ids(e, causal.answer_text(e), tokenizer)) for e in rows)
-    hits = []
-    for batch in batches:
-        texts = generate(prepared, batch, max_new_tokens=min(longest + 8, LONGEST_ANSWER))
-        for example, text in zip(batch, texts, strict=True):
-            answer = None if example.answer is None else str(example.answer)
-            hits.append(metrics.answers_match(text, causal.answer_text(example), answer))
-    return hits
-
-
-def _batches(rows: list[Example], size: int, task: str, progress: bool) -> Iterator[list[Example]]:
-    """Batches of rows of like length, so that little is padding."""
-    ordered = sorted(rows, key=lambda e: len(e.prompt))
-    chunks: Any = [ordered[i : i + size] for i in range(0, len(ordered), size)]
-    if progress:
-        from tqdm import tqdm
-
-        chunks = tqdm(chunks, desc=task, leave=False)
-    yield from chunks
-
-
-def _device(prepared: Prepared) -> torch.device:
-    return next(prepared.model.parameters()).device
+    return trace(prepared.model)
 
 
 def _mean(scores: dict[str, Any], key: str) -> float:
     return sum(s[key] for s in scores.values()) / len(scores)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    return [_rounded(v) for v in value] if isinstance(value, list) else value

@@ -2,9 +2,10 @@
 
 import math
 import re
+import statistics
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
@@ -56,3 +57,44 @@ def answers_match(generated: str, completion: str, answer: str | None) -> bool:
         if wanted is not None:
             return last_number(generated) == wanted
     return normalise(generated) == normalise(completion if answer is None else answer)
+
+
+def spread(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation (n - 1), which is None for a single value."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def mean_relative_difference(scores: Mapping[str, float], baseline: Mapping[str, float]) -> float | None:
+    """Mean over tasks of (score - baseline) / baseline, in percent; None where the baseline is 0 on a task.
+
+    Both map task -> score, over the same tasks.
+    """
+    if scores.keys() != baseline.keys():
+        raise ValueError("scores and baseline must be of the same tasks")
+    if not all(baseline.values()):
+        return None
+    return 100 * statistics.fmean((scores[task] - baseline[task]) / baseline[task] for task in scores)
+
+
+def paired_bootstrap(
+    differences: Sequence[Sequence[float]], *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile interval of a mean over tasks of mean differences, examples redrawn within each task.
+
+    Args:
+        differences: one sequence a task: each example's score in one arm minus its score in the other, seeds averaged.
+    Returns:
+        Lower and upper end. They say how much another draw of test rows would change the difference, not how much
+        another training would.
+    """
+    import numpy as np
+
+    generator = np.random.default_rng(seed)
+    means = np.zeros(resamples)
+    for task in differences:
+        # Redrawing n of n rows is a multinomial draw over the few distinct values.
+        values, counts = np.unique(np.asarray(task, dtype=float), return_counts=True)
+        drawn = generator.multinomial(len(task), counts / len(task), size=resamples)
+        means += drawn @ values / len(task) / len(differences)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from moesaic.errors import ConfigError, first_line, suggest
+from moesaic.settings import build, check_keys, names, parse_overrides, read_yaml
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -25,7 +26,7 @@ PACKAGED = Path(__file__).parent / "recipes"
 class Recipe:
     """One training run. `out`, `overwrite` and `resume` say where and how; the rest says what, and is kept with it."""
 
-    method: str = field(default="lora", metadata={"help": "lora, or a routed method (see `moesaic methods`)"})
+    method: str = field(default="lora", metadata={"help": "lora, dora, rslora or a mixture (see `moesaic methods`)"})
     model: str = field(default="minilm", metadata={"help": "nano, minilm, a local folder or a hub id"})
     data: str = field(default="", metadata={"help": "a JSONL file, a folder of tasks, or a hub id"})
     tasks: list[str] | None = field(default=None, metadata={"help": "which tasks, comma-separated; all where left out"})
@@ -50,7 +51,7 @@ class Recipe:
     keep: int = field(default=2, metadata={"help": "checkpoints kept"})
     on_bad_lines: str = field(default="error", metadata={"help": "error or skip"})
     match: str | None = field(
-        default=None, metadata={"help": "lora only: solve the rank for as many trainable parameters as this recipe's"}
+        default=None, metadata={"help": "solve the rank for as many trainable parameters as this recipe's"}
     )
     out: str = field(default="", metadata={"help": "run folder; runs/<method>-<model>-s<seed> where left out"})
     overwrite: bool = field(default=False, metadata={"help": "replace a finished run"})
@@ -77,6 +78,30 @@ _CHOICES = {
 }
 _AT_LEAST = {"steps": 1, "batch_size": 1, "accumulation": 1, "warmup": 0, "max_length": 8, "save_every": 1, "keep": 1}
 
+
+@dataclass(frozen=True)
+class Plain:
+    """One of PEFT's own kinds of LoRA, without a router; `settings` are what makes it that kind."""
+
+    summary: str
+    paper: str
+    settings: dict[str, bool]
+
+
+PLAIN = {
+    "lora": Plain("one LoRA pair a layer, no router (PEFT's own)", "Hu et al., ICLR 2022", {}),
+    "rslora": Plain(
+        "LoRA scaled by alpha/sqrt(r) instead of alpha/r (PEFT's own)",
+        "rsLoRA, Kalajdzievski 2023 (arXiv 2312.03732)",
+        {"use_rslora": True},
+    ),
+    "dora": Plain(
+        "LoRA turns the weights, their norms are trained beside it (PEFT's own)",
+        "DoRA, Liu et al., ICML 2024 (arXiv 2402.09353)",
+        {"use_dora": True},
+    ),
+}
+
 _SET_BY_PEFT = {
     "task_type",
     "peft_type",
@@ -90,8 +115,8 @@ _SET_BY_PEFT = {
 
 
 def packaged() -> list[str]:
-    """Names of the recipes that come with the package."""
-    return sorted(p.stem for p in PACKAGED.glob("*.yaml"))
+    """Names of the recipes that come with the package: a method's, or `papers/` and the method as its paper set it."""
+    return sorted(p.relative_to(PACKAGED).with_suffix("").as_posix() for p in PACKAGED.rglob("*.yaml"))
 
 
 def recipe_file(name: str) -> Path:
@@ -114,47 +139,24 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         ConfigError: an unknown recipe or key (naming the nearest), or a value that cannot be.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
     file = recipe_file(name)
-    try:
-        stored: Any = OmegaConf.to_container(OmegaConf.load(file))
-    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not a YAML file that can be read: {first_line(error)}") from None
-    if not isinstance(stored, dict) or not stored:
-        raise ConfigError(f"{file} must hold `key: value` lines")
-    given = _parse_overrides(overrides)
+    stored = read_yaml(file)
+    given = parse_overrides(overrides)
     if "method" in given and given["method"] != stored.get("method"):
         stored.pop("adapter", None)  # another method's settings
     for source, values in ((str(file), stored), ("settings", given)):
-        _check_keys(source, values)
+        check_keys(source, values, names(Recipe))
     adapter = {**(stored.pop("adapter", None) or {}), **(given.pop("adapter", None) or {})}
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(Recipe), stored, given, {"adapter": adapter})
-        recipe = OmegaConf.to_object(merged)
-    except (OmegaConfBaseException, TypeError, ValueError) as error:
-        key = getattr(error, "full_key", None)
-        raise ConfigError(f"{key}: {first_line(error)}" if key else first_line(error)) from None
-    assert isinstance(recipe, Recipe)
+    recipe = build(Recipe, stored, given, {"adapter": adapter})
     check(recipe)
     return recipe
 
 
 def parse_settings(cls: type[T], overrides: Sequence[str]) -> T:
     """`key=value` settings to a dataclass of plain fields. Raises ConfigError as `load_recipe` does."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    given = _parse_overrides(overrides)
-    _check_keys("settings", given, cls)
-    try:
-        settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), given))
-    except (OmegaConfBaseException, TypeError, ValueError) as error:
-        raise ConfigError(f"{getattr(error, 'full_key', None) or 'settings'}: {first_line(error)}") from None
-    assert isinstance(settings, cls)
-    return settings
+    given = parse_overrides(overrides)
+    check_keys("settings", given, names(cls))
+    return build(cls, given)
 
 
 def check(recipe: Recipe) -> None:
@@ -177,34 +179,37 @@ def check(recipe: Recipe) -> None:
             raise ConfigError(f"{key}={getattr(recipe, key)} must be above 0")
     if recipe.clip < 0 or recipe.weight_decay < 0:
         raise ConfigError("clip and weight_decay cannot be negative")
-    if recipe.match and recipe.method != "lora":
-        raise ConfigError(
-            f"match={recipe.match} solves the rank of plain LoRA; it cannot go with method={recipe.method}"
-        )
 
 
-def save_recipe(recipe: Recipe, file: Path) -> None:
-    file.write_text(dump(recipe), encoding="utf-8")
-
-
-def dump(recipe: Recipe) -> str:
-    """The resolved recipe as YAML."""
+def dump(settings: Any) -> str:
+    """A resolved recipe, or another dataclass or dict of settings, as YAML."""
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_yaml(OmegaConf.create(asdict(recipe)))
+    return OmegaConf.to_yaml(OmegaConf.create(settings if isinstance(settings, dict) else asdict(settings)))
 
 
 def methods() -> dict[str, type]:
-    """Name -> PEFT config class: plain LoRA and every registered mixture."""
+    """Name -> PEFT config class: PEFT's own kinds of LoRA and every registered mixture."""
     from peft import LoraConfig
 
     from moesaic.lora import METHODS
 
-    return {"lora": LoraConfig, **METHODS}
+    return {**dict.fromkeys(PLAIN, LoraConfig), **METHODS}
+
+
+def is_routed(method: str) -> bool:
+    """Whether a method has routers; PEFT's own kinds of LoRA have none."""
+    return method not in PLAIN
+
+
+def adapter_settings(method: str) -> list[str]:
+    """What may be set under `adapter.` for a method that is known."""
+    return [f.name for f in fields(methods()[method]) if f.init and f.name not in _SET_BY_PEFT]
 
 
 def adapter_config(recipe: Recipe, **defaults: Any) -> "PeftConfig":
-    """Build the method's PEFT config from `adapter.*`; `defaults` are used where the recipe is silent.
+    """Build the method's PEFT config from `adapter.*`; `defaults` are used where the recipe is silent and
+    the method knows them. Modules to save are those of both.
 
     Raises:
         ConfigError: an unknown method or key (naming the nearest), or a value the config refuses.
@@ -213,14 +218,19 @@ def adapter_config(recipe: Recipe, **defaults: Any) -> "PeftConfig":
     if recipe.method not in known:
         raise ConfigError(f"no method '{recipe.method}'; {suggest(recipe.method, known)}")
     cls = known[recipe.method]
-    valid = [f.name for f in fields(cls) if f.init and f.name not in _SET_BY_PEFT]
+    valid = adapter_settings(recipe.method)
+    _check_kind(recipe)
     for key in recipe.adapter:
         if key not in valid:
             raise ConfigError(f"method {recipe.method} has no setting adapter.{key}; {suggest(key, valid)}")
-    settings = {**defaults, **recipe.adapter}
+    settings = {k: v for k, v in defaults.items() if k in names(cls)} | recipe.adapter
+    if recipe.method in PLAIN:
+        settings |= PLAIN[recipe.method].settings
     for key in ("target_modules", "modules_to_save"):
         if isinstance(settings.get(key), str) and settings[key].isidentifier():
             settings[key] = [settings[key]]  # PEFT takes a bare text for a regular expression on whole paths
+    if isinstance(settings.get("modules_to_save"), list):
+        settings["modules_to_save"] = sorted({*settings["modules_to_save"], *(defaults.get("modules_to_save") or ())})
     try:
         config: PeftConfig = cls(**settings)
     except ConfigError:
@@ -230,43 +240,18 @@ def adapter_config(recipe: Recipe, **defaults: Any) -> "PeftConfig":
     return config
 
 
-def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    import yaml
-
-    given: dict[str, Any] = {}
-    for text in overrides:
-        key, equals, value = text.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"'{text}' is not of the form key=value")
-        try:
-            parsed = yaml.safe_load(value) if value else ""
-        except yaml.YAMLError:
-            parsed = value
-        if isinstance(parsed, str):
-            parsed = _scalar(parsed)
-        section, dot, name = key.partition(".")
-        if dot and section == "adapter":
-            given.setdefault("adapter", {})[name] = parsed
-        else:
-            given[key] = [parsed] if key == "tasks" and isinstance(parsed, (str, int, float)) else parsed
-    return given
-
-
-def _scalar(text: str) -> Any:
-    """What YAML 1.1 leaves as text: `1e-3` and `inf` are numbers, `a,b` is a list."""
-    if "," in text:
-        return [part.strip() for part in text.split(",") if part.strip()]
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
-def _check_keys(source: str, values: dict[str, Any], cls: Any = Recipe) -> None:
-    valid = [f.name for f in fields(cls)]
-    for key in values:
-        if key not in valid:
-            hint = "settings of the method go under adapter.; " if "." in str(key) else ""
-            raise ConfigError(f"{source}: unknown key '{key}'; {hint}{suggest(str(key), valid)}")
-    if not isinstance(values.get("adapter") or {}, dict):
-        raise ConfigError(f"{source}: adapter must hold settings, such as adapter.r=8")
+def _check_kind(recipe: Recipe) -> None:
+    """Raise ConfigError for settings that would make the method another kind than its name says."""
+    if is_routed(recipe.method):
+        if recipe.adapter.get("use_dora"):
+            raise ConfigError(
+                f"adapter.use_dora=true cannot go with method={recipe.method}: DoRA rescales by the norm of the whole "
+                "updated weight, which a gate changes at each token"
+            )
+        return
+    for key, value in PLAIN[recipe.method].settings.items():
+        if recipe.adapter.get(key, value) != value:
+            raise ConfigError(
+                f"adapter.{key}={str(recipe.adapter[key]).lower()} cannot go with method={recipe.method}, which is "
+                "LoRA with it: leave it out, or method=lora"
+            )

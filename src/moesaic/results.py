@@ -8,6 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from moesaic.recipe import is_routed
+
 PACKAGES = ("moesaic", "torch", "transformers", "peft", "trl", "datasets", "accelerate")
 
 
@@ -34,6 +36,31 @@ def device_name(device: Any) -> str:
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
     return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def peak_memory(device: Any) -> dict[str, Any]:
+    """The most memory held at once, in MiB, and whose it is: a GPU's allocations since the run began, or the process.
+
+    A process counts from its start, libraries, base model and earlier runs included. It is read from /proc where there
+    is one: `getrusage` gives a child what its parent held when it was started.
+    """
+    if device.type == "cuda":
+        import torch
+
+        return {"peak_memory_mib": round(torch.cuda.max_memory_allocated(device) / 2**20, 1), "peak_memory_of": "gpu"}
+    return {"peak_memory_mib": round(_resident_peak() / 2**20, 1), "peak_memory_of": "process"}
+
+
+def _resident_peak() -> int:
+    """Bytes."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
+    except (OSError, StopIteration):
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
 
 
 def count_trainable(model: Any) -> int:
@@ -69,7 +96,7 @@ model = PeftModel.from_pretrained(base_model, "this/folder")
 
 def model_card(recipe: Any, tasks: Sequence[str], command: str) -> str:
     """README.md of an adapter folder: what it is and how it is loaded."""
-    tags = ["moesaic", recipe.method, *(["mixture-of-lora"] if recipe.method != "lora" else [])]
+    tags = ["moesaic", recipe.method, *(["mixture-of-lora"] if is_routed(recipe.method) else [])]
     return _CARD.format(
         model=recipe.model,
         tags=", ".join(tags),

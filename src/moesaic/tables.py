@@ -35,6 +35,31 @@ def eval_table(results: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
+_ROUTING = (
+    ("entropy, 0 certain to 1 uniform", "entropy", "{:.2f}"),
+    ("dead experts", "dead_share", "{:.0%}"),
+    ("task-expert information, 0 to 1", "mutual_information", "{:.3f}"),
+    ("first over second probability", "inner_balance", "{:.2f}"),
+    ("spread of utilisation, std / mean", "outer_balance", "{:.2f}"),
+    ("layer-to-layer information, bits", "layer_information", "{:.2f}"),
+)
+
+
+def routing_table(results: Sequence[dict[str, Any]]) -> Table | None:
+    """What the routers did on the scored rows, one column a routed run; None where there is none."""
+    routed = [r for r in results if r.get("routing")]
+    if not routed:
+        return None
+    table = Table("routing", *[r["run"] for r in routed])
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for label, key, form in _ROUTING:
+        values = [r["routing"].get(key) for r in routed]
+        if any(v is not None for v in values):
+            table.add_row(label, *["" if v is None else form.format(v).replace("%", " %") for v in values])
+    return table
+
+
 def _percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.1f}"
 

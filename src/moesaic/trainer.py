@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -57,6 +58,8 @@ class RunMixin:
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         try:
             with self.stopper.listening():
                 return super().train(*args, **kwargs)  # type: ignore[misc]

@@ -2,26 +2,25 @@
 
 import logging
 import math
-import re
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 from moesaic import data
+from moesaic.budget import matched
 from moesaic.checkpoints import RunFolder, atomic_folder, write_json, write_text, writing
 from moesaic.embedded import LoadedModel, load_model
-from moesaic.encoder import HEADS, EncoderCollator, EncoderForTasks, Layout
+from moesaic.encoder import EncoderCollator, Layout
 from moesaic.errors import ConfigError, MissingDependency, MoesaicError, TrainingError, first_line
-from moesaic.lora import targets
-from moesaic.matching import matching_lora_rank
 from moesaic.precision import numerics
-from moesaic.recipe import Recipe, adapter_config, dump, load_recipe
-from moesaic.results import command_line, count_total, count_trainable, device_name, model_card, versions
+from moesaic.recipe import Recipe, adapter_config, dump, is_routed
+from moesaic.results import command_line, count_total, count_trainable, device_name, model_card, peak_memory, versions
 from moesaic.sampling import InterleavedSampler
 from moesaic.trainer import RunMixin, training_arguments
+from moesaic.wrapping import check_tasks, outline, with_heads, wrap
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +37,7 @@ class Prepared:
 
     @property
     def routed(self) -> bool:
-        return self.recipe.method != "lora"
+        return is_routed(self.recipe.method)
 
 
 def train(recipe: Recipe, *, command: str | None = None, progress: bool | None = None) -> dict[str, Any]:
@@ -65,10 +64,13 @@ def train(recipe: Recipe, *, command: str | None = None, progress: bool | None =
     if prepared.layout is not None:
         stored["labels"] = {t: list(v) for t, v in prepared.layout.labels.items()}
     rows = training_rows(prepared, examples)
-    step = folder.prepare(overwrite=recipe.overwrite, resume=recipe.resume, description=_plain(recipe), layout=stored)
-    write_json(folder.layout, stored)
-    write_text(folder.recipe, dump(recipe))
-    with writing(folder.path):
+    described = _plain(recipe)
+    with (
+        folder.prepared(overwrite=recipe.overwrite, resume=recipe.resume, description=described, layout=stored) as step,
+        writing(folder.path),
+    ):
+        write_json(folder.layout, stored)
+        write_text(folder.recipe, dump(recipe))
         trainer = build_trainer(prepared, examples, rows, folder, progress=progress)
         if step:
             logger.warning("%s: going on from step %d", folder.path, step)
@@ -77,8 +79,8 @@ def train(recipe: Recipe, *, command: str | None = None, progress: bool | None =
         with atomic_folder(folder.adapter) as staging:
             prepared.model.save_pretrained(str(staging))
             write_text(staging / "README.md", model_card(recipe, prepared.tasks, command))
-    results = _results(trainer, prepared, step, command)
-    write_json(folder.results, results)
+        results = _results(trainer, prepared, step, command)
+        write_json(folder.results, results)
     return results
 
 
@@ -98,51 +100,22 @@ def load_examples(recipe: Recipe) -> list[data.Example]:
 
 def prepare(recipe: Recipe, examples: list[data.Example]) -> Prepared:
     """Load the base model, put heads on an encoder, wrap it with the recipe's adapter (its rank solved, if asked)."""
-    from peft import get_peft_model
     from transformers import set_seed
 
-    other = load_recipe(recipe.match) if recipe.match else None
+    check_tasks(recipe, sorted({e.task for e in examples}))
     plan = numerics(recipe.precision)
-    base = load_model(recipe.model, dtype=plan.weights, attention=plan.attention)
+    loaded = load_model(recipe.model, dtype=plan.weights, attention=plan.attention)
     set_seed(recipe.seed)
-    layout = Layout.of(examples) if base.kind == "encoder" else None
-    tasks = layout.tasks if layout else tuple(sorted({e.task for e in examples}))
-    model, defaults = _with_heads(base, layout)
-    if other is not None:
-        recipe = _matched(recipe, other, model, defaults)
-    config: Any = adapter_config(recipe, **defaults)
-    if layout is not None:
-        config.modules_to_save = sorted({HEADS, *(config.modules_to_save or ())})
-    try:
-        wrapped = get_peft_model(model, config)
-    except ConfigError:
-        raise
-    except (ValueError, TypeError, IndexError, KeyError, re.error) as error:
-        wanted, there = recipe.adapter.get("target_modules"), ", ".join(defaults["target_modules"])
-        targets = f" (target_modules={wanted}; this model has {there})" if wanted else ""
-        raise ConfigError(f"method {recipe.method} on model {recipe.model}{targets}: {first_line(error)}") from None
-    return Prepared(wrapped, base, tasks, layout, recipe)
+    base = with_heads(loaded, examples)
+    if recipe.match:
+        recipe = matched(recipe, base)
+    return Prepared(wrap(base, recipe), loaded, base.tasks, base.layout, recipe)
 
 
-def _with_heads(base: LoadedModel, layout: Layout | None) -> tuple[Any, dict[str, Any]]:
-    """The model PEFT wraps, and the adapter settings that follow from its kind."""
-    defaults: dict[str, Any] = {"target_modules": targets.default(base.model)}
-    if layout is None:
-        return base.model, {**defaults, "task_type": "CAUSAL_LM"}
-    return EncoderForTasks(base.model, layout), {**defaults, "modules_to_save": [HEADS]}
-
-
-def _matched(recipe: Recipe, other: Recipe, model: Any, defaults: dict[str, Any]) -> Recipe:
-    """Plain LoRA with as many trainable parameters as `other`, on the same modules and at the same alpha / r."""
-    target = adapter_config(other, **defaults)
-    adapter = dict(recipe.adapter)
-    if "target_modules" in other.adapter:
-        adapter.setdefault("target_modules", other.adapter["target_modules"])
-    lora: Any = adapter_config(replace(recipe, adapter=adapter), **defaults)
-    rank = matching_lora_rank(model, target, lora)
-    adapter |= {"r": rank, "lora_alpha": rank * lora.lora_alpha / lora.r}
-    logger.info("rank %d gives plain LoRA the trainable parameters of %s", rank, recipe.match)
-    return replace(recipe, adapter=adapter)
+def resolved(recipe: Recipe) -> Recipe:
+    """The recipe as it would be trained, its rank solved if asked; no weights are loaded."""
+    adapter_config(recipe)
+    return matched(recipe, outline(recipe, load_examples(recipe))) if recipe.match else recipe
 
 
 def training_rows(prepared: Prepared, examples: list[data.Example]) -> list[Any]:
@@ -166,6 +139,7 @@ def build_trainer(
 ) -> Any:
     """The trainer of a prepared model and its `training_rows`; `moesaic.host`'s mixin adds the auxiliary loss."""
     recipe, tokenizer = prepared.recipe, prepared.base.tokenizer
+    taught = taught_routing(prepared, examples)
     trainer: Any
     if prepared.layout is not None:
         from transformers import Trainer, TrainingArguments
@@ -175,15 +149,17 @@ def build_trainer(
             args=TrainingArguments(**training_arguments(recipe, folder)),
             train_dataset=rows,
             data_collator=EncoderCollator(
-                tokenizer, prepared.layout, max_length=recipe.max_length, task_ids=prepared.routed
+                tokenizer, prepared.layout, max_length=recipe.max_length, task_ids=prepared.routed, targets=taught
             ),
         )
     else:
         from datasets import Dataset
         from trl import SFTConfig, SFTTrainer
 
-        from moesaic.causal import CausalCollator
+        from moesaic.causal import CausalCollator, question
 
+        if taught is not None:
+            rows = [{**row, "targets": taught[question(e)]} for row, e in zip(rows, examples, strict=True)]
         trainer = _class(SFTTrainer, prepared.routed)(
             model=prepared.model,
             args=SFTConfig(
@@ -200,6 +176,21 @@ def build_trainer(
     shown = sys.stderr.isatty() if progress is None else progress
     trainer.attach(folder, sampler, keep=recipe.keep, progress=shown)
     return trainer
+
+
+def taught_routing(prepared: Prepared, examples: list[data.Example]) -> dict[str, list[float]] | None:
+    """By prompt, what its routing should be like: `MixtureConfig.targets`; None for a method without a teacher."""
+    if not prepared.routed:
+        return None
+    from moesaic.causal import question
+
+    questions = list(dict.fromkeys(question(e) for e in examples))
+    targets = prepared.model.peft_config["default"].targets(questions)
+    if targets is None:
+        return None
+    shares = " ".join(f"{share:.2f}" for share in targets.mean(dim=0).tolist())
+    logger.info("the teacher wants these shares of the experts: %s", shares)
+    return dict(zip(questions, targets.tolist(), strict=True))
 
 
 def _class(trainer: type, routed: bool) -> type:
@@ -254,6 +245,7 @@ def _results(trainer: Any, prepared: Prepared, resumed: int, command: str) -> di
         "final_loss": None if math.isnan(trainer.last_loss) else trainer.last_loss,
         "trainable_parameters": count_trainable(prepared.model),
         "total_parameters": count_total(prepared.model),
+        **peak_memory(trainer.args.device),
         "train_seconds": round(seconds, 2),
         "tokens_per_second": round(trainer.tokens / seconds, 1) if seconds else None,
         "bf16_autocast": bool(trainer.args.bf16),

@@ -13,9 +13,10 @@ import re
 from abc import abstractmethod
 from dataclasses import dataclass, field, fields
 from enum import Enum
-from typing import Any, ClassVar, get_args, get_type_hints
+from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 from peft import PeftConfig
+from torch import Tensor
 
 from moesaic.errors import ConfigError, first_line
 from moesaic.lora.mix import Backend
@@ -38,6 +39,14 @@ class MixtureConfig(PeftConfig):
     type: ClassVar[Any] = None
     shares_down: ClassVar[bool] = False
     """Whether all experts of a layer share one down projection A (r, d_in)."""
+    level: ClassVar[Literal["linear", "block"]] = "linear"
+    """What an expert is: a LoRA pair beside each linear, or beside all linears of a feed-forward block together."""
+    learns_routing: ClassVar[bool] = True
+    """Whether a router is trained: only then can a comparison show that routing helps."""
+    needs_tasks: ClassVar[bool] = False
+    """Whether it cannot route without task ids, and has nothing to route with fewer than two tasks."""
+    needs_targets: ClassVar[bool] = False
+    """Whether its auxiliary loss compares with `routing_targets` of the batch."""
 
     r: int = field(default=8, metadata={"help": "rank of one expert"})
     rank_pattern: dict[str, int] | None = field(
@@ -144,6 +153,10 @@ class MixtureConfig(PeftConfig):
 
     def connect(self, routers: list[Router]) -> None:
         """Called once all routers of an adapter exist, in the model's order: for what they share."""
+
+    def targets(self, prompts: list[str]) -> Tensor | None:
+        """What the routing of each prompt should be like (N, E), for methods that learn from a teacher; else None."""
+        return None
 
     def losses(self) -> list[AuxiliaryLoss]:
         """The auxiliary losses; built once for each adapter."""

@@ -96,7 +96,7 @@ class ExpertExpertRouter(HotMoERouter):
         attention = torch.softmax(float_linear(self.query, g) @ keys.t(), dim=-1)
         return attention @ _at_least_fp32(self.value.weight), attention @ _at_least_fp32(self.value.bias)
 
-    def projection(self) -> tuple[Tensor, Tensor]:
+    def projection(self, context: RoutingContext | None = None) -> tuple[Tensor, Tensor]:
         return self.folded()
 
     def extra_repr(self) -> str:
@@ -130,7 +130,7 @@ class TokenExpertRouter(HotMoERouter):
         variance = flat.t() @ flat / len(flat)
         return torch.cat([logits, variance]), (projected @ beta.t()).reshape(-1, 1)
 
-    def projection(self) -> tuple[Tensor, Tensor] | None:
+    def projection(self, context: RoutingContext | None = None) -> tuple[Tensor, Tensor] | None:
         """Values and MLP features in one map, unless dropout parts their inputs."""
         if self.training and self.dropout.p > 0:
             return None

@@ -12,7 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from moesaic.errors import ConfigError
 from moesaic.host import Host
-from moesaic.lora.mix import choose, mix, weigh_and_expand
+from moesaic.lora.block import FeedForward
+from moesaic.lora.mix import choose, mix, read_and_reduce, weigh_and_expand
 from moesaic.routing import Gate, Record, Router, Routing, RoutingContext, Site
 
 if TYPE_CHECKING:
@@ -36,11 +37,12 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
     """`base(x) + scaling * sum_e w_e(x) B_e A_e dropout(x)`, with w from a router and a gate.
 
     Per adapter: `moe_lora_A` (E*r, d_in; r where experts share it), `moe_lora_B` (E*r, d_out), `moe_lora_router`.
-    A target in `lora_target_modules` has one expert and no router: plain LoRA.
+    A target in `lora_target_modules` has one expert and no router: plain LoRA. Where experts are whole FFNs, each
+    linear of one does its part in `FeedForward`, and the first of them has the router.
     """
 
     adapter_layer_names = ("moe_lora_A", "moe_lora_B", "moe_lora_router")
-    other_param_names = ("sites", "gates", "eval_gates", "scaling", "dropout", "backends")
+    other_param_names = ("sites", "gates", "eval_gates", "scaling", "dropout", "backends", "blocks")
 
     def __init__(self, base_layer: nn.Module, host: Host) -> None:
         super().__init__()
@@ -55,13 +57,16 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         self.dropout: dict[str, float] = {}
         self.backends: dict[str, Any] = {}
+        self.blocks: dict[str, FeedForward] = {}
         self.name = ""
         self.stack = ""
         self.cross = False
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
 
-    def update_layer(self, adapter: str, config: MixtureConfig, site: Site, *, routed: bool) -> None:
+    def update_layer(
+        self, adapter: str, config: MixtureConfig, site: Site, *, routed: bool, block: FeedForward | None = None
+    ) -> None:
         """Add an adapter. A is kaiming-uniform over the stacked matrix, B zero: the mixture starts as the base."""
         num_experts = config.experts_at(site) if routed else 1
         rank = config.rank_at(site)
@@ -69,7 +74,11 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         self.moe_lora_A[adapter] = nn.Parameter(torch.empty(down_rows, site.d_in))
         self.moe_lora_B[adapter] = nn.Parameter(torch.zeros(num_experts * rank, site.d_out))
         nn.init.kaiming_uniform_(self.moe_lora_A[adapter], a=5**0.5)
-        if routed:
+        if block is not None:
+            self.blocks[adapter] = block
+            if site.name == block.first[0]:
+                block.owner = self
+        if routed and (block is None or block.owner is self):
             router = config.router(site)
             if router.num_experts != num_experts:
                 raise ConfigError(f"the router of {site.name} scores {router.num_experts} experts, not {num_experts}")
@@ -87,14 +96,26 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """To the base layer's device alone: PEFT would also round to its dtype what was loaded in float32."""
+        device = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+        if device is None:
+            return
+        for holder in (self.moe_lora_A, self.moe_lora_B, self.moe_lora_router):
+            if adapter_name in holder and not any(p.is_meta for p in holder.parameters()):
+                holder[adapter_name] = holder[adapter_name].to(device)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.host.called(self.name)
+        adapters = [] if self.disable_adapters else [a for a in self.active_adapters if a in self.moe_lora_A]
+        for adapter in adapters:
+            if adapter in self.blocks:
+                if len(adapters) > 1:
+                    raise ConfigError(f"{', '.join(adapters)} cannot be active together: experts of one are whole FFNs")
+                return self.blocks[adapter].forward(self, adapter, x, *args, **kwargs)
         out = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters:
-            return out
-        for adapter in self.active_adapters:
-            if adapter in self.moe_lora_A:
-                out = self._add_adapter(adapter, x, out)
+        for adapter in adapters:
+            out = self._add_adapter(adapter, x, out)
         return out
 
     def _add_adapter(self, adapter: str, x: Tensor, out: Tensor) -> Tensor:
@@ -105,19 +126,18 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
             z = self._drop(adapter, z)
             return mix(z, A, B, z.new_full((*z.shape[:-1], 1), scaling), base=out, backend=self.backends[adapter])
         context = self.host.context(self.sites[adapter], self.stack, self.cross, x)
-        projection = router.projection() if self._fuses(adapter, router, z) else None
+        projection = router.projection(context) if self._fuses(adapter, router, z) else None
         if projection is None:
             routing = self._gate(adapter, x, router(x, context), context)
             weights = routing.weights * scaling
             z = self._drop(adapter, z)
             return mix(z, A, B, weights, base=out, backend=self.backends[adapter], top_k=self._gate_of(adapter).top_k)
-        read_weight, read_bias = projection
-        product = nn.functional.linear(z, torch.cat([A, read_weight.to(A.dtype)]))
-        z, read = product.split([A.shape[0], len(read_weight)], dim=-1)
-        logits = router.from_projection(read if read_bias is None else read + read_bias, context)
-        weights = self._gate(adapter, x, logits, context).weights * scaling
-        flat_z, flat_weights, flat_out = (t.reshape(-1, t.shape[-1]) for t in (z, weights, out))
-        return weigh_and_expand(flat_z, B, flat_weights, flat_out).view(out.shape)
+        flat = z.reshape(-1, z.shape[-1])
+        read, low = read_and_reduce(flat, A, *projection)
+        logits = router.from_projection(read.view(*z.shape[:-1], -1), context)
+        weights = self._gate(adapter, x, logits, context).weights
+        flat_weights, flat_out = weights.reshape(-1, router.num_experts), out.reshape(-1, out.shape[-1])
+        return weigh_and_expand(low, B, flat_weights, flat_out, scaling=scaling).view(out.shape)
 
     def _fuses(self, adapter: str, router: Router, z: Tensor) -> bool:
         """Whether router and A may read the input in one product: same float32 input, rank space, nobody watching."""
@@ -133,6 +153,21 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         return backend == "rank" or (
             backend == "auto" and choose(z, B, router.num_experts, self._gate_of(adapter).top_k) == "rank"
         )
+
+    def route(self, adapter: str, x: Tensor) -> tuple[Gate, Tensor]:
+        """The gate and its weights (..., E) for this layer's input, without a product of experts."""
+        router = self.router(adapter)
+        assert router is not None
+        context = self.host.context(self.sites[adapter], self.stack, self.cross, x)
+        return self._gate_of(adapter), self._gate(adapter, x, router(x, context), context).weights
+
+    def expert_operands(self, adapter: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The experts' input (N, d_in) with dropout, A and B, all in the dtype their products are made in."""
+        A, B = self.moe_lora_A[adapter], self.moe_lora_B[adapter]
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else A.dtype
+        z = x if x.dtype == dtype else x.to(dtype)
+        return self._drop(adapter, z.reshape(-1, z.shape[-1])), A.to(dtype), B.to(dtype)
 
     def _drop(self, adapter: str, z: Tensor) -> Tensor:
         p = self.dropout[adapter]

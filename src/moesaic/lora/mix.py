@@ -117,11 +117,42 @@ def rank_space(x: Tensor, A: Tensor, B: Tensor, weights: Tensor, base: Tensor | 
     return weigh_and_expand(F.linear(x, A), B, weights, base)
 
 
-def weigh_and_expand(z: Tensor, B: Tensor, weights: Tensor, base: Tensor | None = None) -> Tensor:
+def read_and_reduce(x: Tensor, A: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The first half of rank space and a router's map in one product: `x weight^T + bias` (N, P) and `x A^T`."""
+    return cast(tuple[Tensor, Tensor], _ReadAndReduce.apply(x, A, weight, bias))
+
+
+class _ReadAndReduce(torch.autograd.Function):
+    """Keeps none of the stacked matrix: it is made again in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, A: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, A, weight)
+        product = torch.mm(x, torch.cat([weight.to(A.dtype), A]).t())
+        if bias is not None:
+            product[:, : len(weight)].add_(bias)
+        read, z = product.split([len(weight), len(A)], dim=1)
+        return read, z
+
+    @staticmethod
+    def backward(ctx: Any, grad_read: Tensor, grad_z: Tensor) -> tuple[Tensor | None, ...]:
+        x, A, weight = ctx.saved_tensors
+        to_x, to_a, to_weight, to_bias = ctx.needs_input_grad
+        grad = torch.cat([grad_read, grad_z], dim=1)
+        grad_x = torch.mm(grad, torch.cat([weight.to(A.dtype), A])) if to_x else None
+        grad_weight = grad_a = None
+        if to_a or to_weight:
+            grad_weight, grad_a = torch.mm(grad.t(), x).split([len(weight), len(A)])
+        return grad_x, grad_a, grad_weight, grad_read.sum(dim=0) if to_bias else None
+
+
+def weigh_and_expand(
+    z: Tensor, B: Tensor, weights: Tensor, base: Tensor | None = None, *, scaling: float = 1.0
+) -> Tensor:
     """The second half of rank space: z = x A^T (N, E*r or r) is weighted and taken up by B, then added to `base`."""
     if base is not None and base.dtype == z.dtype == B.dtype and not torch.is_autocast_enabled(z.device.type):
-        return cast(Tensor, _WeighAndExpand.apply(z, weights.to(z.dtype), B, base))
-    z = _weigh(z, weights.to(z.dtype), len(B))
+        return cast(Tensor, _WeighAndExpand.apply(z, weights.to(z.dtype), B, base, scaling))
+    z = _weigh(z, (weights * scaling).to(z.dtype), len(B))
     if base is None:
         return z @ B
     if base.dtype == z.dtype and torch.is_autocast_enabled(z.device.type):
@@ -141,28 +172,34 @@ def _by_expert(z: Tensor, weights: Tensor, rows: int) -> Tensor:
 
 
 class _WeighAndExpand(torch.autograd.Function):
-    """`base + weigh(z, w) B`, keeping z and w alone: the weighted z is made again in the backward."""
+    """`base + scaling * weigh(z, w) B`, keeping z and w alone: the weighted z is made again in the backward."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, weights: Tensor, B: Tensor, base: Tensor) -> Tensor:
+    def forward(ctx: Any, z: Tensor, weights: Tensor, B: Tensor, base: Tensor, scaling: float) -> Tensor:
         ctx.save_for_backward(z, weights, B)
-        return torch.addmm(base, _weigh(z, weights, len(B)), B)
+        ctx.scaling = scaling
+        return torch.addmm(base, _weigh(z, weights, len(B)), B, alpha=scaling)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         z, weights, B = ctx.saved_tensors
-        to_z, to_weights, to_b, to_base = ctx.needs_input_grad
+        to_z, to_weights, to_b, to_base = ctx.needs_input_grad[:4]
         grad_z = grad_weights = None
         if to_z or to_weights:
-            back = _by_expert(grad @ B.t(), weights, len(B))
+            back = _by_expert(_scaled_mm(grad, B.t(), ctx.scaling), weights, len(B))
             parts = _by_expert(z, weights, len(B))
             if to_z:
                 grad_z = back * weights.unsqueeze(-1)
                 grad_z = (grad_z.sum(dim=1) if parts.shape[1] < back.shape[1] else grad_z).view(z.shape)
             if to_weights:
                 grad_weights = (back * parts).sum(dim=-1)
-        grad_b = _weigh(z, weights, len(B)).t() @ grad if to_b else None
-        return grad_z, grad_weights, grad_b, grad if to_base else None
+        grad_b = _scaled_mm(_weigh(z, weights, len(B)).t(), grad, ctx.scaling) if to_b else None
+        return grad_z, grad_weights, grad_b, grad if to_base else None, None
+
+
+def _scaled_mm(a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """`scaling * a b` in one kernel; with beta=0 what is added to is never read."""
+    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scaling)
 
 
 def grouped(x: Tensor, A: Tensor, B: Tensor, weights: Tensor, base: Tensor | None = None) -> Tensor:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from moesaic.errors import ConfigError
+from moesaic.lora.block import FeedForward
 from moesaic.lora.layer import MixtureLinear, features
 
 if TYPE_CHECKING:
@@ -23,6 +24,22 @@ _READ_NOT_CALLED = {
     "jamba": {"dt_proj"},
 }
 """Linears whose weight the model's code reads without calling them."""
+
+_FEED_FORWARDS: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("gate_proj", "up_proj"), "down_proj"),
+    (("gate_up_proj",), "down_proj"),
+    (("up_proj",), "down_proj"),
+    (("w1", "w3"), "w2"),
+    (("wi_0", "wi_1"), "wo"),
+    (("wi",), "wo"),
+    (("c_fc",), "c_proj"),
+    (("fc1",), "fc2"),
+    (("fc_in",), "fc_out"),
+    (("lin1",), "lin2"),
+    (("dense_h_to_4h",), "dense_4h_to_h"),
+    (("intermediate.dense",), "output.dense"),
+)
+"""Linears of the FFNs that are known: those that read its input, and the one that makes its output."""
 
 
 def place(model: nn.Module, name: str) -> tuple[int, int]:
@@ -67,6 +84,63 @@ def is_plain_lora(config: PeftConfig, key: str) -> bool:
     if isinstance(wanted, str):
         return re.fullmatch(wanted, key) is not None
     return any(key == w or key.endswith(f".{w}") for w in wanted)
+
+
+def feed_forwards(model: nn.Module, config: Any) -> dict[str, FeedForward]:
+    """The FFNs that are experts under this config, by the name of each of their linears.
+
+    Raises:
+        ConfigError: when there is none, or the targets hold a part of one only.
+    """
+    wanted = _experts(model, config)
+    found: dict[str, FeedForward] = {}
+    for name, first, last in _known_feed_forwards(model):
+        linears = (*first, last)
+        missing = [linear for linear in linears if linear not in wanted]
+        if len(missing) == len(linears):
+            continue
+        if missing:
+            raise ConfigError(
+                f"the experts of {config.method} are whole FFNs, but target_modules leaves out {', '.join(missing)}: "
+                "name all linears of an FFN, or none"
+            )
+        found |= dict.fromkeys(linears, FeedForward(name, first, last))
+    if not found:
+        wanted_by = "" if config.target_modules is None else f" among target_modules={config.target_modules!r}"
+        raise ConfigError(
+            f"the experts of {config.method} are whole FFNs, and this model has none that is known{wanted_by}: choose "
+            "a method whose experts are linears, or name an FFN's linears in target_modules"
+        )
+    return found
+
+
+def _experts(model: nn.Module, config: Any) -> set[str]:
+    """Names of the linears that a config gives experts."""
+    config = copy.copy(config)
+    if config.target_modules in (None, "all-linear"):
+        config.target_modules = default(model)
+    return {n for n in _linears(model) if check_target_module_exists(config, n) and not is_plain_lora(config, n)}
+
+
+def _known_feed_forwards(model: nn.Module) -> Iterator[tuple[str, tuple[str, ...], str]]:
+    """(name, first linears, last linear), all by full name, of every FFN whose linears have known names and fit."""
+    linears = set(_linears(model))
+    taken: set[str] = set()
+    for first, last in _FEED_FORWARDS:
+        for end in sorted(linears):
+            name = end.removesuffix(f".{last}")
+            starts = tuple(f"{name}.{leaf}" for leaf in first)
+            if name == end or not linears.issuperset(starts) or taken & {*starts, end}:
+                continue
+            sizes = [features(_base(model, linear)) for linear in (*starts, end)]
+            if len(set(sizes[:-1])) == 1 and sizes[0] and sizes[-1] and sizes[0][0] == sizes[-1][1]:
+                taken |= {*starts, end}
+                yield name, starts, end
+
+
+def _base(model: nn.Module, name: str) -> nn.Module:
+    module = model.get_submodule(name)
+    return module.get_base_layer() if isinstance(module, MixtureLinear) else module
 
 
 def check(model: nn.Module, config: Any) -> None:

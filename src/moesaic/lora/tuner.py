@@ -37,6 +37,7 @@ class MixtureModel(BaseTuner):
         config = cast("MixtureConfig", self.peft_config[adapter_name])
         targets.check_adapter_name(model, adapter_name, reserved=_reserved_names())
         targets.check(model, config)
+        self.blocks = targets.feed_forwards(model, config) if config.level == "block" else {}
         if "host" not in self.__dict__:
             self.host = _host_of(model) or Host()
         try:
@@ -85,19 +86,30 @@ class MixtureModel(BaseTuner):
             )
         layer, num_layers = targets.place(self.model, current_key)
         site = Site(current_key, *size, layer=layer, num_layers=num_layers)
-        routed = not targets.is_plain_lora(peft_config, current_key)
+        block = self.blocks.get(current_key)
+        whole = peft_config.level == "block"
+        routed = block is not None if whole else not targets.is_plain_lora(peft_config, current_key)
         if isinstance(target, MixtureLinear):
-            target.update_layer(adapter_name, peft_config, site, routed=routed)
+            target.update_layer(adapter_name, peft_config, site, routed=routed, block=block)
             return
         wrapped = MixtureLinear(target, self.host)
         wrapped._active_adapter = adapter_name
-        wrapped.update_layer(adapter_name, peft_config, site, routed=routed)
+        wrapped.update_layer(adapter_name, peft_config, site, routed=routed, block=block)
         if adapter_name not in self.active_adapters:
             wrapped.requires_grad_(False)
         self._replace_module(parent, target_name, wrapped, target)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """As PEFT does, which turns a frozen bf16 entry of a ParameterDict into a trainable float32 one: undo that."""
+        """Experts in the base's dtype if autocast is refused, else in float32; routers in float32 either way.
+
+        PEFT turns a frozen bf16 entry of a ParameterDict into a trainable float32 one: that is undone.
+        """
+        if not autocast_adapter_dtype:
+            for layer in (m for m in self.model.modules() if isinstance(m, MixtureLinear)):
+                dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())[1]
+                if dtype is not None and dtype.is_floating_point and adapter_name in layer.moe_lora_A:
+                    for part in (layer.moe_lora_A[adapter_name], layer.moe_lora_B[adapter_name]):
+                        part.data = part.data.to(dtype)
         trained = {name: p.requires_grad for name, p in self.model.named_parameters()}
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for name, p in self.model.named_parameters():

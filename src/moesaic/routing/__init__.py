@@ -1,6 +1,7 @@
 """The ground floor: routers, gates, auxiliary losses and the trace. Needs torch and nothing else."""
 
-from moesaic.routing.gates import Gate, Routing, Softmax, TopK, TopP
+from moesaic.routing.entropy import renyi, shannon, tsallis
+from moesaic.routing.gates import EntropyHybrid, Gate, Routing, Softmax, TopK, TopP
 from moesaic.routing.losses import (
     AuxiliaryLoss,
     MutualInformation,
@@ -15,6 +16,7 @@ from moesaic.routing.trace import RoutingTrace
 
 __all__ = [
     "AuxiliaryLoss",
+    "EntropyHybrid",
     "Gate",
     "LinearRouter",
     "MutualInformation",
@@ -32,4 +34,7 @@ __all__ = [
     "ZLoss",
     "float_linear",
     "pool",
+    "renyi",
+    "shannon",
+    "tsallis",
 ]

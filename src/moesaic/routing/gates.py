@@ -5,20 +5,24 @@
 | `Softmax` | softmax of all logits | 1 |
 | `TopK(normalize="sum")` | the k largest probabilities, divided by their sum | 1 |
 | `TopK(normalize="softmax", temperature=t)` | softmax of the k largest probabilities over t | 1 |
-| `TopK(normalize="none")` | the k largest probabilities as they are | < 1 |
+| `TopK(normalize="none")` | the k largest probabilities as they are | <= 1 |
 | `TopP(p)` | the smallest leading set whose mass reaches p | 1, or >= p without renormalisation |
+| `EntropyHybrid(k, p, threshold)` | all probabilities if they are uncertain, else the leading ones as they are | <= 1 |
+
+`Gate.sums_to_one` tells the last column apart. Those that do not sum to 1 never sum to more.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from moesaic.errors import ConfigError
+from moesaic.routing.entropy import EntropyType, generalised_entropy
 
 
 @dataclass
@@ -39,6 +43,11 @@ class Gate(ABC):
     def top_k(self) -> int | None:
         """Non-zero weights a row, when it is the same for all rows."""
         return None
+
+    @property
+    def sums_to_one(self) -> bool:
+        """Whether every row's weights sum to 1; else their sum is above 0 and at most 1."""
+        return True
 
     @abstractmethod
     def __call__(self, logits: Tensor) -> Routing: ...
@@ -70,24 +79,66 @@ class TopK(Gate):
     temperature: float = 1.0
 
     def __call__(self, logits: Tensor) -> Routing:
+        weights, probs = self.weigh(logits) if torch.compiler.is_compiling() else _TopK.apply(logits, self)
+        return Routing(weights, probs, logits)
+
+    def weigh(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and dense probabilities, both (..., E)."""
         probs = torch.softmax(logits, dim=-1)
         top, index = probs.topk(self.k, dim=-1)
         if self.normalize == "sum":
             top = top / top.sum(dim=-1, keepdim=True)
         elif self.normalize == "softmax":
             top = torch.softmax(top / self.temperature, dim=-1)
-        weights = torch.zeros_like(probs).scatter(-1, index, top)
-        return Routing(weights, probs, logits)
+        return torch.zeros_like(probs).scatter_(-1, index, top), probs
 
     @property
     def top_k(self) -> int:
         return self.k
+
+    @property
+    def sums_to_one(self) -> bool:
+        return self.normalize != "none"
 
     def check(self, num_experts: int) -> None:
         if not 1 <= self.k <= num_experts:
             raise ConfigError(f"top_k={self.k} must be between 1 and num_experts={num_experts}")
         if self.temperature <= 0:
             raise ConfigError(f"the gate's temperature must be above 0, not {self.temperature}")
+
+
+class _TopK(torch.autograd.Function):
+    """`TopK.weigh` with its gradient written out: a third of the kernels, for nothing is gathered or scattered back.
+
+    Kept probabilities divided by their sum are the softmax of the kept logits, and weights are 0 off the kept: so each
+    of the gate's steps has the gradient of a softmax whose rows are known.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, gate: TopK) -> tuple[Tensor, Tensor]:
+        weights, probs = gate.weigh(logits)
+        ctx.save_for_backward(weights, probs)
+        ctx.gate = gate
+        ctx.set_materialize_grads(False)
+        return weights, probs
+
+    @staticmethod
+    def backward(ctx: Any, to_weights: Tensor | None, to_probs: Tensor | None) -> tuple[Tensor | None, None]:
+        (weights, probs), gate = ctx.saved_tensors, ctx.gate
+        if to_weights is None:
+            return None if to_probs is None else _softmax_backward(to_probs, probs), None
+        if gate.normalize == "sum":
+            to_logits = _softmax_backward(to_weights, weights)
+            return (to_logits if to_probs is None else to_logits + _softmax_backward(to_probs, probs)), None
+        if gate.normalize == "softmax":
+            through = _softmax_backward(to_weights, weights) / gate.temperature
+        else:
+            through = torch.where(weights > 0, to_weights, 0.0)
+        return _softmax_backward(through if to_probs is None else through + to_probs, probs), None
+
+
+def _softmax_backward(grad: Tensor, rows: Tensor) -> Tensor:
+    return torch.ops.aten._softmax_backward_data(grad, rows, -1, rows.dtype)
 
 
 @dataclass(frozen=True)
@@ -110,6 +161,63 @@ class TopP(Gate):
             weights = weights / weights.sum(dim=-1, keepdim=True)
         return Routing(weights, probs, logits)
 
+    @property
+    def sums_to_one(self) -> bool:
+        return self.renormalize
+
     def check(self, num_experts: int) -> None:
         if not 0 < self.p <= 1:
             raise ConfigError(f"top_p={self.p} must be above 0 and at most 1")
+
+
+@dataclass(frozen=True)
+class EntropyHybrid(Gate):
+    """Every expert where the router is uncertain, the leading few elsewhere (DynMoLE, Li et al. 2025).
+
+    A row keeps all its experts if the entropy of its probabilities, over the maximum, exceeds `threshold`; from 1 on
+    none does. Else it keeps the `keep_top_k` most probable, and on in that order while the cumulative mass is at most
+    `top_p`: the expert that crosses `top_p` is left out, unless `include_crossing` (Holtzman et al. 2020). Weights are
+    the kept probabilities as they are; gradient flows through them, not through the choice.
+    """
+
+    keep_top_k: int = 2
+    top_p: float = 0.75
+    threshold: float = 0.9
+    q: float = 1.1
+    kind: EntropyType = "tsallis"
+    eps: float = 1e-5
+    include_crossing: bool = False
+
+    def __call__(self, logits: Tensor) -> Routing:
+        probs = torch.softmax(logits, dim=-1)
+        return Routing(probs * self.keep(probs.detach()), probs, logits)
+
+    def keep(self, probs: Tensor) -> Tensor:
+        """Which experts take part (..., E), as booleans."""
+        ordered, index = probs.sort(dim=-1, descending=True, stable=True)
+        mass = ordered.cumsum(dim=-1)
+        keep_ordered = mass - ordered < self.top_p if self.include_crossing else mass <= self.top_p
+        keep_ordered[..., : self.keep_top_k] = True
+        keep = torch.zeros_like(keep_ordered).scatter(-1, index, keep_ordered)
+        if self.threshold >= 1:
+            return keep
+        uncertain = generalised_entropy(self.kind, probs, self.q, eps=self.eps) > self.threshold
+        return keep | uncertain.unsqueeze(-1)
+
+    @property
+    def sums_to_one(self) -> bool:
+        return False
+
+    def check(self, num_experts: int) -> None:
+        if not 1 <= self.keep_top_k <= num_experts:
+            raise ConfigError(f"keep_top_k={self.keep_top_k} must be between 1 and num_experts={num_experts}")
+        if not 0 <= self.top_p <= 1:
+            raise ConfigError(f"top_p={self.top_p} must be between 0 and 1")
+        if self.threshold < 0:
+            raise ConfigError(f"entropy_threshold={self.threshold} must be at least 0; from 1 on it is never exceeded")
+        if not 0 < self.q <= 2:
+            raise ConfigError(f"entropy_index={self.q} must be above 0 and at most 2; 1 is Shannon's entropy")
+        if self.kind not in get_args(EntropyType):
+            raise ConfigError(f"entropy_type={self.kind!r} must be one of {', '.join(get_args(EntropyType))}")
+        if self.eps < 0:
+            raise ConfigError(f"entropy_eps={self.eps} must be at least 0")

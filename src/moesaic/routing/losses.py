@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from moesaic.routing.entropy import shannon as entropy
 from moesaic.routing.gates import Routing
 from moesaic.routing.router import Router, RoutingContext, Site
 
@@ -91,6 +92,8 @@ class AuxiliaryLoss(ABC):
 
     needs_hidden = False
     needs_experts = False
+    needs_own_router = False
+    """Whether it reads more of the router than its routing, and so fits its own method's alone."""
 
     def __init__(self, weight: float, *, reduce: Reduce = "sum") -> None:
         self.weight = weight
@@ -209,11 +212,6 @@ class Similarity(AuxiliaryLoss):
         """Loss (R,) of R routers from the cosines of inputs and of routes, both (R, N, N)."""
         pull, push = (1 - s_r) * s_x, s_r * (1 - s_x)
         return (self.beta_similar * pull + self.beta_different * push).mean(dim=(-2, -1))
-
-
-def entropy(p: Tensor) -> Tensor:
-    """Shannon entropy in nats over the last axis; exact zeros count as zero."""
-    return -(p * (p + 1e-9).log()).sum(dim=-1)
 
 
 def cosine_matrix(x: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ class Router(nn.Module):
     then compute it together with its own products (a product of 8 columns costs far more than its share). A router
     that reads `h` otherwise overrides `score`.
 
-    Every parameter has the experts on its first axis, save those named in `shared`; so experts can be
+    Every parameter and buffer has the experts on its first axis, save those named in `shared`; so experts can be
     permuted, added or dropped without knowing the method.
     """
 
@@ -85,13 +85,13 @@ class Router(nn.Module):
 
     def score(self, h: Tensor, context: RoutingContext | None = None) -> Tensor:
         """Logits (..., E) from float32 (or float64) `h` (..., d_in), autocast already off."""
-        projection = self.projection()
+        projection = self.projection(context)
         assert projection is not None, f"{type(self).__name__} has no projection, so it must override score"
         weight, bias = projection
         bias = None if bias is None else bias.to(h.dtype)
         return self.from_projection(F.linear(h, weight.to(h.dtype), bias), context)
 
-    def projection(self) -> tuple[Tensor, Tensor | None] | None:
+    def projection(self, context: RoutingContext | None = None) -> tuple[Tensor, Tensor | None] | None:
         """Weight (P, d_in) and bias (P,) of the map through which `h` is read; None while it is not one linear map."""
         return None
 
@@ -102,9 +102,9 @@ class Router(nn.Module):
     @torch.no_grad()
     def permute_experts_(self, order: Tensor) -> None:
         """Renumber the experts: new expert i is the old `order[i]`."""
-        for name, parameter in self.named_parameters():
+        for name, values in (*self.named_parameters(), *self.named_buffers()):
             if name not in self.shared:
-                parameter.copy_(parameter[order])
+                values.copy_(values[order])
 
 
 class LinearRouter(Router):
@@ -114,7 +114,7 @@ class LinearRouter(Router):
         super().__init__(num_experts)
         self.linear = nn.Linear(d_in, num_experts, bias=bias, dtype=torch.float32)
 
-    def projection(self) -> tuple[Tensor, Tensor | None]:
+    def projection(self, context: RoutingContext | None = None) -> tuple[Tensor, Tensor | None]:
         return self.linear.weight, self.linear.bias
 
     def extra_repr(self) -> str:

@@ -1,56 +1,22 @@
-"""RoutingTrace: what the routers did, counted while the model runs."""
+"""RoutingTrace: what the routers did, counted while the model runs.
+
+Counting stays on the device that the model runs on: routers of one shape are counted together, whatever their number,
+and nothing is copied to the host before a figure is asked for (save the task ids, once a forward).
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moesaic.routing.losses import Record, entropy
-
-
-class ModuleTrace:
-    """Running sums of one router. Tensors are float64 on the CPU."""
-
-    def __init__(self, num_experts: int) -> None:
-        self.tokens = 0
-        self.weight = torch.zeros(num_experts, dtype=torch.float64)
-        self.selected = torch.zeros(num_experts, dtype=torch.float64)
-        self.entropy = 0.0
-        self.by_task: dict[int, Tensor] = {}
-        self.kept: list[Tensor] = []
-
-    @property
-    def utilisation(self) -> Tensor:
-        """Share of the total weight each expert got (E,), summing to 1."""
-        return self.weight / self.weight.sum().clamp(min=1e-12)
-
-    @property
-    def selection(self) -> Tensor:
-        """Share of the tokens that gave each expert a weight above zero (E,)."""
-        return self.selected / max(self.tokens, 1)
-
-    @property
-    def mean_entropy(self) -> float:
-        """Mean entropy of the dense probabilities a token, divided by log E: 0 certain, 1 uniform."""
-        num_experts = len(self.weight)
-        return self.entropy / max(self.tokens, 1) / (math.log(num_experts) if num_experts > 1 else 1.0)
-
-    @property
-    def mutual_information(self) -> float | None:
-        """Mutual information of task and expert over min(log tasks, log E), in [0, 1]; None below two tasks.
-
-        Tasks are weighted equally, whatever their number of tokens.
-        """
-        if len(self.by_task) < 2:
-            return None
-        rows = torch.stack([w / w.sum().clamp(min=1e-12) for w in self.by_task.values()])
-        overall = entropy(rows.mean(dim=0))
-        information = overall - entropy(rows).mean()
-        return float(information / math.log(min(rows.shape))) if min(rows.shape) > 1 else 0.0
+from moesaic.routing.losses import Record, stacks
+from moesaic.routing.tally import ModuleTrace, Sums, TaskIds, shares, wide
 
 
 class RoutingTrace:
@@ -61,40 +27,74 @@ class RoutingTrace:
     | `utilisation()` | module -> share of weight by expert (E,) |
     | `by_layer()` | layer -> the same, averaged over the layer's modules |
     | `by_task()` | task id -> the same, averaged over modules |
+    | `by_layer_and_task()` | layer -> task id -> the same, averaged over the layer's modules |
     | `entropy()` | mean entropy of a token's dense probabilities (before top-k) over log E, averaged over modules |
+    | `entropy_by_layer()` | layer -> the same, averaged over the layer's modules |
     | `dead_experts()` | (module, expert) pairs whose weight (after top-k) is below a share of 1/E; needs many tokens |
     | `mutual_information()` | task-expert mutual information in [0, 1], averaged over modules |
+    | `inner_balance()` | largest over second largest probability, geometric mean over tokens, then modules |
+    | `outer_balance()` | standard deviation over mean of the experts' utilisation, averaged over modules |
+    | `layer_information()` | mutual information, in bits, of a token's first expert in one layer and in the next |
+
+    Inner and outer balance are named by RMoE (Qiu et al., ICLR 2025), which gives no formula of the outer one that we
+    know of: ours is the coefficient of variation. So is the cross-layer information: from contingency tables of expert
+    indices, between layers that follow each other among modules that differ in nothing but the layer.
     """
 
     def __init__(self, *, keep_weights: bool = False) -> None:
-        self.modules: dict[str, ModuleTrace] = {}
-        self.layer_of: dict[str, int] = {}
         self.keep_weights = keep_weights
+        self.layer_of: dict[str, int] = {}
+        self._kept: dict[str, list[Tensor]] = {}
+        self._groups: dict[tuple[tuple[str, ...], int], Sums] = {}
+        self._tables: dict[tuple[tuple[str, str], ...], Tensor] = {}
+        self._modules: dict[str, ModuleTrace] | None = None
 
     @torch.no_grad()
     def update(self, records: Sequence[Record]) -> None:
+        """Count one forward's records."""
+        self._modules = None
+        tasks = TaskIds()
+        firsts: dict[str, Tensor] = {}
         for record in records:
-            weights = record.routing.weights.detach()
-            num_experts = weights.shape[-1]
-            module = self.modules.setdefault(record.site.name, ModuleTrace(num_experts))
             self.layer_of[record.site.name] = record.site.layer
             if self.keep_weights:
-                module.kept.append(weights.cpu())
-            flat = weights.reshape(-1, num_experts).double().cpu()
-            probs = record.routing.probs.detach().reshape(-1, num_experts).double().cpu()
-            tasks = _task_of_token(record, weights.shape[:-1])
-            if record.mask is not None:
-                real = record.mask.flatten().cpu()
-                flat, probs = flat[real], probs[real]
-                tasks = None if tasks is None else tasks[real]
-            module.tokens += len(flat)
-            module.weight += flat.sum(dim=0)
-            module.selected += (flat > 0).double().sum(dim=0)
-            module.entropy += float(entropy(probs).sum())
-            if tasks is not None:
-                for task in tasks.unique().tolist():
-                    total = module.by_task.setdefault(task, torch.zeros(num_experts, dtype=torch.float64))
-                    total += flat[tasks == task].sum(dim=0)
+                self._kept.setdefault(record.site.name, []).append(record.routing.weights.detach().cpu())
+        for weights, probs in zip(stacks(records, "weights"), stacks(records, "probs"), strict=True):
+            names = tuple(r.site.name for r in weights.records)
+            key = names, weights.values.shape[-1]
+            if key not in self._groups:
+                self._groups[key] = Sums(len(names), key[1], weights.values.device)
+            values = weights.values.detach()
+            self._groups[key].add(values, probs.values.detach(), weights.mask, tasks.of(weights.records[0]))
+            real = 1.0 if weights.mask is None else weights.mask[:, None].float()
+            first = torch.zeros_like(values).scatter_(-1, values.argmax(dim=-1, keepdim=True), 1.0) * real
+            firsts |= zip(names, first, strict=True)
+        self._count_pairs(firsts)
+
+    def _count_pairs(self, firsts: dict[str, Tensor]) -> None:
+        """Add to the contingency tables of first experts (E, E') of neighbouring layers, those of a shape at once."""
+        alike: dict[tuple[torch.Size, torch.Size], list[tuple[str, str]]] = {}
+        for lower, upper in _neighbours({name: self.layer_of[name] for name in firsts}):
+            shapes = firsts[lower].shape, firsts[upper].shape
+            if shapes[0][0] == shapes[1][0]:
+                alike.setdefault(shapes, []).append((lower, upper))
+        for pairs in alike.values():
+            below, above = (torch.stack([firsts[pair[side]] for pair in pairs]) for side in (0, 1))
+            counts = torch.bmm(below.transpose(1, 2), above).to(wide(below.device))
+            key = tuple(pairs)
+            self._tables[key] = self._tables[key] + counts if key in self._tables else counts
+
+    @property
+    def modules(self) -> dict[str, ModuleTrace]:
+        """What was counted, by module; read from the device when first asked for."""
+        if self._modules is None:
+            self._modules = {}
+            for (names, num_experts), sums in self._groups.items():
+                for name, found in zip(names, sums.modules(), strict=True):
+                    self._modules.setdefault(name, ModuleTrace(num_experts)).add(found)
+            for name, kept in self._kept.items():
+                self._modules[name].kept = kept
+        return self._modules
 
     def __repr__(self) -> str:
         if not self.modules:
@@ -102,29 +102,38 @@ class RoutingTrace:
         tokens = max(m.tokens for m in self.modules.values())
         return (
             f"RoutingTrace({len(self.modules)} routers, {tokens} tokens, entropy {self.entropy():.2f} of 1, "
-            f"{len(self.dead_experts())} of {sum(len(m.weight) for m in self.modules.values())} experts dead)"
+            f"{len(self.dead_experts())} of {self.num_experts()} experts dead)"
         )
+
+    def num_experts(self) -> int:
+        """Experts of all modules together."""
+        return sum(len(m.weight) for m in self.modules.values())
 
     def utilisation(self) -> dict[str, Tensor]:
         return {name: module.utilisation for name, module in self.modules.items()}
 
     def by_layer(self) -> dict[int, Tensor]:
-        layers: dict[int, list[Tensor]] = {}
-        for name, module in self.modules.items():
-            layers.setdefault(self.layer_of[name], []).append(module.utilisation)
-        return {layer: _mean(rows) for layer, rows in sorted(layers.items()) if len({len(r) for r in rows}) == 1}
+        return _average((self.layer_of[name], module.utilisation) for name, module in self.modules.items())
 
     def by_task(self) -> dict[int, Tensor]:
-        tasks: dict[int, list[Tensor]] = {}
-        for module in self.modules.values():
-            for task, weight in module.by_task.items():
-                tasks.setdefault(task, []).append(weight / weight.sum().clamp(min=1e-12))
-        return {task: _mean(rows) for task, rows in sorted(tasks.items()) if len({len(r) for r in rows}) == 1}
+        return _average((task, shares(w)) for m in self.modules.values() for task, w in m.by_task.items())
+
+    def by_layer_and_task(self) -> dict[int, dict[int, Tensor]]:
+        layers: dict[int, list[ModuleTrace]] = {}
+        for name, module in self.modules.items():
+            layers.setdefault(self.layer_of[name], []).append(module)
+        return {
+            layer: _average((task, shares(w)) for module in modules for task, w in module.by_task.items())
+            for layer, modules in sorted(layers.items())
+        }
 
     def entropy(self) -> float | None:
         """None before any token was routed."""
-        values = [module.mean_entropy for module in self.modules.values()]
-        return sum(values) / len(values) if values else None
+        return _mean(module.mean_entropy for module in self.modules.values())
+
+    def entropy_by_layer(self) -> dict[int, float]:
+        named = ((self.layer_of[name], torch.tensor(m.mean_entropy)) for name, m in self.modules.items())
+        return {layer: float(value) for layer, value in _average(named).items()}
 
     def dead_experts(self, threshold: float = 0.1) -> list[tuple[str, int]]:
         """Experts that got less than `threshold` times the fair share 1/E."""
@@ -136,13 +145,25 @@ class RoutingTrace:
         ]
 
     def mutual_information(self) -> float | None:
-        values = [m.mutual_information for m in self.modules.values()]
-        known = [v for v in values if v is not None]
-        return sum(known) / len(known) if known else None
+        return _mean(m.mutual_information for m in self.modules.values())
+
+    def inner_balance(self) -> float | None:
+        """None where no token has a second expert: one-hot probabilities, or a single expert."""
+        logs = _mean(None if m.inner_balance is None else math.log(m.inner_balance) for m in self.modules.values())
+        return None if logs is None else math.exp(logs)
+
+    def outer_balance(self) -> float | None:
+        """None where every layer has a single expert."""
+        return _mean(m.outer_balance for m in self.modules.values())
+
+    def layer_information(self) -> float | None:
+        """In bits, averaged over pairs of layers; None where no two layers have a module in common."""
+        tables = [table for stacked in self._tables.values() for table in stacked.double().cpu()]
+        return _mean(_information(table) for table in tables)
 
     def weights(self, name: str) -> list[Tensor]:
         """The weights (..., E) of every forward, of one module; needs `keep_weights=True`."""
-        return self.modules[name].kept
+        return self._kept[name]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything above as plain numbers, for JSON."""
@@ -150,22 +171,48 @@ class RoutingTrace:
             "tokens": max((m.tokens for m in self.modules.values()), default=0),
             "entropy": self.entropy(),
             "mutual_information": self.mutual_information(),
+            "inner_balance": self.inner_balance(),
+            "outer_balance": self.outer_balance(),
+            "layer_information": self.layer_information(),
+            "num_experts": self.num_experts(),
             "dead_experts": [f"{name}[{expert}]" for name, expert in self.dead_experts()],
             "utilisation": {name: row.tolist() for name, row in self.utilisation().items()},
-            "by_layer": {str(layer): row.tolist() for layer, row in self.by_layer().items()},
-            "by_task": {str(task): row.tolist() for task, row in self.by_task().items()},
+            "entropy_by_layer": {str(layer): value for layer, value in self.entropy_by_layer().items()},
+            "by_layer": _plain(self.by_layer()),
+            "by_task": _plain(self.by_task()),
+            "by_layer_and_task": {str(layer): _plain(tasks) for layer, tasks in self.by_layer_and_task().items()},
         }
 
 
-def _mean(rows: list[Tensor]) -> Tensor:
-    return torch.stack(rows).mean(dim=0)
+def _neighbours(layer_of: dict[str, int]) -> Iterator[tuple[str, str]]:
+    """Pairs of modules in layers that follow each other, with the same name but for the layer's index."""
+    kinds: dict[str, dict[int, str]] = {}
+    for name, layer in layer_of.items():
+        kinds.setdefault(re.sub(rf"(^|\.){layer}(\.|$)", r"\1*\2", name, count=1), {})[layer] = name
+    for layers in kinds.values():
+        ordered = [layers[layer] for layer in sorted(layers)]
+        yield from pairwise(ordered)
 
 
-def _task_of_token(record: Record, shape: torch.Size) -> Tensor | None:
-    if record.task_ids is None or len(shape) == 0:
-        return None
-    tasks = record.task_ids.cpu()
-    if len(tasks) == 0 or shape[0] % len(tasks):
-        return None
-    tasks = tasks.repeat_interleave(shape[0] // len(tasks))
-    return tasks.view(-1, *[1] * (len(shape) - 1)).expand(shape).reshape(-1)
+def _information(table: Tensor) -> float:
+    """Mutual information in bits of a contingency table (E, E')."""
+    joint = table / table.sum().clamp(min=1)
+    apart = joint.sum(dim=1, keepdim=True) * joint.sum(dim=0, keepdim=True)
+    return float(torch.where(joint > 0, joint * (joint / apart.clamp(min=1e-300)).log2(), 0.0).sum())
+
+
+def _average(rows: Iterable[tuple[int, Tensor]]) -> dict[int, Tensor]:
+    """Mean row of each key, ascending; keys whose rows differ in length are left out."""
+    found: dict[int, list[Tensor]] = {}
+    for key, row in rows:
+        found.setdefault(key, []).append(row)
+    return {k: torch.stack(v).mean(dim=0) for k, v in sorted(found.items()) if len({r.shape for r in v}) == 1}
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _plain(rows: dict[int, Tensor]) -> dict[str, list[float]]:
+    return {str(key): row.tolist() for key, row in rows.items()}

@@ -1,0 +1,127 @@
+"""`moesaic bench`: what a mixture costs beside plain LoRA of the same total rank, measured side by side.
+
+All arms of a table run in turn, in a new order each round, in one process and one thread; a ratio is the median of
+the ratios round by round, so a machine that slows down slows all arms alike. Peak memory is that of a fresh process
+for each arm.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class BenchSettings:
+    """Settings of `moesaic bench`."""
+
+    rounds: int = field(default=20, metadata={"help": "times that all arms run in turn"})
+    tokens: int = field(default=1024, metadata={"help": "tokens of the single linear"})
+    methods: list[str] | None = field(default=None, metadata={"help": "these methods only, e.g. methods=[mola]"})
+    memory: bool = field(default=True, metadata={"help": "also measure peak memory, a fresh process for each arm"})
+    out: str | None = field(default=None, metadata={"help": "a JSON file for the figures"})
+
+
+def main(overrides: list[str], *, as_json: bool = False) -> None:
+    """Run everything, print the tables, and write them to `out=` if given."""
+    from rich.console import Console
+
+    from moesaic.bench import arms, measure, suite
+    from moesaic.checkpoints import write_json
+    from moesaic.errors import ConfigError, suggest
+    from moesaic.recipe import parse_settings
+
+    settings = parse_settings(BenchSettings, overrides)
+    if settings.rounds < 2:
+        raise ConfigError(f"rounds={settings.rounds} must be at least 2: quartiles need them")
+    if settings.tokens < 1:
+        raise ConfigError(f"tokens={settings.tokens} must be at least 1")
+    known = [*arms.methods("linear"), *arms.methods("block")]
+    for name in settings.methods or ():
+        if name not in known:
+            raise ConfigError(f"methods: no method {name!r} to measure; {suggest(name, known)}")
+    measure.keep_freed_memory()
+    console = Console()
+    with Console(stderr=True).status("warming up") as status:
+        result = suite.run(
+            rounds=settings.rounds,
+            tokens=settings.tokens,
+            only=settings.methods,
+            memory=settings.memory,
+            progress=status.update,
+        )
+    if settings.out is not None:
+        path = Path(settings.out).expanduser()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, result)
+    if as_json:
+        console.print_json(json.dumps(result))
+        return
+    for title, rows in tables(result):
+        console.print(_rich(title, rows))
+
+
+Rows = list[dict[str, str]]
+"""Column -> cell, a dictionary a row."""
+
+
+def tables(result: dict[str, Any]) -> list[tuple[str, Rows]]:
+    """The figures as titled tables of text, for the terminal and for documents."""
+    s, m = result["settings"], result["model"]
+    linear, step = ([_timed(result, name, key) for name in result[key]] for key in ("linear", "model_step"))
+    found = [
+        (f"One linear, forward and backward ({s['tokens']} tokens, d={s['d']})", linear),
+        (
+            f"A training step (Llama, {m['layers']} layers, d={m['d']}, {m['targets']}, {m['batch']} x {m['tokens']} "
+            "tokens)",
+            step,
+        ),
+    ]
+    if result.get("arithmetic"):
+        found.append(("FFNs as experts: a training step beside its arithmetic", _arithmetic(result["arithmetic"])))
+    return found
+
+
+def _timed(result: dict[str, Any], name: str, key: str) -> dict[str, str]:
+    row = result[key][name]
+    share = result.get(f"{key.partition('_')[0]}_overhead_share_of_loop", {}).get(name)
+    cells = {
+        "arm": name,
+        "ms": f"{row['ms']:.1f}",
+        "ratio to LoRA": f"{row['ratio']:.3f}",
+        "quartiles": f"{row['low']:.2f} to {row['high']:.2f}",
+        "overhead over frozen, of the loop's": "" if share is None else f"{100 * share:.0f} %",
+    }
+    if key == "model_step":
+        counts, peak = result.get("kernels", {}).get(name), result.get("peak_memory_mib", {}).get(name)
+        cells["kernels (to LoRA)"] = f"{counts['kernels']} ({counts['ratio']:.2f})" if counts else ""
+        cells["syncs"] = str(counts["syncs"]) if counts else ""
+        cells["peak memory added, MiB (to LoRA)"] = f"{peak['mib']:.0f} ({peak['ratio']:.2f})" if peak else ""
+    return cells
+
+
+def _arithmetic(rows: dict[str, dict[str, float]]) -> Rows:
+    return [
+        {
+            "arm": name,
+            "ms": f"{row['ms']:.1f}",
+            "LoRA + (k-1)/3 of the frozen FFNs, ms": f"{row['expected_ms']:.1f}",
+            "frozen FFNs, ms": f"{row['ffn_ms']:.1f}",
+            "ratio": f"{row['ratio']:.3f}",
+            "quartiles": f"{row['low']:.2f} to {row['high']:.2f}",
+        }
+        for name, row in rows.items()
+    ]
+
+
+def _rich(title: str, rows: Rows) -> Any:
+    from rich.table import Table
+
+    view = Table(title=title)
+    for column in rows[0]:
+        view.add_column(column, justify="left" if column == "arm" else "right")
+    for row in rows:
+        view.add_row(*row.values())
+    return view

@@ -1,0 +1,159 @@
+"""What is measured: one frozen linear, and a training step of a small Llama, under LoRA and every method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import fields
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from moesaic.host import TARGETS, TASK_IDS, find_host
+from moesaic.lora import METHODS, MixtureConfig
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+LINEARS = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
+EXPERTS, RANK, TOP_K = 8, 8, 2
+VOCABULARY = 1024
+
+LOOP = "loop over experts"
+FROZEN = "frozen base"
+NO_METHOD = {"custom"}
+"""Registered, but a recombination of the others."""
+
+Step = Callable[[], None]
+Size = dict[str, int]
+"""Of the model that is trained: d, layers, batch and tokens."""
+
+
+class OneLinear(nn.Module):
+    """A single frozen linear inside a list of one block, as the tuner expects blocks."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.ModuleDict({"linear": nn.Linear(d, d)})])
+
+    def forward(self, x: Tensor) -> Tensor:
+        block = self.layers[0]
+        assert isinstance(block, nn.ModuleDict)
+        return cast(Tensor, block["linear"](x))
+
+
+def llama(d: int, layers: int) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=d,
+        intermediate_size=4 * d,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+    )
+    return LlamaForCausalLM(config)
+
+
+def methods(level: str) -> list[str]:
+    """Names of the methods whose experts are of this level: `linear` or `block`."""
+    return [name for name, cls in METHODS.items() if cls.level == level and name not in NO_METHOD]
+
+
+def mixture(method: str, targets: list[str], **settings: Any) -> MixtureConfig:
+    cls = METHODS[method]
+    wanted = {"r": RANK, "num_experts": EXPERTS, "top_k": TOP_K, "lora_dropout": 0.0, **settings}
+    known = {f.name for f in fields(cls)}
+    return cls(target_modules=targets, **{k: v for k, v in wanted.items() if k in known})
+
+
+def lora(targets: list[str], **settings: Any) -> LoraConfig:
+    return LoraConfig(r=EXPERTS * RANK, target_modules=targets, lora_dropout=0.0, **settings)
+
+
+def arms(targets: list[str], names: Iterable[str], **settings: Any) -> dict[str, Any]:
+    """Name -> config: LoRA of rank E*r, the named methods, HotMoE's two routers alone, and a loop over experts."""
+    configs: dict[str, Any] = {"lora": lora(targets)}
+    for name in names:
+        configs[name] = mixture(name, targets, **settings)
+        if name == "hotmoe":
+            configs["hotmoe (expert-expert only)"] = mixture(name, targets, ee_fraction=1.0, **settings)
+            configs["hotmoe (token-expert only)"] = mixture(name, targets, ee_fraction=0.0, **settings)
+    configs[LOOP] = mixture("mola", targets, backend="reference", **settings)
+    return configs
+
+
+def linear_steps(names: Iterable[str], tokens: int, d: int) -> dict[str, Step]:
+    """Forward and backward of one wrapped linear, gradient to the input included."""
+    x = torch.randn(1, tokens, d, requires_grad=True)
+    grad = torch.randn(1, tokens, d)
+
+    def step(model: nn.Module) -> Step:
+        def run() -> None:
+            model(x).backward(grad)
+            x.grad = None
+            for p in model.parameters():
+                p.grad = None
+
+        return run
+
+    steps = {"frozen linear": step(OneLinear(d).requires_grad_(False))}
+    configs = arms(["linear"], names, aux_weight=0.0)
+    configs.pop("hotmoe", None)  # its two routers are measured by themselves: one layer has one of them
+    for name, config in configs.items():
+        model = get_peft_model(OneLinear(d), config).train()
+        if isinstance(config, MixtureConfig):
+            find_host(model).pinned_tasks = torch.tensor([1])
+        steps[name] = step(model)
+    return steps
+
+
+def batch_for(config: Any, size: Size) -> dict[str, Tensor]:
+    """Random tokens, the first quarter a prompt; task ids for mixtures, and targets for those that need them."""
+    batch, tokens = size["batch"], size["tokens"]
+    ids = torch.randint(0, VOCABULARY, (batch, tokens))
+    labels = ids.clone()
+    labels[:, : tokens // 4] = -100
+    inputs = {"input_ids": ids, "labels": labels}
+    if isinstance(config, MixtureConfig):
+        inputs[TASK_IDS] = torch.arange(batch) % EXPERTS
+        if config.needs_targets:
+            inputs[TARGETS] = torch.rand(batch, EXPERTS).softmax(dim=-1)
+    return inputs
+
+
+def model_step(config: Any, size: Size, *, optimizer: bool = True) -> Step:
+    """A whole training step: forward, loss with auxiliary losses, backward, AdamW."""
+    torch.manual_seed(0)
+    model = get_peft_model(llama(size["d"], size["layers"]), config).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    adamw = torch.optim.AdamW(trained, lr=1e-4)
+    inputs = batch_for(config, size)
+
+    def run() -> None:
+        model(**inputs).loss.backward()
+        if optimizer:
+            adamw.step()
+        adamw.zero_grad()
+
+    return run
+
+
+def frozen_steps(size: Size) -> tuple[Step, Step]:
+    """Forward and backward to the input, nothing trained: of the whole model, and of its FFNs alone."""
+    torch.manual_seed(0)
+    model = llama(size["d"], size["layers"]).train().requires_grad_(False)
+    labels = batch_for(None, size)["labels"]
+    x = torch.randn(*labels.shape, size["d"], requires_grad=True)
+    grad = torch.randn(x.shape)
+    ffns: list[Any] = [layer.mlp for layer in model.model.layers]
+
+    def whole() -> None:
+        model(inputs_embeds=x, labels=labels).loss.backward()
+        x.grad = None
+
+    def ffn() -> None:
+        for mlp in ffns:
+            mlp(x).backward(grad)
+        x.grad = None
+
+    return whole, ffn

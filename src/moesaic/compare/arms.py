@@ -1,0 +1,230 @@
+"""The arms of a comparison: which methods, with which settings, at which rank.
+
+An arm's adapter settings are its method's packaged recipe, then those `adapter.*` of the comparison that the method
+knows, then `arms.<arm>.*`. All else (model, data, steps, batch, order of the rows) is the same for all arms.
+
+Controls stand beside a mixture and take its settings and scale. `uniform`: the same experts, weighted 1/E. `oracle`:
+one expert a task, chosen by the task's id. `bound`: the same with a whole matched LoRA for each task, which is what
+training each task by itself gives; it alone is not matched.
+"""
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from moesaic.compare.settings import CompareSettings
+from moesaic.errors import ConfigError, suggest
+from moesaic.recipe import Recipe, adapter_config, adapter_settings, is_routed, load_recipe, methods, packaged
+
+_RANKS = ("r", "rank_pattern", "alpha_pattern")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One line of a comparison: its recipe has the final ranks; seed, lr and out are each cell's."""
+
+    name: str
+    recipe: Recipe
+    trainable: int
+    experts: int
+    rank: int
+    raised: int
+    """Modules with one rank more."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A comparison that can be run; `budget` is the arms' common count, None where they have none."""
+
+    settings: CompareSettings
+    shared: Recipe
+    arms: dict[str, Arm]
+    tasks: tuple[str, ...]
+    data_sha256: str
+    budget: int | None
+
+
+def plan(settings: CompareSettings, shared: Recipe) -> Plan:
+    """Read the data and the model's configuration, solve every rank, and refuse what cannot be run.
+
+    Args:
+        shared: the recipe of all arms, but for method and adapter.
+    Raises:
+        ConfigError, DataError: of the kind that fits; no weights were loaded and nothing was written.
+    """
+    named = _named(settings)
+    recipes = {arm: _recipe(settings, shared, method, own) for arm, (method, own) in named.items()}
+    for recipe in recipes.values():
+        adapter_config(recipe)
+
+    from moesaic import data
+    from moesaic.training import load_examples, require_extras
+    from moesaic.wrapping import check_tasks, count, outline
+
+    require_extras()
+    examples = load_examples(shared)
+    for recipe in recipes.values():
+        check_tasks(recipe, sorted({e.task for e in examples}))
+    base = outline(shared, examples)
+    _check_scored(settings, shared, base)
+    budget, measure = _budget(settings, recipes, base)
+    _check_ranks(settings, measure)
+    controls = _controls(settings, shared, recipes, base)
+    solved = {
+        arm: recipe if arm == measure or budget is None else _match(settings, arm, recipe, budget, base)
+        for arm, recipe in (recipes | controls).items()
+    }
+    mixture = any(is_routed(recipe.method) for recipe in recipes.values())
+    if settings.controls and mixture and len(base.tasks) > 1 and "bound" not in solved:
+        solved["bound"] = _bound(settings, shared, solved, budget, base)
+    arms = {}
+    for name, recipe in solved.items():
+        config: Any = adapter_config(recipe, **base.defaults)
+        raised = len(recipe.adapter.get("rank_pattern") or ())
+        experts = config.num_experts if is_routed(recipe.method) else 1
+        arms[name] = Arm(name, recipe, count(base, recipe)[0], experts, config.r, raised)
+    return Plan(settings, shared, arms, base.tasks, data.digest(examples), budget)
+
+
+def _named(settings: CompareSettings) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Arm -> (method, settings of its own): the baseline, what `methods` names, what `arms` adds."""
+    entries = {name: _entry(name, value) for name, value in settings.arms.items()}
+    order = dict.fromkeys([*settings.methods, *entries])
+    if settings.baseline not in order and settings.baseline in methods():
+        order = dict.fromkeys([settings.baseline, *order])
+    named = {name: entries.get(name, (name, {})) for name in order}
+    if settings.baseline not in named:
+        raise ConfigError(f"baseline={settings.baseline} is no arm; {suggest(settings.baseline, named)}")
+    known: set[str] = set()
+    for name, (method, _) in named.items():
+        if method not in methods():
+            where = "" if name in settings.methods else f"arms.{name}: "
+            raise ConfigError(f"{where}no method '{method}'; {suggest(method, methods())}")
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise ConfigError(f"arms.{name}: it names folders, so letters, digits and . _ - only")
+        known |= set(adapter_settings(method))
+    for key in settings.adapter:
+        if key not in known:
+            raise ConfigError(f"no arm has a setting adapter.{key}; {suggest(key, known)}")
+    return named
+
+
+def _entry(name: str, value: Any) -> tuple[str, dict[str, Any]]:
+    """(method, settings) of an entry of `arms`: the settings themselves, or `method` and `adapter`."""
+    if not isinstance(value, dict) or not isinstance(value.get("adapter") or {}, dict):
+        raise ConfigError(f"arms.{name} must hold settings, such as arms.{name}.num_experts=4")
+    settings = {k: v for k, v in value.items() if k not in ("method", "adapter")}
+    return str(value.get("method", name)), {**settings, **(value.get("adapter") or {})}
+
+
+def _recipe(settings: CompareSettings, shared: Recipe, method: str, own: dict[str, Any]) -> Recipe:
+    """An arm's recipe before its rank is solved."""
+    start = load_recipe(method).adapter if method in packaged() else {}
+    return replace(shared, method=method, adapter={**start, **_known(method, settings.adapter), **own})
+
+
+def _known(method: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Those settings that a method has."""
+    known = adapter_settings(method)
+    return {key: value for key, value in settings.items() if key in known}
+
+
+def _check_scored(settings: CompareSettings, shared: Recipe, base: Any) -> None:
+    """Raise DataError or ConfigError where the rows to score are not there, or not as those trained on."""
+    from moesaic import data
+
+    if Path(shared.data).expanduser().is_file():
+        raise ConfigError(f"data={shared.data} is one file: name a folder with train.jsonl and {settings.split}.jsonl")
+    for split in dict.fromkeys([settings.split, *(["validation"] if len(settings.lrs) > 1 else [])]):
+        rows = data.load(shared.data, split, tasks=shared.tasks, on_bad_lines=shared.on_bad_lines)  # type: ignore[arg-type]
+        for example in rows if base.layout else ():
+            base.layout.task_id(example.task)
+            base.layout.head(example)
+
+
+def _controls(settings: CompareSettings, shared: Recipe, recipes: dict[str, Recipe], base: Any) -> dict[str, Recipe]:
+    """`uniform` and `oracle` after the first mixture, where there is one, at its scale; without those named already."""
+    first = next((recipe for recipe in recipes.values() if is_routed(recipe.method)), None)
+    if first is None or not settings.controls:
+        return {}
+    config: Any = adapter_config(first, **base.defaults)
+    alike = {"r": config.r, "lora_alpha": config.scaling * config.r}
+    made = {}
+    for method in ("uniform", *(["oracle"] if len(base.tasks) > 1 else [])):
+        if method not in recipes:
+            taken = _known(method, {k: v for k, v in first.adapter.items() if k not in ("use_rslora", "rank_pattern")})
+            number = len(base.tasks) if method == "oracle" else config.num_experts
+            made[method] = replace(shared, method=method, adapter={**taken, **alike, "num_experts": number})
+    return made
+
+
+def _budget(settings: CompareSettings, recipes: dict[str, Recipe], base: Any) -> tuple[int | None, str | None]:
+    """The count that arms are matched to, and the arm it is of: the largest mixture where none is named.
+
+    The others can be raised to the largest; a mixture cannot be had at less than its routers.
+    """
+    wanted = settings.budget
+    if settings.match == "none":
+        if wanted is not None:
+            raise ConfigError(f"budget={wanted} and match=none disagree: leave budget out, or match=trainable_params")
+        return None, None
+    if wanted is not None and wanted.isdecimal() and int(wanted):
+        return int(wanted), None
+    if wanted is not None and wanted not in recipes:
+        raise ConfigError(f"budget={wanted} is neither an arm nor a number; {suggest(wanted, recipes)}")
+    mixtures = [arm for arm, recipe in recipes.items() if is_routed(recipe.method)]
+    sizes = {arm: _size(settings, recipes[arm], base) for arm in ([wanted] if wanted else mixtures or recipes)}
+    largest = max(sizes, key=sizes.__getitem__)
+    return sizes[largest], largest
+
+
+def _size(settings: CompareSettings, recipe: Recipe, base: Any) -> int:
+    """What `match` compares: trainable parameters, or the rank of all experts together."""
+    from moesaic.wrapping import count
+
+    if settings.match == "trainable_params":
+        return count(base, recipe)[0]
+    config: Any = adapter_config(recipe, **base.defaults)
+    return int(config.r) * _experts(recipe, base)
+
+
+def _experts(recipe: Recipe, base: Any) -> int:
+    return int(getattr(adapter_config(recipe, **base.defaults), "num_experts", 1))
+
+
+def _check_ranks(settings: CompareSettings, measure: str | None) -> None:
+    """Raise ConfigError where a rank is set that would be solved."""
+    if settings.match == "none":
+        return
+    given = {f"adapter.{key}" for key in settings.adapter if key in _RANKS}
+    for arm, value in settings.arms.items():
+        given |= {f"arms.{arm}.{key}" for key in _entry(arm, value)[1] if key in _RANKS and arm != measure}
+    if given:
+        raise ConfigError(
+            f"{min(given)} and match={settings.match} disagree: ranks are solved; match=none takes them as they are, "
+            f"budget=ARM arms.ARM.r=… sets that arm's and matches the others to it"
+        )
+
+
+def _match(settings: CompareSettings, arm: str, recipe: Recipe, budget: int, base: Any) -> Recipe:
+    """The arm at the rank that has the budget."""
+    from moesaic.budget import at_rank, solve
+
+    if settings.match == "rank":
+        return at_rank(recipe, base, max(1, round(budget / _experts(recipe, base))))
+    try:
+        return solve(recipe, base, budget, f"match={settings.match}")
+    except ConfigError as error:
+        raise ConfigError(f"arm {arm}: {error}; budget={arm} would match the others to it") from None
+
+
+def _bound(
+    settings: CompareSettings, shared: Recipe, solved: dict[str, Recipe], budget: int | None, base: Any
+) -> Recipe:
+    """The oracle gate over experts that are each the plain LoRA arm, or what that would be."""
+    plain = next((recipe for recipe in solved.values() if recipe.method == "lora"), None)
+    if plain is None:
+        plain = _recipe(settings, shared, "lora", {})
+        plain = plain if budget is None else _match(settings, "lora", plain, budget, base)
+    return replace(shared, method="oracle", adapter=_known("oracle", plain.adapter))

@@ -1,0 +1,213 @@
+"""Cells: the runs of a comparison, each a process of its own, here or on a Ray cluster.
+
+A process of its own means that a crash harms nothing else, that peak memory is the run's, and that threads are set
+before libraries count them. It trains, then scores; what is finished already it does not do again.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from moesaic.checkpoints import RunFolder, read_json, write_json, write_text, writing
+from moesaic.errors import ConfigError, MissingDependency
+from moesaic.recipe import Recipe, dump, load_recipe
+
+Status = Literal["done", "failed", "pending"]
+
+_LOOK_EVERY = 0.1
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run, trained by `recipe` in `recipe.out`, then scored: on `split`, `limit` rows a task, `base` too or not."""
+
+    name: str
+    recipe: Recipe
+    split: str
+    limit: int | None
+    base: bool
+    threads: int
+
+    @property
+    def run(self) -> RunFolder:
+        return RunFolder(Path(self.recipe.out))
+
+    @property
+    def scores(self) -> Path:
+        return self.run.path / f"eval-{self.split}.json"
+
+    @property
+    def failure(self) -> Path:
+        return self.run.path / "failed.json"
+
+    def commands(self) -> list[list[str]]:
+        """What of `moesaic train` and `moesaic eval` is left to do."""
+        folder = str(self.run.path)
+        limit = [] if self.limit is None else [f"limit={self.limit}"]
+        evaluate = ["eval", folder, f"split={self.split}", *limit, f"base={str(self.base).lower()}"]
+        train = [] if self.run.finished else [["train", folder, f"out={folder}"]]
+        return [*train, *([evaluate] if train or not self.scores.is_file() else [])]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job stands; `score` is the mean over tasks, `error` one line, `seconds` those of this attempt."""
+
+    job: Job
+    status: Status
+    error: str | None = None
+    score: float | None = None
+    seconds: float = 0.0
+
+
+def state(job: Job) -> Outcome:
+    """What the job's folder says.
+
+    Raises:
+        ConfigError: it holds a run with other settings, such as another rate chosen since a failed trial succeeded.
+    """
+    if job.run.recipe.is_file():
+        stored = load_recipe(str(job.run.recipe)).describes()
+        for key, value in job.recipe.describes().items():
+            if stored[key] != value:
+                raise ConfigError(
+                    f"{job.run.path} holds a run with {key}={stored[key]}, now it is {value}: remove that folder to "
+                    "run it again"
+                )
+    if not job.commands():
+        return Outcome(job, "done", score=float(read_json(job.scores)["mean"]))
+    if job.failure.is_file():
+        return Outcome(job, "failed", str(read_json(job.failure).get("error")))
+    return Outcome(job, "pending")
+
+
+def run_job(job: Job, stops: Callable[[], int] = lambda: 0) -> Outcome:
+    """Run what is left of a job in a process of its own, and wait for it.
+
+    Args:
+        stops: how often the user has asked to stop: once lets the process write a checkpoint, twice ends it at once.
+    """
+    folder, start, log = job.run.path, time.monotonic(), job.run.path / "log.txt"
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        job.failure.unlink(missing_ok=True)
+        if not job.run.recipe.is_file():
+            write_text(job.run.recipe, dump(job.recipe))
+    threads = {name: str(job.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    command = [sys.executable, "-m", "moesaic.compare.cells", json.dumps(job.commands())]
+    with log.open("wb") as file:
+        process = subprocess.Popen(  # a session of its own: Ctrl-C in the terminal reaches it through us, once
+            command,
+            env=os.environ | threads,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+        )
+        code, asked = _wait(process, stops)
+    seconds = time.monotonic() - start
+    if code == 0:
+        return Outcome(job, "done", score=state(job).score, seconds=seconds)
+    if asked:
+        return Outcome(job, "pending", "stopped", seconds=seconds)
+    error = _last_line(log) or f"its process ended with code {code}"
+    write_json(job.failure, {"error": error, "code": code})
+    return Outcome(job, "failed", error, seconds=seconds)
+
+
+def _wait(process: "subprocess.Popen[bytes]", stops: Callable[[], int]) -> tuple[int, int]:
+    """(exit code, how often it was asked to stop)."""
+    asked = 0
+    try:
+        while process.poll() is None:
+            if stops() > asked:
+                asked += 1
+                process.terminate()
+            time.sleep(_LOOK_EVERY)
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+    return int(process.returncode), asked
+
+
+def _last_line(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    ours = [line.removeprefix("moesaic: ") for line in lines if line.startswith("moesaic: ")]
+    return (ours or lines or [""])[-1]
+
+
+def main(commands: Sequence[Sequence[str]]) -> int:
+    """Run commands of moesaic's command line one after the other in this process: libraries are loaded once."""
+    from moesaic.cli import main as moesaic
+
+    for command in commands:
+        sys.argv = ["moesaic", *command]  # what a run's results call the command it was made with
+        code = moesaic(command)
+        if code:
+            return code
+    return 0
+
+
+# -- engines: many jobs at a time; each yields outcomes as jobs end ----------------------------------------------------
+
+
+def local(jobs: Sequence[Job], *, workers: int) -> Generator[Outcome]:
+    """Processes on this machine. Interrupted, it lets those that run write a checkpoint before it goes on raising."""
+    stops = 0
+    pool = ThreadPoolExecutor(workers)
+    waiting: set[Future[Outcome]] = {pool.submit(run_job, job, lambda: stops) for job in jobs}
+    try:
+        while waiting:
+            ended, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            yield from (future.result() for future in ended)
+    finally:
+        while True:
+            stops += 1
+            with contextlib.suppress(KeyboardInterrupt):
+                pool.shutdown(wait=True, cancel_futures=True)
+                break
+
+
+def on_ray(jobs: Sequence[Job], *, gpus: float) -> Generator[Outcome]:
+    """Tasks of a Ray cluster, whose machines share the folders of data and runs; of this machine where none is up.
+
+    Raises:
+        MissingDependency: the `ray` extra is not installed.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise MissingDependency("ray", "ray") from None
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False)
+    here = os.getcwd()
+
+    def run_here(job: Job) -> Outcome:
+        os.chdir(here)  # folders may be given relative to it
+        return run_job(job)
+
+    waiting: list[Any] = [
+        ray.remote(num_cpus=job.threads, num_gpus=gpus, max_retries=0)(run_here).remote(job) for job in jobs
+    ]
+    try:
+        while waiting:
+            ended, waiting = ray.wait(waiting)
+            yield from ray.get(ended)
+    finally:
+        for task in waiting:
+            ray.cancel(task)
+        if waiting:  # those that run write a checkpoint first
+            ray.wait(waiting, num_returns=len(waiting))
+
+
+if __name__ == "__main__":
+    sys.exit(main(json.loads(sys.argv[1])))

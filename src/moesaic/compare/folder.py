@@ -1,0 +1,101 @@
+"""The folder of a comparison: whose it is, and whether what is asked for continues what is there."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from moesaic.checkpoints import discard, locked, read_json, write_json, write_text, writing
+from moesaic.compare.arms import Plan
+from moesaic.compare.settings import BY_CELL, FILE
+from moesaic.errors import ConfigError
+from moesaic.recipe import dump
+from moesaic.settings import read_yaml
+
+ARMS = "arms.json"
+_FREE = {"out", "overwrite", "engine", "workers", "threads", "gpus", "keep", "save_every", "budget", "controls"}
+"""Settings that may be others when a comparison is continued; what the last two came to is compared."""
+
+
+def check_folder(out: Path) -> None:
+    """Raise ConfigError where `out` is something else than a comparison's folder, or none yet."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"out={out} is a file; name a folder")
+    if out.is_dir() and any(p.name != ".lock" for p in out.iterdir()) and not (out / FILE).is_file():
+        raise ConfigError(f"out={out} holds files that are not a comparison's; name another folder")
+
+
+def check_same(out: Path, planned: Plan) -> None:
+    """Raise ConfigError, naming what differs, where `out` holds a comparison that this one does not continue."""
+    if not (out / FILE).is_file():
+        return
+    before, now, hint = read_yaml(out / FILE), pinned(planned), "or overwrite=true, or another out="
+    for key, new in now.items():
+        old = before.get(key)
+        if key in _FREE:
+            continue
+        if key in ("methods", "seeds", "arms"):
+            gone = [str(entry) for entry in old or () if entry not in new]
+            if gone:
+                raise ConfigError(f"{out} holds a comparison whose {key} have {', '.join(gone)}: leave it in, {hint}")
+        elif old != new:
+            raise ConfigError(f"{out} holds a comparison with {key}={old}, now it is {new}: set it back, {hint}")
+    if not (out / ARMS).is_file():
+        return
+    past = read_json(out / ARMS)
+    if past.get("data_sha256") != planned.data_sha256:
+        raise ConfigError(f"{out} holds a comparison on other rows of data={planned.shared.data}: set it back, {hint}")
+    for name, arm in resolved(planned)["arms"].items():
+        old = past["arms"].get(name, arm)
+        for key in ("method", "adapter"):
+            if old[key] != arm[key]:
+                raise ConfigError(
+                    f"{out} holds a comparison whose arm {name} has {key}={old[key]}, now it is {arm[key]}: set back "
+                    f"what it comes from (arms, adapter, budget), {hint}"
+                )
+
+
+def pinned(planned: Plan) -> dict[str, Any]:
+    """All settings in one, as they read after a trip through YAML."""
+    from omegaconf import OmegaConf
+
+    shared = {key: value for key, value in asdict(planned.shared).items() if key not in BY_CELL}
+    merged = OmegaConf.to_container(OmegaConf.create(shared | asdict(planned.settings)))
+    assert isinstance(merged, dict)
+    return {str(key): value for key, value in merged.items() if key != "overwrite"}
+
+
+def resolved(planned: Plan) -> dict[str, Any]:
+    """What the settings came to, as it reads after a trip through JSON."""
+    arms = {
+        name: {
+            "method": arm.recipe.method,
+            "num_experts": arm.experts,
+            "r": arm.rank,
+            "modules_with_one_more": arm.raised,
+            "trainable_parameters": arm.trainable,
+            "adapter": arm.recipe.adapter,
+        }
+        for name, arm in planned.arms.items()
+    }
+    found = {"data_sha256": planned.data_sha256, "tasks": planned.tasks, "budget": planned.budget, "arms": arms}
+    plain: dict[str, Any] = json.loads(json.dumps(found))
+    return plain
+
+
+@contextmanager
+def claimed(out: Path, planned: Plan) -> Iterator[None]:
+    """The folder with its settings written, kept to this process."""
+    if planned.settings.overwrite and out.is_dir():
+        with locked(out), writing(out):
+            discard(out)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    with locked(out):
+        now = resolved(planned)
+        past = read_json(out / ARMS)["arms"] if (out / ARMS).is_file() else {}
+        write_json(out / ARMS, {**now, "arms": {**past, **now["arms"]}})
+        write_text(out / FILE, dump(pinned(planned)))
+        yield

@@ -1,0 +1,174 @@
+"""Running a comparison: plan, tune, run every cell, sum up."""
+
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from moesaic import comparison
+from moesaic.compare import cells
+from moesaic.compare.arms import Plan, plan
+from moesaic.compare.cells import Job, Outcome
+from moesaic.compare.folder import check_folder, check_same, claimed, pinned, resolved
+from moesaic.compare.settings import CompareSettings, load
+from moesaic.compare.show import Report, progress, show_plan
+from moesaic.comparison import Cell
+from moesaic.results import command_line
+
+
+def run(arguments: Sequence[str], *, dry_run: bool = False, as_json: bool = False) -> int:
+    """Run or continue a comparison and show it; returns the exit code, 1 if any cell failed.
+
+    Args:
+        arguments: [a file of settings, or a comparison's folder] and key=value on top.
+        dry_run: show the arms and what there is to run, and write nothing.
+    Raises:
+        MoesaicError: settings, data or a folder that cannot be used; nothing was written.
+        KeyboardInterrupt: when interrupted, after the running cells wrote checkpoints.
+    """
+    settings, shared = load(arguments)
+    out = Path(settings.out).expanduser()
+    check_folder(out)
+    planned = plan(settings, shared)
+    if not settings.overwrite:
+        check_same(out, planned)
+    if dry_run:
+        show_plan(planned, as_json)
+        return 0
+    with claimed(out, planned), _termination_interrupts():
+        ended, trials = _run(planned, out)
+        summary = comparison.summarise(
+            ended, baseline=settings.baseline, split=settings.split, settings=_described(planned, trials)
+        )
+        comparison.write(out, summary)
+    failed = [cell for cell in ended if cell.status == "failed"]
+    if as_json:
+        print(json.dumps(summary, indent=2, ensure_ascii=False))
+        return 1 if failed else 0
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 160).print(comparison.table(summary))
+    for cell in failed:
+        print(f"failed: {cell.arm} s{cell.seed}: {cell.error}")
+    print(f"{out}: {len(ended) - len(failed)} of {len(ended)} cells; figures in report.html, table.md, comparison.json")
+    if failed:
+        print("the same command tries those that failed again")
+    return 1 if failed else 0
+
+
+@dataclass
+class Trials:
+    """What tuning found: `scores` by arm and learning rate, and the chosen rate by arm; reasons where none could be."""
+
+    scores: dict[str, dict[float, float | None]]
+    chosen: dict[str, float]
+    failed: dict[str, str]
+
+
+def _run(planned: Plan, out: Path) -> tuple[list[Cell], Trials]:
+    """Tune where there are rates to choose from, then run every cell."""
+    settings = planned.settings
+    rates = settings.lrs if len(settings.lrs) > 1 else []
+    with progress(len(planned.arms) * (len(rates) + len(settings.seeds))) as report:
+        trials = _tune(planned, out, rates, report)
+        places = {(arm, seed): out / "cells" / f"{arm}-s{seed}" for seed in settings.seeds for arm in planned.arms}
+        jobs = {
+            (arm, seed): _job(planned, arm, place, trial=False, lr=trials.chosen[arm], seed=seed)
+            for (arm, seed), place in places.items()
+            if arm in trials.chosen
+        }
+        outcomes = dict(zip(jobs, _outcomes(list(jobs.values()), settings, report), strict=True))
+    found = []
+    for (arm, seed), place in places.items():
+        outcome, method = outcomes.get((arm, seed)), planned.arms[arm].recipe.method
+        if outcome is None:
+            found.append(Cell(arm, method, seed, planned.shared.lr, "failed", trials.failed[arm], place))
+        else:
+            found.append(Cell(arm, method, seed, outcome.job.recipe.lr, outcome.status, outcome.error, place))
+    return found, trials
+
+
+def _tune(planned: Plan, out: Path, rates: Sequence[float], report: Report) -> Trials:
+    """Every arm with every rate, equally long, on validation rows: the best mean score, the lower rate among equals."""
+    settings, arms = planned.settings, planned.arms
+    if not rates:
+        lr = settings.lrs[0] if settings.lrs else planned.shared.lr
+        return Trials({}, dict.fromkeys(arms, lr), {})
+    own = {"seed": settings.tune_seed, "steps": settings.tune_steps or max(1, planned.shared.steps // 4)}
+    jobs = {
+        (arm, lr): _job(planned, arm, out / "tuning" / f"{arm}-lr{lr:g}", trial=True, lr=lr, **own)
+        for arm in arms
+        for lr in rates
+    }
+    outcomes = dict(zip(jobs, _outcomes(list(jobs.values()), settings, report), strict=True))
+    found = Trials({arm: {lr: outcomes[arm, lr].score for lr in rates} for arm in arms}, {}, {})
+    for arm, scores in found.scores.items():
+        good = [(-score, lr) for lr, score in scores.items() if score is not None]
+        if good:
+            found.chosen[arm] = min(good)[1]
+        else:
+            found.failed[arm] = f"no rate of lrs could be trained: {outcomes[arm, rates[0]].error}"
+    return found
+
+
+def _job(planned: Plan, arm: str, place: Path, *, trial: bool, **own: Any) -> Job:
+    """A run in `place`: the arm's recipe with settings of its own. The untrained base is scored once a seed."""
+    settings = planned.settings
+    return Job(
+        name=place.name,
+        recipe=replace(planned.arms[arm].recipe, out=str(place), **own),
+        split="validation" if trial else settings.split,
+        limit=settings.limit if trial else None,
+        base=arm == settings.baseline and not trial,
+        threads=settings.threads or max(1, (os.cpu_count() or 1) // settings.workers),
+    )
+
+
+def _outcomes(jobs: Sequence[Job], settings: CompareSettings, report: Report) -> list[Outcome]:
+    """How all jobs end, in their order; those that are done already are not run."""
+    found = {job.name: cells.state(job) for job in jobs}
+    for outcome in found.values():
+        if outcome.status == "done":
+            report(outcome, quietly=True)
+    left = [job for job in jobs if found[job.name].status != "done"]
+    on_ray = settings.engine == "ray"
+    engine = cells.on_ray(left, gpus=settings.gpus) if on_ray else cells.local(left, workers=settings.workers)
+    try:
+        with closing(engine):
+            for outcome in engine:
+                found[outcome.job.name] = outcome
+                report(outcome)
+    except KeyboardInterrupt:
+        done = sum(cells.state(job).status == "done" for job in jobs)
+        kind = "trials" if jobs[0].recipe.seed == settings.tune_seed else "runs"
+        raise KeyboardInterrupt(f"stopped with {done} of {len(jobs)} {kind} done; the same command goes on") from None
+    return [found[job.name] for job in jobs]
+
+
+@contextmanager
+def _termination_interrupts() -> Iterator[None]:
+    """SIGTERM does what Ctrl-C does."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _described(planned: Plan, trials: Trials) -> dict[str, Any]:
+    """What goes into the figures: what was asked for, what it came to, what tuning found."""
+    tuning = {arm: {f"{lr:g}": score for lr, score in scores.items()} for arm, scores in trials.scores.items()}
+    return {**pinned(planned), **resolved(planned), "tuning": tuning, "command": command_line()}

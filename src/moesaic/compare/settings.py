@@ -1,0 +1,118 @@
+"""What `moesaic compare` can be told."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from moesaic.data import SPLITS
+from moesaic.errors import ConfigError, MissingDependency, suggest
+from moesaic.recipe import Recipe, check
+from moesaic.settings import build, check_keys, names, parse_overrides, read_yaml
+
+FILE = "compare.yaml"
+"""A comparison's settings in its folder."""
+BY_CELL = frozenset({"method", "seed", "out", "resume", "overwrite", "match", "adapter"})
+"""Settings of a recipe that a comparison gives each run."""
+_LISTS = ("methods", "seeds", "lrs", "tasks")
+_CHOICES = {"match": ("trainable_params", "rank", "none"), "engine": ("local", "ray"), "split": SPLITS}
+
+
+@dataclass
+class CompareSettings:
+    """Settings of `moesaic compare`; those of a recipe (model, data, tasks, steps, lr …) are taken beside them."""
+
+    methods: list[str] = field(
+        default_factory=list, metadata={"help": "an arm each, comma-separated, such as lora,mola"}
+    )
+    baseline: str = field(default="lora", metadata={"help": "arm that the others are compared with; added if missing"})
+    controls: bool = field(default=True, metadata={"help": "beside a mixture, also the arms uniform, oracle and bound"})
+    seeds: list[int] = field(
+        default_factory=lambda: [0, 1, 2], metadata={"help": "a run each for every arm; 0,1,2 if left out"}
+    )
+    match: str = field(
+        default="trainable_params",
+        metadata={"help": "what is equal in all arms: trainable_params, rank (experts x r), or none"},
+    )
+    budget: str | None = field(
+        default=None,
+        metadata={"help": "the arm, or the number, others are matched to; the largest mixture if left out"},
+    )
+    lrs: list[float] = field(
+        default_factory=list, metadata={"help": "learning rates tried with every arm: the best on validation is taken"}
+    )
+    tune_steps: int | None = field(default=None, metadata={"help": "steps of a trial; a quarter of steps if left out"})
+    tune_seed: int = field(default=1000, metadata={"help": "seed of the trials"})
+    limit: int | None = field(default=None, metadata={"help": "rows a task that a trial is scored on"})
+    split: str = field(default="validation", metadata={"help": "rows that runs are scored on; test keeps trials apart"})
+    arms: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "one arm's settings, arms.mola.top_k=1; a new arm, arms.x.method=mola"}
+    )
+    adapter: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "settings of all arms that know them: adapter.num_experts=4 …"}
+    )
+    engine: str = field(default="local", metadata={"help": "local (processes here) or ray (a cluster's)"})
+    workers: int = field(default=1, metadata={"help": "local processes side by side"})
+    threads: int | None = field(default=None, metadata={"help": "threads a process; the cores shared out if left out"})
+    gpus: float = field(default=0.0, metadata={"help": "ray: GPUs, or the part of one, that a run takes"})
+    out: str = field(default="runs/compare", metadata={"help": "folder; a comparison there is continued"})
+    overwrite: bool = field(default=False, metadata={"help": "replace the comparison in out"})
+
+
+def load(arguments: Sequence[str]) -> tuple[CompareSettings, Recipe]:
+    """The comparison's settings, and the recipe that its arms share.
+
+    Raises:
+        ConfigError: a file that cannot be read, an unknown key (naming the nearest), or a value that cannot be.
+    """
+    files = [a for a in arguments if "=" not in a]
+    if len(files) > 1:
+        raise ConfigError(f"one file of settings at most, not {' and '.join(files)}; settings are given as key=value")
+    own, shared = names(CompareSettings), [name for name in names(Recipe) if name not in BY_CELL]
+    layers = [(str(file), read_yaml(file)) for file in map(_settings_file, files)]
+    layers.append(("settings", parse_overrides([a for a in arguments if "=" in a], lists=_LISTS)))
+    for source, values in layers:
+        check_keys(source, values, [*own, *shared])
+    given = [{key: value for key, value in values.items() if value is not None} for _, values in layers]
+    settings = build(CompareSettings, *({k: v for k, v in values.items() if k in own} for values in given))
+    recipe = build(Recipe, *({k: v for k, v in values.items() if k not in own} for values in given))
+    check(recipe)
+    _check(settings)
+    return settings, recipe
+
+
+def _settings_file(name: str) -> Path:
+    path = Path(name).expanduser()
+    path = path / FILE if path.is_dir() else path
+    if not path.is_file():
+        raise ConfigError(f"no file {path}: give a .yaml file of settings, a comparison's folder, or key=value alone")
+    return path
+
+
+def _check(settings: CompareSettings) -> None:
+    for key, options in _CHOICES.items():
+        if getattr(settings, key) not in options:
+            raise ConfigError(f"{key}={getattr(settings, key)}; {suggest(str(getattr(settings, key)), options)}")
+    if not settings.methods and not settings.arms:
+        raise ConfigError("methods is missing: methods=lora,hotmoe names what is compared (see `moesaic methods`)")
+    if not settings.seeds:
+        raise ConfigError("seeds is empty: seeds=0,1,2 makes three runs of every arm")
+    for key in ("methods", "seeds", "lrs"):
+        values = getattr(settings, key)
+        if len(set(values)) < len(values):
+            raise ConfigError(f"{key}={','.join(map(str, values))} names one twice")
+    if not all(0 <= seed < 2**32 for seed in (*settings.seeds, settings.tune_seed)):
+        raise ConfigError(f"seeds and tune_seed must be between 0 and {2**32 - 1}")
+    if not all(lr > 0 and math.isfinite(lr) for lr in settings.lrs):
+        raise ConfigError(f"lrs={','.join(map(str, settings.lrs))} must be finite numbers above 0")
+    for key in ("tune_steps", "limit", "workers", "threads"):
+        if getattr(settings, key) is not None and getattr(settings, key) < 1:
+            raise ConfigError(f"{key}={getattr(settings, key)} must be at least 1")
+    if settings.gpus < 0:
+        raise ConfigError(f"gpus={settings.gpus} cannot be negative")
+    if "\0" in settings.out:
+        raise ConfigError("out holds a NUL character, which no path can")
+    if settings.engine == "ray" and find_spec("ray") is None:
+        raise MissingDependency("ray", "ray")

@@ -1,0 +1,68 @@
+"""What a comparison shows while it runs, and of its plan."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from moesaic.compare.arms import Plan
+from moesaic.compare.cells import Outcome
+from moesaic.compare.folder import pinned, resolved
+
+
+class Report(Protocol):
+    """Told of each run that ended; quietly of those that had ended before."""
+
+    def __call__(self, outcome: Outcome, *, quietly: bool = False) -> None: ...
+
+
+@contextmanager
+def progress(total: int) -> Iterator[Report]:
+    """A line on stderr for each run that ends, and a bar on a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True, highlight=False)
+    columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task, ended = bar.add_task("runs", total=total), 0
+
+        def report(outcome: Outcome, *, quietly: bool = False) -> None:
+            nonlocal ended
+            ended += 1
+            bar.advance(task)
+            if quietly:
+                return
+            said = f"{100 * outcome.score:.1f}" if outcome.score is not None else f"failed: {outcome.error}"
+            console.print(
+                f"[{ended}/{total}] {outcome.job.name}: {said} ({outcome.seconds:.0f} s)", markup=False, soft_wrap=True
+            )
+
+        yield report
+
+
+def show_plan(planned: Plan, as_json: bool) -> None:
+    """The arms with their ranks and counts, and how much there is to run; on stdout."""
+    settings = planned.settings
+    trials = len(planned.arms) * len(settings.lrs) if len(settings.lrs) > 1 else 0
+    runs = len(planned.arms) * len(settings.seeds)
+    if as_json:
+        print(json.dumps({**pinned(planned), **resolved(planned), "trials": trials, "cells": runs}, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    title = f"{planned.shared.model}: {', '.join(planned.tasks)}"
+    table = Table("arm", "method", "experts", "rank", "trainable", "off the budget", title=title)
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for name, arm in planned.arms.items():
+        rank = f"{arm.rank}" + (f" (+1 in {arm.raised} modules)" if arm.raised else "")
+        off = ""
+        if planned.budget and settings.match == "trainable_params":
+            off = "not matched" if name == "bound" else f"{arm.trainable / planned.budget - 1:+.2%}"
+        table.add_row(name, arm.recipe.method, str(arm.experts), rank, f"{arm.trainable:,}", off)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    size = f"{len(planned.arms)} arms x {len(settings.seeds)} seeds"
+    print(f"{f'{trials} trials, then ' if trials else ''}{runs} runs of {planned.shared.steps} steps ({size})")

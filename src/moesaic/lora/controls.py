@@ -1,0 +1,132 @@
+"""Control arms: what a comparison needs to tell routing from capacity. None of them is anybody's method.
+
+| method | weights | tells |
+| --- | --- | --- |
+| `uniform` | 1/E for every token | what the same experts do without routing: plain LoRA of rank E*r |
+| `random` | top-k of a linear router that stays as it was drawn | what sparsity does without learning to route |
+| `dense` | softmax of a linear router, no auxiliary loss | what learning to route does without sparsity and balance |
+| `oracle` | 1 for the expert of the sequence's task id | what routing could do if it knew the task |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from moesaic.lora.config import MixtureConfig
+from moesaic.lora.tasks import row_ids
+from moesaic.routing import Gate, LinearRouter, Router, RoutingContext, Site, Softmax, TopK
+
+NEVER = -1e4
+"""A logit whose softmax is exactly 0 beside one of 0, in float32 as in float64."""
+
+
+class UniformRouter(Router):
+    """Zero logits: every expert alike."""
+
+    def score(self, h: Tensor, context: RoutingContext | None = None) -> Tensor:
+        return h.new_zeros(*h.shape[:-1], self.num_experts)
+
+
+class RandomRouter(Router):
+    """A linear router that is drawn once, saved with the adapter, and never trained."""
+
+    def __init__(self, d_in: int, num_experts: int) -> None:
+        super().__init__(num_experts)
+        self.weight: Tensor
+        self.register_buffer("weight", nn.Linear(d_in, num_experts, bias=False, dtype=torch.float32).weight.detach())
+
+    def projection(self, context: RoutingContext | None = None) -> tuple[Tensor, None]:
+        return self.weight, None
+
+
+class OracleRouter(Router):
+    """Expert e answers the sequences of task `task_of[e]`, and no others."""
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__(num_experts)
+        self.task_of: Tensor
+        self.register_buffer("task_of", torch.arange(num_experts))
+
+    def score(self, h: Tensor, context: RoutingContext | None = None) -> Tensor:
+        ids = row_ids(h, context, limit=self.num_experts, setting="num_experts")
+        own = ids.unsqueeze(-1) == self.task_of
+        return torch.where(own, 0.0, NEVER).to(h.dtype).expand(*h.shape[:-1], self.num_experts)
+
+
+@dataclass
+class UniformConfig(MixtureConfig):
+    """Settings of the uniform gate: `MixtureConfig`'s."""
+
+    method: ClassVar[str] = "uniform"
+    paper: ClassVar[str] = "control"
+    summary: ClassVar[str] = "every expert for every token, weighted 1/E: no routing"
+    learns_routing: ClassVar[bool] = False
+
+    def router(self, site: Site) -> Router:
+        return UniformRouter(self.experts_at(site))
+
+    def gate(self) -> Gate:
+        return Softmax()
+
+
+@dataclass
+class DenseConfig(MixtureConfig):
+    """Settings of the dense softmax gate: `MixtureConfig`'s."""
+
+    method: ClassVar[str] = "dense"
+    paper: ClassVar[str] = "control; Jacobs et al. 1991"
+    summary: ClassVar[str] = "softmax of a linear router over all experts, no auxiliary loss"
+
+    def router(self, site: Site) -> Router:
+        return LinearRouter(site.d_in, self.experts_at(site))
+
+    def gate(self) -> Gate:
+        return Softmax()
+
+
+@dataclass
+class RandomConfig(MixtureConfig):
+    """Settings of the random router on top of `MixtureConfig`'s."""
+
+    method: ClassVar[str] = "random"
+    paper: ClassVar[str] = "control; Chen et al. 2023 (SMoE-Dropout)"
+    summary: ClassVar[str] = "top-k of a linear router that is drawn once and never trained"
+    learns_routing: ClassVar[bool] = False
+
+    top_k: int = field(default=2, metadata={"help": "experts a token"})
+
+    def router(self, site: Site) -> Router:
+        return RandomRouter(site.d_in, self.experts_at(site))
+
+    def gate(self) -> Gate:
+        return TopK(self.top_k, normalize="sum")
+
+
+@dataclass
+class OracleConfig(MixtureConfig):
+    """Settings of the oracle gate on top of `MixtureConfig`'s. Needs `routing_task_ids` in every batch."""
+
+    method: ClassVar[str] = "oracle"
+    paper: ClassVar[str] = "control"
+    summary: ClassVar[str] = "one expert a task, chosen by the task id: routing that cannot be wrong"
+    learns_routing: ClassVar[bool] = False
+    needs_tasks: ClassVar[bool] = True
+
+    num_tasks: int | None = field(
+        default=None, metadata={"help": "how many tasks there are, and so experts; `moesaic train` counts them"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.num_tasks is not None:
+            self.num_experts = self.num_tasks
+        super().__post_init__()
+
+    def router(self, site: Site) -> Router:
+        return OracleRouter(self.experts_at(site))
+
+    def gate(self) -> Gate:
+        return Softmax()

@@ -1,0 +1,177 @@
+"""Mix and match: one method's router, another's gate, the auxiliary losses of a third.
+
+    HotMoEConfig's router with DynMoLE's gate and losses:
+        CustomConfig(router_of="hotmoe", gate_of="dynmole")
+    RMoE's recurrence under a linear router's logits:
+        CustomConfig(router_of=["mola", "rmoe"], settings={"mola": {"aux_weight": 0.0}})
+
+Every part is built by its own method's config, from `settings` and from what all methods share; the logits of several
+routers are added up. A part that changes between training and evaluation, or over the training, does so here too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from moesaic.errors import ConfigError, suggest
+from moesaic.lora.config import METHODS, MixtureConfig
+from moesaic.routing import AuxiliaryLoss, Gate, Router, RoutingContext, Site
+
+_COMMON = ("r", "num_experts", "lora_alpha", "use_rslora", "lora_dropout", "top_k", "num_tasks")
+
+
+class SumRouter(Router):
+    """Logits of several routers, added up: `logits = sum_i router_i(h)`."""
+
+    def __init__(self, routers: list[Router]) -> None:
+        super().__init__(routers[0].num_experts)
+        self.parts = nn.ModuleList(routers)
+
+    @property
+    def routers(self) -> list[Router]:
+        return [part for part in self.parts if isinstance(part, Router)]
+
+    def projection(self, context: RoutingContext | None = None) -> tuple[Tensor, Tensor | None] | None:
+        """All parts' maps in one, where each reads `h` through one."""
+        maps = [router.projection(context) if router.reads_by_projection else None for router in self.routers]
+        known = [m for m in maps if m is not None]
+        if len(known) < len(maps):
+            return None
+        biases = [weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in known]
+        return torch.cat([weight for weight, _ in known]), torch.cat(biases)
+
+    def from_projection(self, read: Tensor, context: RoutingContext | None = None) -> Tensor:
+        widths = [len(p[0]) for p in (router.projection(context) for router in self.routers) if p is not None]
+        parts = zip(self.routers, read.split(widths, dim=-1), strict=True)
+        return _total([router.from_projection(part, context) for router, part in parts])
+
+    def score(self, h: Tensor, context: RoutingContext | None = None) -> Tensor:
+        return _total([router.score(h, context) for router in self.routers])
+
+    @torch.no_grad()
+    def permute_experts_(self, order: Tensor) -> None:
+        for router in self.routers:
+            router.permute_experts_(order)
+
+
+def _total(logits: list[Tensor]) -> Tensor:
+    return torch.stack(logits).sum(dim=0) if len(logits) > 1 else logits[0]
+
+
+@dataclass
+class CustomConfig(MixtureConfig):
+    """Settings of a recombination on top of `MixtureConfig`'s.
+
+    Raises:
+        ConfigError: a part is no method, is a whole block's, or its settings do not fit.
+    """
+
+    method: ClassVar[str] = "custom"
+    paper: ClassVar[str] = "mix and match"
+    summary: ClassVar[str] = "one method's router, another's gate, the losses of a third"
+
+    router_of: list[str] | str = field(
+        default="mola", metadata={"help": "method whose router scores; of several, the logits are added up"}
+    )
+    gate_of: str | None = field(default=None, metadata={"help": "method whose gate weighs; the first router's if left"})
+    losses_of: list[str] | str | None = field(
+        default=None, metadata={"help": "methods whose auxiliary losses shape the router; the gate's if left"}
+    )
+    settings: dict[str, dict[str, Any]] = field(
+        default_factory=dict, metadata={"help": "settings of the parts: method -> its own settings"}
+    )
+    top_k: int | None = field(default=None, metadata={"help": "experts a token, for all parts that have a top_k"})
+    num_tasks: int | None = field(default=None, metadata={"help": "tasks, for parts that gate by task"})
+    aux_weight: float = field(
+        default=1.0, metadata={"help": "factor on the weights that the losses have of their own; 0 turns them off"}
+    )
+
+    def __post_init__(self) -> None:
+        self._parts: dict[str, MixtureConfig] = {}
+        if not self.routers_of:
+            raise ConfigError("router_of is empty: name the method whose router scores")
+        used = list(dict.fromkeys([*self.routers_of, self.gate_name, *self.losses_names]))
+        if not all(isinstance(name, str) for name in used):
+            raise ConfigError(f"router_of, gate_of and losses_of must be names of methods, not {used}")
+        if not isinstance(self.settings, dict) or not all(isinstance(v, dict) for v in self.settings.values()):
+            raise ConfigError(f"settings={self.settings!r} must hold settings by method, as in settings.mola.top_k=2")
+        for name in self.settings:
+            if name not in used:
+                raise ConfigError(f"settings.{name}: no part is of method {name!r}; the parts are {', '.join(used)}")
+        for name in used:
+            self.part(name)
+        for name in self.losses_names:
+            if self.routers_of != [name] and any(loss.needs_own_router for loss in self.part(name).losses()):
+                raise ConfigError(
+                    f"losses_of={name} and router_of={','.join(self.routers_of)} disagree: a loss of {name} reads its "
+                    "own router"
+                )
+        super().__post_init__()
+
+    @property
+    def routers_of(self) -> list[str]:
+        return [self.router_of] if isinstance(self.router_of, str) else list(self.router_of)
+
+    @property
+    def gate_name(self) -> str:
+        return self.gate_of or self.routers_of[0]
+
+    @property
+    def losses_names(self) -> list[str]:
+        if self.losses_of is None:
+            return [self.gate_name]
+        return [self.losses_of] if isinstance(self.losses_of, str) else list(self.losses_of)
+
+    def part(self, name: str) -> MixtureConfig:
+        """The config of the method that a part is taken from."""
+        if name not in self._parts:
+            self._parts[name] = self._build(name)
+        return self._parts[name]
+
+    def _build(self, name: str) -> MixtureConfig:
+        known = {m for m, cls in METHODS.items() if cls.level == "linear" and cls is not type(self)}
+        if name not in known:
+            raise ConfigError(f"no router, gate or loss of {name!r} to recombine; {suggest(name, known)}")
+        cls = METHODS[name]
+        has = {f.name for f in fields(cls)}
+        common = {key: getattr(self, key) for key in _COMMON if key in has and getattr(self, key) is not None}
+        return cls(**{**common, **self.settings.get(name, {})})
+
+    @property
+    def needs_tasks(self) -> bool:  # type: ignore[override]
+        return any(part.needs_tasks for part in self._parts.values())
+
+    @property
+    def needs_targets(self) -> bool:  # type: ignore[override]
+        return any(self.part(name).needs_targets for name in self.losses_names)
+
+    def experts_at(self, site: Site) -> int:
+        return self.part(self.routers_of[0]).experts_at(site)
+
+    def router(self, site: Site) -> Router:
+        routers = [self.part(name).router(site) for name in self.routers_of]
+        counts = {router.num_experts for router in routers}
+        if len(counts) > 1:
+            raise ConfigError(f"router_of={self.routers_of}: at {site.name} they score {sorted(counts)} experts")
+        return SumRouter(routers) if len(routers) > 1 else routers[0]
+
+    def gate(self) -> Gate:
+        return self.part(self.gate_name).gate()
+
+    def eval_gate(self) -> Gate:
+        return self.part(self.gate_name).eval_gate()
+
+    def losses(self) -> list[AuxiliaryLoss]:
+        losses = [loss for name in self.losses_names for loss in self.part(name).losses()]
+        for loss in losses:
+            loss.weight *= self.aux_weight
+        return losses
+
+    def connect(self, routers: list[Router]) -> None:
+        for index, name in enumerate(self.routers_of):
+            own = [r.routers[index] if isinstance(r, SumRouter) else r for r in routers]
+            self.part(name).connect(own)

@@ -1,0 +1,187 @@
+"""RMoE: a router that remembers how the layers below routed (ICLR 2025, arXiv 2408.06793), over LoRA experts.
+
+    x'_i = P_i x_i                               what layer i reads of its input (eq. 2)                  (..., p)
+    h_i = GRU(x'_i, h_{i-1}),  h_0 = 0           one recurrent cell for the whole adapter (eq. 3-5)       (..., p)
+    logits_i = G_i h_i                           (eq. 6);  weights = top-k(softmax) / sum of the kept     (..., E)
+
+The recurrence runs over depth, token by token: nothing passes between positions or between forwards, so no KV cache
+holds any of it. States go from layer to layer in `RoutingContext.state`; a layer without a router hands on what is
+below it. The paper's ablations are settings: `recurrence` ("none" is its NP), `cell`, `shared_projector`, and
+`residual_alpha` (its r-alpha), which adds alpha times the logits of the layer below, their own residual included.
+
+Departures: the experts are LoRA pairs beside linears, not feed-forward networks, so each kind of module (every q_proj,
+every up_proj, ...) has its own chain of states over depth, all under the one cell; p is 32 and not 128, for a router at
+each linear; P and G start at N(0, 0.02), which the release leaves uninitialised. `RecurrentRouter` needs nothing
+of the config, so its logits can be added to those of another router.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import MutableMapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+from moesaic.errors import ConfigError
+from moesaic.lora.config import MixtureConfig
+from moesaic.routing import AuxiliaryLoss, Gate, Router, RoutingContext, Site, SwitchBalance, TopK, float_linear
+
+Cell = Literal["gru", "rnn", "lstm"]
+Recurrence = Literal["full", "detach", "none"]
+
+_CELLS: dict[str, type[nn.RNNCellBase]] = {"gru": nn.GRUCell, "rnn": nn.RNNCell, "lstm": nn.LSTMCell}
+_STEPS: dict[str, Any] = {"gru": torch.gru_cell, "rnn": torch.rnn_tanh_cell, "lstm": torch.lstm_cell}
+_DEALT = re.compile(r"\bexperts\.\d+\.")
+
+
+class State(NamedTuple):
+    """What a layer hands upwards: the cell's state (h, or an LSTM's h and c), each (..., p), and logits (..., E)."""
+
+    cell: tuple[Tensor, ...]
+    logits: Tensor
+
+
+class RecurrentRouter(Router):
+    """`logits = G h`, with h the state of a recurrent cell that has run through the layers below.
+
+    A router is born with a cell of its own; `use` puts that of another in its place. Without a context, in the lowest
+    layer, and where the layer below saw tokens of another shape, the state starts at zero.
+
+    Args:
+        recurrence: "full"; "detach" stops the gradient at the state from below; "none" starts each layer at zero.
+        residual_alpha: share of the logits of the layer below that is added to the layer's own.
+        residual_detach: stop the gradient there.
+    """
+
+    shared = ("projector.weight", "cell.weight_ih", "cell.weight_hh", "cell.bias_ih", "cell.bias_hh")
+    projector: nn.Linear
+    cell: nn.RNNCellBase
+
+    def __init__(
+        self,
+        site: Site,
+        num_experts: int,
+        *,
+        state_dim: int,
+        cell: Cell = "gru",
+        recurrence: Recurrence = "full",
+        residual_alpha: float = 0.0,
+        residual_detach: bool = False,
+    ) -> None:
+        super().__init__(num_experts)
+        self.layer, self.chain = site.layer, chain_of(site)
+        self.kind, self.recurrence = cell, recurrence
+        self.residual_alpha, self.residual_detach = residual_alpha, residual_detach
+        self.projector = nn.Linear(site.d_in, state_dim, bias=False)
+        self.cell = _CELLS[cell](state_dim, state_dim)  # type: ignore[call-arg]
+        self.head = nn.Linear(state_dim, num_experts, bias=False)
+        nn.init.normal_(self.projector.weight, std=0.02)
+        nn.init.normal_(self.head.weight, std=0.02)
+
+    def use(self, name: str, owner: RecurrentRouter) -> None:
+        """Take `owner`'s module `name` instead of one's own, unregistered: its owner alone counts and saves it."""
+        delattr(self, name)
+        object.__setattr__(self, name, getattr(owner, name))
+
+    def projection(self, context: RoutingContext | None = None) -> tuple[Tensor, None]:
+        return self.projector.weight, None
+
+    def from_projection(self, read: Tensor, context: RoutingContext | None = None) -> Tensor:
+        passed: MutableMapping[Any, Any] = {} if context is None else context.state
+        below = self.below(passed, read)
+        state = self.step(read, below.cell if below is not None and self.recurrence != "none" else None)
+        logits = float_linear(self.head, state[0])
+        if below is not None and self.residual_alpha:
+            handed = below.logits.detach() if self.residual_detach else below.logits
+            logits = logits + self.residual_alpha * handed.to(logits)
+        passed.setdefault((self.cell, self.chain, self.layer), State(state, logits))
+        return logits
+
+    def below(self, passed: MutableMapping[Any, Any], read: Tensor) -> State | None:
+        """The state of the nearest lower layer of the chain; None if there is none, or not of these tokens."""
+        if _DEALT.search(self.chain):  # tokens that a model's own experts were dealt: others in each layer
+            return None
+        for layer in range(self.layer - 1, -1, -1):
+            found: State | None = passed.get((self.cell, self.chain, layer))
+            if found is not None:
+                return found if found.cell[0].shape == read.shape else None
+        return None
+
+    def step(self, read: Tensor, below: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
+        """One step of the cell, over all tokens at once, from the state below or from zero: the new state."""
+        lstm, x = self.kind == "lstm", read.reshape(-1, read.shape[-1])
+        before = [torch.zeros_like(x)] * (2 if lstm else 1)
+        if below is not None:
+            before = [(t.detach() if self.recurrence == "detach" else t).to(x).view_as(x) for t in below]
+        weights = [w.to(x) for w in self.cell.parameters()]
+        after = _STEPS[self.kind](x, before if lstm else before[0], *weights)
+        return tuple(t.view(read.shape) for t in (after if lstm else (after,)))
+
+    def extra_repr(self) -> str:
+        return f"{self.kind}, state={self.head.in_features}"
+
+
+def chain_of(site: Site) -> str:
+    """The site's name without its layer: what it shares with the like module of every other layer."""
+    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", site.name, count=1)
+
+
+@dataclass
+class RMoEConfig(MixtureConfig):
+    """Settings of RMoE on top of `MixtureConfig`'s."""
+
+    method: ClassVar[str] = "rmoe"
+    paper: ClassVar[str] = "RMoE (ICLR 2025, arXiv 2408.06793)"
+    summary: ClassVar[str] = "a GRU over depth, shared by all layers, tells each router how those below have routed"
+
+    top_k: int = field(default=2, metadata={"help": "experts a token"})
+    state_dim: int = field(default=32, metadata={"help": "size p of the recurrent state; 128 in the paper"})
+    cell: Cell = field(default="gru", metadata={"help": "gru, rnn or lstm"})
+    recurrence: Recurrence = field(
+        default="full", metadata={"help": "full, detach (no gradient to lower layers) or none (each starts at zero)"}
+    )
+    shared_projector: bool = field(default=False, metadata={"help": "one projector P for all layers of a chain"})
+    residual_alpha: float = field(default=0.0, metadata={"help": "share of the lower layer's logits that is added"})
+    residual_detach: bool = field(default=False, metadata={"help": "no gradient through the added logits"})
+    aux_weight: float = field(default=0.01, metadata={"help": "weight of the Switch balance loss; 0 turns it off"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.state_dim < 1:
+            raise ConfigError(f"state_dim={self.state_dim} must be at least 1")
+        for name, choices in (("cell", get_args(Cell)), ("recurrence", get_args(Recurrence))):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be one of {', '.join(choices)}")
+
+    def router(self, site: Site) -> Router:
+        return RecurrentRouter(
+            site,
+            self.experts_at(site),
+            state_dim=self.state_dim,
+            cell=self.cell,
+            recurrence=self.recurrence,
+            residual_alpha=self.residual_alpha,
+            residual_detach=self.residual_detach,
+        )
+
+    def connect(self, routers: list[Router]) -> None:
+        """One cell for all; with `shared_projector`, one projector for the routers of a chain and width."""
+        owners: dict[Any, RecurrentRouter] = {}
+        for router in routers:
+            assert isinstance(router, RecurrentRouter)
+            wanted = {"cell": "cell"}
+            if self.shared_projector:
+                wanted["projector"] = f"{router.chain} {router.projector.in_features}"
+            for name, key in wanted.items():
+                owner = owners.setdefault(key, router)
+                if owner is not router:
+                    router.use(name, owner)
+
+    def gate(self) -> Gate:
+        return TopK(self.top_k, normalize="sum")
+
+    def losses(self) -> list[AuxiliaryLoss]:
+        return [SwitchBalance(self.aux_weight)]

@@ -1,0 +1,32 @@
+"""Task ids as a router reads them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moesaic.errors import ConfigError
+from moesaic.routing import RoutingContext
+
+
+def row_ids(h: Tensor, context: RoutingContext | None, *, limit: int, setting: str) -> Tensor:
+    """The task id of each row of `h` (rows, ..., d), shaped (rows, 1, ...) to be expanded over tokens.
+
+    Args:
+        limit: ids must be below it; `setting` names what it comes from.
+    Raises:
+        ConfigError: there are no task ids, or one that is out of range.
+    """
+    if context is None or context.task_ids is None:
+        raise ConfigError(
+            "this method gates by task id: give routing_task_ids in the batch, or run inside "
+            "moesaic.routing_tasks(model, task_ids=[...])"
+        )
+    ids = context.task_ids
+    checked = ("task ids below", limit)
+    if checked not in context.state and not torch.compiler.is_compiling():
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= limit:
+            raise ConfigError(f"task id {high if high >= limit else low} is not below {setting}={limit}")
+        context.state.setdefault(checked, True)
+    return ids.to(h.device).view(-1, *[1] * (h.dim() - 2))

@@ -1,0 +1,189 @@
+"""What stage 1 makes and stages 2 and 3 use: a `Topics`, in memory or as one `.safetensors` file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+from torch.nn import functional as F
+
+from moesaic.errors import ConfigError, first_line
+from moesaic.lora.topics import encoders, features, graph, vocabulary
+
+PROPAGATION = 0.5
+RELEVANCE_TEMPERATURE = 0.07
+FLOOR = 0.05
+_FORMAT = "moesaic-topics-1"
+_TENSORS = ("prototypes", "assignment", "features", "adjacency")
+
+
+@dataclass
+class TopicSettings:
+    """How stage 1 is done. `jaccard=0 cosine=0 group=0` takes the graph away, `separation=0` that term of the loss."""
+
+    vocabulary: str = field(default=vocabulary.PACKAGED, metadata={"help": "bigbench, or a vocabulary's JSON file"})
+    tasks: list[str] | None = field(
+        default=None, metadata={"help": "JSON files: task -> its keywords, and keywords of your own"}
+    )
+    level: str = field(default="keyword", metadata={"help": "what a topic is: keyword or group"})
+    encoder: str = field(default="minilm", metadata={"help": "minilm, hashing, or an encoder's folder or hub id"})
+    num_experts: int = field(default=8, metadata={"help": "experts to place among the topics"})
+    topic_dim: int = field(default=128, metadata={"help": "size of a prototype"})
+    seed: int = field(default=0, metadata={"help": "of weights, clusters, dropout and sampled pairs"})
+    steps: int = field(default=300, metadata={"help": "steps of Adam"})
+    jaccard: float = field(default=1.0, metadata={"help": "weight of shared tasks in an edge"})
+    cosine: float = field(default=0.5, metadata={"help": "weight of similar descriptions in an edge"})
+    group: float = field(default=0.25, metadata={"help": "weight of a common group in an edge"})
+    separation: float = field(default=1.0, metadata={"help": "weight of the term that parts the prototypes"})
+
+    def check(self) -> None:
+        """Raise ConfigError for a number that cannot be."""
+        for name, least in (("num_experts", 1), ("topic_dim", 1), ("steps", 0), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least {least}")
+        for name in ("jaccard", "cosine", "group", "separation"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 0")
+
+
+@dataclass
+class Topics:
+    """Topics, the graph between them, and the experts among them. Nt topics, E experts, all float32 on the CPU.
+
+    Attributes:
+        prototypes: C (E, topic_dim), unit rows: what routers compare with.
+        assignment: P (Nt, E), rows sum to 1.
+        features: X (Nt, f), unit rows, of `settings.encoder`.
+        adjacency: Adj (Nt, Nt), symmetric, zero diagonal.
+        facts: loss_before, loss_after and link_auc (None without edges).
+    """
+
+    names: tuple[str, ...]
+    groups: tuple[str, ...]
+    prototypes: Tensor
+    assignment: Tensor
+    features: Tensor
+    adjacency: Tensor
+    settings: TopicSettings
+    facts: dict[str, float | None]
+
+    def relevance(self, queries: Tensor) -> Tensor:
+        """How much each topic is a query's: unit rows (N, f) -> (N, Nt), rows sum to 1.
+
+        s = cos(q, X), half of it replaced by the neighbours' mean; softmax(s / 0.07).
+        """
+        cosines = queries @ self.features.t()
+        loops = self.adjacency + torch.eye(len(self.adjacency))
+        spread = cosines @ (loops / loops.sum(dim=1, keepdim=True)).t()
+        return torch.softmax(torch.lerp(cosines, spread, PROPAGATION) / RELEVANCE_TEMPERATURE, dim=-1)
+
+    def targets(self, prompts: Sequence[str]) -> Tensor:
+        """g (N, E): what the routing of each prompt should be like; rows sum to 1, no entry is below 0.05 / E.
+
+        Only the prompt is read, never the answer. Equal prompts are encoded once.
+        """
+        if not prompts:
+            return torch.empty(0, len(self.prototypes))
+        distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
+        queries = encoders.encoder(self.settings.encoder)(list(distinct)).float()
+        if queries.shape[1] != self.features.shape[1]:
+            raise ConfigError(
+                f"encoder={self.settings.encoder} gives {queries.shape[1]} numbers a text, the topics have "
+                f"{self.features.shape[1]}: they were made with another encoder"
+            )
+        mixed = (1 - FLOOR) * (self.relevance(queries) @ self.assignment) + FLOOR / len(self.prototypes)
+        return mixed[[distinct[prompt] for prompt in prompts]]
+
+    def save(self, file: str | Path) -> None:
+        """Write one `.safetensors` file, whole or not at all; equal topics give equal bytes."""
+        file = Path(file).expanduser()
+        described = {
+            "format": _FORMAT,
+            "names": self.names,
+            "groups": self.groups,
+            "settings": dataclasses.asdict(self.settings),
+            "facts": self.facts,
+        }
+        # one key: safetensors writes several in any order
+        content = save(
+            {name: getattr(self, name).contiguous() for name in _TENSORS},
+            metadata={"topics": json.dumps(described, sort_keys=True, ensure_ascii=False)},
+        )
+        part = file.with_name(f".{file.name}.{os.getpid()}.part")
+        try:
+            part.write_bytes(content)
+            os.replace(part, file)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise ConfigError(f"cannot write {file}: {error.strerror or first_line(error)}") from None
+
+    @classmethod
+    def load(cls, file: str | Path) -> Topics:
+        """Read a file that `save` wrote. Raises ConfigError where it is missing, damaged or something else."""
+        file = Path(file).expanduser()
+        if not file.is_file():
+            raise ConfigError(f"no topics file {file}: make one with `moesaic topics build out={file}`")
+        try:
+            with safe_open(file, framework="pt") as stored:
+                described: dict[str, Any] = json.loads((stored.metadata() or {}).get("topics", "{}"))
+                if described.get("format") != _FORMAT:
+                    raise ConfigError(f"{file} is no topics file: make one with `moesaic topics build out=…`")
+                tensors = {name: stored.get_tensor(name) for name in _TENSORS}
+            settings = TopicSettings(**described["settings"])
+            names, groups = tuple(described["names"]), tuple(described["groups"])
+            made = cls(names, groups, **tensors, settings=settings, facts=described["facts"])
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"{file} is damaged: {first_line(error)}: make it anew") from None
+        return made
+
+
+def build(settings: TopicSettings | None = None, *, encode: encoders.Encoder | None = None, **changes: Any) -> Topics:
+    """Stage 1: read the vocabulary, encode its topics, connect them, embed the graph and place the experts.
+
+    Seconds on a CPU. Equal settings give equal topics on one machine.
+
+    Args:
+        settings: the defaults where None; `changes` are put on top: `build(num_experts=4)`.
+        encode: used instead of `settings.encoder` for the topics; targets still ask for that one by name.
+
+    Raises:
+        DataError: a vocabulary or list of tasks that cannot be read.
+        ConfigError: impossible settings; more experts than topics.
+    """
+    settings = dataclasses.replace(settings or TopicSettings(), **changes)
+    settings.check()
+    nodes = vocabulary.load(settings.vocabulary, settings.tasks or ()).topics(settings.level)
+    if len(nodes) < max(settings.num_experts, 2):
+        raise ConfigError(
+            f"num_experts={settings.num_experts} needs as many topics, and at least two, but there are {len(nodes)} "
+            f"(level={settings.level}; a keyword counts when two tasks or more carry it)"
+        )
+    # PEFT may build routers on another device or without gradients
+    with torch.device("cpu"), torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        texts = [topic.text for topic in nodes]
+        x = encode(texts) if encode is not None else features.of(texts, settings.encoder)
+        x = F.normalize(x.detach().float().cpu(), dim=-1)
+        edges = graph.adjacency(nodes, x, jaccard=settings.jaccard, cosine=settings.cosine, group=settings.group)
+        made = graph.embed(
+            edges,
+            x,
+            num_experts=settings.num_experts,
+            topic_dim=settings.topic_dim,
+            steps=settings.steps,
+            separate=settings.separation,
+            seed=settings.seed,
+        )
+    facts = {"loss_before": made.loss_before, "loss_after": made.loss_after, "link_auc": made.link_auc}
+    names, groups = tuple(t.name for t in nodes), tuple(t.group for t in nodes)
+    return Topics(names, groups, made.prototypes, made.assignment, x, edges, settings, facts)

@@ -1,0 +1,175 @@
+"""Vocabularies: which topics there are, and what is known of the tasks that carry them.
+
+A vocabulary is a JSON file; `bigbench.json` beside this file is the one that comes along:
+
+    {"groups": {group: description},
+     "keywords": {keyword: {"group", "description"[, "tasks": how many carry it][, "format": true]}},
+     "tasks": {task: [keywords]}}                                             optional: the pairs that occur together
+
+A list of tasks put on top of a vocabulary is either `{task: [keywords]}` or a file like the above, whose keywords are
+added. Keywords marked `format` say how a task is posed, not what it is about: they are known, and no topics. A count
+that is missing is unknown, not zero.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moesaic.errors import ConfigError, DataError, first_line, suggest
+
+PACKAGED = "bigbench"
+LEVELS = ("keyword", "group")
+
+
+@dataclass(frozen=True)
+class Keyword:
+    """What a task can be about. `tasks` is how many carry it; None where nobody counted."""
+
+    group: str
+    description: str
+    tasks: int | None = None
+    format: bool = False
+
+
+@dataclass(frozen=True)
+class Topic:
+    """A node of the graph. `tasks` are those that carry it; None where they are not listed."""
+
+    name: str
+    group: str
+    text: str
+    tasks: frozenset[str] | None = None
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Groups and keywords with descriptions and, if listed, the keywords of every task."""
+
+    groups: Mapping[str, str]
+    keywords: Mapping[str, Keyword]
+    tasks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def topics(self, level: str = "keyword", *, min_tasks: int = 2) -> list[Topic]:
+        """The nodes: keywords that at least `min_tasks` tasks carry (or nobody counted), or the groups.
+
+        Raises:
+            ConfigError: an unknown level.
+        """
+        if level not in LEVELS:
+            raise ConfigError(f"level={level}; {suggest(str(level), LEVELS)}")
+        carriers: dict[str, set[str]] = {name: set() for name in self.keywords}
+        for task, names in self.tasks.items():
+            for name in names:
+                carriers[name].add(task)
+        kept = []
+        for name, keyword in self.keywords.items():
+            count = len(carriers[name]) if self.tasks else keyword.tasks
+            if not keyword.format and (count is None or count >= min_tasks):
+                kept.append(Topic(name, keyword.group, f"{name}: {keyword.description}", frozenset(carriers[name])))
+        if level == "group":
+            kept = self._groups(kept)
+        return kept if self.tasks else [Topic(t.name, t.group, t.text) for t in kept]
+
+    def _groups(self, topics: list[Topic]) -> list[Topic]:
+        nodes = []
+        for group, description in self.groups.items():
+            members = [t.tasks or frozenset() for t in topics if t.group == group]
+            nodes.append(Topic(group, group, f"{group}: {description}", frozenset().union(*members)))
+        return nodes
+
+
+def load(name: str, tasks: Sequence[str] = ()) -> Vocabulary:
+    """Read a vocabulary and, on top, lists of tasks with their keywords.
+
+    Args:
+        name: `bigbench`, or the path of a vocabulary file.
+        tasks: paths of lists of tasks; a keyword that one of them uses may be described in another.
+
+    Raises:
+        DataError: naming file and entry; for an unknown keyword, the task and the nearest known one too.
+    """
+    packaged = Path(__file__).with_name("bigbench.json")
+    files = [packaged if name == PACKAGED else Path(name).expanduser(), *(Path(t).expanduser() for t in tasks)]
+    contents = {str(file): _read(file) for file in files}
+    groups = {
+        group: _text(description, f"{file}: group '{group}'")
+        for file, content in contents.items()
+        for group, description in _section(content, "groups", file).items()
+    }
+    keywords = {
+        keyword: _keyword(entry, f"{file}: keyword '{keyword}'", groups)
+        for file, content in contents.items()
+        for keyword, entry in _section(content, "keywords", file).items()
+    }
+    listed = {
+        task: _keywords_of(task, names, file, keywords)
+        for file, content in contents.items()
+        for task, names in _section(content, "tasks", file).items()
+    }
+    return Vocabulary(groups, keywords, listed)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"no such file: {file} (the vocabulary that comes along is called {PACKAGED!r})") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{file}: not a JSON file that can be read: {first_line(error)}") from None
+    if not isinstance(content, dict) or not content:
+        raise DataError(f"{file}: expected an object like {{'task': ['keyword', …]}}, got {type(content).__name__}")
+    if isinstance(next(iter(content.values())), list):
+        return {"tasks": content}
+    odd = content.keys() - {"about", "groups", "keywords", "tasks"}
+    if odd:
+        raise DataError(f"{file}: unknown entry '{min(odd)}'; {suggest(min(odd), ('groups', 'keywords', 'tasks'))}")
+    return content
+
+
+def _keywords_of(task: str, names: Any, file: str, keywords: Mapping[str, Keyword]) -> tuple[str, ...]:
+    if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
+        raise DataError(f"{file}: task '{task}' must have a list of keywords")
+    for name in names:
+        if name not in keywords:
+            raise DataError(
+                f"{file}: task '{task}' has the unknown keyword '{name}'; {_nearest(name, keywords)}, or describe it: "
+                '{"keywords": {keyword: {"group": …, "description": …}}, "tasks": {…}}'
+            )
+    return tuple(dict.fromkeys(names))
+
+
+def _nearest(name: str, keywords: Mapping[str, Keyword]) -> str:
+    """The nearest known keyword; not all ninety of them, as `suggest` alone would say."""
+    hint, _, _ = suggest(name, keywords).rpartition("known: ")
+    return hint.strip().rstrip("?") or "none is near"
+
+
+def _section(content: dict[str, Any], key: str, file: str) -> dict[str, Any]:
+    section = content.get(key, {})
+    if not isinstance(section, dict):
+        raise DataError(f"{file}: '{key}' must be an object, got {type(section).__name__}")
+    return section
+
+
+def _keyword(entry: Any, where: str, groups: dict[str, str]) -> Keyword:
+    if not isinstance(entry, dict) or not {"group", "description"} <= entry.keys():
+        raise DataError(f"{where} must have a 'group' and a 'description'")
+    odd = entry.keys() - {"group", "description", "tasks", "format"}
+    if odd:
+        raise DataError(f"{where} has the unknown entry '{min(odd)}'")
+    group, count = _text(entry["group"], where), entry.get("tasks")
+    if group not in groups:
+        raise DataError(f"{where} is in the unknown group '{group}'; {suggest(group, groups)}")
+    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 0):
+        raise DataError(f"{where}: 'tasks' must be a whole number, got {count!r}")
+    return Keyword(group, _text(entry["description"], where), count, bool(entry.get("format", False)))
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f"{where}: expected a text, got {value!r}")
+    return value

@@ -1,0 +1,82 @@
+"""`moesaic topics build | show`: TopicLoRA's first stage from the command line."""
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+from moesaic.checkpoints import write_text
+from moesaic.errors import ConfigError, suggest
+from moesaic.lora.topics import Topics, TopicSettings, build, drawing
+
+ACTIONS = ("build", "show")
+
+
+@dataclass
+class BuildSettings(TopicSettings):
+    """Where stage 1 is written, and how it is done."""
+
+    out: str = field(default="topics.safetensors", metadata={"help": "the file to write"})
+    overwrite: bool = field(default=False, metadata={"help": "replace it if it is there"})
+
+
+@dataclass
+class ShowSettings:
+    """What of the graph is written."""
+
+    out: str = field(default="", metadata={"help": "an .svg file to draw the graph into"})
+
+
+def run(action: str, arguments: list[str], *, as_json: bool = False) -> None:
+    """Raises ConfigError or DataError, and nothing is written then."""
+    if action not in ACTIONS:
+        raise ConfigError(f"topics {action}: no such action; {suggest(action, ACTIONS)}")
+    names, settings = [a for a in arguments if "=" not in a], [a for a in arguments if "=" in a]
+    if action == "build" and names:
+        raise ConfigError(f"'{names[0]}' is not of the form key=value; the file to write is out={names[0]}")
+    if len(names) > 1:
+        raise ConfigError(f"one topics file at a time, not {len(names)}: {' '.join(names)}")
+    topics, written = _build(settings) if action == "build" else _show(names[0] if names else None, settings)
+    if as_json:
+        facts = {**topics.facts, "settings": asdict(topics.settings), "topics": drawing.rows(topics)}
+        print(json.dumps({"file": written, **facts}, indent=2, ensure_ascii=False))
+        return
+    from rich.console import Console
+
+    console = Console()
+    console.print(drawing.table(topics) if action == "show" else drawing.caption(topics), highlight=False)
+    if written:
+        console.print(f"written: {written}", highlight=False, soft_wrap=True)
+    if action == "build":
+        experts, size = topics.prototypes.shape
+        console.print(
+            f"next: moesaic train topiclora data=… adapter.topics={written} adapter.num_experts={experts} "
+            f"adapter.topic_dim={size}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _build(arguments: list[str]) -> tuple[Topics, str]:
+    from moesaic.recipe import parse_settings
+
+    given = parse_settings(BuildSettings, arguments)
+    file = Path(given.out).expanduser()
+    if file.exists() and not given.overwrite:
+        raise ConfigError(f"out={file} is already there; overwrite=true replaces it")
+    if not file.parent.is_dir():
+        raise ConfigError(f"out={file}: there is no folder {file.parent}")
+    topics = build(TopicSettings(**{f.name: getattr(given, f.name) for f in fields(TopicSettings)}))
+    topics.save(file)
+    return topics, str(file)
+
+
+def _show(file: str | None, arguments: list[str]) -> tuple[Topics, str]:
+    from moesaic.recipe import parse_settings
+
+    out = parse_settings(ShowSettings, arguments).out
+    if out and Path(out).suffix != ".svg":
+        raise ConfigError(f"out={out} must end in .svg")
+    topics = Topics.load(file) if file else build()
+    if out:
+        write_text(Path(out).expanduser(), drawing.svg(topics))
+    return topics, out

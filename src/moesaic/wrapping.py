@@ -1,0 +1,95 @@
+"""From a base model and a recipe to what is trained: heads on an encoder, the adapter around it, and how many
+parameters that makes."""
+
+import copy
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from moesaic.data import Example
+from moesaic.embedded import LoadedModel, load_outline
+from moesaic.encoder import HEADS, EncoderForTasks, Layout
+from moesaic.errors import ConfigError, first_line
+from moesaic.lora import targets
+from moesaic.recipe import Recipe, adapter_config
+from moesaic.results import count_trainable
+
+
+@dataclass
+class Base:
+    """What PEFT wraps: a base model, with heads if it is an encoder.
+
+    `tasks` gives a task its id by position; `defaults` are the adapter settings that follow from model and tasks.
+    """
+
+    model: Any
+    tasks: tuple[str, ...]
+    layout: Layout | None
+    defaults: dict[str, Any]
+
+
+def with_heads(base: LoadedModel, examples: Sequence[Example]) -> Base:
+    """Put heads on an encoder for the tasks of `examples`; a causal model stays as it is."""
+    tasks = tuple(sorted({e.task for e in examples}))
+    defaults = {"target_modules": targets.default(base.model), "num_tasks": len(tasks)}
+    if base.kind == "causal":
+        return Base(base.model, tasks, None, {**defaults, "task_type": "CAUSAL_LM"})
+    layout = Layout.of(examples)
+    return Base(EncoderForTasks(base.model, layout), tasks, layout, {**defaults, "modules_to_save": [HEADS]})
+
+
+def outline(recipe: Recipe, examples: Sequence[Example]) -> Base:
+    """The same on the meta device: nothing is loaded but the model's configuration."""
+    return with_heads(load_outline(recipe.model), examples)
+
+
+def check_tasks(recipe: Recipe, tasks: Sequence[str]) -> None:
+    """Raise ConfigError where the method gates by task id, and there is one task only."""
+    config = adapter_config(recipe, num_tasks=len(tasks))
+    if getattr(config, "needs_tasks", False) and len(tasks) < 2:
+        raise ConfigError(
+            f"method={recipe.method} gates by task id, but tasks={','.join(tasks)} is one task only: add another, or "
+            "take another method"
+        )
+
+
+def wrap(base: Base, recipe: Recipe) -> Any:
+    """The PEFT model of a recipe; `base.model` becomes part of it.
+
+    Raises:
+        ConfigError: settings that the method refuses, or that do not fit the model.
+    """
+    from peft import get_peft_model
+
+    config = adapter_config(recipe, **base.defaults)
+    try:
+        return get_peft_model(base.model, config)
+    except ConfigError:
+        raise
+    except (ValueError, TypeError, IndexError, KeyError, re.error) as error:
+        wanted = recipe.adapter.get("target_modules")
+        named = f" (target_modules={wanted}; by default {base.defaults['target_modules']})" if wanted else ""
+        raise ConfigError(f"method {recipe.method} on model {recipe.model}{named}: {first_line(error)}") from None
+
+
+def count(base: Base, recipe: Recipe) -> tuple[int, dict[str, int]]:
+    """Trainable parameters of a recipe, in all and in each adapted module by name; `base` is not touched."""
+    hollow = Base(_hollow(base.model), base.tasks, base.layout, base.defaults)
+    wrapped = wrap(hollow, recipe)
+    layers = {n: m for n, m in wrapped.base_model.model.named_modules() if isinstance(m, BaseTunerLayer)}
+    return count_trainable(wrapped), {name: count_trainable(layer) for name, layer in layers.items()}
+
+
+def _hollow(model: nn.Module) -> nn.Module:
+    """A copy of a model whose parameters and buffers have shapes but no storage."""
+    memo: dict[int, Any] = {}
+    for p in model.parameters():
+        memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
+    for b in model.buffers():
+        memo[id(b)] = torch.empty_like(b, device="meta")
+    return copy.deepcopy(model, memo)

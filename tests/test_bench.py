@@ -1,0 +1,140 @@
+"""The benchmark's own arithmetic, and that every table is there. No test asserts a time."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from moesaic import bench
+from moesaic.bench import arms, measure, suite
+from moesaic.errors import ConfigError
+from moesaic.lora import METHODS
+
+TINY = {"d": 16, "layers": 1, "batch": 2, "tokens": 8}
+
+
+def test_ratios_are_medians_round_by_round() -> None:
+    seconds = {"lora": [1.0, 2.0, 4.0], "slow": [2.0, 3.0, 20.0]}
+    rows = measure.table(seconds, "lora")
+    assert rows["lora"] == {"ms": 2000.0, "ratio": 1.0, "low": 1.0, "high": 1.0}
+    assert rows["slow"]["ms"] == 3000.0
+    assert rows["slow"]["ratio"] == 2.0  # of 2, 1.5 and 5; the ratio of medians would be 1.5
+    assert (rows["slow"]["low"], rows["slow"]["high"]) == (1.5, 5.0)
+
+
+def test_overhead_is_a_share_of_the_loops() -> None:
+    seconds = {"base": [1.0, 1.0, 2.0], "loop": [5.0, 3.0, 4.0], "arm": [2.0, 2.0, 2.5]}
+    assert measure.overhead_share(seconds, base="base", loop="loop") == {"arm": 0.25}
+
+
+def test_arithmetic_adds_the_last_products_of_further_experts() -> None:
+    extra = {suite.MATCHED: [9.0, 9.0], suite.FFNS: [3.0, 3.0]}
+    row = suite.arithmetic([20.0, 20.0], extra)  # top-2: a third of the FFNs on top
+    assert (row["ms"], row["expected_ms"], row["ffn_ms"], row["ratio"]) == (20000.0, 10000.0, 3000.0, 2.0)
+
+
+def test_arms_run_in_turn_and_warm_up_is_not_counted() -> None:
+    ran: list[str] = []
+    steps = {name: (lambda name=name: ran.append(name)) for name in "abc"}
+    told: list[tuple[int, int]] = []
+    seconds = measure.interleave(steps, 3, progress=lambda i, n: told.append((i, n)))
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3, "c": 3}
+    assert told == [(i, 5) for i in range(5)]
+    assert all(sorted(ran[i : i + 3]) == ["a", "b", "c"] for i in range(0, 15, 3))
+
+
+def test_kernels_are_operators_that_compute() -> None:
+    x, weight = torch.randn(4, 8), torch.randn(8, 8)
+    assert measure.kernels(lambda: None) == {"kernels": 0, "syncs": 0}
+    assert measure.kernels(lambda: x.t().view(8, 2, 2).unsqueeze(0)) == {"kernels": 0, "syncs": 0}
+    assert measure.kernels(lambda: torch.relu(nn.functional.linear(x, weight)))["kernels"] == 2
+    assert measure.kernels(lambda: x.t().contiguous())["kernels"] == 1
+    assert measure.kernels(lambda: x.sum().item()) == {"kernels": 1, "syncs": 1}
+
+
+def test_a_grouped_product_is_one_kernel() -> None:
+    rows, m = torch.randn(8, 4), torch.randn(3, 4, 8)
+    ends = torch.tensor([2, 5, 8], dtype=torch.int32)
+    assert measure.kernels(lambda: nn.functional.grouped_mm(rows, m, offs=ends)) == {"kernels": 1, "syncs": 0}
+
+
+def test_backward_kernels_count_too() -> None:
+    x = torch.randn(4, 8, requires_grad=True)
+    forward = measure.kernels(lambda: torch.tanh(x))["kernels"]
+    both = measure.kernels(lambda: torch.tanh(x).sum().backward())["kernels"]
+    assert forward == 1
+    assert both >= 3
+
+
+def test_every_method_is_an_arm() -> None:
+    names = {*arms.methods("linear"), *arms.methods("block")}
+    assert names == METHODS.keys() - arms.NO_METHOD
+    assert "mixlora" in arms.methods("block")
+    assert "mixlora" not in arms.methods("linear")
+
+
+def test_the_matched_lora_has_the_rank_of_a_block_level_method() -> None:
+    from peft import get_peft_model
+
+    def ranks(config: Any) -> dict[str, int]:
+        model = get_peft_model(arms.llama(16, 1), config)
+        return {
+            name.rpartition(".")[2]: module.weight.shape[0] if isinstance(module, nn.Linear) else len(module)
+            for name, parts in (
+                (n, m) for n, m in model.named_modules() if hasattr(m, "lora_A") or hasattr(m, "moe_lora_A")
+            )
+            for module in (getattr(parts, "lora_A", None) or parts.moe_lora_A).values()
+        }
+
+    assert ranks(suite.matched_lora()) == ranks(arms.mixture("mixlora", arms.LINEARS))
+
+
+@pytest.fixture(scope="module")
+def result() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(suite, "COUNTED", TINY)
+        threads = torch.get_num_threads()
+        found = suite.run(rounds=2, tokens=8, d=16, size=TINY, only=["mola", "moelora", "mixlora"], memory=False)
+        torch.set_num_threads(threads)
+    return json.loads(json.dumps(found))
+
+
+def test_every_table_has_the_arms_it_should(result: Any) -> None:
+    linear = {"lora", "mola", "moelora", arms.LOOP}
+    assert result["linear"].keys() == linear | {"frozen linear"}
+    assert result["model_step"].keys() == linear | {"mixlora", arms.FROZEN}
+    assert result["linear_overhead_share_of_loop"].keys() == {"lora", "mola", "moelora"}
+    assert result["model_overhead_share_of_loop"].keys() == {"lora", "mola", "moelora", "mixlora"}
+    assert result["kernels"].keys() == linear | {"mixlora"}
+    assert result["arithmetic"].keys() == {"mixlora"}
+    assert result["peak_memory_mib"] == {}
+    assert result["kernels"]["lora"]["ratio"] == 1.0
+    assert result["kernels"][arms.LOOP]["kernels"] > result["kernels"]["mola"]["kernels"]
+
+
+def test_tables_have_a_row_for_each_arm_and_the_same_columns(result: Any) -> None:
+    made = bench.tables(result)
+    assert [len(rows) for _, rows in made] == [5, 6, 1]
+    assert all(row.keys() == rows[0].keys() for _, rows in made for row in rows)
+    for key in ("kernels", "arithmetic", "model_overhead_share_of_loop"):  # what earlier files do not have
+        del result[key]
+    assert [len(rows) for _, rows in bench.tables(result)] == [5, 6]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["rounds=1"], "rounds=1 must be at least 2"),
+        (["tokens=0"], "tokens=0 must be at least 1"),
+        (["methods=[mol]"], "methods: no method 'mol' to measure; did you mean 'mola'"),
+        (["round=3"], "round"),
+    ],
+)
+def test_impossible_settings_are_refused(settings: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        bench.main(settings)
+    assert "\n" not in str(error.value)

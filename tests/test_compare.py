@@ -1,0 +1,578 @@
+"""`moesaic compare`: the plan that is refused or run, cells as processes, going on where it stopped."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import types
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from moesaic import embedded
+from moesaic.cli import main
+from moesaic.compare import cells
+from moesaic.compare.arms import plan
+from moesaic.compare.run import run
+from moesaic.compare.settings import load
+from moesaic.errors import ConfigError, MissingDependency, MoesaicError
+from moesaic.lora import METHODS
+from moesaic.recipe import Recipe, adapter_config, load_recipe
+from moesaic.training import build_trainer, load_examples, prepare, training_rows
+from tests.tiny_folders import save_model, write_tasks
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("compare")
+    for kind in ("causal", "encoder"):
+        save_model(root / kind, kind)
+        write_tasks(root / f"{kind}-data", kind)
+    return root
+
+
+def settings(world, *more: str, kind: str = "encoder") -> list[str]:
+    shared = [f"model={world / kind}", f"data={world / f'{kind}-data'}", f"steps={STEPS}", "batch_size=4", "warmup=1"]
+    return [*shared, "threads=1", *more]
+
+
+def planned(world, *more: str, kind: str = "encoder"):
+    return plan(*load(settings(world, *more, kind=kind)))
+
+
+class Here:
+    """Stands for `subprocess.Popen`: the cell's commands, run in this process; those in `broken` end with an error.
+
+    Given a `template`, a finished cell, its files are copied in place of training: for what happens around cells.
+    """
+
+    broken: tuple[str, ...] = ()
+    template: Path | None = None
+    ran: list[str]
+
+    def __init__(self, command: list[str], *, stdout, **kwargs) -> None:
+        assert command[:3] == [sys.executable, "-m", "moesaic.compare.cells"]
+        commands = json.loads(command[3])
+        folder = Path(commands[0][1])
+        Here.ran.append(folder.name)
+        text = StringIO()
+        with redirect_stdout(text), redirect_stderr(text):
+            if folder.name in self.broken:
+                print("warning\nmoesaic: out of luck\nmore", file=sys.stderr)
+                self.returncode = 2
+            elif self.template:
+                for name in ("results.json", "metrics.jsonl", "eval-validation.json", "predictions-validation.jsonl"):
+                    shutil.copy(self.template / name, folder / name)
+                self.returncode = 0
+            else:
+                self.returncode = cells.main(commands)
+        stdout.write(text.getvalue().encode())
+
+    def poll(self) -> int:
+        return self.returncode
+
+
+@pytest.fixture
+def here(monkeypatch):
+    monkeypatch.setattr(cells.subprocess, "Popen", Here)
+    monkeypatch.setattr(sys, "argv", ["moesaic"])
+    monkeypatch.setattr(Here, "broken", ())
+    monkeypatch.setattr(Here, "template", None)
+    monkeypatch.setattr(Here, "ran", [], raising=False)
+    return Here
+
+
+@pytest.fixture(scope="module")
+def cell(world, tmp_path_factory):
+    """A cell that was really trained and scored."""
+    out = tmp_path_factory.mktemp("cell")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cells.subprocess, "Popen", Here)
+        patch.setattr(sys, "argv", ["moesaic"])
+        patch.setattr(Here, "ran", [], raising=False)
+        assert run(settings(world, "methods=lora", "seeds=0", f"out={out}")) == 0
+    return out / "cells" / "lora-s0"
+
+
+@pytest.fixture
+def quick(here, cell, monkeypatch):
+    monkeypatch.setattr(Here, "template", cell)
+    return here
+
+
+def read(file: Path):
+    return json.loads(file.read_text())
+
+
+# -- the plan ------------------------------------------------------------------------------------------------------
+
+
+def test_controls_stand_beside_a_mixture_at_its_scale(world):
+    small_routers = ("arms.hotmoe.expert_dim=4", "arms.hotmoe.attention_dim=4")
+    found = planned(world, "methods=hotmoe", "adapter.num_experts=3", *small_routers)
+    assert list(found.arms) == ["lora", "hotmoe", "uniform", "oracle", "bound"]
+    config = {name: adapter_config(arm.recipe, num_tasks=len(found.tasks)) for name, arm in found.arms.items()}
+    assert found.arms["hotmoe"].trainable == found.budget
+    for name in ("lora", "uniform", "oracle"):
+        assert abs(found.arms[name].trainable / found.budget - 1) <= 0.01
+    assert config["uniform"].num_experts == config["hotmoe"].num_experts == 3
+    assert config["oracle"].num_experts == len(found.tasks) == 2
+    for name in ("uniform", "oracle"):
+        assert config[name].scaling == pytest.approx(config["hotmoe"].scaling)
+    assert found.arms["bound"].recipe.method == "oracle"
+    assert config["bound"].r == config["lora"].r
+    assert (config["bound"].rank_pattern or {}) == config["lora"].rank_pattern
+    assert config["bound"].scaling == pytest.approx(config["lora"].lora_alpha / config["lora"].r)
+
+
+def test_no_controls_without_a_mixture_or_a_second_task_or_where_they_are_named(world):
+    assert list(planned(world, "methods=lora,dora").arms) == ["lora", "dora"]
+    assert list(planned(world, "methods=mola", "controls=false").arms) == ["lora", "mola"]
+    assert list(planned(world, "methods=mola", "tasks=even").arms) == ["lora", "mola", "uniform"]
+    named = planned(world, "methods=lora,mola,uniform", "match=none").arms
+    assert list(named) == ["lora", "mola", "uniform", "oracle", "bound"]
+    assert named["uniform"].rank == adapter_config(load_recipe("uniform")).r
+
+
+def test_arms_have_settings_of_their_own_and_common_ones_where_they_know_them(world):
+    found = planned(
+        world, "methods=lora,mola", "arms.mola.top_k=1", "arms.wide.method=mola", "arms.wide.adapter.num_experts=5",
+        "adapter.top_k=3", "adapter.lora_dropout=0.25", "adapter.num_experts=4", "controls=false",
+    )  # fmt: skip
+    assert list(found.arms) == ["lora", "mola", "wide"]
+    adapter = {name: arm.recipe.adapter for name, arm in found.arms.items()}
+    assert (adapter["mola"]["top_k"], adapter["wide"]["top_k"]) == (1, 3)
+    assert (found.arms["mola"].experts, found.arms["wide"].experts) == (4, 5)
+    assert {a["lora_dropout"] for a in adapter.values()} == {0.25}
+    assert "top_k" not in adapter["lora"]
+
+
+def test_the_largest_mixture_is_the_measure_unless_another_is_named(world):
+    narrow = ("arms.hotmoe.expert_dim=4", "arms.hotmoe.attention_dim=4", "controls=false")
+    found = planned(world, "methods=mola,hotmoe", *narrow)
+    assert found.arms["hotmoe"].rank == load_recipe("hotmoe").adapter["r"]
+    assert found.arms["hotmoe"].trainable > planned(world, "methods=mola", "controls=false").budget
+    named = planned(world, "methods=lora,mola", "budget=lora", "arms.lora.r=24", "controls=false")
+    assert named.arms["lora"].rank == 24
+    assert named.budget == named.arms["lora"].trainable
+    assert planned(world, "methods=lora,mola", "budget=20000", "controls=false").budget == 20000
+
+
+def test_equal_ranks_are_experts_times_rank(world):
+    found = planned(world, "methods=lora,mola,hotmoe", "match=rank", "adapter.num_experts=3", "controls=false")
+    assert {name: arm.experts * arm.rank for name, arm in found.arms.items()} == {"lora": 6, "mola": 6, "hotmoe": 6}
+    assert found.budget == 6
+    assert all(adapter_config(arm.recipe).lora_alpha / arm.rank in (2, 8) for arm in found.arms.values())
+
+
+def test_every_arm_sees_the_same_rows_in_the_same_order(world, tmp_path):
+    seen = []
+    for name, arm in planned(world, "methods=lora,mola", "controls=false", kind="causal").arms.items():
+        rows = load_examples(arm.recipe)
+        prepared = prepare(arm.recipe, rows)
+        folder = cells.RunFolder(tmp_path / name)
+        trainer = build_trainer(prepared, rows, training_rows(prepared, rows), folder, progress=False)
+        seen.append([batch["input_ids"] for batch in trainer.get_train_dataloader()])
+    assert len(seen[0]) == STEPS
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+
+
+REFUSED = [
+    (["methods=mola", "stps=3"], "unknown key 'stps'; did you mean 'steps'"),
+    (["methods=mola", "seed=3"], "unknown key 'seed'; did you mean 'seeds'"),
+    ([], "methods is missing"),
+    (["methods=molla"], "no method 'molla'; did you mean 'mola'"),
+    (["methods=mola,mola"], "methods=mola,mola names one twice"),
+    (["methods=mola", "seeds=1,1"], "seeds=1,1 names one twice"),
+    (["methods=mola", "seeds=-1"], "seeds and tune_seed must be between 0"),
+    (["methods=mola", "lrs=0.1,-1"], "must be finite numbers above 0"),
+    (["methods=mola", "match=params"], "match=params; "),
+    (["methods=mola", "engine=cloud"], "engine=cloud; "),
+    (["methods=mola", "split=tset"], "split=tset; did you mean 'test'"),
+    (["methods=mola", "workers=0"], "workers=0 must be at least 1"),
+    (["methods=mola", "steps=0"], "steps=0 must be at least 1"),
+    (["methods=mola", "baseline=lorra"], "baseline=lorra is no arm; did you mean 'mola'|baseline=lorra is no arm"),
+    (["methods=mola", "budget=molla"], "budget=molla is neither an arm nor a number; did you mean 'mola'"),
+    (["methods=mola", "budget=mola", "match=none"], "budget=mola and match=none disagree"),
+    (["methods=mola", "adapter.num_expert=3"], "no arm has a setting adapter.num_expert; did you mean 'num_experts'"),
+    (["methods=mola", "adapter.r=3"], "adapter.r and match=trainable_params disagree"),
+    (["methods=mola", "arms.lora.r=3"], "arms.lora.r and match=trainable_params disagree"),
+    (["methods=mola", "arms.mola.top_k=9"], "top_k"),
+    (["methods=mola", "arms.mola=3"], "arms.mola must hold settings"),
+    (["methods=mola", "arms.x.method=molla"], "arms.x: no method 'molla'"),
+    (["methods=mola", "arms.a/b.method=mola"], "arms.a/b: it names folders"),
+    (["methods=mola", "arms.mola.use_dora=true"], "adapter.use_dora=true cannot go with method=mola"),
+    (["methods=hotmoe", "budget=9000"], "arm hotmoe: match=trainable_params and adapter.num_experts=8 disagree"),
+    (["methods=lora,oracle", "tasks=even"], "method=oracle gates by task id, but tasks=even is one task only"),
+    (["methods=mola", "tasks=evn"], "no task 'evn'"),
+    (["methods=mola", "data="], "data is missing"),
+    (["methods=mola", "data=nowhere/"], "no such file or folder|neither a file"),
+    (["methods=mola", "split=test"], "has no test split"),
+    (["methods=mola", "adapter.target_modules=nowhere"], "nowhere"),
+    (["methods=mola", "a.yaml", "b.yaml"], "one file of settings at most"),
+    (["nowhere.yaml"], "no file nowhere.yaml"),
+]
+
+
+@pytest.mark.parametrize(("more", "message"), REFUSED, ids=[" ".join(more) or "nothing" for more, _ in REFUSED])
+def test_what_cannot_be_run_is_refused_in_one_line_before_anything_is_loaded_or_written(
+    world, tmp_path, monkeypatch, more, message
+):
+    def loaded(*args, **kwargs):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(embedded, "load_model", loaded)
+    monkeypatch.setattr(cells, "run_job", loaded)
+    with pytest.raises(MoesaicError, match=message) as caught:
+        run(settings(world, f"out={tmp_path / 'out'}", *more))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_file_of_rows_is_refused(world, tmp_path):
+    rows = world / "encoder-data" / "even" / "train.jsonl"
+    with pytest.raises(ConfigError, match=r"train\.jsonl is one file: name a folder"):
+        planned(world, "methods=mola", f"data={rows}")
+
+
+def test_rows_that_an_encoder_cannot_answer_are_refused(world):
+    with pytest.raises(MoesaicError, match="an encoder cannot write an answer"):
+        planned(world, "methods=mola", f"data={world / 'causal-data'}")
+
+
+def test_a_dry_run_shows_what_training_will_have_and_writes_nothing(world, tmp_path, capsys):
+    ask = settings(world, "methods=mola,dora", "lrs=1e-3,3e-3", "seeds=0,1", f"out={tmp_path / 'out'}")
+    assert main(["compare", *ask, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "12 trials, then 12 runs of 4 steps (6 arms x 2 seeds)" in shown
+    assert main(["compare", *ask, "--dry-run", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["trials"], found["cells"]) == (12, 12)
+    assert not (tmp_path / "out").exists()
+    for arm in found["arms"].values():
+        assert f"{arm['trainable_parameters']:,}" in shown
+    arm = found["arms"]["mola"]
+    recipe = Recipe(
+        method=arm["method"],
+        adapter=arm["adapter"],
+        model=str(world / "encoder"),
+        data=str(world / "encoder-data"),
+    )
+    real = prepare(recipe, load_examples(recipe))
+    assert arm["trainable_parameters"] == sum(p.numel() for p in real.model.parameters() if p.requires_grad)
+
+
+# -- running -------------------------------------------------------------------------------------------------------
+
+
+def small(world, out: Path, *more: str) -> list[str]:
+    return settings(world, "methods=lora,mola", "seeds=0,1", "controls=false", f"out={out}", *more)
+
+
+def test_a_comparison_tunes_runs_and_sums_up_and_is_not_run_twice(world, tmp_path, here, capsys, monkeypatch):
+    out = tmp_path / "out"
+    ask = small(world, out, "lrs=1e-2,1e-3", "tune_steps=2", "limit=3")
+    assert run(ask) == 0
+    shown = capsys.readouterr()
+    trials = {f"{arm}-lr{lr}" for arm in ("lora", "mola") for lr in ("0.01", "0.001")}
+    runs = {f"{arm}-s{seed}" for arm in ("lora", "mola") for seed in (0, 1)}
+    assert Here.ran[:4] != Here.ran[4:]
+    assert set(Here.ran[:4]) == trials
+    assert set(Here.ran[4:]) == runs
+    assert [line.split("]")[0] for line in shown.err.splitlines() if line.startswith("[")] == [
+        f"[{i}/8" for i in range(1, 9)
+    ]
+    figures = read(out / "comparison.json")
+    for name in trials:
+        scores = read(out / "tuning" / name / "eval-validation.json")
+        assert (scores["limit"], scores["seed"]) == (3, 1000)
+        assert read(out / "tuning" / name / "results.json")["steps"] == 2
+    for arm in ("lora", "mola"):
+        tried = {
+            lr: read(out / "tuning" / f"{arm}-lr{lr}" / "eval-validation.json")["mean"] for lr in ("0.001", "0.01")
+        }
+        assert figures["settings"]["tuning"][arm] == tried
+        best = max(tried, key=lambda lr: (tried[lr], -float(lr)))
+        assert {load_recipe(str(out / "cells" / f"{arm}-s{s}")).lr for s in (0, 1)} == {float(best)}
+    one, two = (load_recipe(str(out / "cells" / name)).describes() for name in ("lora-s0", "mola-s0"))
+    assert {key for key in one if one[key] != two[key]} <= {"method", "adapter", "lr"}
+    trained = {arm: read(out / "cells" / f"{arm}-s1" / "results.json") for arm in ("lora", "mola")}
+    assert trained["lora"]["command"] == f"moesaic train {out / 'cells' / 'lora-s1'} out={out / 'cells' / 'lora-s1'}"
+    plans = read(out / "arms.json")["arms"]
+    assert {a: r["trainable_parameters"] for a, r in trained.items()} == {
+        a: p["trainable_parameters"] for a, p in plans.items()
+    }
+    assert [arm["arm"] for arm in figures["arms"]] == ["lora", "mola"]
+    assert (out / "report.html").is_file()
+    assert "base_mean" in read(out / "cells" / "lora-s0" / "eval-validation.json")
+    assert "base_mean" not in read(out / "cells" / "mola-s0" / "eval-validation.json")
+
+    here.ran.clear()
+    assert run([str(out)]) == 0
+    assert here.ran == []
+    assert read(out / "comparison.json")["arms"] == figures["arms"]
+    monkeypatch.setattr(Here, "template", out / "cells" / "lora-s0")
+    assert run([*ask, "seeds=0,1,5", "methods=lora,mola,dora"]) == 0
+    assert sorted(here.ran) == sorted(
+        ["lora-s5", "mola-s5", "dora-lr0.01", "dora-lr0.001", "dora-s0", "dora-s1", "dora-s5"]
+    )
+
+
+def test_equal_scores_take_the_lower_rate(world, tmp_path, quick, monkeypatch):
+    monkeypatch.setattr(cells, "read_json", lambda file: {"mean": 0.5})
+    out = tmp_path / "out"
+    run(small(world, out, "lrs=3e-3,1e-3,2e-3", "tune_steps=1", "methods=lora", "seeds=0"))
+    assert load_recipe(str(out / "cells" / "lora-s0")).lr == 1e-3
+
+
+def test_a_cell_that_fails_is_kept_as_failed_while_the_rest_goes_on_and_is_tried_again(
+    world, tmp_path, quick, monkeypatch, capsys
+):
+    out = tmp_path / "out"
+    monkeypatch.setattr(Here, "broken", ("mola-s0",))
+    assert main(["compare", *small(world, out)]) == 1
+    shown = capsys.readouterr()
+    assert "failed: mola s0: out of luck" in shown.out
+    assert "3 of 4 cells" in shown.out
+    assert "mola-s0: failed: out of luck" in shown.err
+    assert read(out / "cells" / "mola-s0" / "failed.json") == {"error": "out of luck", "code": 2}
+    missing = read(out / "comparison.json")["missing"]
+    assert missing == [{"arm": "mola", "seed": 0, "status": "failed", "error": "out of luck"}]
+    monkeypatch.setattr(Here, "broken", ())
+    quick.ran.clear()
+    assert main(["compare", str(out), "--json"]) == 0
+    assert quick.ran == ["mola-s0"]
+    assert json.loads(capsys.readouterr().out)["missing"] == []
+    assert not (out / "cells" / "mola-s0" / "failed.json").exists()
+
+
+def test_an_arm_whose_trials_all_fail_is_failed_and_is_not_run(world, tmp_path, quick, monkeypatch):
+    out = tmp_path / "out"
+    monkeypatch.setattr(Here, "broken", ("mola-lr0.001", "mola-lr0.01", "lora-lr0.01"))
+    assert run(small(world, out, "lrs=1e-3,1e-2", "tune_steps=1")) == 1
+    assert {name for name in quick.ran if "-s" in name} == {"lora-s0", "lora-s1"}
+    missing = read(out / "comparison.json")["missing"]
+    assert {m["error"] for m in missing} == {"no rate of lrs could be trained: out of luck"}
+    assert len(missing) == 2
+
+
+def test_other_settings_in_the_same_folder_are_refused_by_the_key_that_differs(world, tmp_path, quick, monkeypatch):
+    out = tmp_path / "out"
+    ask = small(world, out)
+    assert run(ask) == 0
+    quick.ran.clear()
+    for more, message in (
+        (["steps=5"], "holds a comparison with steps=4, now it is 5"),
+        (["methods=lora"], "whose methods have mola: leave it in"),
+        (["seeds=1"], "whose seeds have 0: leave it in"),
+        (["lrs=1e-4,1e-3"], r"with lrs=\[\], now"),
+        (["arms.mola.top_k=1"], "whose arm mola has adapter="),
+        (["budget=30000"], "whose arm lora has adapter="),
+        (["match=rank"], "with match=trainable_params, now it is rank"),
+    ):
+        with pytest.raises(ConfigError, match=message) as caught:
+            run([*ask, *more])
+        assert "\n" not in str(caught.value)
+    file = world / "encoder-data" / "even" / "train.jsonl"
+    text = file.read_text()
+    file.write_text("\n".join(text.splitlines()[:-1]))
+    with pytest.raises(ConfigError, match="on other rows of data="):
+        run(ask)
+    file.write_text(text)
+    assert quick.ran == []
+    assert run([*ask, "workers=2", "threads=2", "save_every=9", "overwrite=false"]) == 0
+    assert quick.ran == []
+    assert run([*ask, "steps=1", "methods=lora", "seeds=3", "overwrite=true"]) == 0
+    assert quick.ran == ["lora-s3"]
+    assert [p.name for p in (out / "cells").iterdir()] == ["lora-s3"]
+
+
+def test_folders_of_others_are_left_alone(world, tmp_path, quick):
+    thesis = tmp_path / "thesis"
+    thesis.mkdir()
+    (thesis / "chapter1.tex").write_text("x")
+    for more in ((), ("overwrite=true",)):
+        with pytest.raises(ConfigError, match="not a comparison's"):
+            run(small(world, thesis, *more))
+    with pytest.raises(ConfigError, match="is a file"):
+        run(small(world, thesis / "chapter1.tex"))
+    assert [p.name for p in thesis.iterdir()] == ["chapter1.tex"]
+    assert quick.ran == []
+
+
+def test_a_finished_run_with_other_settings_is_not_taken_for_the_cell(world, tmp_path, quick):
+    out = tmp_path / "out"
+    assert run(small(world, out)) == 0
+    file = out / "cells" / "mola-s0" / "recipe.yaml"
+    file.write_text(file.read_text().replace("lr: 0.001", "lr: 0.005"))
+    with pytest.raises(ConfigError, match=r"mola-s0 holds a run with lr=0\.005, now it is 0\.001: remove that folder"):
+        run(small(world, out))
+
+
+def test_two_comparisons_do_not_share_a_folder(world, tmp_path, quick, monkeypatch):
+    out, errors = tmp_path / "out", []
+
+    def second(job, stops):
+        try:
+            run(small(world, out))
+        except ConfigError as error:
+            errors.append(str(error))
+        return cells.Outcome(job, "failed", "enough")
+
+    monkeypatch.setattr(cells, "run_job", second)
+    assert run(small(world, out)) == 1
+    assert set(errors) == {f"another process is writing {out}: wait for it, or another out="}
+
+
+def test_settings_come_from_a_file_with_more_on_top(world, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump({"methods": ["mola"], "model": str(world / "encoder"), "seeds": [4], "adapter": {}}))
+    found, recipe = load([str(file), "seeds=5", "lr=3e-4"])
+    assert (found.methods, found.seeds, recipe.lr, recipe.model) == (["mola"], [5], 3e-4, str(world / "encoder"))
+    file.write_text("methods: [mola]\nseedz: [1]\n")
+    with pytest.raises(ConfigError, match=r"mine\.yaml: unknown key 'seedz'; did you mean 'seeds'"):
+        load([str(file)])
+
+
+# -- processes -----------------------------------------------------------------------------------------------------
+
+
+def test_a_cell_is_a_process_of_its_own_with_its_own_memory_and_threads(world, tmp_path, capsys):
+    out = tmp_path / "out"
+    ballast = torch.ones(2**28)  # 1 GiB held here must not count there
+    ask = settings(world, "methods=lora", "arms.lora.lora_dropout=0.1", "seeds=0", f"out={out}", "steps=2")
+    assert main(["compare", *ask]) == 0, capsys.readouterr()
+    results = read(out / "cells" / "lora-s0" / "results.json")
+    assert results["peak_memory_of"] == "process"
+    assert results["peak_memory_mib"] < ballast.numel() * 4 / 2**20
+    assert "1 threads" in results["device"]
+    assert "2 steps in" in (out / "cells" / "lora-s0" / "log.txt").read_text()
+
+
+def job_in(folder: Path) -> cells.Job:
+    return cells.Job(folder.name, Recipe(out=str(folder)), "validation", None, False, 1)
+
+
+SLEEPER = """
+import signal, sys, time
+def stop(*_):
+    global asked
+    asked += 1
+    if asked == 1:
+        time.sleep(0.3)
+        print("checkpoint", flush=True)
+        sys.exit(130)
+asked = 0
+signal.signal(signal.SIGTERM, stop)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_process_that_is_asked_to_stop_is_given_the_time_for_a_checkpoint(tmp_path, monkeypatch):
+    popen = subprocess.Popen
+    monkeypatch.setattr(cells.subprocess, "Popen", lambda command, **kw: popen([sys.executable, "-c", SLEEPER], **kw))
+    log = tmp_path / "cell" / "log.txt"
+    outcome = cells.run_job(job_in(tmp_path / "cell"), lambda: int(log.is_file() and "ready" in log.read_text()))
+    assert (outcome.status, outcome.error) == ("pending", "stopped")
+    assert log.read_text().split() == ["ready", "checkpoint"]
+    assert not (tmp_path / "cell" / "failed.json").exists()
+
+
+def test_a_process_that_dies_without_a_word_is_a_failure_with_its_code(tmp_path, monkeypatch):
+    popen = subprocess.Popen
+    monkeypatch.setattr(
+        cells.subprocess, "Popen", lambda command, **kw: popen([sys.executable, "-c", "import os; os._exit(9)"], **kw)
+    )
+    outcome = cells.run_job(job_in(tmp_path / "cell"))
+    assert (outcome.status, outcome.error) == ("failed", "its process ended with code 9")
+
+
+def test_ctrl_c_stops_what_runs_and_starts_nothing_more(tmp_path, monkeypatch):
+    begun, ended = [], []
+
+    def wait(job, stops):
+        begun.append(job.name)
+        while not stops():
+            time.sleep(0.01)
+        ended.append(job.name)
+        return cells.Outcome(job, "pending", "stopped")
+
+    monkeypatch.setattr(cells, "run_job", wait)
+    engine = cells.local([job_in(tmp_path / name) for name in "abc"], workers=2)
+
+    def interrupt():
+        while len(begun) < 2:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        next(engine)
+    assert sorted(begun) == sorted(ended) == ["a", "b"]
+
+
+def test_an_interrupted_comparison_says_how_it_goes_on(world, tmp_path, quick, monkeypatch, capsys):
+    out = tmp_path / "out"
+    real = cells.run_job
+
+    def once(job, stops):
+        if quick.ran:
+            raise KeyboardInterrupt
+        return real(job, stops)
+
+    monkeypatch.setattr(cells, "run_job", once)
+    assert main(["compare", *small(world, out)]) == 130
+    assert "stopped with 1 of 4 runs done; the same command goes on" in capsys.readouterr().err
+    monkeypatch.setattr(cells, "run_job", real)
+    assert main(["compare", *small(world, out)]) == 0
+    assert len(quick.ran) == 4
+
+
+def test_ray_runs_the_same_jobs(world, tmp_path, quick, monkeypatch):
+    """Against a stand-in with Ray's few calls; with Ray itself, `engine=ray` is the same command."""
+    asked = []
+
+    class Remote:
+        def __init__(self, function):
+            self.remote = function
+
+    def remote(**options):
+        asked.append(options)
+        return Remote
+
+    ray = types.SimpleNamespace(
+        cancel=lambda _: None,
+        is_initialized=lambda: False, init=lambda **_: None, remote=remote, get=lambda refs: refs,
+        wait=lambda refs: (refs[:1], refs[1:]),
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setattr("moesaic.compare.settings.find_spec", lambda name: name)
+    out = tmp_path / "out"
+    assert run(small(world, out, "engine=ray", "gpus=0.5", "seeds=0", "steps=1")) == 0
+    assert asked == [{"num_cpus": 1, "num_gpus": 0.5, "max_retries": 0}] * 2
+    assert sorted(quick.ran) == ["lora-s0", "mola-s0"]
+
+
+def test_ray_that_is_not_installed_names_the_extra(world, monkeypatch):
+    monkeypatch.setattr("moesaic.compare.settings.find_spec", lambda name: None)
+    with pytest.raises(MissingDependency, match=r"this needs ray: pip install 'moesaic\[ray\]'"):
+        planned(world, "methods=mola", "engine=ray")
+
+
+def test_every_registered_method_can_be_an_arm(world):
+    methods = ",".join(sorted(METHODS))
+    found = planned(world, f"methods={methods}", kind="causal")
+    assert set(found.arms) == {"lora", *METHODS, "bound"}
+    for name, arm in found.arms.items():
+        assert name == "bound" or abs(arm.trainable / found.budget - 1) <= 0.01

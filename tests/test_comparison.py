@@ -1,0 +1,271 @@
+"""Comparisons of made-up cells with known answers: scores, differences, verdicts, and the files that are written."""
+
+import csv
+import io
+import json
+import math
+
+import pytest
+from rich.console import Console
+
+from moesaic import comparison, verdicts
+from moesaic.comparison import Cell, summarise
+from moesaic.errors import ConfigError
+
+ROUTING = {
+    "entropy": 0.5,
+    "dead_share": 0.25,
+    "mutual_information": None,
+    "inner_balance": 2.0,
+    "outer_balance": 0.1,
+    "layer_information": 1.0,
+    "entropy_by_layer": {"0": 0.4, "1": 0.6},
+    "by_layer_and_task": {"0": {"a": [0.5, 0.5]}, "1": {"a": [0.9, 0.1]}},
+}
+
+
+@pytest.fixture
+def make(tmp_path):
+    """make(arm, seed, {task: answers}) writes a finished run's files and returns its cell."""
+
+    def cell(arm, seed, correct, *, method=None, matthews=None, routing=None, speed=100.0, data="rows", **results):
+        folder = tmp_path / f"{arm}-{seed}"
+        folder.mkdir()
+        scores = {t: {"metric": "accuracy", "n": len(c), "score": sum(c) / len(c)} for t, c in correct.items()}
+        for task, value in (matthews or {}).items():
+            scores[task] |= {"matthews": value, "majority": 0.7, "base_matthews": 0.0, "base_score": 0.3}
+        lines = [
+            {"task": t, "index": i, "correct": bool(x), "predicted": 0}
+            for t, c in correct.items()
+            for i, x in enumerate(c)
+        ]
+        found = {"tasks": scores, "routing": routing, "data_sha256": data}
+        found["mean"] = sum(s["score"] for s in scores.values()) / len(scores)
+        (folder / "eval-test.json").write_text(json.dumps(found))
+        (folder / "predictions-test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in reversed(lines)))
+        (folder / "results.json").write_text(
+            json.dumps({"trainable_parameters": 1000, "tokens_per_second": speed, "versions": {}, **results})
+        )
+        return Cell(arm, method or arm, seed, 1e-3, "done", None, folder)
+
+    return cell
+
+
+def whole(cells, baseline="lora"):
+    return summarise(cells, baseline=baseline, split="test", settings={"model": "nano"})
+
+
+def arm(summary, name):
+    return next(a for a in summary["arms"] if a["arm"] == name)
+
+
+def test_scores_are_averaged_over_seeds_and_compared_in_pairs(make):
+    summary = whole(
+        [
+            make("lora", 0, {"a": [1, 0, 0, 0], "b": [1, 0]}),
+            make("lora", 1, {"a": [1, 1, 0, 0], "b": [1, 0]}),
+            make("mola", 0, {"a": [1, 1, 0, 0], "b": [1, 0]}),
+            make("mola", 1, {"a": [1, 1, 1, 1], "b": [1, 1]}),
+        ]
+    )
+    lora, mola = arm(summary, "lora"), arm(summary, "mola")
+    assert lora["scores"]["a"] == {"mean": 0.375, "sd": pytest.approx(0.25 / math.sqrt(2)), "values": [0.25, 0.5]}
+    assert lora["mean"] == pytest.approx((0.375 + 0.5) / 2)
+    assert lora["difference"] is None
+    assert mola["difference"]["values"] == pytest.approx([0.125, 0.5])
+    assert mola["difference"]["mean"] == pytest.approx(mola["mean"] - lora["mean"])
+    assert mola["difference"]["by_task"]["a"]["mean"] == pytest.approx(0.375)
+    low, high = mola["difference"]["interval"]
+    assert low < mola["difference"]["mean"] < high
+    assert mola["mean_relative_difference"] == pytest.approx(100 * (0.375 / 0.375 + 0.25 / 0.5) / 2)
+    assert summary["seeds"] == [0, 1]
+
+
+def test_equal_answers_have_an_interval_without_width(make):
+    rows = {"a": [1, 0, 1, 0, 0]}
+    summary = whole([make("lora", 0, rows), make("mola", 0, rows)])
+    assert arm(summary, "mola")["difference"]["interval"] == (0.0, 0.0)
+    assert arm(summary, "mola")["sd"] is None
+
+
+def test_rows_are_paired_by_index_not_by_line(make):
+    """Both arms are right on half of the rows: on the same ones the interval is a point, on others it is wide."""
+    half = {"a": [1, 0] * 20}
+    summary = whole([make("lora", 0, half), make("same", 0, half), make("other", 0, {"a": [0, 1] * 20})])
+    assert arm(summary, "same")["difference"]["interval"] == (0.0, 0.0)
+    low, high = arm(summary, "other")["difference"]["interval"]
+    assert (low, high) == pytest.approx((-0.3, 0.3), abs=0.06)
+
+
+def test_only_seeds_that_both_have_are_compared(make):
+    summary = whole([make("lora", 0, {"a": [0, 0]}), make("lora", 1, {"a": [1, 1]}), make("mola", 1, {"a": [1, 1]})])
+    assert arm(summary, "mola")["difference"]["seeds"] == [1]
+    assert arm(summary, "mola")["difference"]["mean"] == 0
+    other = whole([make("lora", 5, {"a": [0, 0]}), make("mola", 6, {"a": [1, 1]})])
+    assert arm(other, "mola")["difference"] is None
+
+
+def test_costs_and_routing_are_averaged(make):
+    summary = whole(
+        [
+            make("lora", 0, {"a": [1]}, speed=100.0),
+            make("mola", 0, {"a": [1]}, speed=70.0, peak_memory_mib=10, routing=ROUTING),
+            make("mola", 1, {"a": [0]}, speed=90.0, peak_memory_mib=30, routing=ROUTING | {"entropy": 0.7}),
+        ]
+    )
+    mola = arm(summary, "mola")
+    assert mola["overhead"] == pytest.approx(0.25)
+    assert mola["peak_memory_mib"] == 20
+    assert mola["routing"]["entropy"] == pytest.approx(0.6)
+    assert mola["routing"]["mutual_information"] is None
+    assert mola["routing"]["entropy_by_layer"] == {"0": 0.4, "1": 0.6}
+    assert arm(summary, "lora")["routing"] is None
+    assert arm(summary, "lora")["peak_memory_mib"] is None
+
+
+def test_the_curve_is_the_task_loss_over_stretches_of_steps(make):
+    cell = make("lora", 0, {"a": [1]})
+    rows = [{"step": i + 1, "loss": 2.5 if i < 60 else 1.5, "router_aux_loss": 0.5} for i in range(120)]
+    (cell.folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    curve = arm(whole([cell]), "lora")["curve"]
+    assert len(curve) == comparison.CURVE_POINTS
+    assert [loss for _, loss in curve] == [2.0] * 30 + [1.0] * 30
+    assert curve[0][0] == 1.5
+    assert curve[-1][0] == 119.5
+
+
+def test_matthews_is_shown_where_a_class_dominates(make):
+    summary = whole([make("lora", 0, {"a": [1, 0], "b": [1, 0]}, matthews={"b": 0.25})])
+    assert summary["tasks"]["b"]["dominated"]
+    assert not summary["tasks"]["a"]["dominated"]
+    text = comparison_text(summary)
+    assert "50.0, MCC 0.25" in text
+    assert "30.0, MCC 0.00" in text
+    assert "70.0" in text, "the commonest label's share"
+    assert text.count("MCC") == 2
+
+
+def comparison_text(summary):
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(comparison.table(summary))
+    return console.export_text()
+
+
+def test_cells_without_a_result_are_listed_with_the_reason(make, tmp_path):
+    damaged = make("mola", 0, {"a": [1]})
+    (damaged.folder / "predictions-test.jsonl").unlink()
+    short = make("mola", 1, {"a": [1, 1]})
+    (short.folder / "predictions-test.jsonl").write_text('{"task": "a", "index": 0, "correct": true, "predicted": 1}\n')
+    failed = Cell("mola", "mola", 2, 1e-3, "failed", "loss is nan", tmp_path / "none")
+    later = Cell("dora", "dora", 0, 1e-3, "pending", None, tmp_path / "none")
+    summary = whole([make("lora", 0, {"a": [1]}), damaged, short, failed, later])
+    reasons = {(m["arm"], m["seed"]): m for m in summary["missing"]}
+    assert reasons["mola", 2]["error"] == "loss is nan"
+    assert "predictions-test.jsonl is missing or damaged" in reasons["mola", 0]["error"]
+    assert "its rows are not those of eval-test.json" in reasons["mola", 1]["error"]
+    assert reasons["dora", 0]["status"] == "pending"
+    assert {a["arm"]: a["status"] for a in summary["arms"]} == {"lora": "done", "mola": "failed", "dora": "pending"}
+    assert "mola, seed 2: failed: loss is nan" in comparison_text(summary)
+
+
+def test_runs_scored_on_different_rows_are_not_compared(make):
+    cells = [make("lora", 0, {"a": [1]}), make("mola", 0, {"a": [1]}, data="others")]
+    with pytest.raises(ConfigError, match="were scored on different rows: run `moesaic eval` on both again"):
+        whole(cells)
+
+
+def test_four_files_are_written_whole(make, tmp_path):
+    cells = [make(name, s, {"a": [1, s], "b": [0, 1]}) for name in ("lora", "mola") for s in (0, 1)]
+    summary = whole(cells)
+    out = tmp_path / "out"
+    out.mkdir()
+    comparison.write(out, summary)
+    assert sorted(p.name for p in out.iterdir()) == ["comparison.json", "report.html", "table.csv", "table.md"]
+    assert json.loads((out / "comparison.json").read_text()) == json.loads(json.dumps(summary, allow_nan=False))
+    rows = list(csv.DictReader((out / "table.csv").open()))
+    assert len(rows) == 2 * 2 * 2
+    assert rows[0] == {
+        "arm": "lora", "method": "lora", "seed": "0", "lr": "0.001", "task": "a", "metric": "accuracy", "n": "2",
+        "score": "0.5", "matthews": "",
+    }  # fmt: skip
+    assert [r["score"] for r in rows if r["arm"] == "mola" and r["task"] == "a"] == ["0.5", "1.0"]
+    table = (out / "table.md").read_text()
+    assert "| lora | 75.0 ± 35.4 | 50.0 ± 0.0 | 62.5 ± 17.7 |" in table
+    assert "- mola: not decided whether routing helps: 2 seeds in common with lora, 3 are needed" in table
+
+
+def test_nothing_finished_is_still_a_comparison(tmp_path):
+    cells = [Cell("lora", "lora", 0, 1e-3, "failed", "out of memory", tmp_path)]
+    summary = whole(cells)
+    comparison.write(tmp_path, summary)
+    assert "out of memory" in (tmp_path / "report.html").read_text()
+    assert summary["tasks"] == {}
+
+
+# -- verdicts ----------------------------------------------------------------------------------------------------------
+
+
+def judged(means, methods=None, parameters=None):
+    methods = methods or {name: name for name in means}
+    by_seed = {name: dict(enumerate(values)) for name, values in means.items()}
+    found = verdicts.verdicts(by_seed, methods, parameters or {}, "lora")
+    return {v["arm"]: v for v in found}
+
+
+LORA, UNIFORM = [0.50, 0.52, 0.54], [0.51, 0.52, 0.53]
+
+
+@pytest.mark.parametrize(
+    ("means", "holds"),
+    [
+        ([0.60, 0.62, 0.64], True),
+        ([0.60, 0.52, 0.54], False),
+        ([0.50, 0.52, 0.54], False),
+        ([0.40, 0.42, 0.44], False),
+    ],
+)
+def test_routing_helps_only_beyond_two_standard_deviations_of_paired_differences(means, holds):
+    found = judged({"lora": LORA, "uniform": UNIFORM, "mola": means})["mola"]
+    assert found["holds"] is holds
+    assert ("no sign that routing helps" in found["text"]) is not holds
+
+
+def test_two_standard_deviations_is_the_line():
+    """Differences 1, 2, 3 have mean 2 and standard deviation 1: level with the line, not above it."""
+    base = {"lora": [0.0] * 3, "uniform": [0.0] * 3}
+    assert judged({**base, "mola": [0.25, 0.5, 0.75]})["mola"]["holds"] is False
+    assert judged({**base, "mola": [0.375, 0.5, 0.75]})["mola"]["holds"] is True
+
+
+def test_the_spread_that_seeds_share_does_not_count():
+    base = {"lora": [0.1, 0.5, 0.9], "uniform": [0.1, 0.5, 0.9]}
+    assert judged({**base, "mola": [0.11, 0.51, 0.91]})["mola"]["holds"] is True
+
+
+def test_above_the_baseline_alone_is_not_routing():
+    found = judged({"lora": LORA, "uniform": [0.60, 0.62, 0.64], "mola": [0.60, 0.62, 0.64]})["mola"]
+    assert found["holds"] is False
+    assert "+10.0 ± 0.0 points against lora (3 seeds) and +0.0 ± 0.0 points against uniform" in found["text"]
+
+
+def test_what_cannot_be_decided_is_said():
+    two = judged({"lora": LORA, "uniform": UNIFORM, "mola": [0.9, 0.9]})["mola"]
+    assert two["holds"] is None
+    assert two["text"] == "mola: not decided whether routing helps: 2 seeds in common with lora, 3 are needed"
+    none = judged({"lora": LORA, "mola": [0.9, 0.9, 0.9]})["mola"]
+    assert none["holds"] is None
+    assert "no arm with a uniform gate" in none["text"]
+
+
+def test_the_oracle_is_compared_with_the_baseline_and_its_parameters_are_named():
+    means = {"lora": LORA, "oracle": [0.60, 0.62, 0.64], "bound": [0.60, 0.62, 0.64]}
+    methods = {"lora": "lora", "oracle": "oracle", "bound": "oracle"}
+    found = judged(means, methods, {"lora": 100, "oracle": 100, "bound": 400})
+    assert found["oracle"]["holds"] is True
+    assert found["oracle"]["claim"] == "knowing the task helps"
+    assert found["bound"]["claim"] == "knowing the task helps, given 4.0 times the parameters"
+
+
+def test_controls_and_plain_lora_get_no_verdict():
+    means = dict.fromkeys(("lora", "dora", "rslora", "uniform", "random", "mola", "hotmoe"), LORA)
+    assert set(judged(means)) == {"mola", "hotmoe"}
