@@ -18,6 +18,13 @@ deviation over seeds.
 """
 
 
+COMPARISONS = {
+    "compare-minilm": "Every method on all-MiniLM-L6-v2 and six real tasks",
+    "compare-nano": "Every method on nano and six list tasks",
+}
+"""Copies of the `comparison.json` of scripts/compare_*.yaml, by name."""
+
+
 def four_tasks(title: str, *, lora: Path, hotmoe: Path) -> str:
     """Validation scores of HotMoE and of plain LoRA with as many trainable parameters, with the untrained base.
 
@@ -90,6 +97,32 @@ def verdict(means: dict[str, list[float]]) -> str:
     if abs(gap) <= 2 * deviation:
         return f"HotMoE and LoRA are level: the mean differs by {gap:+.1f} points, within two standard deviations."
     return f"HotMoE is {'above' if gap > 0 else 'below'} LoRA by {abs(gap):.1f} points, beyond two standard deviations."
+
+
+def compared(title: str, file: Path) -> str:
+    """A comparison's tables and verdicts, as `moesaic compare` left them, with its command."""
+    from moesaic.report.text import markdown
+
+    summary = json.loads(file.read_text())
+    settings = summary["settings"]
+    tuned = "; ".join(
+        f"{arm} {', '.join(f'{lr}: {100 * score:.1f}' for lr, score in scores.items() if score is not None)}"
+        for arm, scores in settings["tuning"].items()
+    )
+    return "\n".join(
+        [
+            f"## {title}",
+            "",
+            f"{settings['steps']} steps of {settings['batch_size']}, seeds {', '.join(map(str, summary['seeds']))}, "
+            f"scored on the {summary['split']} split. All arms but `bound` have {settings['budget']:,} trainable "
+            "parameters within 1 %, routers and heads counted, and see the same rows in the same order. Learning rates "
+            f"were tuned on validation rows, each arm with the same trials (mean score by rate: {tuned}).",
+            "",
+            markdown(summary),
+            f"Command: `{settings['command']}`",
+            "",
+        ]
+    )
 
 
 def demo(file: Path) -> str:
@@ -177,6 +210,9 @@ def main() -> None:
     title = "The same with HotMoE's auxiliary losses summed over routers, as its authors do"
     parts.append(four_tasks(title, lora=here, hotmoe=results / "four-tasks-sum"))
     parts.append("HotMoE's commands of this section were run with `adapter.aux_reduce=sum` in the recipe.\n")
+    for name, title in COMPARISONS.items():
+        if (results / f"{name}.json").is_file():
+            parts.append(compared(title, results / f"{name}.json"))
     if (results / "demo.json").is_file():
         parts.append(demo(results / "demo.json"))
     (docs / "results.md").write_text("\n".join(parts))

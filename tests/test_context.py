@@ -13,6 +13,7 @@ from transformers import GenerationConfig, StaticCache
 import moesaic
 from moesaic.errors import ConfigError
 from moesaic.host import TASK_IDS
+from moesaic.host.fitting import by_row
 from tests.tiny import batch, bert, llama, mamba, mixtures, qwen3, small, t5, wrap
 from tests.toy import BUILDERS, left_padded, shown, toy_method
 
@@ -193,3 +194,18 @@ def test_task_ids_that_do_not_divide_the_batch_are_refused(toy: str) -> None:
     model = wrap(llama(), small(toy))
     with pytest.raises(ConfigError, match="2 entries for a batch of 3 rows"):
         model(**batch(model, rows=3), **{TASK_IDS: torch.tensor([0, 1])})
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "wanted"),
+    [
+        (10, 5, [7] * 5 + [9] * 5),
+        (20, 5, [7] * 10 + [9] * 10),
+        (6, 5, None),
+        (10, None, None),
+    ],
+    ids=["flattened", "flattened beams", "dealt to an expert", "unknown"],
+)
+def test_a_flat_input_has_task_ids_only_if_it_holds_whole_sequences(rows: int, tokens: Any, wanted: Any) -> None:
+    ids = by_row(torch.tensor([7, 9]), torch.zeros(rows, 4), tokens, TASK_IDS)
+    assert (None if ids is None else ids.tolist()) == wanted

@@ -473,6 +473,6 @@ def test_impossible_settings_are_refused(settings: dict[str, Any], message: str)
 
 
 def test_more_tasks_than_experts_are_refused_beforehand() -> None:
-    with pytest.raises(ConfigError, match="num_experts=4 and hard_fraction=0.9 disagree.*there are 6 tasks"):
+    with pytest.raises(ConfigError, match=r"num_experts=4 and hard_fraction=0.9 disagree.*there are 6 tasks"):
         LoRAMixerConfig(num_experts=4, num_tasks=6)
     LoRAMixerConfig(num_experts=4, num_tasks=6, hard_fraction=0.0)

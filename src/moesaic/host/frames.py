@@ -13,10 +13,11 @@ from moesaic.routing import Record
 
 @dataclass
 class StackView:
-    """Mask and sequence index of the tokens that run through one stack, both (batch, tokens) or None."""
+    """Mask and sequence index of the tokens that run through one stack, both (batch, tokens) or None; tokens a row."""
 
     mask: Tensor | None = None
     sequences: Tensor | None = None
+    tokens: int | None = None
 
 
 @dataclass

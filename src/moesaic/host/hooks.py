@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moesaic.errors import ConfigError, TrainingError
+from moesaic.errors import TrainingError
 from moesaic.host import masks
 from moesaic.host.carrier import Delivery, carry, share_of_step
 from moesaic.host.checkpointing import bind_frames
+from moesaic.host.fitting import by_row, by_token
 from moesaic.host.frames import Frame, StackView
 from moesaic.routing import AuxiliaryLoss, Record, RoutingContext, RoutingTrace, Site, pool
 
@@ -108,16 +109,17 @@ class Host:
         if frame is None:
             return RoutingContext(site, task_ids=self.pinned_tasks)
         view = frame.stacks.get(f"{stack}/cross" if cross else stack) or StackView()
-        mask, prompt = _fit(view.mask, h), _fit(frame.prompt, h)
+        mask, prompt = by_token(view.mask, h), by_token(frame.prompt, h)
         return RoutingContext(
             site,
             mask=mask,
-            sequences=_fit(view.sequences, h),
+            sequences=by_token(view.sequences, h),
             prompt=prompt if prompt is None or mask is None else prompt & mask,
-            task_ids=_expand(frame.task_ids, h, TASK_IDS),
-            targets=_expand(frame.targets, h, TARGETS),
+            task_ids=by_row(frame.task_ids, h, view.tokens, TASK_IDS),
+            targets=by_row(frame.targets, h, view.tokens, TARGETS),
             progress=1.0 if self.progress is None else self.progress,
             state=frame.state,
+            whole=frame.complete,
             memory=frame.memory,
         )
 
@@ -286,27 +288,6 @@ class _StackHook:
 
 def _inside(name: str, stack: str) -> bool:
     return stack == "" or name == stack or name.startswith(f"{stack}.")
-
-
-def _fit(values: Tensor | None, h: Tensor) -> Tensor | None:
-    """(B, T) values in the leading shape of `h`: as they are, flattened for (B*T, d), or None if they cannot belong."""
-    if values is None or values.shape == h.shape[:-1]:
-        return values
-    if h.dim() == 2 and h.shape[0] == values.numel():
-        return values.flatten()
-    return None
-
-
-def _expand(values: Tensor | None, h: Tensor, key: str) -> Tensor | None:
-    """One entry a row; a batch that was expanded for beams or several answers repeats its own."""
-    if values is None:
-        return None
-    rows = h.shape[0]
-    if len(values) == 0 or rows % len(values):
-        if h.dim() == 3:
-            raise ConfigError(f"{key} has {len(values)} entries for a batch of {rows} rows: give one a row")
-        return None  # tokens that a model's own experts were dealt
-    return values if len(values) == rows else values.repeat_interleave(rows // len(values), dim=0)
 
 
 def find_host(model: nn.Module) -> Host:

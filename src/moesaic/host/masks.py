@@ -116,7 +116,7 @@ def view_of(arguments: Mapping[str, Any], *, training: bool) -> tuple[StackView,
     tokens = num_tokens(arguments)
     mask = arguments.get("attention_mask")
     past = past_length(arguments) if (isinstance(mask, Tensor) and mask.dim() == 4) or isinstance(mask, Mapping) else 0
-    own = StackView(two_d(mask, tokens, past), packed_sequences(arguments) if training else None)
+    own = StackView(two_d(mask, tokens, past), packed_sequences(arguments) if training else None, tokens)
     states = arguments.get("encoder_hidden_states")
     length = states.shape[1] if isinstance(states, Tensor) else None
-    return own, StackView(two_d(arguments.get("encoder_attention_mask"), length))
+    return own, StackView(two_d(arguments.get("encoder_attention_mask"), length), tokens=length)

@@ -210,8 +210,8 @@ class LoRAMixerConfig(MixtureConfig):
         super().__post_init__()
         if self.num_tasks is not None and self.hard_fraction > 0 and self.num_tasks > self.num_experts:
             raise ConfigError(
-                f"num_experts={self.num_experts} and hard_fraction={self.hard_fraction} disagree: stage 1 has an expert "
-                f"a task, and there are {self.num_tasks} tasks"
+                f"num_experts={self.num_experts} and hard_fraction={self.hard_fraction} disagree: stage 1 has an "
+                f"expert a task, and there are {self.num_tasks} tasks"
             )
         if not 0 <= self.hard_fraction <= 1:
             raise ConfigError(f"hard_fraction={self.hard_fraction} must be between 0 and 1")
