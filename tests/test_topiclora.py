@@ -469,7 +469,7 @@ def settings_of(root: Path, kind: str, *more: str) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", ["causal", "encoder"])
-def test_training_encodes_every_prompt_once_and_logs_the_kl(
+def test_training_encodes_each_prompt_that_it_draws_once_and_logs_the_kl(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
@@ -486,8 +486,9 @@ def test_training_encodes_every_prompt_once_and_logs_the_kl(
         train(load_recipe("topiclora", settings))
     files = (tmp_path / "data").glob("*/train.jsonl")
     prompts = [json.loads(line)["prompt"] for file in files for line in file.read_text().splitlines()]
-    assert len(seen) == len(set(prompts))
-    assert set(seen) == set(prompts)
+    drawn = 4 * 4  # steps x rows, fewer than there are
+    assert len(seen) == len(set(seen)) == drawn < len(set(prompts))
+    assert set(seen) <= set(prompts)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     values = [line["router_aux_loss"] for line in lines]
     assert values[0] == 0, "the KL rises from 0"
@@ -504,7 +505,8 @@ def test_a_batch_of_the_trainer_carries_each_rows_own_targets(tmp_path: Path, ki
     prepared = prepare(recipe, examples)
     rows = training_rows(prepared, examples)
     trainer = build_trainer(prepared, examples, rows, RunFolder(tmp_path / "run"), progress=False)
-    chosen = [0, 41, 3]
+    order = list(trainer.run_sampler)
+    chosen = [order[0], order[-1], order[3]]
     got = trainer.data_collator([trainer.train_dataset[i] for i in chosen])[TARGETS]
     wanted = prepared.model.peft_config["default"].targets([examples[i].prompt for i in chosen])
     torch.testing.assert_close(got, wanted)

@@ -139,14 +139,17 @@ def build_trainer(
 ) -> Any:
     """The trainer of a prepared model and its `training_rows`; `moesaic.host`'s mixin adds the auxiliary loss."""
     recipe, tokenizer = prepared.recipe, prepared.base.tokenizer
-    taught = taught_routing(prepared, examples)
+    args = _arguments(prepared, folder)
+    length = recipe.steps * recipe.batch_size * recipe.accumulation * args.world_size
+    sampler = InterleavedSampler([e.task for e in examples], length, seed=recipe.seed, temperature=recipe.temperature)
+    taught = taught_routing(prepared, [examples[i] for i in sorted(set(sampler))])
     trainer: Any
     if prepared.layout is not None:
-        from transformers import Trainer, TrainingArguments
+        from transformers import Trainer
 
         trainer = _class(Trainer, prepared.routed)(
             model=prepared.model,
-            args=TrainingArguments(**training_arguments(recipe, folder)),
+            args=args,
             train_dataset=rows,
             data_collator=EncoderCollator(
                 tokenizer, prepared.layout, max_length=recipe.max_length, task_ids=prepared.routed, targets=taught
@@ -154,32 +157,42 @@ def build_trainer(
         )
     else:
         from datasets import Dataset
-        from trl import SFTConfig, SFTTrainer
+        from trl import SFTTrainer
 
         from moesaic.causal import CausalCollator, question
 
         if taught is not None:
-            rows = [{**row, "targets": taught[question(e)]} for row, e in zip(rows, examples, strict=True)]
+            rows = [{**row, "targets": taught.get(question(e))} for row, e in zip(rows, examples, strict=True)]
         trainer = _class(SFTTrainer, prepared.routed)(
             model=prepared.model,
-            args=SFTConfig(
-                **training_arguments(recipe, folder),
-                max_length=recipe.max_length,
-                dataset_kwargs={"skip_prepare_dataset": True},
-            ),
+            args=args,
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
             data_collator=CausalCollator(tokenizer.pad_token_id, task_ids=prepared.routed),
         )
-    length = recipe.steps * recipe.batch_size * recipe.accumulation * trainer.args.world_size
-    sampler = InterleavedSampler([e.task for e in examples], length, seed=recipe.seed, temperature=recipe.temperature)
     shown = sys.stderr.isatty() if progress is None else progress
     trainer.attach(folder, sampler, keep=recipe.keep, progress=shown)
     return trainer
 
 
+def _arguments(prepared: Prepared, folder: RunFolder) -> Any:
+    """The arguments of HF Trainer, or of SFTTrainer for a causal model."""
+    shared = training_arguments(prepared.recipe, folder)
+    if prepared.layout is not None:
+        from transformers import TrainingArguments
+
+        return TrainingArguments(**shared)
+    from trl import SFTConfig
+
+    dataset = {"skip_prepare_dataset": True}
+    return SFTConfig(**shared, max_length=prepared.recipe.max_length, dataset_kwargs=dataset)
+
+
 def taught_routing(prepared: Prepared, examples: list[data.Example]) -> dict[str, list[float]] | None:
-    """By prompt, what its routing should be like: `MixtureConfig.targets`; None for a method without a teacher."""
+    """By prompt, what its routing should be like: `MixtureConfig.targets`; None for a method without a teacher.
+
+    Asked for the rows that a run draws, since a teacher may have to encode each.
+    """
     if not prepared.routed:
         return None
     from moesaic.causal import question
