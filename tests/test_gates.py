@@ -106,6 +106,25 @@ def test_gradients_of_weights_hold_in_float64(gate: Gate) -> None:
     assert torch.autograd.gradcheck(lambda t: gate(t).weights, [z])
 
 
+@given(logits(), st.data())
+def test_the_written_out_gradient_of_top_k_is_that_of_its_steps(z: Tensor, data: st.DataObject) -> None:
+    k = data.draw(st.integers(1, z.shape[-1]))
+    for normalize, temperature in (("sum", 1.0), ("softmax", 0.1), ("none", 1.0)):
+        gate = TopK(k, normalize=normalize, temperature=temperature)  # type: ignore[arg-type]
+        ours, theirs = (z.double().requires_grad_() for _ in range(2))
+        routing, (weights, probs) = gate(ours), gate.weigh(theirs)
+        assert torch.equal(routing.weights, weights)
+        to_weights, to_probs = torch.randn_like(weights), torch.randn_like(probs)
+        for a, b in ((1.0, 1.0), (1.0, 0.0), (0.0, 1.0)):
+            got, wanted = (
+                torch.autograd.grad((a * to_weights * w + b * to_probs * p).sum(), leaf, retain_graph=True)[0]
+                for w, p, leaf in ((routing.weights, routing.probs, ours), (weights, probs, theirs))
+            )
+            torch.testing.assert_close(got, wanted, atol=1e-13, rtol=1e-9)
+        alone = torch.autograd.grad(gate(ours).probs.square().sum(), ours)[0]
+        torch.testing.assert_close(alone, torch.autograd.grad(probs.square().sum(), theirs)[0], atol=1e-13, rtol=1e-9)
+
+
 @pytest.mark.parametrize("gate", gates(4), ids=str)
 def test_huge_logits_give_no_nan_in_weights_or_gradient(gate: Gate) -> None:
     z = torch.tensor([[1e4, -1e4, 0.0, 5e3], [0.0, 0.0, 0.0, 0.0]], requires_grad=True)

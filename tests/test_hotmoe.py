@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -12,8 +13,8 @@ from torch import Tensor
 import moesaic
 from moesaic.errors import ConfigError
 from moesaic.host import find_host
-from moesaic.lora.hotmoe import ExpertExpertRouter, HotMoEConfig, HotMoERouter, TokenExpertRouter
-from moesaic.routing import LinearRouter, MutualInformation, Record, Routing, Similarity, Site
+from moesaic.lora.hotmoe import ExpertExpertRouter, HotMoEConfig, HotMoERouter, TokenExpertRouter, _TokenAttention
+from moesaic.routing import LinearRouter, MutualInformation, Record, Routing, RoutingContext, Similarity, Site
 from tests import naive_hotmoe as naive
 from tests import tiny
 
@@ -323,6 +324,86 @@ def test_10_the_last_micro_batch_of_a_window_has_the_large_batchs_similarity() -
     assert first != pytest.approx(whole, rel=1e-3)
     next_step()
     assert similarity(slice(0, 2)) == pytest.approx(first, rel=1e-6), "an optimiser step closes the window"
+
+
+# -- one fold for all routers -------------------------------------------------------------------------------------
+
+
+def group_of(kind: type[HotMoERouter]) -> list[Any]:
+    """Three connected routers, of two widths."""
+    routers: list[Any] = [router_of(kind, H=width).train() for width in (12, 7, 12)]
+    HotMoEConfig(num_experts=5).connect(routers)
+    return routers
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_routers_fold_together_as_each_does_alone(kind: type[HotMoERouter]) -> None:
+    routers = group_of(kind)
+    context = RoutingContext(whole=True)
+    inputs = [torch.randn(4, router.value.in_features, dtype=F64) for router in routers]
+    together = [router(h, context) for router, h in zip(routers, inputs, strict=True)]
+    alone = [router(h) for router, h in zip(routers, inputs, strict=True)]
+    torch.testing.assert_close(together, alone, atol=1e-13, rtol=1e-12)
+    parameters = [p for router in routers for p in router.parameters()]
+    cotangents = [torch.randn_like(logits) for logits in alone]
+    got, wanted = (torch.autograd.grad(logits, parameters, cotangents) for logits in (together, alone))
+    torch.testing.assert_close(got, wanted, atol=1e-12, rtol=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_router_that_is_not_used_or_is_frozen_gets_no_gradient(kind: type[HotMoERouter]) -> None:
+    first, unused, frozen = group_of(kind)
+    frozen.key.requires_grad_(False)
+    context = RoutingContext(whole=True)
+    for router in (first, frozen):
+        router(torch.randn(4, 12, dtype=F64), context).square().sum().backward(retain_graph=True)
+    assert all(p.grad is not None for p in first.parameters())
+    assert all(p.grad is None for p in unused.parameters())
+    assert [name for name, p in frozen.named_parameters() if p.grad is None] == ["key.weight"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_folds_without_gradients_does_not_stand_in_for_what_needs_them(kind: type[HotMoERouter]) -> None:
+    first, _, second = group_of(kind)
+    context, h = RoutingContext(whole=True), torch.randn(4, 12, dtype=F64)
+    with torch.no_grad():
+        first(h, context)
+    second(h, context).sum().backward()
+    assert all(p.grad is not None for p in second.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_router_whose_parameters_are_elsewhere_folds_alone(kind: type[HotMoERouter]) -> None:
+    first, second, third = group_of(kind)
+    second.float()
+    context = RoutingContext(whole=True)
+    logits = third(torch.randn(4, 12, dtype=F64), context)
+    assert {key[1] for key in context.state} == {first, third}
+    second(torch.randn(4, 7), context)
+    assert logits.dtype == F64
+    assert {key[1] for key in context.state} == {first, second, third}
+
+
+def test_a_forward_folds_once_for_each_kind_and_a_copy_folds_its_own_routers(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = hotmoe()
+    twin = copy.deepcopy(model)
+    folded: list[list[HotMoERouter]] = []
+    fold_group = HotMoERouter.fold_group
+    monkeypatch.setattr(HotMoERouter, "fold_group", lambda r, state: (folded.append(r.group), fold_group(r, state)))
+    for copied in (model, twin):
+        folded.clear()
+        copied.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        copied(**tiny.batch(copied), use_cache=False).loss.backward()
+        own = {layer.moe_lora_router["default"] for layer in tiny.mixtures(copied).values()}
+        assert len(folded) == 2, "the recomputed layers find what the forward has folded"
+        assert {router for group in folded for router in group} == own
+
+
+def test_token_attentions_written_out_gradient() -> None:
+    router = router_of(TokenExpertRouter)
+    read = torch.randn(2, 3, 9, dtype=F64, requires_grad=True)
+    to_logits, to_variance = (t.detach().requires_grad_() for t in router.fold())
+    assert torch.autograd.gradcheck(_TokenAttention.apply, (read, to_logits, to_variance))
 
 
 # -- the window, the settings, the sizes --------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moesaic.errors import ConfigError
-from moesaic.lora.mix import RANK_SPACE_LIMIT, choose, mix
+from moesaic.lora.mix import RANK_SPACE_LIMIT, choose, mix, read_and_reduce, weigh_and_expand
 
 BACKENDS = ["reference", "rank", "grouped"]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-6}
@@ -291,3 +291,23 @@ def test_shapes_that_would_broadcast_or_not_fit_are_refused(backend, x, weights,
         mix(
             torch.randn(x), A, B, torch.rand(weights), base=None if base is None else torch.zeros(base), backend=backend
         )
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("leading", [(4,), (2, 3), ()])
+def test_reading_and_reducing_is_two_linear_maps(leading: tuple[int, ...], bias: bool) -> None:
+    sizes = [(*leading, 5), (6, 5), (3, 5), *[(3,)] * bias]
+    x, A, weight, *b = (torch.randn(size, dtype=torch.float64, requires_grad=True) for size in sizes)
+    read, z = read_and_reduce(x, A, weight, *(b or [None]))
+    torch.testing.assert_close(read, x @ weight.T + (b[0] if b else 0))
+    torch.testing.assert_close(z, (x @ A.T).reshape(-1, 6))
+    assert torch.autograd.gradcheck(read_and_reduce, (x, A, weight, *(b or [None])))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_scaling_is_on_what_is_added_and_on_every_gradient(shared: bool) -> None:
+    sizes = [(6, 2 if shared else 6), (6, 4), (2, 3, 3), (2, 3, 4)]
+    z, B, weights, base = (torch.randn(size, dtype=torch.float64, requires_grad=True) for size in sizes)
+    twice = weigh_and_expand(z, B, weights, base, scaling=2.0) - base
+    torch.testing.assert_close(twice, 2 * (weigh_and_expand(z, B, weights, base) - base))
+    assert torch.autograd.gradcheck(lambda *t: weigh_and_expand(*t, scaling=2.0), (z, B, weights, base))

@@ -41,9 +41,13 @@ def test_pairs_are_the_nonzero_weights_sorted_by_expert(counts: str) -> None:
 
 
 @pytest.mark.parametrize("counts", ["1", "2", "5", "some"])
-@pytest.mark.parametrize("kernel", ["grouped", "masked"])
+@pytest.mark.parametrize(("kernel", "looped"), [("grouped", True), ("grouped", False), ("masked", True)])
 @pytest.mark.parametrize(("rank", "width"), [(4, 8), (3, 7)])
-def test_every_kernel_equals_a_loop_over_pairs(counts: str, kernel: Kernel, rank: int, width: int) -> None:
+def test_every_kernel_equals_a_loop_over_pairs(
+    counts: str, kernel: Kernel, looped: bool, rank: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not looped:  # what a GPU runs
+        monkeypatch.setattr("moesaic.lora.pairs._loops", lambda rows: False)
     weights, k = drawn(counts)
     dtype = torch.float32 if kernel == "grouped" else F64
     pairs, chosen = Pairs.of(weights, k)

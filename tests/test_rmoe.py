@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import moesaic
 from moesaic.errors import ConfigError
-from moesaic.lora.rmoe import RecurrentRouter, RMoEConfig, chain_of
+from moesaic.lora.rmoe import RecurrentRouter, RMoEConfig, _GRUStep, chain_of, joined
 from moesaic.routing import RoutingContext, Site
 from tests import tiny
 
@@ -140,6 +140,19 @@ def test_the_cell_is_pytorchs_gru_cell() -> None:
     for router, x_i, logits in zip(routers, x, run(routers, x), strict=True):
         h = routers[0].cell(x_i @ router.projector.weight.T, h)
         torch.testing.assert_close(logits, h @ router.head.weight.T, atol=1e-14, rtol=1e-12)
+
+
+def test_the_written_out_step_equals_pytorchs_in_value_and_every_gradient() -> None:
+    cell = nn.GRUCell(P, P).to(F64)
+    x, h = (torch.randn(7, P, dtype=F64, requires_grad=True) for _ in range(2))
+    got, wanted = _GRUStep.apply(x, h, *joined(cell)), cell(x, h)
+    torch.testing.assert_close(got, wanted, atol=1e-14, rtol=1e-12)
+    leaves, cotangent = [x, h, *cell.parameters()], torch.randn_like(wanted)
+    grads = (torch.autograd.grad(out, leaves, cotangent) for out in (got, wanted))
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-13, rtol=1e-11)
+    weight, bias = (t.detach().requires_grad_() for t in joined(cell))
+    assert torch.autograd.gradcheck(_GRUStep.apply, (x, h, weight, bias))
 
 
 @pytest.mark.parametrize("adapted", [[0, 1, 2], [0, 2]])

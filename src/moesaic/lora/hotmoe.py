@@ -24,11 +24,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from itertools import groupby
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from moesaic.errors import ConfigError
@@ -50,9 +53,16 @@ from moesaic.routing import (
 HIDDEN = 4
 """Width of the token-expert MLP, fixed in the authors' code."""
 
+Fold = tuple[Tensor, Tensor]
+Folding = Callable[..., tuple[list[Tensor], list[Tensor]]]
+
 
 class HotMoERouter(Router, ABC):
-    """What both kinds share: values, expert embeddings and the two attention projections."""
+    """What both kinds share: values, expert embeddings and the two attention projections.
+
+    What routing needs beside the token is a fold of the parameters, made once a forward for all routers of the kind
+    in an adapter: `group` holds them, unregistered.
+    """
 
     shared = ("query.weight", "key.weight", "hidden.weight", "hidden.bias")
 
@@ -63,41 +73,79 @@ class HotMoERouter(Router, ABC):
         self.norm = nn.LayerNorm([num_experts, expert_dim])
         self.query = nn.Linear(expert_dim, attention_dim, bias=False)
         self.key = nn.Linear(expert_dim, attention_dim, bias=False)
-        self._cache: tuple[Any, tuple[Tensor, Tensor]] | None = None
-
-    def keys(self) -> tuple[Tensor, Tensor]:
-        """(G (E, d), W_k G / sqrt(a) (E, a)) in the parameters' precision, at least float32."""
-        norm = self.norm
-        weight, bias = _at_least_fp32(norm.weight), _at_least_fp32(norm.bias)
-        g = F.layer_norm(_at_least_fp32(self.embedding), list(norm.normalized_shape), weight, bias, norm.eps)
-        return g, float_linear(self.key, g) / math.sqrt(self.key.out_features)
+        self.group: list[HotMoERouter] = [self]
+        self._cache: tuple[Any, Fold] | None = None
 
     @abstractmethod
-    def fold(self) -> tuple[Tensor, Tensor]:
-        """What attention needs beside the token, from parameters alone."""
+    def folds(self) -> tuple[Tensor, ...]:
+        """The parameters that the fold is made of, in the order of `fold_stacked`."""
 
-    def folded(self) -> tuple[Tensor, Tensor]:
-        """`fold()`, once a forward; in evaluation once until a parameter changes."""
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            self._cache = None
+    @abstractmethod
+    def fold_stacked(self, *runs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """What routing needs beside the token, of R routers at once.
+
+        Each of the parameters comes in runs of one shape, stacked (n, ...), n adding up to R; so do the results.
+        """
+
+    def parts(self) -> tuple[Tensor, ...]:
+        norm = self.norm
+        return self.embedding, norm.weight, norm.bias, self.key.weight, self.query.weight
+
+    def attended(self, *runs: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """G (R, E, d), and W_q^T W_k G / sqrt(a) (R, E, d), whose products with what asks are attention's logits."""
+        [embedding], [gamma], [beta], [key], [query] = runs
+        g = torch.addcmul(beta, F.layer_norm(embedding, embedding.shape[1:], eps=self.norm.eps), gamma)
+        return g, torch.bmm(torch.bmm(g, key.transpose(1, 2)) / math.sqrt(key.shape[1]), query)
+
+    def folded(self, context: RoutingContext | None) -> Fold:
+        """This router's fold: once a forward; in evaluation once until a parameter changes."""
+        if torch.compiler.is_compiling():
             return self.fold()
+        if self.training or torch.is_grad_enabled():
+            self._cache = None
+            if context is None or not context.whole:
+                return self.fold()
+            if _key(self) not in context.state:
+                self.fold_group(context.state)
+            return cast(Fold, context.state[_key(self)])
         versions = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.parameters()]
         key = (optimizer_steps(), versions)
         if self._cache is None or self._cache[0] != key:
             self._cache = (key, self.fold())
         return self._cache[1]
 
+    def fold(self) -> Fold:
+        """The fold of this router alone."""
+        [first], [second] = self.fold_stacked(*([_at_least_fp32(p).unsqueeze(0)] for p in self.folds()))
+        return first.squeeze(0), second.squeeze(0)
+
+    def fold_group(self, state: MutableMapping[Any, Any]) -> None:
+        """Folds of the group into `state`; of those alone whose parameters are here as this router's are (FSDP)."""
+        parts = {router: router.folds() for router in self.group}
+        kinds = {r: [(type(p), p.dtype, p.device, p.shape[:1]) for p in part] for r, part in parts.items()}
+        alike = [router for router in self.group if kinds[router] == kinds[self]]
+        made = batched(self.fold_stacked, [parts[router] for router in alike])
+        for router, fold in zip(alike, made, strict=True):
+            state.setdefault(_key(router), fold)
+
 
 class ExpertExpertRouter(HotMoERouter):
     """Attention among experts, the same for every token: a linear router with weight S W_v and bias S b."""
 
-    def fold(self) -> tuple[Tensor, Tensor]:
-        g, keys = self.keys()
-        attention = torch.softmax(float_linear(self.query, g) @ keys.t(), dim=-1)
-        return attention @ _at_least_fp32(self.value.weight), attention @ _at_least_fp32(self.value.bias)
+    def folds(self) -> tuple[Tensor, ...]:
+        return *self.parts(), self.value.weight, self.value.bias
+
+    def fold_stacked(self, *runs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Weight (R, E, d_in) and bias (R, E)."""
+        values, [bias] = runs[5:]
+        g, asked = self.attended(*runs[:5])
+        attention = torch.softmax(torch.bmm(g, asked.transpose(1, 2)), dim=-1)
+        each = attention.split_with_sizes([len(value) for value in values])
+        weights = [torch.bmm(s, value) for s, value in zip(each, values, strict=True)]
+        return weights, [torch.bmm(attention, bias.unsqueeze(-1)).squeeze(-1)]
 
     def projection(self, context: RoutingContext | None = None) -> tuple[Tensor, Tensor]:
-        return self.folded()
+        return self.folded(context)
 
     def extra_repr(self) -> str:
         return "expert-expert"
@@ -115,20 +163,23 @@ class TokenExpertRouter(HotMoERouter):
         bound = 1 / math.sqrt(HIDDEN)
         self.expand = nn.Parameter(torch.empty(num_experts, expert_dim, HIDDEN + 1).uniform_(-bound, bound))
 
-    def fold(self) -> tuple[Tensor, Tensor]:
-        """What takes [z, 1] to attention logits (E*E, 5) and to its variance (5, 5), stacked; and c (E*E, 1).
+    def folds(self) -> tuple[Tensor, ...]:
+        return *self.parts(), self.expand
 
-        Rows are ordered key first, (f, e): the softmax then runs over the first axis.
+    def fold_stacked(self, *runs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """What takes [z, 1] / std, 1 to attention logits, [M, c] (R, E*E, 6); and [z, 1] to its variance (R, 5, 5).
+
+        Rows are ordered key first, (f, e): the softmax then runs over the first axis. The variance is a quadratic
+        form; the norm's epsilon is in its constant term.
         """
-        _, keys = self.keys()
-        projected = keys @ _at_least_fp32(self.query.weight)
-        expand = _at_least_fp32(self.expand)
-        centred = expand - expand.mean(dim=(0, 1))
-        gamma, beta = _at_least_fp32(self.norm.weight), _at_least_fp32(self.norm.bias)
-        logits = torch.einsum("eij,fi->fej", gamma.unsqueeze(-1) * centred, projected).flatten(0, 1)
-        flat = centred.flatten(0, 1)
-        variance = flat.t() @ flat / len(flat)
-        return torch.cat([logits, variance]), (projected @ beta.t()).reshape(-1, 1)
+        [gamma], [beta], [expand] = runs[1], runs[2], runs[5]
+        asked = self.attended(*runs[:5])[1]
+        centred = expand - expand.mean(dim=(1, 2), keepdim=True)
+        scaled = torch.cat([gamma.unsqueeze(-1) * centred, beta.unsqueeze(-1)], dim=-1)
+        logits = torch.bmm(asked, scaled.transpose(1, 2).flatten(2)).view(len(asked), -1, HIDDEN + 2)
+        flat, constant = centred.flatten(1, 2), expand.new_tensor([0.0] * HIDDEN + [self.norm.eps]).diag()
+        variance = torch.baddbmm(constant, flat.transpose(1, 2), flat, alpha=1 / flat.shape[1])
+        return [logits], [variance]
 
     def projection(self, context: RoutingContext | None = None) -> tuple[Tensor, Tensor] | None:
         """Values and MLP features in one map, unless dropout parts their inputs."""
@@ -144,24 +195,117 @@ class TokenExpertRouter(HotMoERouter):
         return super().score(h, context)
 
     def from_projection(self, read: Tensor, context: RoutingContext | None = None) -> Tensor:
-        """Tokens on the last axis throughout: a softmax over 8 experts is ten times faster across rows than in them."""
-        num_experts = self.num_experts
-        columns = read.reshape(-1, num_experts + HIDDEN).t().contiguous()
-        value, z = columns.split([num_experts, HIDDEN])
-        z = torch.cat([torch.relu(z), z.new_ones(1, z.shape[1])])
-        folded, offset = (t.to(read.dtype) for t in self.folded())
-        to_logits, to_variance = folded.split([num_experts**2, HIDDEN + 1])
-        variance = (z * (to_variance @ z)).sum(dim=0, keepdim=True)
-        logits = torch.addmm(offset, to_logits, z * (variance + self.norm.eps).rsqrt())
-        attention = torch.softmax(logits.view(num_experts, num_experts, -1), dim=0)
-        return (attention * value.unsqueeze(1)).sum(dim=0).t().reshape(*read.shape[:-1], num_experts)
+        to_logits, to_variance = (t if t.dtype == read.dtype else t.to(read.dtype) for t in self.folded(context))
+        return cast(Tensor, _TokenAttention.apply(read, to_logits, to_variance))
 
     def extra_repr(self) -> str:
         return "token-expert"
 
 
+class _TokenAttention(torch.autograd.Function):
+    """Logits (..., E) from values and MLP features, read (..., E+4) = [u, z], and a token-expert router's fold.
+
+    Tokens are on the last axis throughout: a softmax over 8 experts is ten times faster across rows than in them.
+    With y = [z~ s, 1] and s = 1 / std(z~), S = softmax(M y) over its first axis and logits_e = sum_f S_fe u_f, so that
+    dL/d(M y)_fe = S_fe g_e (u_f - logits_e).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, read: Tensor, to_logits: Tensor, to_variance: Tensor) -> Tensor:
+        num_experts = read.shape[-1] - HIDDEN
+        columns = F.pad(read.reshape(-1, read.shape[-1]).t(), (0, 0, 0, 2), value=1.0)
+        value, y = columns.split_with_sizes([num_experts, HIDDEN + 2])
+        z = y.relu_()[:-1]
+        scale = (z * torch.mm(to_variance, z)).sum(dim=0).rsqrt_()
+        z *= scale
+        attention = torch.softmax(torch.mm(to_logits, y).view(num_experts, num_experts, -1), dim=0)
+        logits = (attention * value.unsqueeze(1)).sum(dim=0)
+        ctx.save_for_backward(columns, scale, attention, logits, to_logits, to_variance)
+        return logits.t().view(*read.shape[:-1], num_experts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        columns, scale, attention, logits, to_logits, to_variance = ctx.saved_tensors
+        value, y = columns.split_with_sizes([len(logits), HIDDEN + 2])
+        z = y[:-1]
+        flow = attention * grad.reshape(-1, len(logits)).t().contiguous()
+        to_value = flow.sum(dim=1)
+        flow = flow.mul_(value.unsqueeze(1) - logits).view(len(to_logits), -1)
+        to_z = torch.mm(to_logits[:, :-1].t(), flow)
+        along = (to_z * z).sum(dim=0)
+        to_quadratic = torch.addmm(to_variance, z * along, z.t(), beta=0, alpha=-0.5)
+        to_z = torch.addcmul(to_z, along, torch.mm(to_variance, z), value=-1).mul_(scale)
+        to_features = torch.ops.aten.threshold_backward(to_z[:-1], z[:-1], 0)
+        to_read = torch.cat([to_value, to_features]).t().view(*grad.shape[:-1], len(logits) + HIDDEN)
+        return to_read, torch.mm(flow, y.t()), to_quadratic
+
+
+def _key(router: HotMoERouter) -> Any:
+    """Where a router's fold is in the context's state; what was made without gradients is not for those with."""
+    return HotMoERouter, router, torch.is_grad_enabled()
+
+
+def batched(fold: Folding, parameters: list[tuple[Tensor, ...]]) -> list[Fold]:
+    """The folds of R routers from their parameters, with the kernels of about one."""
+    count = len(parameters)
+    made = _Batched.apply(fold, count, *(p for alike in zip(*parameters, strict=True) for p in alike))
+    return list(zip(made[:count], made[count:], strict=True))
+
+
+class _Batched(torch.autograd.Function):
+    """Differentiated by a graph of its own, so that parameters of routers that went unused get no gradient.
+
+    And so that nothing is saved by autograd: gradient checkpointing must find its second run to save what the first
+    one did, but the second finds the folds in the context's state.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, fold: Folding, count: int, *parameters: Tensor) -> tuple[Tensor, ...]:
+        wanted = any(ctx.needs_input_grad)
+        runs = [
+            [_stack(list(run)).requires_grad_(wanted) for _, run in groupby(parameters[i : i + count], key=_shape)]
+            for i in range(0, len(parameters), count)
+        ]
+        with torch.set_grad_enabled(wanted), torch.autograd.graph.saved_tensors_hooks(_as_is, _as_is):
+            made = [m for results in fold(*runs) for m in results]
+        ctx.leaves, ctx.made, ctx.count = [leaf for run in runs for leaf in run], made, count
+        ctx.set_materialize_grads(False)
+        return tuple(part for m in made for part in _unstack(m.detach()))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        made, count, outputs, start = ctx.made, ctx.count, [], 0
+        for m in made:
+            given, start = grads[start : start + len(m)], start + len(m)
+            outputs.append(_stack([torch.zeros_like(m[0]) if g is None else g for g in given]))
+        inner = torch.autograd.grad(made, ctx.leaves, outputs, retain_graph=True)
+        used = [grads[i] is not None or grads[count + i] is not None for i in range(count)]
+        parts = enumerate(part for g in inner for part in _unstack(g))
+        wanted = ctx.needs_input_grad[2:]
+        return None, None, *(part if wanted[i] and used[i % count] else None for i, part in parts)
+
+
+def _shape(t: Tensor) -> torch.Size:
+    return t.shape
+
+
+def _stack(run: list[Tensor]) -> Tensor:
+    """(n, ...) in at least float32."""
+    return _at_least_fp32(torch.cat(run)).view(len(run), *run[0].shape)
+
+
+def _unstack(t: Tensor) -> tuple[Tensor, ...]:
+    return t.flatten(0, 1).split_with_sizes([t.shape[1]] * len(t))
+
+
+def _as_is(t: Tensor) -> Tensor:
+    return t
+
+
 def _at_least_fp32(t: Tensor) -> Tensor:
-    return t if t.dtype == torch.float64 else t.float()
+    return t if t.dtype in (torch.float32, torch.float64) else t.float()
 
 
 @dataclass
@@ -219,6 +363,14 @@ class HotMoEConfig(MixtureConfig):
         if self.is_expert_expert(site):
             return ExpertExpertRouter(site.d_in, self.num_experts, **sizes)
         return TokenExpertRouter(site.d_in, self.num_experts, dropout=self.lora_dropout, **sizes)
+
+    def connect(self, routers: list[Router]) -> None:
+        """Routers of one kind fold together, those of one width side by side."""
+        found = [router for router in routers if isinstance(router, HotMoERouter)]
+        groups: dict[Any, list[HotMoERouter]] = {}
+        for router in sorted(found, key=lambda router: router.value.in_features):
+            router.group = groups.setdefault(type(router), [])
+            router.group.append(router)
 
     def gate(self) -> Gate:
         if self.top_k is None:

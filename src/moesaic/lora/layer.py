@@ -132,12 +132,9 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
             weights = routing.weights * scaling
             z = self._drop(adapter, z)
             return mix(z, A, B, weights, base=out, backend=self.backends[adapter], top_k=self._gate_of(adapter).top_k)
-        flat = z.reshape(-1, z.shape[-1])
-        read, low = read_and_reduce(flat, A, *projection)
-        logits = router.from_projection(read.view(*z.shape[:-1], -1), context)
-        weights = self._gate(adapter, x, logits, context).weights
-        flat_weights, flat_out = weights.reshape(-1, router.num_experts), out.reshape(-1, out.shape[-1])
-        return weigh_and_expand(low, B, flat_weights, flat_out, scaling=scaling).view(out.shape)
+        read, low = read_and_reduce(z, A, *projection)
+        weights = self._gate(adapter, x, router.from_projection(read, context), context).weights
+        return weigh_and_expand(low, B, weights, out, scaling=scaling)
 
     def _fuses(self, adapter: str, router: Router, z: Tensor) -> bool:
         """Whether router and A may read the input in one product: same float32 input, rank space, nobody watching."""

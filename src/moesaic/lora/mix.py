@@ -118,7 +118,8 @@ def rank_space(x: Tensor, A: Tensor, B: Tensor, weights: Tensor, base: Tensor | 
 
 
 def read_and_reduce(x: Tensor, A: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The first half of rank space and a router's map in one product: `x weight^T + bias` (N, P) and `x A^T`."""
+    """A router's map and half of rank space in one product: `x weight^T + bias` (..., P) and `x A^T` (N, E*r)."""
+    weight = weight if weight.dtype == A.dtype else weight.to(A.dtype)
     return cast(tuple[Tensor, Tensor], _ReadAndReduce.apply(x, A, weight, bias))
 
 
@@ -128,47 +129,50 @@ class _ReadAndReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, A: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, A, weight)
-        product = torch.mm(x, torch.cat([weight.to(A.dtype), A]).t())
+        product = torch.mm(x.reshape(-1, x.shape[-1]), torch.cat([weight, A]).t())
         if bias is not None:
             product[:, : len(weight)].add_(bias)
-        read, z = product.split([len(weight), len(A)], dim=1)
-        return read, z
+        read, z = product.split_with_sizes([len(weight), len(A)], dim=1)
+        return read.view(*x.shape[:-1], len(weight)), z
 
     @staticmethod
     def backward(ctx: Any, grad_read: Tensor, grad_z: Tensor) -> tuple[Tensor | None, ...]:
         x, A, weight = ctx.saved_tensors
         to_x, to_a, to_weight, to_bias = ctx.needs_input_grad
+        grad_read = grad_read.reshape(-1, len(weight))
         grad = torch.cat([grad_read, grad_z], dim=1)
-        grad_x = torch.mm(grad, torch.cat([weight.to(A.dtype), A])) if to_x else None
+        grad_x = torch.mm(grad, torch.cat([weight, A])).view(x.shape) if to_x else None
         grad_weight = grad_a = None
         if to_a or to_weight:
-            grad_weight, grad_a = torch.mm(grad.t(), x).split([len(weight), len(A)])
+            stacked = torch.mm(grad.t(), x.reshape(-1, x.shape[-1]))
+            grad_weight, grad_a = stacked.split_with_sizes([len(weight), len(A)])
         return grad_x, grad_a, grad_weight, grad_read.sum(dim=0) if to_bias else None
 
 
 def weigh_and_expand(
     z: Tensor, B: Tensor, weights: Tensor, base: Tensor | None = None, *, scaling: float = 1.0
 ) -> Tensor:
-    """The second half of rank space: z = x A^T (N, E*r or r) is weighted and taken up by B, then added to `base`."""
+    """The second half of rank space: z = x A^T (N, E*r or r) is weighted and taken up by B, then added to `base`.
+
+    `weights` (..., E) and `base` (..., d_out) may have more axes than z.
+    """
     if base is not None and base.dtype == z.dtype == B.dtype and not torch.is_autocast_enabled(z.device.type):
-        return cast(Tensor, _WeighAndExpand.apply(z, weights.to(z.dtype), B, base, scaling))
+        weights = weights if weights.dtype == z.dtype else weights.to(z.dtype)
+        return cast(Tensor, _WeighAndExpand.apply(z, weights, B, base, scaling))
     z = _weigh(z, (weights * scaling).to(z.dtype), len(B))
     if base is None:
         return z @ B
     if base.dtype == z.dtype and torch.is_autocast_enabled(z.device.type):
-        return torch.addmm(base, z, B)
-    return base + (z @ B).to(base.dtype)
+        return torch.addmm(base.reshape(len(z), base.shape[-1]), z, B).view(base.shape)
+    return base + (z @ B).to(base.dtype).view(base.shape)
 
 
 def _weigh(z: Tensor, weights: Tensor, rows: int) -> Tensor:
-    """z (N, E*r) times weights (N, E), each weight over its expert's r columns; z (N, r) is every expert's."""
-    return (_by_expert(z, weights, rows) * weights.unsqueeze(-1)).flatten(1)
-
-
-def _by_expert(z: Tensor, weights: Tensor, rows: int) -> Tensor:
-    """z as (N, E, r), or (N, 1, r) where all experts share it."""
-    rank = rows // weights.shape[-1]
-    return z.view(len(z), z.shape[-1] // rank, rank)
+    """z (N, E*r) times weights (..., E), each weight over its expert's r columns; z (N, r) is every expert's."""
+    tokens, num_experts = len(z), weights.shape[-1]
+    rank = rows // num_experts
+    each = weights.reshape(tokens, num_experts, 1)
+    return (z.view(tokens, z.shape[-1] // rank, rank) * each).view(tokens, rows)
 
 
 class _WeighAndExpand(torch.autograd.Function):
@@ -178,28 +182,30 @@ class _WeighAndExpand(torch.autograd.Function):
     def forward(ctx: Any, z: Tensor, weights: Tensor, B: Tensor, base: Tensor, scaling: float) -> Tensor:
         ctx.save_for_backward(z, weights, B)
         ctx.scaling = scaling
-        return torch.addmm(base, _weigh(z, weights, len(B)), B, alpha=scaling)
+        low = _weigh(z, weights, len(B))
+        return torch.addmm(base.reshape(len(z), base.shape[-1]), low, B, alpha=scaling).view(base.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         z, weights, B = ctx.saved_tensors
         to_z, to_weights, to_b, to_base = ctx.needs_input_grad[:4]
-        grad_z = grad_weights = None
+        tokens, num_experts = len(z), weights.shape[-1]
+        rank = len(B) // num_experts
+        flat, parts = grad.reshape(tokens, grad.shape[-1]), z.view(tokens, z.shape[-1] // rank, rank)
+        each = weights.reshape(tokens, num_experts, 1)
+        grad_z = grad_weights = grad_b = None
         if to_z or to_weights:
-            back = _by_expert(_scaled_mm(grad, B.t(), ctx.scaling), weights, len(B))
-            parts = _by_expert(z, weights, len(B))
+            unread = z if z.shape[-1] == len(B) else z.new_empty(())
+            back = torch.addmm(unread, flat, B.t(), beta=0, alpha=ctx.scaling).view(tokens, num_experts, rank)
             if to_z:
-                grad_z = back * weights.unsqueeze(-1)
+                grad_z = back * each
                 grad_z = (grad_z.sum(dim=1) if parts.shape[1] < back.shape[1] else grad_z).view(z.shape)
             if to_weights:
-                grad_weights = (back * parts).sum(dim=-1)
-        grad_b = _scaled_mm(_weigh(z, weights, len(B)).t(), grad, ctx.scaling) if to_b else None
+                grad_weights = (back * parts).sum(dim=-1).view(weights.shape)
+        if to_b:
+            low = (parts * each).view(tokens, len(B))
+            grad_b = torch.addmm(B, low.t(), flat, beta=0, alpha=ctx.scaling)
         return grad_z, grad_weights, grad_b, grad if to_base else None, None
-
-
-def _scaled_mm(a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """`scaling * a b` in one kernel; with beta=0 what is added to is never read."""
-    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scaling)
 
 
 def grouped(x: Tensor, A: Tensor, B: Tensor, weights: Tensor, base: Tensor | None = None) -> Tensor:

@@ -10,13 +10,14 @@ them one matrix product. Matrices are (E, r, F) for down and up projections alik
 
 | kernel | products | when |
 | --- | --- | --- |
-| `grouped` | `grouped_mm`, on rows padded to its strides | wherever it runs |
+| `grouped` | `grouped_mm`, on rows padded to its strides; on a CPU a loop over experts | wherever it runs |
 | `masked` | every expert's, on every pair | backend="reference"; float64; `torch.compile` but for bf16 |
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, cast
 
 import torch
@@ -62,6 +63,15 @@ class Pairs:
 
     def __len__(self) -> int:
         return len(self.order)
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Rows of each expert, read from the device."""
+        return self.ends.diff(prepend=self.ends.new_zeros(1)).tolist()
+
+    def split(self, rows: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
+        """Each expert's rows."""
+        return rows.split_with_sizes(self.sizes, dim)
 
     @property
     def cell(self) -> Tensor:
@@ -190,22 +200,43 @@ class _WeightedSum(torch.autograd.Function):
 
 def _up(z: Tensor, m: Tensor, pairs: Pairs, onto: Tensor | None = None) -> Tensor:
     """z (P, r), m (E, r, F) -> (P, F), added to `onto` in place where given."""
-    lanes = 16 // z.element_size()
-    out = F.grouped_mm(_pad(z, lanes), _pad(m, lanes), offs=pairs.ends)[:, : m.shape[-1]]
-    return out if onto is None else onto.add_(out)
+    if not _loops(z):
+        lanes = 16 // z.element_size()
+        out = F.grouped_mm(_pad(z, lanes), _pad(m, lanes), offs=pairs.ends)[:, : m.shape[-1]]
+        return out if onto is None else onto.add_(out)
+    adds = onto is not None and onto.dtype == z.dtype
+    out = cast(Tensor, onto) if adds else z.new_empty(len(z), m.shape[-1])
+    for part, low, each in zip(pairs.split(out), pairs.split(z), m.unbind(), strict=True):
+        torch.addmm(part, low, each, out=part, beta=int(adds))
+    return out if adds or onto is None else onto.add_(out)
 
 
 def _down(rows: Tensor, m: Tensor, pairs: Pairs) -> Tensor:
     """rows (P, F), m (E, r, F) -> (P, r)."""
-    lanes = 16 // rows.element_size()
-    return F.grouped_mm(_pad(rows, lanes), _pad(m, lanes).transpose(-1, -2), offs=pairs.ends)[:, : m.shape[1]]
+    if not _loops(rows):
+        lanes = 16 // rows.element_size()
+        return F.grouped_mm(_pad(rows, lanes), _pad(m, lanes).transpose(-1, -2), offs=pairs.ends)[:, : m.shape[1]]
+    out = rows.new_empty(len(rows), m.shape[1])
+    for part, high, each in zip(pairs.split(out), pairs.split(rows), m.transpose(1, 2).unbind(), strict=True):
+        torch.mm(high, each, out=part)
+    return out
 
 
 def _outer(z: Tensor, rows: Tensor, pairs: Pairs) -> Tensor:
     """z (P, r), rows (P, F) -> (E, r, F): each expert's z^T rows."""
-    lanes = 16 // z.element_size()
-    out = F.grouped_mm(_pad(z, lanes).t(), _pad(rows, lanes), offs=pairs.ends)
-    return out[:, : z.shape[-1], : rows.shape[-1]]
+    if not _loops(z):
+        lanes = 16 // z.element_size()
+        out = F.grouped_mm(_pad(z, lanes).t(), _pad(rows, lanes), offs=pairs.ends)
+        return out[:, : z.shape[-1], : rows.shape[-1]]
+    out = z.new_empty(len(pairs.ends), z.shape[-1], rows.shape[-1])
+    for each, low, high in zip(out.unbind(), pairs.split(z.t(), dim=1), pairs.split(rows), strict=True):
+        torch.mm(low, high, out=each)
+    return out
+
+
+def _loops(rows: Tensor) -> bool:
+    """Whether experts are looped over: torch's CPU kernel does so too, with twice the operators and no adding."""
+    return rows.is_cpu and not torch.compiler.is_compiling()
 
 
 def _pad(m: Tensor, lanes: int) -> Tensor:

@@ -49,6 +49,8 @@ class RoutingContext:
     """Share of the training that is done, for routers and losses that change with it; 1 where nobody tells."""
     state: MutableMapping[Any, Any] = field(default_factory=dict)
     """Handed from layer to layer within one forward. Write each key once (`setdefault`)."""
+    whole: bool = False
+    """Whether that forward is one of the whole model, so that what is made once for all layers is of use to all."""
     memory: MutableMapping[Any, Any] = field(default_factory=dict)
     """Kept for as long as one KV cache lives: scores computed at prefill, read at every decoding step."""
 
