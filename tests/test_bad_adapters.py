@@ -268,3 +268,25 @@ def test_an_edited_config_is_an_adapter_error(change: dict[str, Any], good: Path
     with pytest.raises(AdapterError) as error:
         moesaic.from_pretrained(base_of(good), folder)
     one_line(error)
+
+
+@pytest.mark.parametrize("pattern", [3, [1], {"q_proj": "x"}, {"q_proj": None}, {"q_proj": 2.5}, {3: 4}])
+def test_rank_patterns_of_the_wrong_kind_are_refused(pattern: Any) -> None:
+    with pytest.raises(ConfigError, match="rank_pattern"):
+        METHODS["mola"](rank_pattern=pattern)
+
+
+def test_a_rank_pattern_must_name_something_and_the_longest_name_wins() -> None:
+    with pytest.raises(ConfigError, match="rank_pattern: 'nope' is neither"):
+        wrap(llama(), small("mola", rank_pattern={"nope": 64}))
+    model = wrap(llama(), small("mola", rank_pattern={"q_proj": 6, "layers.0.self_attn.q_proj": 2}))
+    ranks = {layer.name: len(layer.moe_lora_B["default"]) // 4 for layer in mixtures(model).values()}
+    assert ranks["model.layers.0.self_attn.q_proj"] == 2
+    assert ranks["model.layers.1.self_attn.q_proj"] == 6
+    assert ranks["model.layers.1.self_attn.k_proj"] == 4
+
+
+def test_rows_of_several_adapters_are_refused() -> None:
+    model = wrap(llama(), small("mola"))
+    with pytest.raises(ConfigError, match="adapter_names"):
+        model(**batch(model), adapter_names=["default", "__base__", "default"])

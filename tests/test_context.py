@@ -209,3 +209,28 @@ def test_task_ids_that_do_not_divide_the_batch_are_refused(toy: str) -> None:
 def test_a_flat_input_has_task_ids_only_if_it_holds_whole_sequences(rows: int, tokens: Any, wanted: Any) -> None:
     ids = by_row(torch.tensor([7, 9]), torch.zeros(rows, 4), tokens, TASK_IDS)
     assert (None if ids is None else ids.tolist()) == wanted
+
+
+@pytest.mark.parametrize(
+    "ids", [["a"], None, 0, [[0, 1, 1]], [0.5, 1.0, 1.0], [True, False, True], float("nan")], ids=str
+)
+def test_task_ids_must_be_whole_numbers_one_a_row(ids: Any, toy: str) -> None:
+    model = wrap(llama(), small(toy))
+    with pytest.raises(ConfigError, match="task_ids"), moesaic.routing_tasks(model, task_ids=ids):
+        pass
+    with pytest.raises(ConfigError, match=TASK_IDS):
+        model(**batch(model), **{TASK_IDS: ids if ids is not None else "none"})
+
+
+def test_in_training_every_row_has_its_own_task_id(toy: str) -> None:
+    model = wrap(llama(), small(toy))
+    inputs = batch(model, rows=4)
+    model(**inputs, **{TASK_IDS: torch.tensor([0, 1])})  # two beams of two rows
+    with pytest.raises(ConfigError, match="2 entries for a batch of 4 rows"):
+        model.train()(**inputs, **{TASK_IDS: torch.tensor([0, 1])})
+
+
+@pytest.mark.parametrize("progress", [-0.1, 1.5, float("nan"), "half"])
+def test_progress_is_a_share(progress: Any, toy: str) -> None:
+    with pytest.raises(ConfigError, match="must be between 0 and 1"):
+        moesaic.set_training_progress(wrap(llama(), small(toy)), progress)

@@ -108,6 +108,17 @@ def test_a_saved_recombination_is_read_back(tmp_path: Path) -> None:
     assert read.part("hotmoe").expert_dim == 8
 
 
+def test_a_taught_loss_is_taught_and_its_prototypes_are_kept() -> None:
+    own = {"topiclora": {"encoder": "hashing", "topic_dim": 8}}
+    config = custom(router_of="topiclora", gate_of="mola", losses_of="topiclora", settings=own)
+    model = tiny.wrap(tiny.llama(), config)
+    targets = config.targets(["add 3 and 4", "translate the word"])
+    assert targets is not None
+    assert targets.shape == (2, 4)
+    kept = model.peft_config["default"].settings["topiclora"]["prototypes"]
+    assert kept == config.part("topiclora").prototypes
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -119,6 +130,11 @@ def test_a_saved_recombination_is_read_back(tmp_path: Path) -> None:
         ({"router_of": "mola", "settings": {"mola": {"topk": 2}}}, "unknown setting 'topk' for MoLAConfig"),
         ({"router_of": "mola", "top_k": 5}, "top_k=5 must be between 1 and num_experts=4"),
         ({"router_of": "mola", "losses_of": ["lora-mixer"]}, "losses_of=lora-mixer and router_of=mola disagree"),
+        ({"settings": {"mola": {"r": 64}}}, "settings.mola.r has no effect"),
+        ({"settings": {"mola": {"num_experts": 2}}}, "settings.mola.num_experts has no effect"),
+        ({"router_of": ["mola", "mola"]}, "router_of=mola,mola names one twice"),
+        ({"router_of": 5}, "must be names of methods"),
+        ({"gate_of": ["mola"]}, "must be the name of one method"),
         ({"settings": {"mola": 3}}, "must hold settings by method"),
     ],
 )

@@ -266,7 +266,7 @@ def test_targets_that_do_not_fit_are_refused() -> None:
     model = tiny.wrap(tiny.llama(), tiny.small("topiclora")).train()
     inputs = batch(model)
     with pytest.raises(ConfigError, match=r"routing_targets is \(3, 5\) for 3 rows and num_experts=4"):
-        model(**{**inputs, TARGETS: torch.ones(3, 5)})
+        model(**{**inputs, TARGETS: torch.full((3, 5), 0.2)})
 
 
 def test_the_balance_loss_is_an_option() -> None:
@@ -511,3 +511,19 @@ def test_a_batch_of_the_trainer_carries_each_rows_own_targets(tmp_path: Path, ki
     wanted = prepared.model.peft_config["default"].targets([examples[i].prompt for i in chosen])
     torch.testing.assert_close(got, wanted)
     assert not torch.equal(got[0], got[1])
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (torch.full((2, 4), 0.25), "has 2 entries for a batch of 3 rows"),
+        (torch.full((3, 4), -0.25), "not negative, and each row adding up to 1"),
+        (torch.full((3, 4), float("nan")), "not negative, and each row adding up to 1"),
+        (torch.full((3,), 0.25), "a float tensor"),
+        ([[0.25] * 4] * 3, "a float tensor"),
+    ],
+)
+def test_targets_that_are_no_shares_are_refused(targets: Any, message: str) -> None:
+    model = tiny.wrap(tiny.llama(), tiny.small("topiclora")).train()
+    with pytest.raises(ConfigError, match=message):
+        model(**{**batch(model), TARGETS: targets})

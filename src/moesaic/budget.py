@@ -35,10 +35,9 @@ def matched(recipe: Recipe, base: Base) -> Recipe:
     if "target_modules" in other.adapter:
         adapter.setdefault("target_modules", other.adapter["target_modules"])
     solved = solve(replace(recipe, adapter=adapter), base, count(base, other)[0], f"match={recipe.match}")
-    if (recipe.adapter.get("rank_pattern") or None) not in (None, solved.adapter.get("rank_pattern")):
-        raise ConfigError(
-            f"match={recipe.match} solves the ranks, adapter.rank_pattern sets them: leave one of them out"
-        )
+    for key in ("rank_pattern", "alpha_pattern"):
+        if (recipe.adapter.get(key) or None) not in (None, solved.adapter.get(key)):
+            raise ConfigError(f"match={recipe.match} solves the ranks, adapter.{key} sets them: leave one of them out")
     return solved
 
 

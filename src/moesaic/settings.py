@@ -40,10 +40,8 @@ def parse_overrides(overrides: Sequence[str], *, lists: Collection[str] = ("task
             parsed = value
         if isinstance(parsed, str):
             parsed = _scalar(parsed)
-        section, dot, name = key.partition(".")
-        if dot and section == "adapter":
-            _put(given, [section, name], parsed, text)
-        elif dot and section == "arms":
+        section, dot, _ = key.partition(".")
+        if dot and section in ("adapter", "arms"):
             _put(given, key.split("."), parsed, text)
         else:
             given[key] = [parsed] if key in lists and isinstance(parsed, (str, int, float)) else parsed

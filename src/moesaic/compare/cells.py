@@ -54,7 +54,8 @@ class Job:
         limit = [] if self.limit is None else [f"limit={self.limit}"]
         evaluate = ["eval", folder, f"split={self.split}", *limit, f"base={str(self.base).lower()}"]
         train = [] if self.run.finished else [["train", folder, f"out={folder}"]]
-        return [*train, *([evaluate] if train or not self.scores.is_file() else [])]
+        scored = self.scores.is_file() and (self.run.path / f"predictions-{self.split}.jsonl").is_file()
+        return [*train, *([evaluate] if train or not scored else [])]
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,10 @@ def _check(settings: CompareSettings) -> None:
         raise ConfigError("methods is missing: methods=lora,hotmoe names what is compared (see `moesaic methods`)")
     if not settings.seeds:
         raise ConfigError("seeds is empty: seeds=0,1,2 makes three runs of every arm")
+    if not all(isinstance(name, str) for name in settings.methods):
+        raise ConfigError(f"methods={settings.methods} must be names of methods")
+    if len({f"{lr:g}" for lr in settings.lrs}) < len(settings.lrs):
+        raise ConfigError(f"lrs={','.join(map(str, settings.lrs))} differ by less than their names do: leave one out")
     for key in ("methods", "seeds", "lrs"):
         values = getattr(settings, key)
         if len(set(values)) < len(values):

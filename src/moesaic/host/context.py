@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from moesaic.errors import ConfigError
+from moesaic.host.fitting import checked_ids
 from moesaic.host.hooks import find_host
 from moesaic.routing import RoutingTrace
 
@@ -39,7 +41,11 @@ def routing_tasks(model: nn.Module, *, task_ids: Tensor | Sequence[int]) -> Iter
         model.generate(...)
     """
     host = find_host(model)
-    previous, host.pinned_tasks = host.pinned_tasks, torch.as_tensor(task_ids)
+    try:
+        ids = torch.as_tensor(task_ids)
+    except (TypeError, ValueError, RuntimeError):
+        raise ConfigError(f"task_ids={task_ids!r} must be whole numbers, one a row") from None
+    previous, host.pinned_tasks = host.pinned_tasks, checked_ids(ids, "task_ids")
     try:
         yield
     finally:
@@ -51,6 +57,8 @@ def set_training_progress(model: nn.Module, progress: float) -> None:
 
     `RoutedTrainerMixin` does it. Where nobody does, they act as at the end of it.
     """
+    if not isinstance(progress, (int, float)) or not 0 <= progress <= 1:
+        raise ConfigError(f"progress={progress!r} must be between 0 and 1: the share of the training that is done")
     find_host(model).progress = progress
 
 

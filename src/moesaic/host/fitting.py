@@ -2,9 +2,40 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
+import torch
 from torch import Tensor
 
 from moesaic.errors import ConfigError
+
+
+def checked_ids(ids: Any, key: str, *, rows: int | None = None) -> Tensor:
+    """Task ids as they must be, whole numbers (rows,). Raises ConfigError; `rows` where every row must have its own."""
+    whole = isinstance(ids, Tensor) and ids.dim() == 1 and not ids.is_floating_point() and ids.dtype != torch.bool
+    if not whole:
+        what = f"a {ids.dtype} tensor of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else f"{ids!r}"
+        raise ConfigError(f"{key} must be whole numbers, one a row, not {what}")
+    _require_rows(ids, key, rows)
+    return cast(Tensor, ids)
+
+
+def checked_targets(targets: Any, key: str, *, rows: int | None = None) -> Tensor:
+    """Routing targets as they must be: shares (rows, E), not negative, adding up to 1. Raises ConfigError."""
+    if not isinstance(targets, Tensor) or targets.dim() != 2 or not targets.is_floating_point():
+        what = f"a {targets.dtype} tensor of shape {tuple(targets.shape)}" if isinstance(targets, Tensor) else "that"
+        raise ConfigError(f"{key} must be shares of the experts, a float tensor (rows, E), not {what}")
+    _require_rows(targets, key, rows)
+    if not torch.compiler.is_compiling():
+        shares = bool(((targets >= 0).all(dim=-1) & ((targets.sum(dim=-1) - 1).abs() < 1e-2)).all())
+        if not shares:
+            raise ConfigError(f"{key} must be shares of the experts: not negative, and each row adding up to 1")
+    return targets
+
+
+def _require_rows(values: Tensor, key: str, rows: int | None) -> None:
+    if rows is not None and len(values) != rows:
+        raise ConfigError(f"{key} has {len(values)} entries for a batch of {rows} rows: give one a row")
 
 
 def by_token(values: Tensor | None, h: Tensor) -> Tensor | None:

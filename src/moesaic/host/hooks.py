@@ -22,7 +22,7 @@ from moesaic.errors import TrainingError
 from moesaic.host import masks
 from moesaic.host.carrier import Delivery, carry, share_of_step
 from moesaic.host.checkpointing import bind_frames
-from moesaic.host.fitting import by_row, by_token
+from moesaic.host.fitting import by_row, by_token, checked_ids, checked_targets
 from moesaic.host.frames import Frame, StackView
 from moesaic.routing import AuxiliaryLoss, Record, RoutingContext, RoutingTrace, Site, pool
 
@@ -179,9 +179,11 @@ class Host:
         kwargs = dict(kwargs)
         task_ids, targets = kwargs.pop(TASK_IDS, None), kwargs.pop(TARGETS, None)
         self.frame = self._new_frame(model, masks.bind(model, args, kwargs), whole=True)
+        rows = masks.num_rows(kwargs) if self.frame.training else None
         if task_ids is not None:
-            self.frame.task_ids = task_ids
-        self.frame.targets = targets
+            self.frame.task_ids = checked_ids(task_ids, TASK_IDS, rows=rows)
+        if targets is not None:
+            self.frame.targets = checked_targets(targets, TARGETS, rows=rows)
         if self.frame.training and self.frame.grad:
             bind_frames(model, self)
         return args, kwargs

@@ -47,6 +47,12 @@ def num_tokens(arguments: Mapping[str, Any]) -> int | None:
     return None
 
 
+def num_rows(arguments: Mapping[str, Any]) -> int | None:
+    """Sequences in the batch, where it is not a packed one."""
+    value = arguments.get("input_ids", arguments.get("inputs_embeds"))
+    return len(value) if isinstance(value, Tensor) and value.dim() > 1 else None
+
+
 def cache_of(arguments: Mapping[str, Any]) -> Any | None:
     for name in _CACHES:
         if arguments.get(name) is not None:

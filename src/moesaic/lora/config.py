@@ -50,7 +50,8 @@ class MixtureConfig(PeftConfig):
 
     r: int = field(default=8, metadata={"help": "rank of one expert"})
     rank_pattern: dict[str, int] | None = field(
-        default=None, metadata={"help": "rank by module name (or end of it) where it is not r; the scaling stays r's"}
+        default=None,
+        metadata={"help": "rank by module name (or end of it, the longest wins) where not r; the scaling stays r's"},
     )
     num_experts: int = field(default=8, metadata={"help": "experts in each adapted layer"})
     lora_alpha: float = field(default=16, metadata={"help": "scaling numerator: alpha/r, or alpha/sqrt(r) with rslora"})
@@ -103,6 +104,8 @@ class MixtureConfig(PeftConfig):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        if not _is_ranks(self.rank_pattern):
+            raise ConfigError(f"rank_pattern={self.rank_pattern!r} must hold whole numbers by module name")
         for name, value in {"r": self.r, "num_experts": self.num_experts, **(self.rank_pattern or {})}.items():
             if value < 1:
                 raise ConfigError(f"{name}={value} must be a whole number of at least 1")
@@ -136,8 +139,8 @@ class MixtureConfig(PeftConfig):
 
     def rank_at(self, site: Site) -> int:
         """Rank of one expert of the layer at `site`."""
-        pattern = self.rank_pattern or {}
-        return next((r for name, r in pattern.items() if f".{site.name}".endswith(f".{name}")), self.r)
+        fitting = [name for name in self.rank_pattern or () if f".{site.name}".endswith(f".{name}")]
+        return (self.rank_pattern or {})[max(fitting, key=len)] if fitting else self.r
 
     @abstractmethod
     def router(self, site: Site) -> Router:
@@ -180,6 +183,12 @@ def _check_kinds(config: MixtureConfig) -> None:
         kinds = (hint,) if hint in _KINDS else get_args(hint)
         if kinds and all(kind in _KINDS for kind in kinds) and not any(_is(value, kind) for kind in kinds):
             raise ConfigError(f"{f.name}={value!r} must be {' or '.join(_KINDS[kind] for kind in kinds)}")
+
+
+def _is_ranks(pattern: Any) -> bool:
+    if pattern is None:
+        return True
+    return isinstance(pattern, dict) and all(isinstance(k, str) and _is(v, int) for k, v in pattern.items())
 
 
 def _is(value: Any, kind: Any) -> bool:

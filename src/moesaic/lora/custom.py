@@ -11,6 +11,7 @@ routers are added up. A part that changes between training and evaluation, or ov
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -58,6 +59,10 @@ class SumRouter(Router):
             router.permute_experts_(order)
 
 
+def _are_texts(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
+
+
 def _total(logits: list[Tensor]) -> Tensor:
     return torch.stack(logits).sum(dim=0) if len(logits) > 1 else logits[0]
 
@@ -92,12 +97,20 @@ class CustomConfig(MixtureConfig):
 
     def __post_init__(self) -> None:
         self._parts: dict[str, MixtureConfig] = {}
+        names = (self.router_of, self.gate_of or "", self.losses_of or "")
+        if not all(isinstance(n, str) or (isinstance(n, (list, tuple)) and _are_texts(n)) for n in names):
+            raise ConfigError("router_of, gate_of and losses_of must be names of methods, or lists of such names")
+        if not isinstance(self.gate_of, (str, type(None))):
+            raise ConfigError(f"gate_of={self.gate_of!r} must be the name of one method")
         if not self.routers_of:
             raise ConfigError("router_of is empty: name the method whose router scores")
         used = list(dict.fromkeys([*self.routers_of, self.gate_name, *self.losses_names]))
-        if not all(isinstance(name, str) for name in used):
-            raise ConfigError(f"router_of, gate_of and losses_of must be names of methods, not {used}")
-        if not isinstance(self.settings, dict) or not all(isinstance(v, dict) for v in self.settings.values()):
+        for key, given in (("router_of", self.routers_of), ("losses_of", self.losses_names)):
+            if len(set(given)) < len(given):
+                raise ConfigError(f"{key}={','.join(given)} names one twice")
+        if not isinstance(self.settings, dict) or not all(
+            isinstance(v, dict) and _are_texts(v) for v in self.settings.values()
+        ):
             raise ConfigError(f"settings={self.settings!r} must hold settings by method, as in settings.mola.top_k=2")
         for name in self.settings:
             if name not in used:
@@ -137,9 +150,15 @@ class CustomConfig(MixtureConfig):
         if name not in known:
             raise ConfigError(f"no router, gate or loss of {name!r} to recombine; {suggest(name, known)}")
         cls = METHODS[name]
-        has = {f.name for f in fields(cls)}
+        has, own = {f.name for f in fields(cls)}, self.settings.get(name, {})
+        shared = sorted({f.name for f in fields(MixtureConfig)} & own.keys() - {"aux_weight"})
+        if shared:
+            raise ConfigError(
+                f"settings.{name}.{shared[0]} has no effect: {shared[0]} is one for the whole mixture, set it beside "
+                "router_of"
+            )
         common = {key: getattr(self, key) for key in _COMMON if key in has and getattr(self, key) is not None}
-        return cls(**{**common, **self.settings.get(name, {})})
+        return cls(**{**common, **own})
 
     @property
     def needs_tasks(self) -> bool:  # type: ignore[override]
@@ -152,8 +171,21 @@ class CustomConfig(MixtureConfig):
     def experts_at(self, site: Site) -> int:
         return self.part(self.routers_of[0]).experts_at(site)
 
+    def targets(self, prompts: list[str]) -> Tensor | None:
+        """Those of the part whose loss compares with them."""
+        taught = [name for name in self.losses_names if self.part(name).needs_targets]
+        return self.part(taught[0]).targets(prompts) if taught and self.aux_weight > 0 else None
+
     def router(self, site: Site) -> Router:
-        routers = [self.part(name).router(site) for name in self.routers_of]
+        routers = []
+        for name in self.routers_of:
+            part = self.part(name)
+            before = {f.name: getattr(part, f.name) for f in fields(part)}
+            routers.append(part.router(site))
+            # what a part finds out while it builds is kept, as in its own config: a saved adapter needs no more
+            found = {key: getattr(part, key) for key, value in before.items() if getattr(part, key) != value}
+            if found:
+                self.settings = {**self.settings, name: {**self.settings.get(name, {}), **found}}
         counts = {router.num_experts for router in routers}
         if len(counts) > 1:
             raise ConfigError(f"router_of={self.routers_of}: at {site.name} they score {sorted(counts)} experts")

@@ -155,6 +155,9 @@ def check(model: nn.Module, config: Any) -> None:
         for entry in wanted or ():
             if not any(name == entry or name.endswith(f".{entry}") for name in modules):
                 _raise_unmatched(model, entry)
+    for name in getattr(config, "rank_pattern", None) or ():
+        if not any(f".{linear}".endswith(f".{name}") for linear in linears):
+            raise ConfigError(f"rank_pattern: {name!r} is neither the name nor the end of the name of a linear layer")
     _check_layers(config, linears)
     check_saved(model, config.modules_to_save)
     fused = _fused_parameters(model)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -114,6 +115,12 @@ class MixtureModel(BaseTuner):
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for name, p in self.model.named_parameters():
             p.requires_grad_(trained[name])
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ConfigError("adapter_names: rows of one batch cannot have different mixtures; set_adapter picks one")
+        yield
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
