@@ -516,9 +516,13 @@ def test_ctrl_c_stops_what_runs_and_starts_nothing_more(tmp_path, monkeypatch):
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
-    threading.Thread(target=interrupt).start()
-    with pytest.raises(KeyboardInterrupt):
-        next(engine)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started us with it ignored
+    try:
+        threading.Thread(target=interrupt).start()
+        with pytest.raises(KeyboardInterrupt):
+            next(engine)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert sorted(begun) == sorted(ended) == ["a", "b"]
 
 
