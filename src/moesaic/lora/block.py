@@ -21,7 +21,6 @@ from torch import Tensor
 from moesaic.errors import ConfigError, TrainingError
 from moesaic.lora.mix import choose
 from moesaic.lora.pairs import Pairs, down, kernel_for, spread, weighted_sum
-from moesaic.routing import Gate, Softmax, TopK, TopP
 
 if TYPE_CHECKING:
     from moesaic.lora.layer import MixtureLinear
@@ -110,7 +109,7 @@ class FeedForward:
         assert self.owner is not None
         gate, weights = self.owner.route(adapter, x)
         flat = weights.reshape(-1, weights.shape[-1])
-        total = None if sums_to_one(gate) else flat.sum(dim=-1, keepdim=True)
+        total = None if gate.sums_to_one else flat.sum(dim=-1, keepdim=True)
         pairs, chosen = Pairs.of(flat, gate.top_k)
         return Pass(pairs, chosen, x.shape[:-1], total)
 
@@ -123,16 +122,6 @@ class FeedForward:
             )
         passes: dict[Any, Pass] = frame.state.setdefault(FeedForward, {})
         return passes
-
-
-def sums_to_one(gate: Gate) -> bool:
-    """Whether every row of the gate's weights sums to 1; False for gates that are not known."""
-    match gate:
-        case TopK():
-            return gate.normalize != "none"
-        case TopP():
-            return gate.renormalize
-    return isinstance(gate, Softmax)
 
 
 def _by_expert(m: Tensor, pairs: Pairs) -> Tensor:

@@ -19,6 +19,7 @@ The paper adapts the input and output projections of attention or SSM layers: na
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, get_args
@@ -105,9 +106,9 @@ class SoftStageLoss(AuxiliaryLoss):
         else:
             yield from self.soft(records)
 
+    @abstractmethod
     def soft(self, records: Sequence[Record]) -> Iterator[Tensor]:
         """What `per_router` yields in stage 2."""
-        raise NotImplementedError
 
 
 class RoutingSpecialization(SoftStageLoss):
