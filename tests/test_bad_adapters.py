@@ -208,7 +208,7 @@ def test_peft_itself_does_not_load_it_either(kind: str, good: Path, tmp_path: Pa
         ({"use_rslora": "no"}, "use_rslora='no' must be true or false"),
         ({"aux_weight": -1}, "aux_weight=-1"),
         ({"aux_weight": float("inf")}, "aux_weight=inf"),
-        ({"backend": "foo"}, "unknown backend 'foo'"),
+        ({"backend": "foo"}, "backend='foo' must be one of auto, reference, rank, grouped"),
         ({"task_type": "FOO"}, "FOO"),
         ({"target_modules": "("}, "is not a regular expression"),
         ({"exclude_modules": "*"}, "is not a regular expression"),

@@ -481,7 +481,7 @@ def test_dropout_reaches_the_token_expert_mlp_in_training_only() -> None:
     ("settings", "message"),
     [
         ({"ee_fraction": 1.5}, "ee_fraction=1.5 must be between 0 and 1"),
-        ({"aux_reduce": "max"}, "aux_reduce='max' must be 'sum' or 'mean'"),
+        ({"aux_reduce": "max"}, "aux_reduce='max' must be one of sum, mean"),
         ({"top_k": 9}, "top_k=9 must be between 1 and num_experts=8"),
         ({"gate_temperature": 0.0}, "temperature must be above 0"),
         ({"ee_fractoin": 0.3}, "did you mean 'ee_fraction'"),

@@ -13,7 +13,7 @@ import re
 from abc import abstractmethod
 from dataclasses import dataclass, field, fields
 from enum import Enum
-from typing import Any, ClassVar, Literal, get_args, get_type_hints
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from peft import PeftConfig
 from torch import Tensor
@@ -113,8 +113,6 @@ class MixtureConfig(PeftConfig):
             raise ConfigError(f"lora_alpha={self.lora_alpha} must be above 0: it scales what the experts add")
         if self.aux_weight < 0:
             raise ConfigError(f"aux_weight={self.aux_weight} must be at least 0; 0 turns the auxiliary losses off")
-        if self.backend not in get_args(Backend):
-            raise ConfigError(f"unknown backend {self.backend!r}: choose one of {', '.join(get_args(Backend))}")
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout={self.lora_dropout} must be at least 0 and below 1")
         if self.bias != "none":
@@ -176,10 +174,12 @@ _KINDS = {
 
 
 def _check_kinds(config: MixtureConfig) -> None:
-    """Raise ConfigError for a setting that is not the number, switch or list of numbers its annotation asks for."""
+    """Raise ConfigError for a setting that is not the number, switch, list or choice its annotation asks for."""
     hints = get_type_hints(type(config))
     for f in fields(config):
         hint, value = hints[f.name], getattr(config, f.name)
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            raise ConfigError(f"{f.name}={value!r} must be one of {', '.join(get_args(hint))}")
         kinds = (hint,) if hint in _KINDS else get_args(hint)
         if kinds and all(kind in _KINDS for kind in kinds) and not any(_is(value, kind) for kind in kinds):
             raise ConfigError(f"{f.name}={value!r} must be {' or '.join(_KINDS[kind] for kind in kinds)}")

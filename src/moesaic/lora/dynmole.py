@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from torch import Tensor
 from moesaic.errors import ConfigError
 from moesaic.lora.config import MixtureConfig
 from moesaic.routing import AuxiliaryLoss, EntropyHybrid, LinearRouter, Record, Router, Site
-from moesaic.routing.entropy import generalised_entropy
+from moesaic.routing.entropy import EntropyType, generalised_entropy
 from moesaic.routing.losses import stacks
 
 FMode = Literal["mass", "hard_topk"]
@@ -114,12 +114,12 @@ class DynMoLEConfig(MixtureConfig):
         default=0.9, metadata={"help": "entropy, over its maximum, above which a token keeps all; from 1 on none does"}
     )
     entropy_index: float = field(default=1.1, metadata={"help": "index q of the entropy, above 0 to 2; 1 is Shannon's"})
-    entropy_type: str = field(default="tsallis", metadata={"help": "tsallis or renyi"})
+    entropy_type: EntropyType = field(default="tsallis", metadata={"help": "tsallis or renyi"})
     entropy_eps: float = field(default=1e-5, metadata={"help": "added to probabilities before their entropy"})
     aux_weight: float = field(default=1.0, metadata={"help": "factor on both auxiliary losses; 0 turns them off"})
     entropy_coef: float = field(default=0.01, metadata={"help": "weight of the entropy loss"})
     balance_coef: float = field(default=0.001, metadata={"help": "weight of the balance loss"})
-    f_mode: str = field(
+    f_mode: FMode = field(
         default="mass", metadata={"help": "balance counts weights (mass) or the first keep_top_k (hard_topk)"}
     )
     legacy_concat: bool = field(
@@ -131,30 +131,26 @@ class DynMoLEConfig(MixtureConfig):
         for name in ("entropy_coef", "balance_coef"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 0; 0 turns that loss off")
-        if self.f_mode not in get_args(FMode):
-            raise ConfigError(f"f_mode={self.f_mode!r} must be one of {', '.join(get_args(FMode))}")
 
     def router(self, site: Site) -> Router:
         return LinearRouter(site.d_in, self.experts_at(site))
 
     def gate(self) -> EntropyHybrid:
-        kind: Any = self.entropy_type
         return EntropyHybrid(
             self.keep_top_k,
             self.top_p,
             self.entropy_threshold,
             self.entropy_index,
-            kind,
+            self.entropy_type,
             self.entropy_eps,
             self.include_crossing,
         )
 
     def losses(self) -> list[AuxiliaryLoss]:
-        f_mode: Any = self.f_mode
         entropy, balance = self.aux_weight * self.entropy_coef, self.aux_weight * self.balance_coef
         losses: list[AuxiliaryLoss] = []
         if entropy > 0:
             losses.append(RouterEntropy(entropy, self.gate(), concat=self.legacy_concat))
         if balance > 0:
-            losses.append(MassBalance(balance, top_k=self.keep_top_k, f_mode=f_mode, concat=self.legacy_concat))
+            losses.append(MassBalance(balance, top_k=self.keep_top_k, f_mode=self.f_mode, concat=self.legacy_concat))
         return losses

@@ -49,6 +49,7 @@ from moesaic.routing import (
     TopK,
     float_linear,
 )
+from moesaic.routing.losses import Reduce, Source
 
 HIDDEN = 4
 """Width of the token-expert MLP, fixed in the authors' code."""
@@ -273,7 +274,7 @@ class HotMoEConfig(MixtureConfig):
         default=True, metadata={"help": "compare with earlier micro-batches of the same step"}
     )
     center_hidden: bool = field(default=False, metadata={"help": "subtract the batch mean before comparing sequences"})
-    aux_reduce: str = field(default="sum", metadata={"help": "sum or mean over routers"})
+    aux_reduce: Reduce = field(default="sum", metadata={"help": "sum or mean over routers"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -282,8 +283,6 @@ class HotMoEConfig(MixtureConfig):
         for name in ("expert_dim", "attention_dim"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.aux_reduce not in ("sum", "mean"):
-            raise ConfigError(f"aux_reduce={self.aux_reduce!r} must be 'sum' or 'mean'")
 
     def is_expert_expert(self, site: Site) -> bool:
         if self.ee_layers is not None:
@@ -313,12 +312,11 @@ class HotMoEConfig(MixtureConfig):
         return TopK(self.top_k, normalize="softmax", temperature=self.gate_temperature)
 
     def losses(self) -> list[AuxiliaryLoss]:
-        reduce: Any = self.aux_reduce
         losses: list[AuxiliaryLoss] = []
         if self.mutual_information:
             # The authors feed this term the gate's weights when the similarity term is on, else the dense softmax.
-            source: Any = "weights" if self.similarity else "probs"
-            losses.append(MutualInformation(self.aux_weight, source=source, reduce=reduce))
+            source: Source = "weights" if self.similarity else "probs"
+            losses.append(MutualInformation(self.aux_weight, source=source, reduce=self.aux_reduce))
         if self.similarity:
             losses.append(
                 Similarity(
@@ -327,7 +325,7 @@ class HotMoEConfig(MixtureConfig):
                     beta_different=self.beta_different,
                     center_hidden=self.center_hidden,
                     window=self.similarity_window,
-                    reduce=reduce,
+                    reduce=self.aux_reduce,
                 )
             )
         return losses

@@ -20,7 +20,7 @@ from __future__ import annotations
 import re
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -203,9 +203,6 @@ class RMoEConfig(MixtureConfig):
         super().__post_init__()
         if self.state_dim < 1:
             raise ConfigError(f"state_dim={self.state_dim} must be at least 1")
-        for name, choices in (("cell", get_args(Cell)), ("recurrence", get_args(Recurrence))):
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"{name}={getattr(self, name)!r} must be one of {', '.join(choices)}")
 
     def router(self, site: Site) -> Router:
         return RecurrentRouter(

@@ -21,9 +21,9 @@ import base64
 import binascii
 import math
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -77,14 +77,6 @@ class PrototypeRouter(Router):
     def from_projection(self, read: Tensor, context: RoutingContext | None = None) -> Tensor:
         cosines = F.linear(F.normalize(read, dim=-1, eps=1e-6), self.prototypes.to(read.dtype))
         return cosines * torch.exp(-self.log_temperature.to(read.dtype)) if self.learn else cosines / self.temperature
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PrototypeRouter:
-        """The prototypes go where the model goes, but stay float32 on a bf16 base, as PEFT keeps parameters."""
-        before = self.prototypes
-        super()._apply(fn, recurse)
-        if self.prototypes.dtype in (torch.bfloat16, torch.float16):
-            self.prototypes = before.to(self.prototypes.device)
-        return self
 
     def extra_repr(self) -> str:
         return f"experts={self.num_experts}"
@@ -200,10 +192,10 @@ class TopicLoRAConfig(MixtureConfig):
     router_temperature: float = field(default=0.1, metadata={"help": "tau: cosines are divided by it"})
     learn_temperature: bool = field(default=False, metadata={"help": "train tau, one a router"})
     aux_weight: float = field(default=0.1, metadata={"help": "lambda_kl, weight of the KL term; 0 turns it off"})
-    kl_direction: str = field(default="forward", metadata={"help": "forward KL(g||pbar), reverse, or js"})
-    kl_tokens: str = field(default="prompt", metadata={"help": "tokens in pbar: prompt, or all"})
+    kl_direction: Direction = field(default="forward", metadata={"help": "forward KL(g||pbar), reverse, or js"})
+    kl_tokens: Tokens = field(default="prompt", metadata={"help": "tokens in pbar: prompt, or all"})
     kl_warmup: float = field(default=0.1, metadata={"help": "share of the training over which the KL term rises"})
-    aux_reduce: str = field(default="mean", metadata={"help": "mean or sum over routers"})
+    aux_reduce: Reduce = field(default="mean", metadata={"help": "mean or sum over routers"})
     balance_weight: float = field(
         default=0.0, metadata={"help": "weight of a Switch balance loss beside the KL term, times aux_weight"}
     )
@@ -213,13 +205,6 @@ class TopicLoRAConfig(MixtureConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, choices in (
-            ("kl_direction", get_args(Direction)),
-            ("kl_tokens", get_args(Tokens)),
-            ("aux_reduce", get_args(Reduce)),
-        ):
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"{name}={getattr(self, name)!r} must be one of {', '.join(choices)}")
         if not isinstance(self.topics, str) or not self.topics:
             raise ConfigError(f"topics={self.topics!r} must be 'bigbench' or the path of a topics file")
         if self.topic_dim < 1:
@@ -297,15 +282,16 @@ class TopicLoRAConfig(MixtureConfig):
         return Softmax() if self.top_k is None else TopK(self.top_k, normalize="sum")
 
     def losses(self) -> list[AuxiliaryLoss]:
-        direction: Any = self.kl_direction
-        tokens: Any = self.kl_tokens
-        reduce: Any = self.aux_reduce
         alignment = TopicAlignment(
-            self.aux_weight, direction=direction, tokens=tokens, warmup=self.kl_warmup, reduce=reduce
+            self.aux_weight,
+            direction=self.kl_direction,
+            tokens=self.kl_tokens,
+            warmup=self.kl_warmup,
+            reduce=self.aux_reduce,
         )
         if self.balance_weight == 0:
             return [alignment]
-        return [alignment, SwitchBalance(self.aux_weight * self.balance_weight, reduce=reduce)]
+        return [alignment, SwitchBalance(self.aux_weight * self.balance_weight, reduce=self.aux_reduce)]
 
 
 _built: dict[tuple[Any, ...], Topics] = {}

@@ -53,7 +53,7 @@ def renyi(p: Tensor, q: float, *, eps: float = 0.0, normalize: bool = True) -> T
 
 def generalised_entropy(kind: EntropyType, p: Tensor, q: float, *, eps: float = 0.0) -> Tensor:
     """The entropy of that name, divided by its maximum."""
-    return (tsallis if kind == "tsallis" else renyi)(p, q, eps=eps)
+    return {"tsallis": tsallis, "renyi": renyi}[kind](p, q, eps=eps)
 
 
 def _power_sum(p: Tensor, q: float, eps: float) -> Tensor:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -217,7 +217,5 @@ class EntropyHybrid(Gate):
             raise ConfigError(f"entropy_threshold={self.threshold} must be at least 0; from 1 on it is never exceeded")
         if not 0 < self.q <= 2:
             raise ConfigError(f"entropy_index={self.q} must be above 0 and at most 2; 1 is Shannon's entropy")
-        if self.kind not in get_args(EntropyType):
-            raise ConfigError(f"entropy_type={self.kind!r} must be one of {', '.join(get_args(EntropyType))}")
         if self.eps < 0:
             raise ConfigError(f"entropy_eps={self.eps} must be at least 0")
