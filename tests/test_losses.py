@@ -309,6 +309,23 @@ def test_routers_have_windows_of_their_own() -> None:
     torch.testing.assert_close(loss([b], step=1), Similarity(1.0)([b]))
 
 
+@pytest.mark.parametrize("center_hidden", [False, True])
+def test_similarity_of_many_routers_is_that_of_each_alone(center_hidden: bool) -> None:
+    """Some share an input, some read one of another width; over two micro-batches of a step."""
+
+    def forward(seed: int) -> list[Record]:
+        query, key, up, down = (drawn(seed + i, name=name) for i, name in enumerate("qkud"))
+        key.hidden = query.hidden
+        down.hidden = torch.randn(3, 7, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        return [query, down, key, up]
+
+    together = Similarity(1.0, center_hidden=center_hidden)
+    alone = [Similarity(1.0, center_hidden=center_hidden) for _ in range(4)]
+    for records in (forward(10), forward(20)):
+        each = [loss([record], step=1) for loss, record in zip(alone, records, strict=True)]
+        torch.testing.assert_close(together(records, step=1), torch.stack(each).sum())
+
+
 # -- means over sequences ----------------------------------------------------------------------------------------
 
 

@@ -24,7 +24,7 @@ from moesaic.host.carrier import Delivery, carry, share_of_step
 from moesaic.host.checkpointing import bind_frames
 from moesaic.host.fitting import by_row, by_token, checked_ids, checked_targets
 from moesaic.host.frames import Frame, StackView
-from moesaic.routing import AuxiliaryLoss, Record, RoutingContext, RoutingTrace, Site, pool
+from moesaic.routing import AuxiliaryLoss, Record, Records, RoutingContext, RoutingTrace, Site, pool
 
 logger = logging.getLogger(__name__)
 
@@ -225,7 +225,7 @@ class Host:
         total: Tensor | None = None
         self.loss_values = {}
         for adapter, losses in self.losses.items():
-            records = [record for (_, name), record in frame.records.items() if name == adapter]
+            records = Records(record for (_, name), record in frame.records.items() if name == adapter)
             if not records:
                 continue
             step = self.step_of(adapter) if self.step_of else None

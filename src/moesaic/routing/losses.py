@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -70,15 +70,32 @@ class Stack:
         return torch.einsum("rn...,n->r...", per_token, share)
 
 
-def stacks(records: Sequence[Record], source: Source | Literal["logits"]) -> Iterator[Stack]:
+class Records(list[Record]):
+    """The records of one forward, which stack each tensor once for all losses."""
+
+    def __init__(self, records: Iterable[Record]) -> None:
+        super().__init__(records)
+        self._stacks: dict[str, list[Stack]] = {}
+
+    def stacks(self, source: Source | Literal["logits"]) -> list[Stack]:
+        if source not in self._stacks:
+            self._stacks[source] = list(_stacks(self, source))
+        return self._stacks[source]
+
+
+def stacks(records: Sequence[Record], source: Source | Literal["logits"]) -> list[Stack]:
     """Group records by shape and mask, and stack the named tensor of each group."""
+    return (records if isinstance(records, Records) else Records(records)).stacks(source)
+
+
+def _stacks(records: Sequence[Record], source: str) -> Iterator[Stack]:
     groups: dict[Hashable, list[Record]] = {}
     for record in records:
         routing = record.routing
         key = (routing.logits.shape, routing.logits.device, id(record.mask), id(record.sequences))
         groups.setdefault(key, []).append(record)
     for group in groups.values():
-        values = torch.stack([getattr(r.routing, source).flatten(0, -2) for r in group])
+        values = torch.stack([getattr(r.routing, source) for r in group]).flatten(1, -2)
         mask = group[0].mask
         yield Stack(group, values, None if mask is None else mask.flatten())
 
@@ -180,38 +197,50 @@ class Similarity(AuxiliaryLoss):
         self.center_hidden = center_hidden
         self.window = window
         self._step: Hashable = None
-        self._seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self._seen: dict[Hashable, list[Tensor]] = {}
 
     def per_router(self, records: Sequence[Record], step: Hashable) -> Iterator[Tensor]:
         window = self.window and not torch.compiler.is_compiling()
         if not window or step is None or step != self._step:
             self._seen, self._step = {}, step
-        cosines: dict[int, Tensor] = {}
         for stack in stacks(records, "weights"):
             group, shape = stack.records, stack.records[0].routing.weights.shape
             together = stack.values.transpose(0, 1).reshape(*shape[:-1], -1)
             pooled = pool(together, group[0].mask, group[0].sequences)
-            routes = list(pooled.unflatten(-1, (len(group), -1)).unbind(-2))
-            alike = []
-            for index, record in enumerate(group):
-                assert record.hidden is not None, "Similarity needs Record.hidden: the layer must pool its input"
-                earlier = self._seen.setdefault(record.site.name, []) if window else []
-                # Layers that share an input (query, key and value) share its mean, and so its cosines.
-                if id(record.hidden) not in cosines:
-                    seen = torch.cat([*(h for h, _ in earlier), record.hidden.detach()])
-                    cosines[id(record.hidden)] = cosine_matrix(seen - seen.mean(dim=0) if self.center_hidden else seen)
-                alike.append(cosines[id(record.hidden)])
-                now = routes[index]
-                if earlier:
-                    routes[index] = torch.cat([*(r for _, r in earlier), now])
-                earlier.append((record.hidden, now.detach()))
-                del earlier[:-LONGEST_WINDOW]
-            yield self.pairwise(torch.stack(alike), cosine_matrix(torch.stack(routes)))
+            routes = pooled.unflatten(1, (len(group), -1)).transpose(0, 1)
+            names = tuple(record.site.name for record in group)
+            s_r = cosine_matrix(self.with_earlier(("routes", names), routes) if window else routes)
+            # beta_s (1 - s_r) s_x + beta_d s_r (1 - s_x), with what has no gradient gathered
+            s_x = self.inputs_alike(group, names, window)
+            slope = self.beta_different - (self.beta_similar + self.beta_different) * s_x
+            yield torch.addcmul(self.beta_similar * s_x, s_r, slope).mean(dim=(-2, -1))
 
-    def pairwise(self, s_x: Tensor, s_r: Tensor) -> Tensor:
-        """Loss (R,) of R routers from the cosines of inputs and of routes, both (R, N, N)."""
-        pull, push = (1 - s_r) * s_x, s_r * (1 - s_x)
-        return (self.beta_similar * pull + self.beta_different * push).mean(dim=(-2, -1))
+    def inputs_alike(self, group: list[Record], names: Hashable, window: bool) -> Tensor:
+        """S_x (R, N, N) of each record. Layers that share an input (query, key and value) share its mean."""
+        distinct: dict[int, Tensor] = {}
+        for record in group:
+            assert record.hidden is not None, "Similarity needs Record.hidden: the layer must pool its input"
+            distinct.setdefault(id(record.hidden), record.hidden.detach())
+        order: list[int] = []
+        cosines: list[Tensor] = []
+        for width in sorted({hidden.shape[-1] for hidden in distinct.values()}):
+            alike = {key: hidden for key, hidden in distinct.items() if hidden.shape[-1] == width}
+            inputs = torch.stack(list(alike.values()))
+            inputs = self.with_earlier((width, names), inputs) if window else inputs
+            cosines.append(cosine_matrix(inputs - inputs.mean(dim=1, keepdim=True) if self.center_hidden else inputs))
+            order += alike
+        of_distinct = torch.cat(cosines)
+        return of_distinct[
+            torch.tensor([order.index(id(record.hidden)) for record in group], device=of_distinct.device)
+        ]
+
+    def with_earlier(self, key: Hashable, now: Tensor) -> Tensor:
+        """`now` (R, N, d) behind what earlier micro-batches of the step had there, and kept for later ones."""
+        seen = self._seen.setdefault(key, [])
+        together = torch.cat([*seen, now], dim=1) if seen else now
+        seen.append(now.detach())
+        del seen[:-LONGEST_WINDOW]
+        return together
 
 
 def cosine_matrix(x: Tensor) -> Tensor:
