@@ -154,7 +154,7 @@ def _likelihood_choices(prepared: Prepared, batch: list[Example], longest: int) 
             rows.append({"input_ids": head + ids, "labels": [causal.IGNORED] * len(head) + ids})
     collated = causal.CausalCollator(tokenizer.pad_token_id)(rows)
     inputs = {k: v.to(_device(prepared)) for k, v in collated.items()}
-    labels = inputs.pop("labels")[:, 1:]
+    labels = inputs["labels"][:, 1:]
     logits = prepared.model(**inputs).logits[:, :-1].float()
     losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=causal.IGNORED, reduction="none")
     totals = iter((-losses.sum(1)).tolist())

@@ -217,6 +217,8 @@ class Host:
             frame.complete = arguments.get("encoder_outputs") is None and masks.past_length(arguments) == 0
         cache = masks.cache_of(arguments)
         if cache is not None and not torch.compiler.is_compiling():
+            if masks.past_length(arguments) == 0:  # a cache that is used anew
+                self._memory.pop(cache, None)
             frame.memory = self._memory.setdefault(cache, {})
         return frame
 

@@ -86,7 +86,8 @@ class MixtureModel(BaseTuner):
                 f"target {current_key!r} is a {type(base).__name__}, not a linear layer: leave it out of target_modules"
             )
         layer, num_layers = targets.place(self.model, current_key)
-        site = Site(current_key, *size, layer=layer, num_layers=num_layers)
+        causal = bool(getattr(self.model, "can_generate", lambda: False)())
+        site = Site(current_key, *size, layer=layer, num_layers=num_layers, causal=causal)
         block = self.blocks.get(current_key)
         whole = peft_config.level == "block"
         routed = block is not None if whole else not targets.is_plain_lora(peft_config, current_key)
@@ -121,6 +122,12 @@ class MixtureModel(BaseTuner):
         if kwargs.get("adapter_names") is not None:
             raise ConfigError("adapter_names: rows of one batch cannot have different mixtures; set_adapter picks one")
         yield
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        raise ConfigError(
+            "add_weighted_adapter: experts belong to the router that they were trained with, so two mixtures have no "
+            "sum: keep both (add_adapter, load_adapter) and take one with set_adapter"
+        )
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)

@@ -25,6 +25,8 @@ class Site:
     d_out: int
     layer: int = 0
     num_layers: int = 1
+    causal: bool = True
+    """Whether a token must not see those behind it: no, only where the whole model cannot generate."""
 
 
 @dataclass

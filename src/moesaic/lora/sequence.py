@@ -1,0 +1,133 @@
+"""Sequence-level routing: the prompt as a whole chooses the experts, not each token (a control; sentence-level routing
+is Kudugunta et al. 2021's, arXiv 2110.03742).
+
+    z = W h + b,   logits_t = mean over s in S(t) of z_s,   p = softmax(logits)
+    S(t): the prompt's tokens, in a causal model those up to t;  all real ones up to t where no prompt is known
+
+One linear router for each adapted linear. The mean of the logits is the logit of the mean, so this costs what a
+router by token does. Under a KV cache the first forward is the prompt, and every token after it keeps its routing;
+labels mark the prompt in training. The loss is HotMoE's mutual information: experts balanced overall, each row certain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from moesaic.errors import ConfigError
+from moesaic.lora.config import MixtureConfig
+from moesaic.routing import (
+    AuxiliaryLoss,
+    Gate,
+    LinearRouter,
+    MutualInformation,
+    Router,
+    RoutingContext,
+    Site,
+    Softmax,
+    TopK,
+)
+
+
+class SequenceRouter(LinearRouter):
+    """`logits_t = mean_s (W h_s + b)` over the prompt, or over what is read of it in a causal model.
+
+    Rows of a 2-D input are tokens of which nothing more is known: each is a sequence.
+    """
+
+    def __init__(self, d_in: int, num_experts: int, *, causal: bool) -> None:
+        super().__init__(d_in, num_experts, bias=True)
+        self.causal = causal
+
+    def from_projection(self, read: Tensor, context: RoutingContext | None = None) -> Tensor:
+        if read.dim() < 3:
+            return read
+        context = context or RoutingContext()
+        memory = self._memory(context, read)
+        if self in memory:
+            return _rows(memory[self], read).expand_as(read)
+        real = _counted(read, context)
+        total, count = read * real, real
+        if self.causal:
+            total, count = (_running(part, context.sequences) for part in (total, count))
+        else:
+            total, count = (_over_rows(part, context.sequences) for part in (total, count))
+        logits = total / count.clamp(min=1)
+        if self.causal and not self.training:
+            memory[self] = logits[..., -1:, :].detach()
+        return logits.expand_as(read)
+
+    def _memory(self, context: RoutingContext, read: Tensor) -> MutableMapping[Any, Any]:
+        if torch.compiler.is_compiling():
+            if self.causal and not self.training and read.shape[-2] == 1:
+                raise ConfigError("method sequence cannot decode under torch.compile: generate without it")
+            return {}
+        return context.memory
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {'running' if self.causal else 'whole'} mean"
+
+
+def _counted(read: Tensor, context: RoutingContext) -> Tensor:
+    """1 for tokens that have a say (..., T, 1), else 0: the prompt's, or all real ones of a row without a prompt."""
+    real = read.new_ones(*read.shape[:-1], 1)
+    if context.mask is not None:
+        real = context.mask.unsqueeze(-1).to(read.dtype)
+    if context.prompt is None or context.sequences is not None:
+        return real
+    prompt = context.prompt.unsqueeze(-1).to(read.dtype)
+    return torch.where(prompt.any(dim=-2, keepdim=True), prompt, real)
+
+
+def _running(values: Tensor, sequences: Tensor | None) -> Tensor:
+    """Sums over each token and those before it in its sequence, of values (..., T, n)."""
+    sums = values.cumsum(dim=-2)
+    if sequences is None:
+        return sums
+    places = torch.arange(sequences.shape[-1], device=sequences.device).expand_as(sequences)
+    begins = torch.ones_like(sequences, dtype=torch.bool)
+    begins[..., 1:] = sequences[..., 1:] != sequences[..., :-1]
+    begin = torch.where(begins, places, 0).cummax(dim=-1).values.unsqueeze(-1)
+    before = torch.nn.functional.pad(sums, (0, 0, 1, 0)).gather(-2, begin.expand_as(sums))
+    return sums - before
+
+
+def _over_rows(values: Tensor, sequences: Tensor | None) -> Tensor:
+    """Sums over each token's sequence: (..., 1, n), or (..., T, n) where sequences share rows."""
+    if sequences is None:
+        return values.sum(dim=-2, keepdim=True)
+    flat, index = values.flatten(0, -2), sequences.flatten()
+    sums = values.new_zeros(int(index.max()) + 1, values.shape[-1]).index_add(0, index, flat)
+    return sums[index].view_as(values)
+
+
+def _rows(kept: Tensor, read: Tensor) -> Tensor:
+    """Kept logits, a row for each of `read`: a batch that was expanded since repeats its own."""
+    return kept if len(kept) == len(read) else kept.repeat_interleave(len(read) // len(kept), dim=0)
+
+
+@dataclass
+class SequenceConfig(MixtureConfig):
+    """Settings of sequence-level routing on top of `MixtureConfig`'s."""
+
+    method: ClassVar[str] = "sequence"
+    paper: ClassVar[str] = "control; Kudugunta et al. 2021 (arXiv 2110.03742)"
+    summary: ClassVar[str] = "a linear router over the mean of the prompt: one choice a sequence"
+
+    top_k: int | None = field(default=None, metadata={"help": "experts a sequence; null mixes all of them"})
+    aux_weight: float = field(
+        default=0.1, metadata={"help": "weight of the mutual information loss, mean over routers; 0 turns it off"}
+    )
+
+    def router(self, site: Site) -> Router:
+        return SequenceRouter(site.d_in, self.experts_at(site), causal=site.causal)
+
+    def gate(self) -> Gate:
+        return Softmax() if self.top_k is None else TopK(self.top_k, normalize="sum")
+
+    def losses(self) -> list[AuxiliaryLoss]:
+        return [MutualInformation(self.aux_weight, reduce="mean")]
