@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moesaic import bench
+from moesaic.lora import METHODS
 
 ROOT = Path(__file__).parents[1]
 HEADER = """# Results
@@ -99,12 +100,36 @@ def verdict(means: dict[str, list[float]]) -> str:
     return f"HotMoE is {'above' if gap > 0 else 'below'} LoRA by {abs(gap):.1f} points, beyond two standard deviations."
 
 
+def special(settings: dict[str, Any]) -> str:
+    """What is to be known of those arms of a comparison that are not one method beside another."""
+    said, steps = [], settings["steps"]
+    for name, arm in settings["arms"].items():
+        if arm["method"] == "lora-mixer":
+            share = arm["adapter"].get("hard_fraction", METHODS["lora-mixer"].hard_fraction)
+            said.append(
+                f"`{name}` picks the expert by task id in the first {100 * share:.0f} % of the steps, its authors' "
+                f"first stage, so that its routers learn in the last {steps - round(share * steps)} steps alone, at "
+                f"the end of a {settings['schedule']} schedule"
+            )
+        elif name == "uniform":
+            said.append("`uniform` weighs all experts alike: the capacity without the routing")
+        elif name == "oracle":
+            said.append("`oracle` gives each row the expert of its task, known from its id, in training and in scoring")
+        elif name == "bound":
+            said.append(
+                "`bound` is such an oracle with a whole `lora` for each task, as if each task were trained alone"
+            )
+    return "; ".join(said) + "." if said else ""
+
+
 def compared(title: str, file: Path) -> str:
     """A comparison's tables and verdicts, as `moesaic compare` left them, with its command."""
     from moesaic.report.text import markdown
 
     summary = json.loads(file.read_text())
     settings = summary["settings"]
+    counts = [arm["trainable_parameters"] for name, arm in settings["arms"].items() if name != "bound"]
+    off = max(abs(count / settings["budget"] - 1) for count in counts)
     tuned = "; ".join(
         f"{arm} {', '.join(f'{lr}: {100 * score:.1f}' for lr, score in scores.items() if score is not None)}"
         for arm, scores in settings["tuning"].items()
@@ -115,10 +140,13 @@ def compared(title: str, file: Path) -> str:
             "",
             f"{settings['steps']} steps of {settings['batch_size']}, seeds {', '.join(map(str, summary['seeds']))}, "
             f"scored on the {summary['split']} split. All arms but `bound` have {settings['budget']:,} trainable "
-            "parameters within 1 %, routers and heads counted, and see the same rows in the same order. Learning rates "
-            f"were tuned on validation rows, each arm with the same trials (mean score by rate: {tuned}).",
+            f"parameters within {100 * off:.1f} %, routers and heads counted, and see the same rows in the same order. "
+            "Learning rates were tuned on validation rows, each arm with the same trials (mean score by rate: "
+            f"{tuned}).",
             "",
             markdown(summary),
+            special(settings),
+            "",
             f"Command: `{settings['command']}`",
             "",
         ]

@@ -116,6 +116,13 @@ def truncate(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
+def poison(folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors[min(k for k in tensors if k.endswith("layers.1.mlp.up_proj.moe_lora_B"))][0, 0] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
 def lora(folder: Path) -> None:
     shutil.rmtree(folder)
     get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(folder)
@@ -136,7 +143,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], type[MoesaicError], str]] = {
     "more experts": (set_config(num_experts=8), AdapterError, "number of experts"),
     "more targets": (set_config(target_modules=["q_proj", "lm_head"]), AdapterError, "lm_head"),
     "unknown key": (set_config(num_expertz=3), MoesaicError, "num_expertz"),
-    "impossible top_k": (set_config(top_k=9), ConfigError, "top_k=9"),
+    "impossible top_k": (set_config(top_k=9), AdapterError, "adapter_config.json: top_k=9"),
+    "a rank_pattern of texts": (
+        set_config(rank_pattern={"q_proj": "x"}),
+        AdapterError,
+        "adapter_config.json: rank_pat",
+    ),
+    "a rank_pattern of nothing": (set_config(rank_pattern={"nope": 2}), MoesaicError, "rank_pattern: 'nope'"),
+    "not finite": (poison, AdapterError, "layers.1.mlp.up_proj.moe_lora_B holds numbers that are not finite"),
     "no routers": (keep_tensors(lambda k: ".moe_lora_router." not in k), MissingRouterWeights, "router"),
     "one router gone": (
         keep_tensors(lambda k: not (".moe_lora_router." in k and "layers.1.mlp.up_proj" in k)),
@@ -162,6 +176,7 @@ def test_damaged_or_foreign_folder_is_refused_in_one_line(kind: str, good: Path,
     with pytest.raises(expected) as error:
         moesaic.from_pretrained(model, folder)
     assert said in one_line(error)
+    assert kind != "not finite" or not mixtures(model)
     restored = moesaic.from_pretrained(model, good / "adapter", adapter_name="second")
     inputs = batch(model, labels=False)
     expected_logits = moesaic.from_pretrained(base_of(good), good / "adapter")(**inputs).logits
@@ -172,6 +187,19 @@ def test_folder_for_a_larger_base_is_refused(good: Path) -> None:
     with pytest.raises(AdapterError) as error:
         moesaic.from_pretrained(llama(hidden_size=32), good / "adapter")
     assert "another base model" in one_line(error)
+
+
+@pytest.mark.parametrize("folder", [3, None, ["a"]])
+def test_a_folder_that_is_no_path_is_refused(folder: Any) -> None:
+    with pytest.raises(AdapterError, match="must be the path of an adapter folder"):
+        moesaic.from_pretrained(llama(), folder)
+
+
+def test_two_mixtures_have_no_weighted_sum() -> None:
+    model = wrap(llama(), small("mola"))
+    model.add_adapter("other", small("mola"))
+    with pytest.raises(ConfigError, match="two mixtures have no sum: keep both"):
+        model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "sum")
 
 
 def test_missing_folder_is_refused(tmp_path: Path) -> None:
@@ -210,6 +238,8 @@ def test_peft_itself_does_not_load_it_either(kind: str, good: Path, tmp_path: Pa
         ({"aux_weight": float("inf")}, "aux_weight=inf"),
         ({"backend": "foo"}, "backend='foo' must be one of auto, reference, rank, grouped"),
         ({"task_type": "FOO"}, "FOO"),
+        ({"trainable_token_indices": "x"}, "trainable_token_indices='x' must be a list of whole numbers or lists"),
+        ({"trainable_token_indices": {"embed_tokens": ["x"]}}, "trainable_token_indices="),
         ({"target_modules": "("}, "is not a regular expression"),
         ({"exclude_modules": "*"}, "is not a regular expression"),
         ({"target_modules": []}, "target_modules is empty"),
@@ -237,6 +267,9 @@ def test_a_value_of_the_wrong_kind_is_refused_at_once(setting: dict[str, Any], s
         ("mola", {"experts_per_layer": 4}),
         ("mola", {"experts_per_layer": [2.5, 4]}),
         ("mola", {"top_k": None}),
+        ("topiclora", {"encoder": 3}),
+        ("topiclora", {"topics": ""}),
+        ("oracle", {"num_experts": 5, "num_tasks": 2}),
     ],
 )
 def test_a_methods_value_of_the_wrong_kind_is_refused_at_once(name: str, setting: dict[str, Any]) -> None:

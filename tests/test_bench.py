@@ -131,6 +131,9 @@ def test_tables_have_a_row_for_each_arm_and_the_same_columns(result: Any) -> Non
         (["rounds=1"], "rounds=1 must be at least 2"),
         (["tokens=0"], "tokens=0 must be at least 1"),
         (["methods=[mol]"], "methods: no method 'mol' to measure; did you mean 'mola'"),
+        (["methods=mol"], "methods: no method 'mol' to measure"),
+        (["out=/dev/null/x.json"], "out=/dev/null/x.json cannot be written: Not a directory"),
+        (["out=tests"], "out=tests is a folder"),
         (["round=3"], "round"),
     ],
 )
@@ -138,3 +141,18 @@ def test_impossible_settings_are_refused(settings: list[str], message: str) -> N
     with pytest.raises(ConfigError, match=message) as error:
         bench.main(settings)
     assert "\n" not in str(error.value)
+
+
+def test_methods_are_named_with_or_without_brackets(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def run(*, only: list[str], **settings: Any) -> Any:
+        asked.append(only)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(suite, "run", run)
+    monkeypatch.setattr(measure, "keep_freed_memory", lambda: None)
+    for text in ("mola", "mola,rmoe", "[mola]"):
+        with pytest.raises(ConfigError, match="enough"):
+            bench.main([f"methods={text}"])
+    assert asked == [["mola"], ["mola", "rmoe"], ["mola"]]

@@ -56,7 +56,7 @@ def test_train_and_eval_as_a_user_would(world, tmp_path, capsys):
     assert trained.returncode == 0, trained.stderr
     results = json.loads(trained.stdout)
     assert results["run"] == str(out)
-    assert results["command"].startswith("cli.py train lora model=")
+    assert results["command"].startswith("moesaic train lora model=")
     assert str(world.parent) not in results["command"].split()[0]
     card = (out / "adapter" / "README.md").read_text()
     assert "lora on" in card
@@ -78,6 +78,12 @@ def test_train_and_eval_as_a_user_would(world, tmp_path, capsys):
         (["train", "mola", "adapter.top_k=9", "data=x"], "top_k"),
         (["train", "lora"], "data is missing"),
         (["train", "lora", "data=nowhere.jsonl"], "no such file or folder: nowhere.jsonl"),
+        (
+            ["train", "topiclora", "adapter.topics=nowhere.safetensors", "--dry-run"],
+            "no topics file nowhere.safetensors",
+        ),
+        (["topics", "show", "out=/dev/null/graph.svg"], "out=/dev/null/graph.svg: there is no folder /dev/null"),
+        (["topics", "build", "seed=10000000000000000000000", "encoder=hashing"], "must be between 0 and 4294967295"),
         (["eval", "limit=3"], "name at least one run folder"),
         (["eval", "nowhere"], "is not a run folder"),
         (["eval", "nowhere", "lmit=3"], "did you mean 'limit'"),

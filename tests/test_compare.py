@@ -78,6 +78,11 @@ class Here:
                 self.returncode = cells.main(commands)
         stdout.write(text.getvalue().encode())
 
+    def __enter__(self) -> "Here":
+        return self
+
+    def __exit__(self, *error) -> None: ...
+
     def poll(self) -> int:
         return self.returncode
 
@@ -165,7 +170,17 @@ def test_the_largest_mixture_is_the_measure_unless_another_is_named(world):
     named = planned(world, "methods=lora,mola", "budget=lora", "arms.lora.r=24", "controls=false")
     assert named.arms["lora"].rank == 24
     assert named.budget == named.arms["lora"].trainable
-    assert planned(world, "methods=lora,mola", "budget=20000", "controls=false").budget == 20000
+    assert planned(world, "methods=lora,mola", "budget=2e4", "controls=false").budget == 20000
+
+
+def test_a_kind_of_initialisation_that_reads_the_weights_can_be_counted_without_them(world):
+    found = planned(world, "methods=lora,mola", "arms.lora.init_lora_weights=pissa", "controls=false")
+    assert found.arms["lora"].recipe.adapter["init_lora_weights"] == "pissa"
+    assert abs(found.arms["lora"].trainable / found.budget - 1) <= 0.01
+
+
+def test_an_oracle_takes_no_common_number_of_experts(world):
+    assert planned(world, "methods=oracle", "adapter.num_experts=5", "match=none").arms["oracle"].experts == 2
 
 
 def test_equal_ranks_are_experts_times_rank(world):
@@ -210,6 +225,20 @@ REFUSED = [
     (["methods=mola", "arms.mola.top_k=9"], "top_k"),
     (["methods=mola", "arms.mola=3"], "arms.mola must hold settings"),
     (["methods=mola", "arms.x.method=molla"], "arms.x: no method 'molla'"),
+    (["methods=mola", "arms.mola.lr=3"], r"arms\.mola\.lr: lr is the same for all arms; lrs="),
+    (["methods=mola", "lr=1e-3", "lrs=1e-3,1e-2"], r"lr=0\.001 and lrs=0\.001,0\.01 disagree: leave one out"),
+    (["methods=mola", "limit=3"], "limit=3 is of trials, and there are none .*eval_limit is that of the runs"),
+    (["methods=mola", "lrs=1e-3", "tune_steps=3"], "tune_steps=3 is of trials"),
+    (["methods=mola", "eval_limit=0"], "eval_limit=0 must be at least 1"),
+    (["methods=mola", "gpus=1"], "gpus=1 needs engine=ray"),
+    (["methods=mola", "arms.lora.use_dora=true"], "arm lora: adapter.use_dora=true .* method=dora is LoRA with it"),
+    (["methods=mola", "arms.lora.rank_pattern=3", "match=none"], "arm lora: adapter.rank_pattern=3 must hold numbers"),
+    (["methods=mola", "arms.mola.trainable_token_indices=x"], "arm mola: trainable_token_indices='x' must be a list"),
+    (["methods=oracle", "arms.oracle.num_experts=5"], "arm oracle: num_experts=5, but there are 2 tasks"),
+    (["methods=topiclora", "arms.topiclora.topics=nowhere"], "arm topiclora: no topics file nowhere"),
+    (["methods=mola", "match=rank", "budget=1e12"], "arm lora: budget=1000000000000.0 takes rank 1,000,000,000,000"),
+    (["methods=mola", "tasks=[[1]]"], "tasks=.*must be a list of texts"),
+    (["methods=mola", "out=/dev/null/x"], "out=/dev/null/x cannot be written: Not a directory"),
     (["methods=mola", "arms.a/b.method=mola"], "arms.a/b: it names folders"),
     (["methods=mola", "arms.mola.use_dora=true"], "adapter.use_dora=true cannot go with method=mola"),
     (["methods=hotmoe", "budget=9000"], "arm hotmoe: match=trainable_params and adapter.num_experts=8 disagree"),
@@ -251,10 +280,11 @@ def test_rows_that_an_encoder_cannot_answer_are_refused(world):
 
 
 def test_a_dry_run_shows_what_training_will_have_and_writes_nothing(world, tmp_path, capsys):
-    ask = settings(world, "methods=mola,dora", "lrs=1e-3,3e-3", "seeds=0,1", f"out={tmp_path / 'out'}")
+    ask = settings(world, "methods=mola,dora", "lrs=1e-3,3e-3", "limit=5", "seeds=0,1", f"out={tmp_path / 'out'}")
     assert main(["compare", *ask, "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert "12 trials, then 12 runs of 4 steps (6 arms x 2 seeds)" in shown
+    assert "trials (validation): scored on 5 of even, 5 of pick\nruns (validation): scored on 20 of even" in shown
     assert main(["compare", *ask, "--dry-run", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["trials"], found["cells"]) == (12, 12)
@@ -281,7 +311,7 @@ def small(world, out: Path, *more: str) -> list[str]:
 
 def test_a_comparison_tunes_runs_and_sums_up_and_is_not_run_twice(world, tmp_path, here, capsys, monkeypatch):
     out = tmp_path / "out"
-    ask = small(world, out, "lrs=1e-2,1e-3", "tune_steps=2", "limit=3")
+    ask = small(world, out, "lrs=1e-2,1e-3", "tune_steps=2", "limit=3", "eval_limit=7")
     assert run(ask) == 0
     shown = capsys.readouterr()
     trials = {f"{arm}-lr{lr}" for arm in ("lora", "mola") for lr in ("0.01", "0.001")}
@@ -312,6 +342,8 @@ def test_a_comparison_tunes_runs_and_sums_up_and_is_not_run_twice(world, tmp_pat
     assert {a: r["trainable_parameters"] for a, r in trained.items()} == {
         a: p["trainable_parameters"] for a, p in plans.items()
     }
+    assert read(out / "cells" / "mola-s1" / "eval-validation.json")["tasks"]["even"]["n"] == 7
+    assert load_recipe(str(out / "tuning" / "lora-lr0.01")).warmup == 0, "that of a run of two steps"
     assert [arm["arm"] for arm in figures["arms"]] == ["lora", "mola"]
     assert (out / "report.html").is_file()
     assert "base_mean" in read(out / "cells" / "lora-s0" / "eval-validation.json")
@@ -372,13 +404,15 @@ def test_other_settings_in_the_same_folder_are_refused_by_the_key_that_differs(w
     assert run(ask) == 0
     quick.ran.clear()
     for more, message in (
-        (["steps=5"], "holds a comparison with steps=4, now it is 5"),
+        (["steps=5"], "holds a comparison with steps=4, now 5: set it back"),
         (["methods=lora"], "whose methods have mola: leave it in"),
         (["seeds=1"], "whose seeds have 0: leave it in"),
-        (["lrs=1e-4,1e-3"], r"with lrs=\[\], now"),
-        (["arms.mola.top_k=1"], "whose arm mola has adapter="),
-        (["budget=30000"], "whose arm lora has adapter="),
-        (["match=rank"], "with match=trainable_params, now it is rank"),
+        (["lrs=1e-4,1e-3"], r"with lrs=\[\], now 0\.0001,0\.001: set it back"),
+        (["eval_limit=3"], r"with eval_limit=\(not set\), now 3: set it back"),
+        (["arms.mola.top_k=1"], r"with arms\.mola\.top_k=2, now 1: set back"),
+        (["adapter.lora_dropout=0.5"], r"with arms\.lora\.lora_dropout=0\.0, now 0\.5: set back"),
+        (["budget=30000"], r"with arms\.lora\.r=\d+, now \d+; arms\.lora\.lora_alpha="),
+        (["match=rank"], "with match=trainable_params, now rank"),
     ):
         with pytest.raises(ConfigError, match=message) as caught:
             run([*ask, *more])
@@ -415,8 +449,31 @@ def test_a_finished_run_with_other_settings_is_not_taken_for_the_cell(world, tmp
     assert run(small(world, out)) == 0
     file = out / "cells" / "mola-s0" / "recipe.yaml"
     file.write_text(file.read_text().replace("lr: 0.001", "lr: 0.005"))
-    with pytest.raises(ConfigError, match=r"mola-s0 holds a run with lr=0\.005, now it is 0\.001: remove that folder"):
+    with pytest.raises(ConfigError, match=r"mola-s0 holds a run with lr=0\.005, now 0\.001: remove that folder"):
         run(small(world, out))
+
+
+@pytest.mark.parametrize("damage", [{"mean": None}, {"mean": "x"}, {"routing": [3]}])
+def test_figures_edited_by_hand_are_named_in_one_line(world, tmp_path, quick, damage, capsys):
+    out = tmp_path / "out"
+    assert run(small(world, out)) == 0
+    file = out / "cells" / "mola-s0" / "eval-validation.json"
+    file.write_text(json.dumps({**read(file), **damage}))
+    capsys.readouterr()
+    assert main(["compare", str(out)]) != 0
+    shown = capsys.readouterr()
+    assert f"mola-s0/{file.name}" in shown.out + shown.err
+
+
+@pytest.mark.parametrize("damage", [{"arms": 3}, {"arms": {"lora": {}}}, {"arms": None}])
+def test_a_plan_edited_by_hand_is_named_in_one_line(world, tmp_path, quick, damage):
+    out = tmp_path / "out"
+    assert run(small(world, out)) == 0
+    file = out / "arms.json"
+    file.write_text(json.dumps({**read(file), **damage}))
+    with pytest.raises(ConfigError, match=r"arms\.json is damaged") as caught:
+        run([str(out)])
+    assert "\n" not in str(caught.value)
 
 
 def test_two_comparisons_do_not_share_a_folder(world, tmp_path, quick, monkeypatch):
@@ -498,6 +555,68 @@ def test_a_process_that_dies_without_a_word_is_a_failure_with_its_code(tmp_path,
     assert (outcome.status, outcome.error) == ("failed", "its process ended with code 9")
 
 
+def test_a_process_ends_with_the_pipe_on_its_stdin():
+    code = (
+        "import time; from moesaic.compare import cells; cells.end_with_parent(); print(1, flush=True); time.sleep({})"
+    )
+    common = {"stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code.format(60)], stdin=subprocess.PIPE, **common) as process:
+        assert process.stdout.readline() == "1\n"
+        process.stdin.close()
+        assert process.wait(30) == -signal.SIGTERM
+    done = subprocess.run([sys.executable, "-c", code.format(0.2)], stdin=subprocess.DEVNULL, check=False, **common)
+    assert done.returncode == 0
+
+
+def test_a_run_that_another_process_has_is_left_to_it(tmp_path):
+    """Its log stays locked by the process that writes it, also where the one that started that was killed."""
+    job = job_in(tmp_path / "cell")
+    job.run.path.mkdir()
+    log = job.run.path / "log.txt"
+    with log.open("ab") as file:
+        assert cells.claim(file)
+        command = [sys.executable, "-c", "print(1, flush=True); input()"]
+        orphan = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=file)
+    with orphan:
+        while not log.read_text():
+            time.sleep(0.01)
+        outcome = cells.run_job(job)
+        assert (outcome.status, outcome.error) == ("pending", "another process runs it")
+        assert log.read_text() == "1\n"
+    with cells.locked(job.run.path):  # as `moesaic train` does
+        assert cells.run_job(job).status == "pending"
+    assert log.read_text() == "1\n"
+    assert not job.failure.exists()
+    assert cells.run_job(job).status == "failed"
+
+
+def test_what_another_process_runs_is_pending_in_the_comparison(world, tmp_path, quick, monkeypatch, capsys):
+    out, real = tmp_path / "out", cells.run_job
+
+    def elsewhere(job, stops):
+        busy = job.name in ("mola-s0", "lora-lr0.01")
+        return cells.Outcome(job, "pending", "another process runs it") if busy else real(job, stops)
+
+    monkeypatch.setattr(cells, "run_job", elsewhere)
+    assert run(small(world, out)) == 1
+    shown = capsys.readouterr()
+    assert "mola-s0: pending: another process runs it" in shown.err
+    assert "3 of 4 cells" in shown.out
+    assert run([*small(world, out), "lrs=1e-3,1e-2", "tune_steps=1", "overwrite=true"]) == 1
+    missing = [(m["arm"], m["status"], m["error"]) for m in read(out / "comparison.json")["missing"]]
+    waits = ("lora", "pending", "its trial lora-lr0.01 is not done: another process runs it")
+    assert missing == [waits, ("mola", "pending", "another process runs it"), waits]
+
+
+def test_a_run_that_cannot_be_scored_says_what_to_remove(tmp_path, monkeypatch):
+    job = job_in(tmp_path / "cell")
+    popen = subprocess.Popen
+    code = f"open({str(job.run.results)!r}, 'w').write('{{}}'); print('moesaic: it is damaged'); exit(2)"
+    monkeypatch.setattr(cells.subprocess, "Popen", lambda command, **kw: popen([sys.executable, "-c", code], **kw))
+    error = f"it is damaged (it was trained, not scored; remove {job.run.path} to train it again)"
+    assert cells.run_job(job).error == error
+
+
 def test_ctrl_c_stops_what_runs_and_starts_nothing_more(tmp_path, monkeypatch):
     begun, ended = [], []
 
@@ -514,6 +633,7 @@ def test_ctrl_c_stops_what_runs_and_starts_nothing_more(tmp_path, monkeypatch):
     def interrupt():
         while len(begun) < 2:
             time.sleep(0.01)
+        time.sleep(0.2)  # the pool has taken note of its threads
         os.kill(os.getpid(), signal.SIGINT)
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started us with it ignored

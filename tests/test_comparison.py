@@ -11,6 +11,7 @@ from rich.console import Console
 from moesaic import comparison, verdicts
 from moesaic.comparison import Cell, summarise
 from moesaic.errors import ConfigError
+from moesaic.report import markdown
 
 ROUTING = {
     "entropy": 0.5,
@@ -123,6 +124,13 @@ def test_costs_and_routing_are_averaged(make):
     assert arm(summary, "lora")["peak_memory_mib"] is None
 
 
+def test_every_column_of_the_routing_is_explained(make):
+    table = markdown(whole([make("lora", 0, {"a": [1]}), make("mola", 0, {"a": [1]}, routing=ROUTING)]))
+    (header,) = [line for line in table.splitlines() if line.startswith("| arm | entropy")]
+    for column in header.strip("| ").split(" | ")[1:]:
+        assert f"- *{column}*: " in table
+
+
 def test_the_curve_is_the_task_loss_over_stretches_of_steps(make):
     cell = make("lora", 0, {"a": [1]})
     rows = [{"step": i + 1, "loss": 2.5 if i < 60 else 1.5, "router_aux_loss": 0.5} for i in range(120)]
@@ -190,7 +198,9 @@ def test_four_files_are_written_whole(make, tmp_path):
     }  # fmt: skip
     assert [r["score"] for r in rows if r["arm"] == "mola" and r["task"] == "a"] == ["0.5", "1.0"]
     table = (out / "table.md").read_text()
-    assert "| lora | 75.0 ± 35.4 | 50.0 ± 0.0 | 62.5 ± 17.7 |" in table
+    assert "| lora | 62.5 ± 17.7 |  |  | 75.0 ± 35.4 | 50.0 ± 0.0 |" in table
+    assert "- *±*: one standard deviation over seeds" in table
+    assert "*to lora [95 %]*: difference of the means in points; in brackets 95 %" in table
     assert "- mola: not decided whether routing helps: 2 seeds in common with lora, 3 are needed" in table
 
 
@@ -206,9 +216,17 @@ def test_nothing_finished_is_still_a_comparison(tmp_path):
 
 
 def judged(means, methods=None, parameters=None):
-    methods = methods or {name: name for name in means}
-    by_seed = {name: dict(enumerate(values)) for name, values in means.items()}
-    found = verdicts.verdicts(by_seed, methods, parameters or {}, "lora")
+    arms = [
+        {
+            "arm": name,
+            "method": (methods or {}).get(name, name),
+            "seeds": list(range(len(values))),
+            "values": values,
+            "trainable_parameters": (parameters or {}).get(name),
+        }
+        for name, values in means.items()
+    ]
+    found = verdicts.verdicts(arms, "lora")
     return {v["arm"]: v for v in found}
 
 
@@ -228,6 +246,28 @@ def test_routing_helps_only_beyond_two_standard_deviations_of_paired_differences
     found = judged({"lora": LORA, "uniform": UNIFORM, "mola": means})["mola"]
     assert found["holds"] is holds
     assert ("no sign that routing helps" in found["text"]) is not holds
+
+
+@pytest.mark.parametrize(
+    ("means", "worse"),
+    [
+        ([0.40, 0.42, 0.44], ["lora", "uniform"]),
+        ([0.50, 0.42, 0.54], []),
+        ([0.505, 0.515, 0.525], ["uniform"]),
+        ([0.60, 0.62, 0.64], []),
+    ],
+)
+def test_what_is_worse_beyond_two_standard_deviations_is_called_worse(means, worse):
+    found = judged({"lora": LORA, "uniform": UNIFORM, "mola": means})["mola"]
+    assert found["worse"] == worse
+    said = f"mola: worse than {' and '.join(worse)} by more than two standard deviations, no sign that routing helps: "
+    assert found["text"].startswith(said) is bool(worse)
+
+
+def test_the_oracle_can_be_worse_too():
+    found = judged({"lora": LORA, "oracle": [0.40, 0.42, 0.44]})["oracle"]
+    assert (found["holds"], found["worse"]) == (False, ["lora"])
+    assert "no sign that knowing the task helps: −10.0 ± 0.0 points against lora (3 seeds)" in found["text"]
 
 
 def test_two_standard_deviations_is_the_line():

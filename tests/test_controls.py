@@ -132,6 +132,9 @@ def test_task_gates_say_what_they_lack(method: str, ids: Any, message: str) -> N
 def test_oracle_has_an_expert_for_each_task() -> None:
     config = METHODS["oracle"](num_tasks=5)  # type: ignore[call-arg]
     assert config.num_experts == 5
+    assert METHODS["oracle"]().num_experts == METHODS["mola"]().num_experts
+    with pytest.raises(ConfigError, match="num_experts=3, but there are 5 tasks"):
+        METHODS["oracle"](num_tasks=5, num_experts=3)  # type: ignore[call-arg]
 
 
 # -- the rest -----------------------------------------------------------------------------------------------------

@@ -229,8 +229,16 @@ def test_layers_to_transform_adapts_the_ffns_of_those_layers() -> None:
         ("llama", {"target_modules": ["gate_proj", "up_proj"]}, "leaves out model.layers.0.mlp.down_proj"),
         ("llama", {"lora_target_modules": ["up_proj"]}, "leaves out model.layers.0.mlp.up_proj"),
         ("llama", {"exclude_modules": ["gate_proj"]}, "leaves out model.layers.0.mlp.gate_proj"),
-        ("llama", {"target_modules": ["q_proj"]}, "target_modules={'q_proj'}"),
-        ("mamba", {"target_modules": None}, "target_modules"),
+        (
+            "llama",
+            {"target_modules": ["q_proj"]},
+            "target_modules={'q_proj'} names none of this model's: add gate_proj, up_proj, down_proj",
+        ),
+        (
+            "mamba",
+            {"target_modules": None},
+            "this model has none that is known: name an FFN's linears in target_modules",
+        ),
     ],
 )
 def test_targets_that_are_no_whole_ffn_are_refused(name: str, settings: dict[str, Any], message: str) -> None:

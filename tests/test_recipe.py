@@ -6,8 +6,18 @@ import pytest
 
 from moesaic.errors import ConfigError
 from moesaic.evaluation import EvalSettings
-from moesaic.recipe import PLAIN, adapter_config, dump, is_routed, load_recipe, methods, packaged, parse_settings
-from moesaic.settings import parse_overrides
+from moesaic.recipe import (
+    PLAIN,
+    adapter_config,
+    as_used,
+    dump,
+    is_routed,
+    load_recipe,
+    methods,
+    packaged,
+    parse_settings,
+)
+from moesaic.settings import differences, parse_overrides
 
 
 def test_a_packaged_recipe_with_settings_on_top():
@@ -76,6 +86,30 @@ def test_a_file_that_is_no_recipe_is_one_line(tmp_path, text):
     assert "\n" not in str(caught.value)
 
 
+def test_a_slip_in_yaml_is_named_by_its_line(tmp_path):
+    file = tmp_path / "bad.yaml"
+    file.write_text("method: lora\nadapter:\n  r: 8\n   top_k: 2\n")
+    with pytest.raises(ConfigError, match=r"bad\.yaml:4: this is not YAML: mapping values are not allowed"):
+        load_recipe(str(file))
+
+
+def test_a_warm_up_that_is_too_long_is_recorded_as_it_is_used():
+    assert load_recipe("lora", ["steps=20", "warmup=9"]).describes()["warmup"] == 9
+    short = load_recipe("lora", ["steps=20", "warmup=10"])
+    assert (short.describes()["warmup"], as_used(short).warmup) == (2, 2)
+    assert as_used(short).describes() == short.describes()
+
+
+def test_differences_name_each_setting_by_its_path():
+    before = {"lr": 1.0, "adapter": {"r": 8, "rank_pattern": {"a": 2, "b": 2}}, "tasks": ["a", "b"]}
+    now = {"lr": 1.0, "adapter": {"r": 4, "rank_pattern": {"a": 3, "b": 3}}, "tasks": None, "x": 0}
+    assert differences(before, before) == ""
+    assert differences(before, now) == (
+        "adapter.r=8, now 4; adapter.rank_pattern.a=2, now 3; adapter.rank_pattern.b=2, now 3; "
+        "tasks=a,b, now (not set) and 1 more"
+    )
+
+
 def test_unknown_adapter_settings_and_methods_name_the_nearest():
     with pytest.raises(ConfigError, match=r"no setting adapter\.num_expert; did you mean 'num_experts'"):
         adapter_config(load_recipe("mola", ["adapter.num_expert=4"]))
@@ -109,7 +143,12 @@ def test_eval_settings_are_checked_likewise():
         (["clip=nan"], "clip=nan must be a finite number"),
         (["lr=inf"], "lr=inf must be a finite number"),
         (["weight_decay=inf"], "weight_decay=inf"),
-        (["tasks={a: 1}"], "incompatible"),
+        (["tasks={a: 1}"], "tasks=.* must be a list of texts"),
+        (["tasks=[[1]]"], "must be a list of texts"),
+        (["steps=2.5"], "^steps=2.5 must be a whole number$"),
+        (["lr=fast"], "^lr=fast must be a number$"),
+        (["model=${nowhere}"], r"^model: the \$\{…\} in it cannot be followed"),
+        (["adapter.r=2020-01-01"], r"^adapter\.r: it must be a number, a text"),
         (["out=a\0b"], "NUL"),
     ],
 )
@@ -144,6 +183,8 @@ def test_pefts_own_kinds_of_lora_are_methods_without_routers():
     ("recipe", "setting", "message"),
     [
         ("mola", "use_dora=true", "adapter.use_dora=true cannot go with method=mola: DoRA rescales by the norm"),
+        ("lora", "use_dora=true", "adapter.use_dora=true makes method=lora another one: method=dora is LoRA with it"),
+        ("lora", "use_rslora=true", "method=rslora is LoRA with it"),
         ("dora", "use_dora=false", "adapter.use_dora=false cannot go with method=dora"),
         ("rslora", "use_rslora=false", "adapter.use_rslora=false cannot go with method=rslora"),
     ],

@@ -71,7 +71,7 @@ def made_up(arms=("lora", "mola", HOSTILE), tasks=("a", HOSTILE), layers=3, expe
         "base_mean": 0.3,
         "arms": made,
         "missing": [{"arm": "mola", "seed": 3, "status": "failed", "error": HOSTILE}],
-        "verdicts": [{"arm": "mola", "claim": "routing helps", "holds": True, "text": f"mola: {HOSTILE}"}],
+        "verdicts": [{"arm": "mola", "claim": "routing helps", "holds": True, "worse": [], "text": f"mola: {HOSTILE}"}],
         "versions": {"moesaic": "0"},
         "device": "cpu",
     }
@@ -129,7 +129,7 @@ def test_every_figure_is_there_and_says_what_it_shows():
     assert titles == [
         "Difference of the mean score to lora",
         "Difference to lora by task",
-        "Mean score against trainable parameters",
+        "Mean score against time a token over lora, %",
         "Training loss by step",
         "Router entropy by layer",
         "Experts' share of the weight by layer and task, mola",
@@ -168,6 +168,46 @@ def test_dots_stand_at_their_values():
     assert dots == pytest.approx([dots[0], 2 * dots[0], 3 * dots[0]], abs=0.05)
 
 
+def outlying():
+    """Six arms within a few points of the baseline, and one far below."""
+    summary = made_up(arms=("lora", *"abcdef", "far"))
+    for arm, value in zip(summary["arms"][1:], (-0.01, 0.0, 0.01, 0.02, -0.02, 0.01, -0.8), strict=True):
+        arm["difference"] |= {"mean": value, "interval": (value - 0.01, value + 0.01), "values": [value] * 3}
+        arm |= spread(0.9 + value)
+    return summary
+
+
+def test_an_axis_leaves_out_what_is_far_off_and_an_arrow_has_its_number():
+    page = html(outlying())
+    differences, scores = (d for d in drawings(page) if "score" in d.find(f"{SVG}title").text)
+    marks = [e.text for e in differences.iter(f"{SVG}text") if e.get("class") == "tick"]
+    assert "−80" not in marks
+    texts = [e.text for d in (differences, scores) for e in d.iter(f"{SVG}text")]
+    assert "−80.0 [−81.0, −79.0]" in texts
+    assert "far 10.0" in texts
+    for d, dots in ((differences, 6), (scores, 7)):
+        assert sum(e.get("class") == "dot" for e in d.iter(f"{SVG}circle")) == dots
+        assert [e.get("class") for e in d.iter(f"{SVG}path")] == ["dot"], "one arrow"
+    assert page.count("Arrow: off the scale") == 2
+    assert "Arrow: off the scale" not in html(made_up())
+
+
+def test_scores_are_drawn_against_parameters_only_where_those_differ():
+    summary = made_up()
+    summary["arms"][2]["trainable_parameters"] = 2000
+    assert "Mean score against trainable parameters" in html(summary)
+    summary["arms"][2]["method"] = "oracle"
+    assert "Mean score against trainable parameters" not in html(summary)
+
+
+def test_a_page_says_who_is_worse_and_explains_its_columns():
+    summary = made_up()
+    summary["verdicts"][0] |= {"holds": False, "worse": ["lora"]}
+    tags = parsed(html(summary))
+    assert ("li", {"class": "worse"}) in tags
+    assert sum(t == "dl" and a.get("class") == "legend" for t, a in tags) == 3
+
+
 def test_tables_have_headers_for_rows_and_columns():
     tags = parsed(html(made_up()))
     scopes = [a.get("scope") for t, a in tags if t == "th"]
@@ -185,7 +225,7 @@ def test_the_page_follows_light_and_dark_mode():
 @pytest.mark.parametrize("arms", [("lora",), ("lora", "mola")])
 def test_small_comparisons_have_fewer_figures(arms):
     page = html(made_up(arms=arms))
-    assert len(drawings(page)) == (2 if arms == ("lora",) else 6)
+    assert len(drawings(page)) == (1 if arms == ("lora",) else 6)
 
 
 def test_unfinished_arms_and_missing_figures_are_left_out():
@@ -213,6 +253,26 @@ def test_labels_are_moved_apart_in_their_order(positions):
     assert all(gap >= 15 - 1e-9 for gap in gaps)
     assert min(placed) >= -1e-9
     assert max(placed) <= 300 + 1e-9
+
+
+def test_labels_beside_points_neither_cover_each_other_nor_leave_the_frame():
+    points = [(10.0, 50.0), (60.0, 50.0), (90.0, 52.0), (590.0, 10.0)]
+    labels = ["a long label"] * 4
+    boxes = []
+    for x, y, anchor in svg.beside(points, labels, (0.0, 0.0, 600.0, 100.0), size=12.5):
+        start = x - {"start": 0.0, "middle": 0.5, "end": 1.0}[anchor] * svg.label_width(labels)
+        boxes.append((start, y - 10, start + svg.label_width(labels), y + 3))
+    assert all(box[0] >= 0 and box[1] >= 0 and box[2] <= 600 and box[3] <= 100 for box in boxes)
+    for a, b in itertools.combinations(boxes, 2):
+        assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
+
+
+@given(st.lists(st.integers(-100, 100), min_size=1, max_size=20))
+def test_most_values_lie_within_the_fences(values):
+    low, high = svg.fences(values)
+    inside = [v for v in values if low <= v <= high]
+    assert len(inside) >= len(values) / 2
+    assert len(values) > 4 or inside == values
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6))

@@ -399,7 +399,7 @@ def test_targets_come_from_the_prompt_alone() -> None:
         ({"kl_direction": "backward"}, "kl_direction='backward' must be one of forward, reverse, js"),
         ({"kl_tokens": "answer"}, "kl_tokens='answer' must be one of prompt, all"),
         ({"aux_reduce": "max"}, "aux_reduce='max' must be one of sum, mean"),
-        ({"topics": 3}, "topics=3 must be 'bigbench' or the path"),
+        ({"topics": 3}, "topics=3 must be a text"),
         ({"topic_dim": 0}, "topic_dim=0 must be at least 1"),
         ({"router_temperature": 0.0}, "router_temperature=0.0 must be above 0"),
         ({"kl_warmup": 1.5}, "kl_warmup=1.5 must be between 0 and 1"),

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from moesaic.cli import main
 from moesaic.errors import ConfigError, DataError
-from moesaic.lora.topics import Topics, TopicSettings, build, drawing, encoders, features, graph, vocabulary
+from moesaic.lora.topics import Topics, TopicSettings, build, encoders, features, graph, vocabulary
+from moesaic.report import topics as drawing
 from tests.tiny_folders import save_model
 
 F64 = torch.float64
@@ -382,6 +383,16 @@ def test_a_list_of_tasks_gives_the_topics_and_their_overlap(tmp_path: Path) -> N
         build(tasks=[str(file)])
 
 
+def test_groups_that_no_task_carries_are_no_topics(tmp_path: Path) -> None:
+    """One task a keyword is enough for its group."""
+    file = write(tmp_path / "tasks.json", {"sums": ["arithmetic"], "jokes": ["humor", "json"]})
+    topics = vocabulary.load("bigbench", [str(file)]).topics("group")
+    assert [(t.name, t.tasks) for t in topics] == [
+        ("logic, math, code", {"sums"}),
+        ("understanding humans", {"jokes"}),
+    ]
+
+
 def test_a_keyword_of_ones_own_is_described_in_the_same_file_or_in_another(tmp_path: Path) -> None:
     mine = {"knots": {"group": "other", "description": "tie and untie ropes"}}
     tasks = {"t1": ["knots", "arithmetic"], "t2": ["knots"]}
@@ -400,7 +411,10 @@ def test_a_keyword_of_ones_own_is_described_in_the_same_file_or_in_another(tmp_p
         ({"sums": "arithmetic"}, r"bad\.json: unknown entry 'sums'"),
         ({"sums": ["arithmetic"], "b": "x"}, r"bad\.json: task 'b' must have a list of keywords"),
         ({"sums": []}, r"bad\.json: task 'sums' must have a list of keywords"),
-        ({"keywords": {"k": {"group": "othr", "description": "d"}}}, r"'k' is in the unknown group 'othr'; did you me"),
+        (
+            {"keywords": {"k": {"group": "othr", "description": "d"}}},
+            r"'othr'; did you mean 'other'; known: .*, 'logic, math, code', ",
+        ),
         ({"keywords": {"k": {"group": "other"}}}, r"bad\.json: keyword 'k' must have a 'group' and a 'description'"),
         ({"keywords": {"k": {"group": "other", "description": " "}}}, r"keyword 'k': expected a text, got ' '"),
         ({"keywords": {"k": {"group": "other", "description": "d", "tasks": -1}}}, "'tasks' must be a whole number"),
@@ -446,6 +460,46 @@ def test_groups_can_be_the_topics() -> None:
 
 
 # -- the command line ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "doubts"),
+    [
+        ({}, []),
+        ({"jaccard": 0.0, "cosine": 0.0, "group": 0.0}, []),
+        ({"steps": 0}, ["steps=0 leaves the graph's embedding as it was drawn"]),
+        (
+            {"topic_dim": 1, "num_experts": 3},
+            ["the prototypes of experts", "no topic has its largest share in experts", "has the largest share of"],
+        ),
+    ],
+    ids=["sound", "without a graph, as asked", "untrained", "collapsed"],
+)
+def test_topics_say_what_speaks_against_them(changes: Any, doubts: list[str]) -> None:
+    found = hashed(**changes).doubts()
+    assert len(found) == len(doubts)
+    for line, wanted in zip(found, doubts, strict=True):
+        assert wanted in line
+
+
+def test_a_graph_without_an_edge_is_doubted_unless_it_was_asked_for(tmp_path: Path, caplog: Any) -> None:
+    words = {
+        "groups": {"g": "one", "h, i": "other"},
+        "keywords": {"red": {"group": "g", "description": "x"}, "loud": {"group": "h, i", "description": "y"}},
+    }
+    file = write(tmp_path / "words.json", words)
+    given = [
+        f"vocabulary={file}",
+        "encoder=hashing",
+        "num_experts=2",
+        "topic_dim=4",
+        f"out={tmp_path / 'a.safetensors'}",
+    ]
+    assert main(["topics", "build", *given, "cosine=0", "overwrite=true"]) == 0
+    assert "no two topics are connected" in caplog.text
+    caplog.clear()
+    assert main(["topics", "build", *given, "cosine=0", "jaccard=0", "group=0", "overwrite=true"]) == 0
+    assert caplog.text == ""
 
 
 def test_build_and_show_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -215,7 +215,7 @@ def test_finished_unfinished_and_foreign_folders(world, tmp_path):
         run("lora", world, "encoder", out)
     assert (out / "metrics.jsonl").read_bytes() == before
     (out / "results.json").unlink()
-    with pytest.raises(ConfigError, match=r"unfinished run with lr=0.01, now it is 0.02"):
+    with pytest.raises(ConfigError, match=r"unfinished run with lr=0.01, now 0.02"):
         run("lora", world, "encoder", out, "lr=0.02")
     with pytest.raises(ConfigError, match="resume=auto continues"):
         run("lora", world, "encoder", out, "resume=never")
@@ -265,7 +265,7 @@ def test_a_damaged_or_foreign_adapter_is_one_line(world, tmp_path, damage):
     else:
         run("lora", world, "encoder", tmp_path / "wider", "adapter.r=5")
         file.write_bytes((tmp_path / "wider" / "adapter" / "adapter_model.safetensors").read_bytes())
-    with pytest.raises(AdapterError, match="damaged or does not fit") as caught:
+    with pytest.raises(AdapterError, match=r"damaged|has no adapter_model\.safetensors") as caught:
         load_run(out)
     assert "\n" not in str(caught.value)
 
@@ -392,7 +392,7 @@ def test_a_damaged_file_of_an_unfinished_run_is_one_line(world, tmp_path, file, 
     run("lora", world, "encoder", out)
     (out / "results.json").unlink()
     (out / file).write_text(content)
-    with pytest.raises(ConfigError, match=f"{file} is .*damaged") as caught:
+    with pytest.raises(ConfigError, match=rf"{file}(:2: this is not YAML| must hold| is .*damaged)") as caught:
         run("lora", world, "encoder", out)
     assert "\n" not in str(caught.value)
 

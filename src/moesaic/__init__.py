@@ -36,4 +36,6 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_HOMES]
+    """All of them, the methods' configs too: whoever asks waits for torch."""
+    methods = importlib.import_module("moesaic.lora").METHODS
+    return sorted({*globals(), *_HOMES, *(config.__name__ for config in methods.values())})

@@ -73,6 +73,15 @@ def solve(recipe: Recipe, base: Base, budget: int, asked: str) -> Recipe:
     return solved
 
 
+def check_rank(rank: int, base: Base, asked: str) -> None:
+    """Raise ConfigError for a rank above the largest size of any of the model's matrices: it adds memory only."""
+    widest = max(max(p.shape, default=0) for p in base.model.parameters())
+    if rank > widest:
+        raise ConfigError(
+            f"{asked} takes rank {rank:,}, but the model's largest matrix has {widest:,} rows: ask for less"
+        )
+
+
 def at_rank(recipe: Recipe, base: Base, rank: int) -> Recipe:
     """`recipe` at another rank of one expert, at the same scale."""
     return _with_ranks(recipe, adapter_config(recipe, **base.defaults), rank, [])

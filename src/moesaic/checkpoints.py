@@ -11,7 +11,8 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
+from typing import IO, Any
 
 try:
     import fcntl
@@ -21,6 +22,8 @@ except ImportError:  # no such locks on Windows
 from safetensors import SafetensorError
 
 from moesaic.errors import ConfigError, first_line
+from moesaic.recipe import load_recipe
+from moesaic.settings import differences
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +76,17 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 @contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Turn what a file that was edited by hand lacks, or has of another kind, into a ConfigError."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{file} is damaged: {type(error).__name__} {first_line(error)}; remove it") from None
+
+
+@contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keep a folder to this process for as long; a process that ends, however, gives it free.
 
@@ -82,12 +96,33 @@ def locked(folder: Path) -> Iterator[None]:
     with writing(folder):
         file = (folder / ".lock").open("a")
     with file:
-        if fcntl is not None and int(os.environ.get("RANK", "0")) == 0:  # the ranks of a distributed run share a folder
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise ConfigError(f"another process is writing {folder}: wait for it, or another out=") from None
+        first = int(os.environ.get("RANK", "0")) == 0  # the ranks of a distributed run share a folder
+        if first and not claim(file):
+            raise ConfigError(f"another process is writing {folder}: wait for it, or another out=")
         yield
+
+
+def claim(file: IO[Any]) -> bool:
+    """Lock an open file for as long as it is open here or in a child process; False where another process has it."""
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+    return True
+
+
+def check_writable(place: Path, asked: str) -> None:
+    """Raise ConfigError where no file or folder can be made at `place`, which the setting `asked` names.
+
+    Tried in the nearest folder there is, where nothing is left.
+    """
+    try:
+        near = next(p for p in (place, *place.absolute().parents) if p.exists())
+        with TemporaryFile(dir=near if near.is_dir() or near != place else near.parent):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{asked} cannot be written: {error.strerror or first_line(error)}; name another") from None
 
 
 @contextmanager
@@ -198,22 +233,16 @@ class RunFolder:
         self._compare(description, layout)
 
     def _compare(self, description: dict[str, Any], layout: dict[str, Any]) -> None:
-        from omegaconf import OmegaConf
-
         try:
-            before = OmegaConf.to_container(OmegaConf.load(self.recipe))
-        except Exception as error:
+            before = load_recipe(str(self.recipe)).describes()
+        except ConfigError as error:
+            raise ConfigError(f"{error}; overwrite=true or another out=") from None
+        changed = differences(before, description)
+        if changed:
             raise ConfigError(
-                f"{self.recipe} is damaged: {first_line(error)}; overwrite=true or another out="
-            ) from None
-        if not isinstance(before, dict):
-            raise ConfigError(f"{self.recipe} is damaged: it is no recipe; overwrite=true or another out=")
-        for key, value in description.items():
-            if before.get(key) != value:
-                raise ConfigError(
-                    f"{self.path} holds an unfinished run with {key}={before.get(key)}, now it is {value}: "
-                    "set it back to continue, or overwrite=true, or another out="
-                )
+                f"{self.path} holds an unfinished run with {changed}: set it back to continue, or overwrite=true, or "
+                "another out="
+            )
         if self.layout.is_file() and read_json(self.layout) != layout:
             raise ConfigError(f"{self.path} holds an unfinished run on other data; overwrite=true or another out=")
 

@@ -17,6 +17,7 @@ from moesaic.errors import MoesaicError, first_line
 _EXAMPLES = """settings are given as key=value; examples:
   moesaic demo                                                   plain LoRA against HotMoE in minutes
   moesaic methods                                                what can be trained
+  moesaic methods mola                                           its paper, equations, recipes and settings
   moesaic train hotmoe model=minilm data=tasks/ steps=800        a packaged recipe, settings on top
   moesaic train lora match=hotmoe model=minilm data=tasks/       plain LoRA with as many trainable parameters
   moesaic train my.yaml adapter.num_experts=16 --dry-run         your own recipe, printed, not run
@@ -52,8 +53,8 @@ settings of show:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 1 if cells of a comparison failed, 2 for a mistake that can be mended,
-    130 when interrupted."""
+    """Run one command; returns the exit code: 0, 1 if cells of a comparison are not done, 2 for a mistake that can be
+    mended, 130 when interrupted."""
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     if rest:  # argparse gives up on settings that follow an option: `… lr=1e-3 --dry-run steps=9`
@@ -116,7 +117,8 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    verb("methods", _methods, "list the methods that can be trained")
+    methods = verb("methods", _methods, "list the methods that can be trained, or tell all of one")
+    methods.add_argument("name", nargs="?", help="a method: its paper, equations, recipes and settings")
     train = verb("train", _train, "fine-tune a model by a recipe, or continue an interrupted run", _train_epilog())
     train.add_argument("recipe", help="a packaged recipe's name, or the path of a .yaml file")
     train.add_argument("settings", nargs="*", metavar="key=value", help="put on top of the recipe")
@@ -184,32 +186,30 @@ def _eval_epilog() -> str:
 
 
 def _methods(args: argparse.Namespace) -> None:
-    from moesaic.recipe import PLAIN, methods, packaged
-
-    rows = []
-    for name, config in sorted(methods().items()):
-        about: Any = PLAIN.get(name, config)
-        recipe = name if name in packaged() else None
-        rows.append({"method": name, "summary": about.summary, "paper": about.paper, "recipe": recipe})
-    if args.json:
-        _print_json(rows)
-        return
+    from moesaic import methods
     from moesaic.tables import methods_table
 
-    _show(methods_table(rows))
+    if args.name:
+        about = methods.describe(args.name)
+        _print_json(about) if args.json else _show(methods.shown(about))
+    else:
+        rows = methods.overview()
+        _print_json(rows) if args.json else _show(methods_table(rows))
 
 
 def _train(args: argparse.Namespace) -> None:
-    from moesaic.recipe import adapter_config, dump, load_recipe
+    from moesaic.recipe import as_used, dump, load_recipe
 
     recipe = load_recipe(args.recipe, args.settings)
     if args.dry_run:
-        adapter_config(recipe)
+        from moesaic.wrapping import check_teacher
+
+        check_teacher(recipe)
         if recipe.match:
             from moesaic.training import resolved
 
             recipe = resolved(recipe)
-        print(dump(recipe), end="")
+        print(dump(as_used(recipe)), end="")
         return
     from moesaic.training import train
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moesaic import metrics
-from moesaic.checkpoints import read_json, write_json, write_text
+from moesaic.checkpoints import read_json, reading, write_json, write_text
 from moesaic.errors import ConfigError, first_line
+from moesaic.tables import ROUTING
 from moesaic.verdicts import verdicts
 
 if TYPE_CHECKING:
@@ -24,15 +25,6 @@ DOMINATED = 0.6
 """A task with a class this common is shown with its Matthews correlation: accuracy rewards naming that class."""
 
 CURVE_POINTS = 60
-
-_SCALARS = (
-    "entropy",
-    "dead_share",
-    "mutual_information",
-    "inner_balance",
-    "outer_balance",
-    "layer_information",
-)
 
 
 @dataclass(frozen=True)
@@ -96,12 +88,7 @@ def summarise(cells: Sequence[Cell], *, baseline: str, split: str, settings: dic
         "base_mean": _average([r.scores.get("base_mean") for r in runs]),
         "arms": arms,
         "missing": missed,
-        "verdicts": verdicts(
-            {name: {r.cell.seed: r.mean for r in group} for name, group in groups.items()},
-            {arm["arm"]: arm["method"] for arm in arms},
-            {arm["arm"]: arm.get("trainable_parameters") for arm in arms},
-            baseline,
-        ),
+        "verdicts": verdicts(arms, baseline),
         "versions": runs[0].results.get("versions", {}) if runs else {},
         "device": runs[0].results.get("device") if runs else None,
     }
@@ -121,7 +108,11 @@ def read_run(cell: Cell, split: str) -> Run:
             raise ValueError(f"its rows are not those of eval-{split}.json")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{file} is missing or damaged: {first_line(error)}; run `moesaic eval` again") from None
-    return Run(cell, results, scores, rows, _losses(cell.folder / "metrics.jsonl"))
+    run = Run(cell, results, scores, rows, _losses(cell.folder / "metrics.jsonl"))
+    with reading(cell.folder / f"eval-{split}.json"):
+        _arm([cell], [run], [])
+        _tasks([run])
+    return run
 
 
 def write(out: Path, summary: dict[str, Any]) -> None:
@@ -181,9 +172,9 @@ def _tasks(runs: Sequence[Run]) -> dict[str, Any]:
 
 def _arm(cells: Sequence[Cell], runs: Sequence[Run], baseline: Sequence[Run]) -> dict[str, Any]:
     states = {c.status for c in cells if c.folder not in {r.cell.folder for r in runs}} - {"done"}
-    status = (
-        "done" if len(runs) == len(cells) else "partial" if runs else "pending" if states == {"pending"} else "failed"
-    )
+    status = "done" if len(runs) == len(cells) else "partial" if runs else "failed"
+    if not runs and states == {"pending"}:
+        status = "pending"
     arm: dict[str, Any] = {
         "arm": cells[0].arm,
         "method": cells[0].method,
@@ -193,15 +184,14 @@ def _arm(cells: Sequence[Cell], runs: Sequence[Run], baseline: Sequence[Run]) ->
     }
     if not runs:
         return arm
+    is_baseline = bool(baseline) and runs[0] is baseline[0]
     speed = _average([r.results.get("tokens_per_second") for r in runs])
     base_speed = _average([r.results.get("tokens_per_second") for r in baseline])
     return arm | {
         "scores": {task: _scores(runs, task) for task in runs[0].scores["tasks"]},
         **_spread([r.mean for r in runs]),
-        "difference": _difference(runs, baseline)
-        if cells[0].arm != (baseline[0].cell.arm if baseline else "")
-        else None,
-        "mean_relative_difference": _relative(runs, baseline),
+        "difference": None if is_baseline else _difference(runs, baseline),
+        "mean_relative_difference": None if is_baseline else _relative(runs, baseline),
         "trainable_parameters": runs[0].results.get("trainable_parameters"),
         "tokens_per_second": speed,
         "overhead": base_speed / speed - 1 if speed and base_speed else None,
@@ -250,7 +240,7 @@ def _difference(runs: Sequence[Run], baseline: Sequence[Run]) -> dict[str, Any] 
 
 
 def _relative(runs: Sequence[Run], baseline: Sequence[Run]) -> float | None:
-    if not baseline or runs[0].cell.arm == baseline[0].cell.arm:
+    if not baseline:
         return None
     own, other = (
         {task: _spread([r.scores["tasks"][task]["score"] for r in group])["mean"] for task in runs[0].correct}
@@ -266,7 +256,7 @@ def _routing(runs: Sequence[Run]) -> dict[str, Any] | None:
         return None
     layers = list(found[0].get("entropy_by_layer", {}))
     return {
-        **{key: _average([f.get(key) for f in found]) for key in _SCALARS},
+        **{figure.key: _average([f.get(figure.key) for f in found]) for figure in ROUTING},
         "entropy_by_layer": {layer: _average([f["entropy_by_layer"].get(layer) for f in found]) for layer in layers},
         "by_layer_and_task": found[0].get("by_layer_and_task", {}),
     }

@@ -122,6 +122,7 @@ def load_run(folder: str | Path) -> Prepared:
     run = run_path(Path(folder))
     recipe = load_recipe(str(run.recipe))
     stored = read_json(run.layout)
+    _check_adapter(run, recipe)
     plan = numerics(recipe.precision)
     base = load_model(recipe.model, dtype=plan.weights, attention=plan.attention)
     set_seed(recipe.seed)
@@ -134,7 +135,6 @@ def load_run(folder: str | Path) -> Prepared:
         ) from None
     model = EncoderForTasks(base.model, layout) if layout else base.model
     try:
-        _check_adapter(run, recipe)
         wrapped = PeftModel.from_pretrained(model, str(run.adapter))
         _check_tensors(run, wrapped)
     except AdapterError:
@@ -148,10 +148,15 @@ def _check_adapter(run: RunFolder, recipe: Recipe) -> None:
     """Raise AdapterError where the run's adapter is not there, or not what its recipe says it is."""
     from peft import PeftConfig
 
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (run.adapter / name).is_file():
-            raise AdapterError(f"{run.adapter} is damaged or does not fit {recipe.model}: it has no {name}")
-    config: Any = PeftConfig.from_pretrained(str(run.adapter))
+    from moesaic.lora.loading import check_tensors
+
+    check_tensors(run.adapter)
+    if not (run.adapter / "adapter_config.json").is_file():
+        raise AdapterError(f"{run.adapter} is damaged: it has no adapter_config.json")
+    try:
+        config: Any = PeftConfig.from_pretrained(str(run.adapter))
+    except Exception as error:
+        raise AdapterError(f"{run.adapter}/adapter_config.json is damaged: {first_line(error)}") from None
     if not isinstance(config, type(adapter_config(recipe))):
         raise AdapterError(
             f"{run.adapter} holds a {type(config).__name__}, but {run.recipe} says method={recipe.method}"
@@ -172,9 +177,6 @@ def _check_tensors(run: RunFolder, model: Any) -> None:
         raise AdapterError(
             f"{run.adapter} is damaged or does not fit: {len(odd)} tensors are on one side only, {odd[0]}"
         )
-    broken = [name for name, tensor in there.items() if not bool(tensor.isfinite().all())]
-    if broken:
-        raise AdapterError(f"{run.adapter} is damaged: {broken[0]} holds numbers that are not finite; train it again")
 
 
 def _examples(recipe: Recipe, settings: EvalSettings) -> list[Example]:

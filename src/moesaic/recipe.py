@@ -4,20 +4,23 @@ A name is a packaged recipe (`hotmoe`), a path a file (`my.yaml`). Settings of t
 checked against the method's own config. An unknown key is an error that names the nearest valid one.
 """
 
+import logging
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from moesaic.errors import ConfigError, first_line, suggest
-from moesaic.settings import build, check_keys, names, parse_overrides, read_yaml
+from moesaic.settings import build, check_keys, lists, names, parse_overrides, read_yaml
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 PACKAGED = Path(__file__).parent / "recipes"
 
@@ -66,8 +69,13 @@ class Recipe:
         return Path("runs") / f"{self.method}-{Path(self.model).name}-s{self.seed}"
 
     def describes(self) -> dict[str, Any]:
-        """What makes two runs the same run: all settings but where and how."""
-        return {k: v for k, v in asdict(self).items() if k not in ("out", "overwrite", "resume", "keep", "save_every")}
+        """What makes two runs the same run: all settings as they are used, but where and how."""
+        how = ("out", "overwrite", "resume", "keep", "save_every")
+        return {k: v for k, v in asdict(self).items() if k not in how} | {"warmup": self.used_warmup()}
+
+    def used_warmup(self) -> int:
+        """The warm-up; a tenth of a run so short that it would be half of it or more."""
+        return self.warmup if 2 * self.warmup < self.steps else self.steps // 10
 
 
 _CHOICES = {
@@ -141,7 +149,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """
     file = recipe_file(name)
     stored = read_yaml(file)
-    given = parse_overrides(overrides)
+    given = parse_overrides(overrides, lists=lists(Recipe))
     if "method" in given and given["method"] != stored.get("method"):
         stored.pop("adapter", None)  # another method's settings
     for source, values in ((str(file), stored), ("settings", given)):
@@ -154,7 +162,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
 
 def parse_settings(cls: type[T], overrides: Sequence[str]) -> T:
     """`key=value` settings to a dataclass of plain fields. Raises ConfigError as `load_recipe` does."""
-    given = parse_overrides(overrides)
+    given = parse_overrides(overrides, lists=lists(cls))
     check_keys("settings", given, names(cls))
     return build(cls, given)
 
@@ -179,6 +187,14 @@ def check(recipe: Recipe) -> None:
             raise ConfigError(f"{key}={getattr(recipe, key)} must be above 0")
     if recipe.clip < 0 or recipe.weight_decay < 0:
         raise ConfigError("clip and weight_decay cannot be negative")
+
+
+def as_used(recipe: Recipe) -> Recipe:
+    """The recipe with the warm-up that it is trained with; a shorter one than was asked for is told of."""
+    used = recipe.used_warmup()
+    if used != recipe.warmup:
+        logger.warning("warmup=%d is too long for steps=%d: taking %d", recipe.warmup, recipe.steps, used)
+    return replace(recipe, warmup=used)
 
 
 def dump(settings: Any) -> str:
@@ -229,6 +245,9 @@ def adapter_config(recipe: Recipe, **defaults: Any) -> "PeftConfig":
     for key in ("target_modules", "modules_to_save"):
         if isinstance(settings.get(key), str) and settings[key].isidentifier():
             settings[key] = [settings[key]]  # PEFT takes a bare text for a regular expression on whole paths
+    for key in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(settings.get(key) or {}, dict):
+            raise ConfigError(f"adapter.{key}={settings[key]} must hold numbers by module name, {key}.NAME=4")
     if isinstance(settings.get("modules_to_save"), list):
         settings["modules_to_save"] = sorted({*settings["modules_to_save"], *(defaults.get("modules_to_save") or ())})
     try:
@@ -249,6 +268,10 @@ def _check_kind(recipe: Recipe) -> None:
                 "updated weight, which a gate changes at each token"
             )
         return
+    for other, plain in PLAIN.items() if recipe.method == "lora" else ():
+        for key in plain.settings:
+            if recipe.adapter.get(key):
+                raise ConfigError(f"adapter.{key}=true makes method=lora another one: method={other} is LoRA with it")
     for key, value in PLAIN[recipe.method].settings.items():
         if recipe.adapter.get(key, value) != value:
             raise ConfigError(

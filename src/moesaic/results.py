@@ -25,8 +25,10 @@ def versions() -> dict[str, str]:
 
 
 def command_line() -> str:
-    """The command this process was started with, the program by its bare name."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """The command this process was started with, the program by its bare name, as a user types it."""
+    program = Path(sys.argv[0])
+    name = "moesaic" if program.resolve() == Path(__file__).with_name("cli.py") else program.name
+    return shlex.join([name, *sys.argv[1:]])
 
 
 def device_name(device: Any) -> str:

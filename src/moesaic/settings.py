@@ -1,6 +1,7 @@
 """Settings as people write them, YAML files and `key=value`, to dataclasses; what is unknown names the nearest."""
 
-from collections.abc import Collection, Iterable, Sequence
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,18 +15,24 @@ def read_yaml(file: Path) -> dict[str, Any]:
     """The `key: value` lines of a YAML file. Raises ConfigError where it has none or cannot be read."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
+    from yaml import MarkedYAMLError, YAMLError
 
     try:
         stored: Any = OmegaConf.to_container(OmegaConf.load(file))
-    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{file}:{mark.line + 1}" if mark else str(file)
+        raise ConfigError(f"{where}: this is not YAML: {error.problem or error.context}") from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{file}: {_refused(error)}") from None
+    except (YAMLError, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is not a YAML file that can be read: {first_line(error)}") from None
     if not isinstance(stored, dict) or not stored:
         raise ConfigError(f"{file} must hold `key: value` lines")
     return {str(key): value for key, value in stored.items()}
 
 
-def parse_overrides(overrides: Sequence[str], *, lists: Collection[str] = ("tasks",)) -> dict[str, Any]:
+def parse_overrides(overrides: Sequence[str], *, lists: Collection[str] = ()) -> dict[str, Any]:
     """`key=value` texts to a dict; `adapter.*` and `arms.*` nest, and keys in `lists` take one value for a list."""
     import yaml
 
@@ -82,15 +89,89 @@ def names(cls: Any) -> list[str]:
     return [f.name for f in fields(cls)]
 
 
+def lists(cls: Any) -> list[str]:
+    """The settings of a dataclass that are lists, of which one value may be given without brackets."""
+    return [f.name for f in fields(cls) if "list[" in str(f.type)]
+
+
 def build(cls: type[T], *layers: dict[str, Any]) -> T:
     """A dataclass from its defaults and layers of settings, the last on top. Raises ConfigError for a wrong kind."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    given = {key: value for layer in layers for key, value in layer.items()}
+    for key in lists(cls):
+        entries = given.get(key)
+        if entries is not None and not (isinstance(entries, list) and not any(map(_is_nested, entries))):
+            raise ConfigError(_wrong_kind(cls, key, entries))
     try:
         settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), *layers))
     except (OmegaConfBaseException, TypeError, ValueError) as error:
-        key = getattr(error, "full_key", None)
-        raise ConfigError(f"{key}: {first_line(error)}" if key else first_line(error)) from None
+        key = str(getattr(error, "full_key", None) or "")
+        name = re.split(r"[.\[]", key)[0]
+        if name in given and key == name and "$" not in str(given[name]):
+            raise ConfigError(_wrong_kind(cls, name, given[name])) from None
+        raise ConfigError(_refused(error)) from None
     assert isinstance(settings, cls)
     return settings
+
+
+def _is_nested(value: Any) -> bool:
+    return isinstance(value, (list, dict))
+
+
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a text",
+    "list[str]": "a list of texts, such as a,b",
+    "list[int]": "a list of whole numbers, such as 0,1",
+    "list[float]": "a list of numbers, such as 0.1,0.2",
+}
+
+
+def _wrong_kind(cls: Any, key: str, value: Any) -> str:
+    annotation = next(f.type for f in fields(cls) if f.name == key)
+    name = annotation.__name__ if annotation in (int, float, bool, str) else str(annotation).removesuffix(" | None")
+    return f"{key}={_shown(value)} must be {_KINDS.get(name, 'settings of its own, such as ' + key + '.name=value')}"
+
+
+def _refused(error: Exception) -> str:
+    """What OmegaConf refuses, in our words."""
+    from omegaconf.errors import GrammarParseError, InterpolationResolutionError, MissingMandatoryValue
+
+    key = getattr(error, "full_key", None)
+    if isinstance(error, (InterpolationResolutionError, GrammarParseError)):
+        said = "the ${…} in it cannot be followed: write the value itself"
+    elif isinstance(error, MissingMandatoryValue):
+        said = "??? stands where a value must be"
+    elif key:
+        said = "it must be a number, a text, true, false, null, or a list or settings made of these"
+    else:
+        said = first_line(error)
+    return f"{key}: {said}" if key else said
+
+
+def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str:
+    """What differs, setting by setting: `adapter.r=8, now 4`; empty where nothing does."""
+    found = list(_differences(before, now, prefix))
+    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    return "; ".join(found[:_NAMED]) + more
+
+
+_NAMED = 4
+
+
+def _differences(before: Any, now: Any, name: str) -> Iterator[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in dict.fromkeys([*before, *now]):
+            yield from _differences(before.get(key), now.get(key), f"{name}.{key}" if name else str(key))
+    elif before != now:
+        yield f"{name}={_shown(before)}, now {_shown(now)}"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(map(str, value)) or "[]"
+    return "(not set)" if value is None else str(value)

@@ -1,15 +1,19 @@
 """Results as rich tables."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table
+
+MINUS = "\N{MINUS SIGN}"
 
 
 def methods_table(rows: Sequence[dict[str, Any]]) -> Table:
     table = Table("method", "what it is", "paper", "recipe")
     for row in rows:
         table.add_row(row["method"], row["summary"], row["paper"], row["recipe"] or "")
+    table.caption = "moesaic methods NAME tells all of one"
     return table
 
 
@@ -35,13 +39,45 @@ def eval_table(results: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
-_ROUTING = (
-    ("entropy, 0 certain to 1 uniform", "entropy", "{:.2f}"),
-    ("dead experts", "dead_share", "{:.0%}"),
-    ("task-expert information, 0 to 1", "mutual_information", "{:.3f}"),
-    ("first over second probability", "inner_balance", "{:.2f}"),
-    ("spread of utilisation, std / mean", "outer_balance", "{:.2f}"),
-    ("layer-to-layer information, bits", "layer_information", "{:.2f}"),
+@dataclass(frozen=True)
+class Figure:
+    """A figure of the routing: its key in the JSON, its name, how it is shown, and what it means."""
+
+    key: str
+    name: str
+    form: str
+    meaning: str
+
+
+ROUTING = (
+    Figure("entropy", "entropy", "{:.2f}", "of a token's probabilities, over log E: 0 is certain, 1 uniform"),
+    Figure(
+        "dead_share", "dead experts", "{:.0%}", "those with less than a tenth of the fair share, 1/E, of the weight"
+    ),
+    Figure(
+        "mutual_information",
+        "task-expert information",
+        "{:.3f}",
+        "what a task tells of the experts used: 0 is nothing, 1 as much as can be",
+    ),
+    Figure(
+        "inner_balance",
+        "first / second probability",
+        "{:,.2f}",
+        "a token's largest probability over its second largest, geometric mean over tokens: 1 is a tie",
+    ),
+    Figure(
+        "outer_balance",
+        "spread of utilisation",
+        "{:.2f}",
+        "standard deviation over mean of the experts' shares of the weight: 0 is even, sqrt(E - 1) a single expert",
+    ),
+    Figure(
+        "layer_information",
+        "layer-to-layer bits",
+        "{:.2f}",
+        "what a token's first expert in one layer tells of its first in the next: 0 is nothing",
+    ),
 )
 
 
@@ -53,11 +89,17 @@ def routing_table(results: Sequence[dict[str, Any]]) -> Table | None:
     table = Table("routing", *[r["run"] for r in routed])
     for column in table.columns[1:]:
         column.justify = "right"
-    for label, key, form in _ROUTING:
-        values = [r["routing"].get(key) for r in routed]
+    table.add_column("meaning", style="dim")
+    for figure in ROUTING:
+        values = [r["routing"].get(figure.key) for r in routed]
         if any(v is not None for v in values):
-            table.add_row(label, *["" if v is None else form.format(v).replace("%", " %") for v in values])
+            table.add_row(figure.name, *[number(v, figure.form) for v in values], figure.meaning)
     return table
+
+
+def number(value: float | None, form: str) -> str:
+    """A figure as it is shown, empty where there is none: 12 %, −3."""
+    return "" if value is None else form.format(value).replace("%", " %").replace("-", MINUS)
 
 
 def _percent(share: float | None) -> str:

@@ -1,12 +1,16 @@
 """`moesaic topics build | show`: TopicLoRA's first stage from the command line."""
 
 import json
+import logging
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from moesaic.checkpoints import write_text
+from moesaic.checkpoints import check_writable, write_text
 from moesaic.errors import ConfigError, suggest
-from moesaic.lora.topics import Topics, TopicSettings, build, drawing
+from moesaic.lora.topics import Topics, TopicSettings, build
+from moesaic.report import topics as drawing
+
+logger = logging.getLogger(__name__)
 
 ACTIONS = ("build", "show")
 
@@ -37,13 +41,23 @@ def run(action: str, arguments: list[str], *, as_json: bool = False) -> None:
         raise ConfigError(f"one topics file at a time, not {len(names)}: {' '.join(names)}")
     topics, written = _build(settings) if action == "build" else _show(names[0] if names else None, settings)
     if as_json:
-        facts = {**topics.facts, "settings": asdict(topics.settings), "topics": drawing.rows(topics)}
+        facts = {
+            **topics.facts,
+            "doubts": topics.doubts(),
+            "settings": asdict(topics.settings),
+            "topics": drawing.rows(topics),
+        }
         print(json.dumps({"file": written, **facts}, indent=2, ensure_ascii=False))
         return
     from rich.console import Console
 
     console = Console()
-    console.print(drawing.table(topics) if action == "show" else drawing.caption(topics), highlight=False)
+    if action == "show":
+        console.print(drawing.table(topics), highlight=False)
+    else:
+        console.print(drawing.caption(topics), highlight=False, soft_wrap=True)
+    for line in topics.doubts():
+        logger.warning("%s", line)
     if written:
         console.print(f"written: {written}", highlight=False, soft_wrap=True)
     if action == "build":
@@ -76,6 +90,10 @@ def _show(file: str | None, arguments: list[str]) -> tuple[Topics, str]:
     out = parse_settings(ShowSettings, arguments).out
     if out and Path(out).suffix != ".svg":
         raise ConfigError(f"out={out} must end in .svg")
+    if out and not Path(out).expanduser().absolute().parent.is_dir():
+        raise ConfigError(f"out={out}: there is no folder {Path(out).expanduser().parent}")
+    if out:
+        check_writable(Path(out).expanduser(), f"out={out}")
     topics = Topics.load(file) if file else build()
     if out:
         write_text(Path(out).expanduser(), drawing.svg(topics))

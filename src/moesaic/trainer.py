@@ -170,14 +170,6 @@ class _Bar(TrainerCallback):
         self.bar.close()
 
 
-def _warmup(recipe: Recipe) -> int:
-    """The recipe's warm-up; a tenth of a run so short that it would be half of it or more."""
-    if 2 * recipe.warmup < recipe.steps:
-        return recipe.warmup
-    logger.warning("warmup=%d is too long for steps=%d: taking %d", recipe.warmup, recipe.steps, recipe.steps // 10)
-    return recipe.steps // 10
-
-
 def training_arguments(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
     """What a recipe means in the words of `TrainingArguments`."""
     from transformers import TrainingArguments
@@ -192,7 +184,7 @@ def training_arguments(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
         "gradient_accumulation_steps": recipe.accumulation,
         "learning_rate": recipe.lr,
         "lr_scheduler_type": recipe.schedule,
-        "warmup_steps": _warmup(recipe),
+        "warmup_steps": recipe.used_warmup(),
         "weight_decay": recipe.weight_decay,
         "max_grad_norm": recipe.clip,
         "seed": recipe.seed,

@@ -16,7 +16,7 @@ from moesaic.embedded import LoadedModel, load_model
 from moesaic.encoder import EncoderCollator, Layout
 from moesaic.errors import ConfigError, MissingDependency, MoesaicError, TrainingError, first_line
 from moesaic.precision import numerics
-from moesaic.recipe import Recipe, adapter_config, dump, is_routed
+from moesaic.recipe import Recipe, adapter_config, as_used, dump, is_routed
 from moesaic.results import command_line, count_total, count_trainable, device_name, model_card, peak_memory, versions
 from moesaic.sampling import InterleavedSampler
 from moesaic.trainer import RunMixin, training_arguments
@@ -53,6 +53,7 @@ def train(recipe: Recipe, *, command: str | None = None, progress: bool | None =
     require_extras()
     command = command or command_line()
     adapter_config(recipe)  # a setting that cannot be is refused before anything is read
+    recipe = as_used(recipe)
     folder = RunFolder(recipe.run_folder())
     if folder.finished and not recipe.overwrite:
         raise ConfigError(f"{folder.path} holds a finished run; overwrite=true replaces it, out=… goes elsewhere")

@@ -4,7 +4,7 @@ parameters that makes."""
 import copy
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from moesaic.embedded import LoadedModel, load_outline
 from moesaic.encoder import HEADS, EncoderForTasks, Layout
 from moesaic.errors import ConfigError, first_line
 from moesaic.lora import targets
-from moesaic.recipe import Recipe, adapter_config
+from moesaic.recipe import Recipe, adapter_config, is_routed
 from moesaic.results import count_trainable
 
 
@@ -58,8 +58,15 @@ def check_tasks(recipe: Recipe, tasks: Sequence[str]) -> None:
         )
 
 
-def wrap(base: Base, recipe: Recipe) -> Any:
-    """The PEFT model of a recipe; `base.model` becomes part of it.
+def check_teacher(recipe: Recipe) -> None:
+    """Raise ConfigError or DataError where what the method learns its routing from, such as a topics file, is unfit."""
+    config: Any = adapter_config(recipe)
+    if is_routed(recipe.method):
+        config.targets([])
+
+
+def wrap(base: Base, recipe: Recipe, *, hollow: bool = False) -> Any:
+    """The PEFT model of a recipe; `base.model` becomes part of it. `hollow`: its parameters get no storage.
 
     Raises:
         ConfigError: settings that the method refuses, or that do not fit the model.
@@ -68,10 +75,10 @@ def wrap(base: Base, recipe: Recipe) -> Any:
 
     config = adapter_config(recipe, **base.defaults)
     try:
-        return get_peft_model(base.model, config)
+        return get_peft_model(base.model, config, low_cpu_mem_usage=hollow)
     except ConfigError:
         raise
-    except (ValueError, TypeError, IndexError, KeyError, re.error) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, re.error) as error:
         wanted = recipe.adapter.get("target_modules")
         named = f" (target_modules={wanted}; by default {base.defaults['target_modules']})" if wanted else ""
         raise ConfigError(f"method {recipe.method} on model {recipe.model}{named}: {first_line(error)}") from None
@@ -80,7 +87,9 @@ def wrap(base: Base, recipe: Recipe) -> Any:
 def count(base: Base, recipe: Recipe) -> tuple[int, dict[str, int]]:
     """Trainable parameters of a recipe, in all and in each adapted module by name; `base` is not touched."""
     hollow = Base(_hollow(base.model), base.tasks, base.layout, base.defaults)
-    wrapped = wrap(hollow, recipe)
+    if "init_lora_weights" in recipe.adapter:  # some kinds read the base's weights; none changes a count
+        recipe = replace(recipe, adapter={**recipe.adapter, "init_lora_weights": True})
+    wrapped = wrap(hollow, recipe, hollow=True)
     layers = {n: m for n, m in wrapped.base_model.model.named_modules() if isinstance(m, BaseTunerLayer)}
     return count_trainable(wrapped), {name: count_trainable(layer) for name, layer in layers.items()}
 

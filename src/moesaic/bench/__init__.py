@@ -19,7 +19,7 @@ class BenchSettings:
 
     rounds: int = field(default=20, metadata={"help": "times that all arms run in turn"})
     tokens: int = field(default=1024, metadata={"help": "tokens of the single linear"})
-    methods: list[str] | None = field(default=None, metadata={"help": "these methods only, e.g. methods=[mola]"})
+    methods: list[str] | None = field(default=None, metadata={"help": "these methods only, e.g. methods=rmoe,mola"})
     memory: bool = field(default=True, metadata={"help": "also measure peak memory, a fresh process for each arm"})
     out: str | None = field(default=None, metadata={"help": "a JSON file for the figures"})
 
@@ -29,7 +29,7 @@ def main(overrides: list[str], *, as_json: bool = False) -> None:
     from rich.console import Console
 
     from moesaic.bench import arms, measure, suite
-    from moesaic.checkpoints import write_json
+    from moesaic.checkpoints import check_writable, write_json
     from moesaic.errors import ConfigError, suggest
     from moesaic.recipe import parse_settings
 
@@ -42,6 +42,11 @@ def main(overrides: list[str], *, as_json: bool = False) -> None:
     for name in settings.methods or ():
         if name not in known:
             raise ConfigError(f"methods: no method {name!r} to measure; {suggest(name, known)}")
+    path = None if settings.out is None else Path(settings.out).expanduser()
+    if path is not None:
+        if path.is_dir():
+            raise ConfigError(f"out={path} is a folder; name a file for the figures")
+        check_writable(path, f"out={path}")
     measure.keep_freed_memory()
     console = Console()
     with Console(stderr=True).status("warming up") as status:
@@ -52,8 +57,7 @@ def main(overrides: list[str], *, as_json: bool = False) -> None:
             memory=settings.memory,
             progress=status.update,
         )
-    if settings.out is not None:
-        path = Path(settings.out).expanduser()
+    if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, result)
     if as_json:

@@ -9,6 +9,9 @@ training each task by itself gives; it alone is not matched.
 """
 
 import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from typing import Any
 from moesaic.compare.settings import CompareSettings
 from moesaic.errors import ConfigError, suggest
 from moesaic.recipe import Recipe, adapter_config, adapter_settings, is_routed, load_recipe, methods, packaged
+from moesaic.settings import names
 
 _RANKS = ("r", "rank_pattern", "alpha_pattern")
 
@@ -43,6 +47,8 @@ class Plan:
     tasks: tuple[str, ...]
     data_sha256: str
     budget: int | None
+    scored: dict[str, dict[str, int]]
+    """Of trials and of runs: the rows of each task that they are scored on."""
 
 
 def plan(settings: CompareSettings, shared: Recipe) -> Plan:
@@ -55,19 +61,22 @@ def plan(settings: CompareSettings, shared: Recipe) -> Plan:
     """
     named = _named(settings)
     recipes = {arm: _recipe(settings, shared, method, own) for arm, (method, own) in named.items()}
-    for recipe in recipes.values():
-        adapter_config(recipe)
+    for arm, recipe in recipes.items():
+        with _of(arm):
+            adapter_config(recipe)
 
     from moesaic import data
     from moesaic.training import load_examples, require_extras
-    from moesaic.wrapping import check_tasks, count, outline
+    from moesaic.wrapping import check_tasks, check_teacher, count, outline
 
     require_extras()
     examples = load_examples(shared)
-    for recipe in recipes.values():
-        check_tasks(recipe, sorted({e.task for e in examples}))
+    for arm, recipe in recipes.items():
+        with _of(arm):
+            check_tasks(recipe, sorted({e.task for e in examples}))
+            check_teacher(recipe)
     base = outline(shared, examples)
-    _check_scored(settings, shared, base)
+    scored = _scored(settings, shared, base)
     budget, measure = _budget(settings, recipes, base)
     _check_ranks(settings, measure)
     controls = _controls(settings, shared, recipes, base)
@@ -84,7 +93,16 @@ def plan(settings: CompareSettings, shared: Recipe) -> Plan:
         raised = len(recipe.adapter.get("rank_pattern") or ())
         experts = config.num_experts if is_routed(recipe.method) else 1
         arms[name] = Arm(name, recipe, count(base, recipe)[0], experts, config.r, raised)
-    return Plan(settings, shared, arms, base.tasks, data.digest(examples), budget)
+    return Plan(settings, shared, arms, base.tasks, data.digest(examples), budget, scored)
+
+
+@contextmanager
+def _of(arm: str) -> Iterator[None]:
+    """Say which arm's settings are refused."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"arm {arm}: {error}") from None
 
 
 def _named(settings: CompareSettings) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -115,13 +133,19 @@ def _entry(name: str, value: Any) -> tuple[str, dict[str, Any]]:
     if not isinstance(value, dict) or not isinstance(value.get("adapter") or {}, dict):
         raise ConfigError(f"arms.{name} must hold settings, such as arms.{name}.num_experts=4")
     settings = {k: v for k, v in value.items() if k not in ("method", "adapter")}
+    for key in settings.keys() & set(names(Recipe)):
+        more = "; lrs=3e-4,1e-3 has each arm try both and take its best" if key == "lr" else ""
+        raise ConfigError(f"arms.{name}.{key}: {key} is the same for all arms{more}")
     return str(value.get("method", name)), {**settings, **(value.get("adapter") or {})}
 
 
 def _recipe(settings: CompareSettings, shared: Recipe, method: str, own: dict[str, Any]) -> Recipe:
     """An arm's recipe before its rank is solved."""
     start = load_recipe(method).adapter if method in packaged() else {}
-    return replace(shared, method=method, adapter={**start, **_known(method, settings.adapter), **own})
+    common = _known(method, settings.adapter)
+    if method == "oracle":
+        common.pop("num_experts", None)  # it has as many as there are tasks
+    return replace(shared, method=method, adapter={**start, **common, **own})
 
 
 def _known(method: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -130,17 +154,25 @@ def _known(method: str, settings: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key in known}
 
 
-def _check_scored(settings: CompareSettings, shared: Recipe, base: Any) -> None:
-    """Raise DataError or ConfigError where the rows to score are not there, or not as those trained on."""
+def _scored(settings: CompareSettings, shared: Recipe, base: Any) -> dict[str, dict[str, int]]:
+    """How many rows of each task are scored. Raises DataError or ConfigError where they are not there, or not as those
+    trained on."""
     from moesaic import data
 
     if Path(shared.data).expanduser().is_file():
         raise ConfigError(f"data={shared.data} is one file: name a folder with train.jsonl and {settings.split}.jsonl")
-    for split in dict.fromkeys([settings.split, *(["validation"] if len(settings.lrs) > 1 else [])]):
+    wanted = {f"runs ({settings.split})": (settings.split, settings.eval_limit)}
+    if settings.tuned:
+        wanted = {"trials (validation)": ("validation", settings.limit)} | wanted
+    found = {}
+    for what, (split, limit) in wanted.items():
         rows = data.load(shared.data, split, tasks=shared.tasks, on_bad_lines=shared.on_bad_lines)  # type: ignore[arg-type]
         for example in rows if base.layout else ():
             base.layout.task_id(example.task)
             base.layout.head(example)
+        there = Counter(example.task for example in rows)
+        found[what] = {task: min(there[task], limit or there[task]) for task in sorted(there)}
+    return found
 
 
 def _controls(settings: CompareSettings, shared: Recipe, recipes: dict[str, Recipe], base: Any) -> dict[str, Recipe]:
@@ -169,14 +201,24 @@ def _budget(settings: CompareSettings, recipes: dict[str, Recipe], base: Any) ->
         if wanted is not None:
             raise ConfigError(f"budget={wanted} and match=none disagree: leave budget out, or match=trainable_params")
         return None, None
-    if wanted is not None and wanted.isdecimal() and int(wanted):
-        return int(wanted), None
+    number = _whole(wanted)
+    if number is not None:
+        return number, None
     if wanted is not None and wanted not in recipes:
         raise ConfigError(f"budget={wanted} is neither an arm nor a number; {suggest(wanted, recipes)}")
     mixtures = [arm for arm, recipe in recipes.items() if is_routed(recipe.method)]
     sizes = {arm: _size(settings, recipes[arm], base) for arm in ([wanted] if wanted else mixtures or recipes)}
     largest = max(sizes, key=sizes.__getitem__)
     return sizes[largest], largest
+
+
+def _whole(text: str | None) -> int | None:
+    """A whole number above 0, which may be written 1e6; None for anything else."""
+    try:
+        number = float(text or "")
+    except ValueError:
+        return None
+    return int(number) if number > 0 and number.is_integer() else None
 
 
 def _size(settings: CompareSettings, recipe: Recipe, base: Any) -> int:
@@ -209,14 +251,18 @@ def _check_ranks(settings: CompareSettings, measure: str | None) -> None:
 
 def _match(settings: CompareSettings, arm: str, recipe: Recipe, budget: int, base: Any) -> Recipe:
     """The arm at the rank that has the budget."""
-    from moesaic.budget import at_rank, solve
+    from moesaic.budget import at_rank, check_rank, solve
 
     if settings.match == "rank":
-        return at_rank(recipe, base, max(1, round(budget / _experts(recipe, base))))
-    try:
-        return solve(recipe, base, budget, f"match={settings.match}")
-    except ConfigError as error:
-        raise ConfigError(f"arm {arm}: {error}; budget={arm} would match the others to it") from None
+        solved = at_rank(recipe, base, max(1, round(budget / _experts(recipe, base))))
+    else:
+        try:
+            solved = solve(recipe, base, budget, f"match={settings.match}")
+        except ConfigError as error:
+            raise ConfigError(f"arm {arm}: {error}; budget={arm} would match the others to it") from None
+    if _whole(settings.budget):
+        check_rank(solved.adapter["r"], base, f"arm {arm}: budget={settings.budget}")
+    return solved
 
 
 def _bound(

@@ -1,14 +1,19 @@
 """Cells: the runs of a comparison, each a process of its own, here or on a Ray cluster.
 
 A process of its own means that a crash harms nothing else, that peak memory is the run's, and that threads are set
-before libraries count them. It trains, then scores; what is finished already it does not do again.
+before libraries count them. It trains, then scores; what is finished already it does not do again. It ends with the
+process that started it, however that ends, and its log stays locked for as long: a cell that another process runs is
+left to it.
 """
 
 import contextlib
 import json
 import os
+import signal
+import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -16,9 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from moesaic.checkpoints import RunFolder, read_json, write_json, write_text, writing
+from moesaic.checkpoints import RunFolder, claim, locked, read_json, reading, write_json, write_text, writing
 from moesaic.errors import ConfigError, MissingDependency
 from moesaic.recipe import Recipe, dump, load_recipe
+from moesaic.settings import differences
 
 Status = Literal["done", "failed", "pending"]
 
@@ -76,15 +82,12 @@ def state(job: Job) -> Outcome:
         ConfigError: it holds a run with other settings, such as another rate chosen since a failed trial succeeded.
     """
     if job.run.recipe.is_file():
-        stored = load_recipe(str(job.run.recipe)).describes()
-        for key, value in job.recipe.describes().items():
-            if stored[key] != value:
-                raise ConfigError(
-                    f"{job.run.path} holds a run with {key}={stored[key]}, now it is {value}: remove that folder to "
-                    "run it again"
-                )
+        changed = differences(load_recipe(str(job.run.recipe)).describes(), job.recipe.describes())
+        if changed:
+            raise ConfigError(f"{job.run.path} holds a run with {changed}: remove that folder to run it again")
     if not job.commands():
-        return Outcome(job, "done", score=float(read_json(job.scores)["mean"]))
+        with reading(job.scores):
+            return Outcome(job, "done", score=float(read_json(job.scores)["mean"]))
     if job.failure.is_file():
         return Outcome(job, "failed", str(read_json(job.failure).get("error")))
     return Outcome(job, "pending")
@@ -99,29 +102,44 @@ def run_job(job: Job, stops: Callable[[], int] = lambda: 0) -> Outcome:
     folder, start, log = job.run.path, time.monotonic(), job.run.path / "log.txt"
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        job.failure.unlink(missing_ok=True)
-        if not job.run.recipe.is_file():
-            write_text(job.run.recipe, dump(job.recipe))
-    threads = {name: str(job.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    command = [sys.executable, "-m", "moesaic.compare.cells", json.dumps(job.commands())]
-    with log.open("wb") as file:
-        process = subprocess.Popen(  # a session of its own: Ctrl-C in the terminal reaches it through us, once
-            command,
+        file = log.open("ab")
+    with file:
+        if not claim(file) or _is_locked(folder):
+            return Outcome(job, "pending", "another process runs it")
+        with writing(folder):
+            file.truncate(0)
+            job.failure.unlink(missing_ok=True)
+            if not job.run.recipe.is_file():
+                write_text(job.run.recipe, dump(job.recipe))
+        threads = {name: str(job.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+        with subprocess.Popen(  # a session of its own: Ctrl-C in the terminal reaches it through us, once
+            [sys.executable, "-m", "moesaic.compare.cells", json.dumps(job.commands())],
             env=os.environ | threads,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=file,
             stderr=file,
             start_new_session=True,
-        )
-        code, asked = _wait(process, stops)
+        ) as process:
+            code, asked = _wait(process, stops)
     seconds = time.monotonic() - start
     if code == 0:
         return Outcome(job, "done", score=state(job).score, seconds=seconds)
     if asked:
         return Outcome(job, "pending", "stopped", seconds=seconds)
     error = _last_line(log) or f"its process ended with code {code}"
+    if job.run.finished:
+        error += f" (it was trained, not scored; remove {folder} to train it again)"
     write_json(job.failure, {"error": error, "code": code})
     return Outcome(job, "failed", error, seconds=seconds)
+
+
+def _is_locked(folder: Path) -> bool:
+    """Whether a process writes the run, which may have been started by hand."""
+    try:
+        with locked(folder):
+            return False
+    except ConfigError:
+        return True
 
 
 def _wait(process: "subprocess.Popen[bytes]", stops: Callable[[], int]) -> tuple[int, int]:
@@ -158,6 +176,18 @@ def main(commands: Sequence[Sequence[str]]) -> int:
     return 0
 
 
+def end_with_parent() -> None:
+    """Stop, as if asked to, once the pipe on stdin ends: when the process that holds its other end has ended."""
+
+    def watch() -> None:
+        while os.read(0, 1):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if stat.S_ISFIFO(os.fstat(0).st_mode):
+        threading.Thread(target=watch, daemon=True).start()
+
+
 # -- engines: many jobs at a time; each yields outcomes as jobs end ----------------------------------------------------
 
 
@@ -165,8 +195,8 @@ def local(jobs: Sequence[Job], *, workers: int) -> Generator[Outcome]:
     """Processes on this machine. Interrupted, it lets those that run write a checkpoint before it goes on raising."""
     stops = 0
     pool = ThreadPoolExecutor(workers)
-    waiting: set[Future[Outcome]] = {pool.submit(run_job, job, lambda: stops) for job in jobs}
     try:
+        waiting: set[Future[Outcome]] = {pool.submit(run_job, job, lambda: stops) for job in jobs}
         while waiting:
             ended, waiting = wait(waiting, return_when=FIRST_COMPLETED)
             yield from (future.result() for future in ended)
@@ -211,4 +241,5 @@ def on_ray(jobs: Sequence[Job], *, gpus: float) -> Generator[Outcome]:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     sys.exit(main(json.loads(sys.argv[1])))

@@ -7,12 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from moesaic.checkpoints import discard, locked, read_json, write_json, write_text, writing
+from moesaic.checkpoints import check_writable, discard, locked, read_json, reading, write_json, write_text, writing
 from moesaic.compare.arms import Plan
 from moesaic.compare.settings import BY_CELL, FILE
 from moesaic.errors import ConfigError
 from moesaic.recipe import dump
-from moesaic.settings import read_yaml
+from moesaic.settings import differences, read_yaml
 
 ARMS = "arms.json"
 _FREE = {"out", "overwrite", "engine", "workers", "threads", "gpus", "keep", "save_every", "budget", "controls"}
@@ -20,7 +20,8 @@ _FREE = {"out", "overwrite", "engine", "workers", "threads", "gpus", "keep", "sa
 
 
 def check_folder(out: Path) -> None:
-    """Raise ConfigError where `out` is something else than a comparison's folder, or none yet."""
+    """Raise ConfigError where `out` cannot be made, or is something else than a comparison's folder."""
+    check_writable(out, f"out={out}")
     if out.exists() and not out.is_dir():
         raise ConfigError(f"out={out} is a file; name a folder")
     if out.is_dir() and any(p.name != ".lock" for p in out.iterdir()) and not (out / FILE).is_file():
@@ -31,30 +32,32 @@ def check_same(out: Path, planned: Plan) -> None:
     """Raise ConfigError, naming what differs, where `out` holds a comparison that this one does not continue."""
     if not (out / FILE).is_file():
         return
-    before, now, hint = read_yaml(out / FILE), pinned(planned), "or overwrite=true, or another out="
-    for key, new in now.items():
-        old = before.get(key)
+    stored, asked, hint = read_yaml(out / FILE), pinned(planned), "or overwrite=true, or another out="
+    for key, new in asked.items():
+        old = stored.get(key)
         if key in _FREE:
             continue
         if key in ("methods", "seeds", "arms"):
             gone = [str(entry) for entry in old or () if entry not in new]
             if gone:
                 raise ConfigError(f"{out} holds a comparison whose {key} have {', '.join(gone)}: leave it in, {hint}")
-        elif old != new:
-            raise ConfigError(f"{out} holds a comparison with {key}={old}, now it is {new}: set it back, {hint}")
+        elif key != "adapter" and old != new:
+            changed = differences({key: old}, {key: new})
+            raise ConfigError(f"{out} holds a comparison with {changed}: set it back, {hint}")
     if not (out / ARMS).is_file():
         return
     past = read_json(out / ARMS)
     if past.get("data_sha256") != planned.data_sha256:
         raise ConfigError(f"{out} holds a comparison on other rows of data={planned.shared.data}: set it back, {hint}")
     for name, arm in resolved(planned)["arms"].items():
-        old = past["arms"].get(name, arm)
-        for key in ("method", "adapter"):
-            if old[key] != arm[key]:
-                raise ConfigError(
-                    f"{out} holds a comparison whose arm {name} has {key}={old[key]}, now it is {arm[key]}: set back "
-                    f"what it comes from (arms, adapter, budget), {hint}"
-                )
+        with reading(out / ARMS):
+            old = past["arms"].get(name, arm)
+            before, now = ({"method": a["method"], **a["adapter"]} for a in (old, arm))
+            changed = differences(before, now, f"arms.{name}")
+        if changed:
+            raise ConfigError(
+                f"{out} holds a comparison with {changed}: set back what it comes from (arms, adapter, budget), {hint}"
+            )
 
 
 def pinned(planned: Plan) -> dict[str, Any]:
@@ -95,7 +98,8 @@ def claimed(out: Path, planned: Plan) -> Iterator[None]:
         out.mkdir(parents=True, exist_ok=True)
     with locked(out):
         now = resolved(planned)
-        past = read_json(out / ARMS)["arms"] if (out / ARMS).is_file() else {}
-        write_json(out / ARMS, {**now, "arms": {**past, **now["arms"]}})
+        past = read_json(out / ARMS).get("arms", {}) if (out / ARMS).is_file() else {}
+        with reading(out / ARMS):
+            write_json(out / ARMS, {**now, "arms": {**past, **now["arms"]}})
         write_text(out / FILE, dump(pinned(planned)))
         yield

@@ -14,7 +14,7 @@ from typing import Any
 from moesaic import comparison
 from moesaic.compare import cells
 from moesaic.compare.arms import Plan, plan
-from moesaic.compare.cells import Job, Outcome
+from moesaic.compare.cells import Job, Outcome, Status
 from moesaic.compare.folder import check_folder, check_same, claimed, pinned, resolved
 from moesaic.compare.settings import CompareSettings, load
 from moesaic.compare.show import Report, progress, show_plan
@@ -23,7 +23,7 @@ from moesaic.results import command_line
 
 
 def run(arguments: Sequence[str], *, dry_run: bool = False, as_json: bool = False) -> int:
-    """Run or continue a comparison and show it; returns the exit code, 1 if any cell failed.
+    """Run or continue a comparison and show it; returns the exit code, 1 if any cell is not done.
 
     Args:
         arguments: [a file of settings, or a comparison's folder] and key=value on top.
@@ -47,34 +47,34 @@ def run(arguments: Sequence[str], *, dry_run: bool = False, as_json: bool = Fals
             ended, baseline=settings.baseline, split=settings.split, settings=_described(planned, trials)
         )
         comparison.write(out, summary)
-    failed = [cell for cell in ended if cell.status == "failed"]
+    left = summary["missing"]
     if as_json:
         print(json.dumps(summary, indent=2, ensure_ascii=False))
-        return 1 if failed else 0
+        return 1 if left else 0
     from rich.console import Console
 
     Console(width=None if sys.stdout.isatty() else 160).print(comparison.table(summary))
-    for cell in failed:
-        print(f"failed: {cell.arm} s{cell.seed}: {cell.error}")
-    print(f"{out}: {len(ended) - len(failed)} of {len(ended)} cells; figures in report.html, table.md, comparison.json")
-    if failed:
-        print("the same command tries those that failed again")
-    return 1 if failed else 0
+    for cell in left:
+        print(f"{cell['status']}: {cell['arm']} s{cell['seed']}: {cell['error']}")
+    print(f"{out}: {len(ended) - len(left)} of {len(ended)} cells; figures in report.html, table.md, comparison.json")
+    if left:
+        print("the same command goes on with the others, and tries again what failed")
+    return 1 if left else 0
 
 
 @dataclass
 class Trials:
-    """What tuning found: `scores` by arm and learning rate, and the chosen rate by arm; reasons where none could be."""
+    """What tuning found: `scores` by arm and learning rate, and the chosen rate by arm, or how it came to none."""
 
     scores: dict[str, dict[float, float | None]]
     chosen: dict[str, float]
-    failed: dict[str, str]
+    without: dict[str, tuple[Status, str]]
 
 
 def _run(planned: Plan, out: Path) -> tuple[list[Cell], Trials]:
     """Tune where there are rates to choose from, then run every cell."""
     settings = planned.settings
-    rates = settings.lrs if len(settings.lrs) > 1 else []
+    rates = settings.lrs if settings.tuned else []
     with progress(len(planned.arms) * (len(rates) + len(settings.seeds))) as report:
         trials = _tune(planned, out, rates, report)
         places = {(arm, seed): out / "cells" / f"{arm}-s{seed}" for seed in settings.seeds for arm in planned.arms}
@@ -88,7 +88,7 @@ def _run(planned: Plan, out: Path) -> tuple[list[Cell], Trials]:
     for (arm, seed), place in places.items():
         outcome, method = outcomes.get((arm, seed)), planned.arms[arm].recipe.method
         if outcome is None:
-            found.append(Cell(arm, method, seed, planned.shared.lr, "failed", trials.failed[arm], place))
+            found.append(Cell(arm, method, seed, planned.shared.lr, *trials.without[arm], place))
         else:
             found.append(Cell(arm, method, seed, outcome.job.recipe.lr, outcome.status, outcome.error, place))
     return found, trials
@@ -110,10 +110,13 @@ def _tune(planned: Plan, out: Path, rates: Sequence[float], report: Report) -> T
     found = Trials({arm: {lr: outcomes[arm, lr].score for lr in rates} for arm in arms}, {}, {})
     for arm, scores in found.scores.items():
         good = [(-score, lr) for lr, score in scores.items() if score is not None]
-        if good:
+        open_ = next((outcomes[arm, lr] for lr in rates if outcomes[arm, lr].status == "pending"), None)
+        if open_:
+            found.without[arm] = "pending", f"its trial {open_.job.name} is not done: {open_.error}"
+        elif good:
             found.chosen[arm] = min(good)[1]
         else:
-            found.failed[arm] = f"no rate of lrs could be trained: {outcomes[arm, rates[0]].error}"
+            found.without[arm] = "failed", f"no rate of lrs could be trained: {outcomes[arm, rates[0]].error}"
     return found
 
 
@@ -124,7 +127,7 @@ def _job(planned: Plan, arm: str, place: Path, *, trial: bool, **own: Any) -> Jo
         name=place.name,
         recipe=replace(planned.arms[arm].recipe, out=str(place), **own),
         split="validation" if trial else settings.split,
-        limit=settings.limit if trial else None,
+        limit=settings.limit if trial else settings.eval_limit,
         base=arm == settings.baseline and not trial,
         threads=settings.threads or max(1, (os.cpu_count() or 1) // settings.workers),
     )

@@ -10,13 +10,12 @@ from typing import Any
 from moesaic.data import SPLITS
 from moesaic.errors import ConfigError, MissingDependency, suggest
 from moesaic.recipe import Recipe, check
-from moesaic.settings import build, check_keys, names, parse_overrides, read_yaml
+from moesaic.settings import build, check_keys, lists, names, parse_overrides, read_yaml
 
 FILE = "compare.yaml"
 """A comparison's settings in its folder."""
 BY_CELL = frozenset({"method", "seed", "out", "resume", "overwrite", "match", "adapter"})
 """Settings of a recipe that a comparison gives each run."""
-_LISTS = ("methods", "seeds", "lrs", "tasks")
 _CHOICES = {"match": ("trainable_params", "rank", "none"), "engine": ("local", "ray"), "split": SPLITS}
 
 
@@ -46,6 +45,7 @@ class CompareSettings:
     tune_steps: int | None = field(default=None, metadata={"help": "steps of a trial; a quarter of steps if left out"})
     tune_seed: int = field(default=1000, metadata={"help": "seed of the trials"})
     limit: int | None = field(default=None, metadata={"help": "rows a task that a trial is scored on"})
+    eval_limit: int | None = field(default=None, metadata={"help": "rows a task that a run is scored on; all of split"})
     split: str = field(default="validation", metadata={"help": "rows that runs are scored on; test keeps trials apart"})
     arms: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "one arm's settings, arms.mola.top_k=1; a new arm, arms.x.method=mola"}
@@ -60,6 +60,11 @@ class CompareSettings:
     out: str = field(default="runs/compare", metadata={"help": "folder; a comparison there is continued"})
     overwrite: bool = field(default=False, metadata={"help": "replace the comparison in out"})
 
+    @property
+    def tuned(self) -> bool:
+        """Whether there are learning rates to choose from."""
+        return len(self.lrs) > 1
+
 
 def load(arguments: Sequence[str]) -> tuple[CompareSettings, Recipe]:
     """The comparison's settings, and the recipe that its arms share.
@@ -72,7 +77,8 @@ def load(arguments: Sequence[str]) -> tuple[CompareSettings, Recipe]:
         raise ConfigError(f"one file of settings at most, not {' and '.join(files)}; settings are given as key=value")
     own, shared = names(CompareSettings), [name for name in names(Recipe) if name not in BY_CELL]
     layers = [(str(file), read_yaml(file)) for file in map(_settings_file, files)]
-    layers.append(("settings", parse_overrides([a for a in arguments if "=" in a], lists=_LISTS)))
+    known_lists = [*lists(CompareSettings), *lists(Recipe)]
+    layers.append(("settings", parse_overrides([a for a in arguments if "=" in a], lists=known_lists)))
     for source, values in layers:
         check_keys(source, values, [*own, *shared])
     given = [{key: value for key, value in values.items() if value is not None} for _, values in layers]
@@ -80,6 +86,8 @@ def load(arguments: Sequence[str]) -> tuple[CompareSettings, Recipe]:
     recipe = build(Recipe, *({k: v for k, v in values.items() if k not in own} for values in given))
     check(recipe)
     _check(settings)
+    if settings.lrs and ("lr" in given[-1] or recipe.lr != Recipe.lr):
+        raise ConfigError(f"lr={recipe.lr:g} and lrs={','.join(map(str, settings.lrs))} disagree: leave one out")
     return settings, recipe
 
 
@@ -111,11 +119,20 @@ def _check(settings: CompareSettings) -> None:
         raise ConfigError(f"seeds and tune_seed must be between 0 and {2**32 - 1}")
     if not all(lr > 0 and math.isfinite(lr) for lr in settings.lrs):
         raise ConfigError(f"lrs={','.join(map(str, settings.lrs))} must be finite numbers above 0")
-    for key in ("tune_steps", "limit", "workers", "threads"):
+    for key in ("tune_steps", "limit"):
+        if getattr(settings, key) is not None and not settings.tuned:
+            other = "; eval_limit is that of the runs" if key == "limit" else ""
+            raise ConfigError(
+                f"{key}={getattr(settings, key)} is of trials, and there are none without rates to choose from "
+                f"(lrs=3e-4,1e-3): leave it out{other}"
+            )
+    for key in ("tune_steps", "limit", "eval_limit", "workers", "threads"):
         if getattr(settings, key) is not None and getattr(settings, key) < 1:
             raise ConfigError(f"{key}={getattr(settings, key)} must be at least 1")
     if settings.gpus < 0:
         raise ConfigError(f"gpus={settings.gpus} cannot be negative")
+    if settings.gpus and settings.engine == "local":
+        raise ConfigError(f"gpus={settings.gpus:g} needs engine=ray: with engine=local, all runs share what there is")
     if "\0" in settings.out:
         raise ConfigError("out holds a NUL character, which no path can")
     if settings.engine == "ray" and find_spec("ray") is None:

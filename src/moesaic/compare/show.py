@@ -34,7 +34,7 @@ def progress(total: int) -> Iterator[Report]:
             bar.advance(task)
             if quietly:
                 return
-            said = f"{100 * outcome.score:.1f}" if outcome.score is not None else f"failed: {outcome.error}"
+            said = f"{100 * outcome.score:.1f}" if outcome.score is not None else f"{outcome.status}: {outcome.error}"
             console.print(
                 f"[{ended}/{total}] {outcome.job.name}: {said} ({outcome.seconds:.0f} s)", markup=False, soft_wrap=True
             )
@@ -45,10 +45,11 @@ def progress(total: int) -> Iterator[Report]:
 def show_plan(planned: Plan, as_json: bool) -> None:
     """The arms with their ranks and counts, and how much there is to run; on stdout."""
     settings = planned.settings
-    trials = len(planned.arms) * len(settings.lrs) if len(settings.lrs) > 1 else 0
+    trials = len(planned.arms) * len(settings.lrs) if settings.tuned else 0
     runs = len(planned.arms) * len(settings.seeds)
     if as_json:
-        print(json.dumps({**pinned(planned), **resolved(planned), "trials": trials, "cells": runs}, indent=2))
+        found = {**pinned(planned), **resolved(planned), "trials": trials, "cells": runs, "scored": planned.scored}
+        print(json.dumps(found, indent=2))
         return
     from rich.console import Console
     from rich.table import Table
@@ -66,3 +67,5 @@ def show_plan(planned: Plan, as_json: bool) -> None:
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     size = f"{len(planned.arms)} arms x {len(settings.seeds)} seeds"
     print(f"{f'{trials} trials, then ' if trials else ''}{runs} runs of {planned.shared.steps} steps ({size})")
+    for what, rows in planned.scored.items():
+        print(f"{what}: scored on {', '.join(f'{n:,} of {task}' for task, n in rows.items())}")

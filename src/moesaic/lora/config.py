@@ -168,7 +168,9 @@ _KINDS = {
     int: "a whole number",
     float: "a finite number",
     bool: "true or false",
+    str: "a text",
     list[int]: "a list of whole numbers",
+    dict[str, list[int]]: "lists of whole numbers by module name",
     type(None): "null",
 }
 
@@ -193,6 +195,8 @@ def _is_ranks(pattern: Any) -> bool:
 
 def _is(value: Any, kind: Any) -> bool:
     """Whether a value is of a kind in `_KINDS`; a switch is no number."""
+    if kind == dict[str, list[int]]:
+        return isinstance(value, dict) and all(_is(k, str) and _is(v, list[int]) for k, v in value.items())
     if kind == list[int]:
         return isinstance(value, (list, tuple)) and all(_is(v, int) for v in value)
     if kind is float:

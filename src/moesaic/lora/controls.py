@@ -16,6 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from moesaic.errors import ConfigError
 from moesaic.lora.config import MixtureConfig
 from moesaic.lora.tasks import row_ids
 from moesaic.routing import Gate, LinearRouter, Router, RoutingContext, Site, Softmax, TopK
@@ -116,14 +117,22 @@ class OracleConfig(MixtureConfig):
     learns_routing: ClassVar[bool] = False
     needs_tasks: ClassVar[bool] = True
 
+    num_experts: int = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "one a task: leave it out where num_tasks is given"}
+    )
     num_tasks: int | None = field(
         default=None, metadata={"help": "how many tasks there are, and so experts; `moesaic train` counts them"}
     )
 
     def __post_init__(self) -> None:
-        if self.num_tasks is not None:
-            self.num_experts = self.num_tasks
+        if self.num_experts is None:
+            self.num_experts = MixtureConfig.num_experts if self.num_tasks is None else self.num_tasks
         super().__post_init__()
+        if self.num_tasks not in (None, self.num_experts):
+            raise ConfigError(
+                f"num_experts={self.num_experts}, but there are {self.num_tasks} tasks, and method oracle has an "
+                "expert for each: leave num_experts out"
+            )
 
     def router(self, site: Site) -> Router:
         return OracleRouter(self.experts_at(site))

@@ -5,6 +5,12 @@
     RMoE's recurrence under a linear router's logits:
         CustomConfig(router_of=["mola", "rmoe"], settings={"mola": {"aux_weight": 0.0}})
 
+On the command line, parts are settings of the adapter, and so are the settings of each part, under its method's name:
+
+    moesaic train custom data=tasks/ adapter.router_of=mola,rmoe adapter.gate_of=dynmole adapter.losses_of=dynmole,mola
+        adapter.settings.dynmole.top_p=0.6 adapter.settings.rmoe.state_dim=32
+
+`gate_of` left out is the first router's method, `losses_of` left out the gate's. Any linear-level method can be a part.
 Every part is built by its own method's config, from `settings` and from what all methods share; the logits of several
 routers are added up. A part that changes between training and evaluation, or over the training, does so here too.
 """

@@ -46,7 +46,7 @@ class RouterEntropy(AuxiliaryLoss):
         self.concat = concat
 
     def per_router(self, records: Sequence[Record], step: Hashable) -> Iterator[Tensor]:
-        gate, groups = self.gate, list(stacks(records, "probs"))
+        gate, groups = self.gate, stacks(records, "probs")
         values = [generalised_entropy(gate.kind, stack.values, gate.q, eps=gate.eps) for stack in groups]
         if self.concat:
             yield torch.cat([v.flatten() for v in values]).mean(dim=0, keepdim=True)

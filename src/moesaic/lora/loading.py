@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from moesaic.lora.config import METHODS, MixtureConfig
 
 def from_pretrained(
     model: nn.Module,
-    folder: str | Path,
+    folder: str | os.PathLike[str],
     *,
     adapter_name: str = "default",
     is_trainable: bool = False,
@@ -36,6 +37,8 @@ def from_pretrained(
         AdapterError: the folder is missing, damaged, of another method or for another base.
         MissingRouterWeights: it holds experts without their routers.
     """
+    if not isinstance(folder, (str, os.PathLike)):
+        raise AdapterError(f"folder={folder!r} must be the path of an adapter folder, or a hub id")
     path = Path(folder)
     kwargs = {**kwargs, "adapter_name": adapter_name, "is_trainable": is_trainable}
     if path.exists():
@@ -53,7 +56,7 @@ def from_pretrained(
 
 
 def check_folder(path: Path, *, model: nn.Module | None = None, method: str | None = None) -> MixtureConfig:
-    """Read config and tensor headers of an adapter folder without loading it.
+    """Read the config and the tensors of an adapter folder, without a model.
 
     Args:
         model: also check that the adapter was made for this base model.
@@ -67,6 +70,21 @@ def check_folder(path: Path, *, model: nn.Module | None = None, method: str | No
         raise AdapterError(f"{path} holds a mixture of method {config.method!r}, not {method!r}")
     if model is not None:
         _check_base(path, config, model)
+    keys, weights = check_tensors(path), path / "adapter_model.safetensors"
+    experts, routers = ([k for k in keys if f".moe_lora_{part}" in k] for part in ("A", "router"))
+    if not experts:
+        raise AdapterError(f"{weights} holds no experts of a mixture")
+    if not routers:
+        raise MissingRouterWeights(f"{weights} holds experts but no routers: the mixture cannot be restored from it")
+    return config
+
+
+def check_tensors(path: Path) -> list[str]:
+    """The names of an adapter folder's tensors.
+
+    Raises:
+        AdapterError: it has none, they cannot be read, or one holds numbers that are not finite.
+    """
     weights = path / "adapter_model.safetensors"
     if not weights.is_file():
         hint = "; it has adapter_model.bin, which is not read: convert it" if _has_pickle(path) else ""
@@ -74,14 +92,12 @@ def check_folder(path: Path, *, model: nn.Module | None = None, method: str | No
     try:
         with safe_open(weights, framework="pt") as tensors:
             keys = list(tensors.keys())
+            broken = next((key for key in keys if not bool(tensors.get_tensor(key).isfinite().all())), None)
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{weights} is damaged or truncated ({error}): restore it from a copy") from None
-    experts, routers = ([k for k in keys if f".moe_lora_{part}" in k] for part in ("A", "router"))
-    if not experts:
-        raise AdapterError(f"{weights} holds no experts of a mixture")
-    if not routers:
-        raise MissingRouterWeights(f"{weights} holds experts but no routers: the mixture cannot be restored from it")
-    return config
+    if broken is not None:
+        raise AdapterError(f"{weights} is damaged: {broken} holds numbers that are not finite; train it again")
+    return keys
 
 
 def read_config(path: Path) -> MixtureConfig:
@@ -101,7 +117,12 @@ def read_config(path: Path) -> MixtureConfig:
     if not isinstance(values, dict) or values.get("peft_type") not in known:
         found = values.get("peft_type") if isinstance(values, dict) else type(values).__name__
         raise AdapterError(f"{path} holds an adapter of type {found!r}, not a moesaic mixture ({', '.join(known)})")
-    config = PeftConfig.from_pretrained(str(path))
+    try:
+        config = PeftConfig.from_pretrained(str(path))
+    except MoesaicError as error:
+        raise AdapterError(f"{file}: {error}") from None
+    except Exception as error:
+        raise AdapterError(f"{file} is damaged: {first_line(error)}") from None
     assert isinstance(config, MixtureConfig)
     return config
 

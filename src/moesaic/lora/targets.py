@@ -92,9 +92,9 @@ def feed_forwards(model: nn.Module, config: Any) -> dict[str, FeedForward]:
     Raises:
         ConfigError: when there is none, or the targets hold a part of one only.
     """
-    wanted = _experts(model, config)
+    wanted, known = _experts(model, config), list(_known_feed_forwards(model))
     found: dict[str, FeedForward] = {}
-    for name, first, last in _known_feed_forwards(model):
+    for name, first, last in known:
         linears = (*first, last)
         missing = [linear for linear in linears if linear not in wanted]
         if len(missing) == len(linears):
@@ -106,10 +106,17 @@ def feed_forwards(model: nn.Module, config: Any) -> dict[str, FeedForward]:
             )
         found |= dict.fromkeys(linears, FeedForward(name, first, last))
     if not found:
-        wanted_by = "" if config.target_modules is None else f" among target_modules={config.target_modules!r}"
+        leaves = dict.fromkeys(
+            linear.removeprefix(f"{name}.") for name, first, last in known for linear in (*first, last)
+        )
+        none = (
+            f"target_modules={config.target_modules!r} names none of this model's: add {', '.join(leaves)} "
+            "(what else it names gets one plain LoRA each)"
+            if known
+            else "this model has none that is known: name an FFN's linears in target_modules"
+        )
         raise ConfigError(
-            f"the experts of {config.method} are whole FFNs, and this model has none that is known{wanted_by}: choose "
-            "a method whose experts are linears, or name an FFN's linears in target_modules"
+            f"the experts of {config.method} are whole FFNs, and {none}, or choose a method whose experts are linears"
         )
     return found
 

@@ -205,8 +205,8 @@ class TopicLoRAConfig(MixtureConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.topics, str) or not self.topics:
-            raise ConfigError(f"topics={self.topics!r} must be 'bigbench' or the path of a topics file")
+        if not self.topics:
+            raise ConfigError("topics is empty: it must be 'bigbench' or the path of a topics file")
         if self.topic_dim < 1:
             raise ConfigError(f"topic_dim={self.topic_dim} must be at least 1")
         if self.router_temperature <= 0:

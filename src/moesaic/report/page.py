@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,19 @@ from markupsafe import Markup
 
 from moesaic.report import charts
 from moesaic.report.text import grids, missing
+from moesaic.verdicts import MATCHED
 
 HERE = Path(__file__).parent
+
+Arm = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Figure:
+    """Drawings under one heading, each with a name of its own where they are several."""
+
     heading: str
-    drawing: Markup
+    drawings: Sequence[tuple[str, Markup]]
     caption: str
 
 
@@ -29,14 +35,13 @@ def html(summary: dict[str, Any]) -> str:
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    done = [arm for arm in summary["arms"] if "scores" in arm]
     return environment.get_template("page.html.j2").render(
         title=f"{len(summary['arms'])} arms on {len(summary['tasks'])} tasks",
         style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
         facts=_facts(summary),
         verdicts=summary["verdicts"],
         missing=missing(summary),
-        grids=grids(summary) if done else [],
+        grids=grids(summary) if _done(summary) else [],
         figures=figures(summary),
         settings=json.dumps(summary["settings"], indent=2, ensure_ascii=False, default=str),
         versions=summary["versions"],
@@ -44,151 +49,164 @@ def html(summary: dict[str, Any]) -> str:
 
 
 def figures(summary: dict[str, Any]) -> list[Figure]:
-    """Those that the figures at hand allow."""
-    made = [_differences(summary), _by_task(summary), _against_parameters(summary), _curves(summary), _entropy(summary)]
-    return [figure for figure in (*made, *_utilisation(summary)) if figure is not None]
+    """Those that the results at hand allow."""
+    made = (_differences(summary), _by_task(summary), _against_parameters(summary), _against_time(summary))
+    found = (*made, _curves(summary), _entropy(summary), _utilisation(summary))
+    return [figure for figure in found if figure is not None]
 
 
-def _arms(summary: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
+def _done(summary: dict[str, Any]) -> list[tuple[int, Arm]]:
     """Arms with results, each with the number of its colour."""
     return [(i, arm) for i, arm in enumerate(summary["arms"]) if "scores" in arm]
 
 
 def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    settings, seeds = summary["settings"], summary["seeds"]
+    settings = summary["settings"]
     facts = [
-        ("model", str(settings.get("model", ""))),
-        ("data", str(settings.get("data", ""))),
+        ("model", settings.get("model")),
+        ("data", settings.get("data")),
         ("split", summary["split"]),
-        ("seeds", ", ".join(map(str, seeds))),
+        ("seeds", ", ".join(map(str, summary["seeds"]))),
         ("baseline", summary["baseline"]),
-        ("steps", str(settings.get("steps", ""))),
-        ("device", summary["device"] or ""),
-        ("moesaic", summary["versions"].get("moesaic", "")),
+        ("steps", settings.get("steps")),
+        ("device", summary["device"]),
+        ("moesaic", summary["versions"].get("moesaic")),
+        ("command", settings.get("command")),
     ]
-    return [(name, value) for name, value in facts if value]
+    return [(name, str(value)) for name, value in facts if value]
 
 
 def _differences(summary: dict[str, Any]) -> Figure | None:
-    dots = []
-    for i, arm in _arms(summary):
-        gap = arm["difference"]
-        if gap is not None:
-            low, high = gap["interval"]
-            seeds = [100 * value for value in gap["values"]]
-            dots.append(charts.Dot(arm["arm"], 100 * gap["mean"], 100 * low, 100 * high, seeds, i))
-    if not dots:
+    gaps = [(i, arm["arm"], arm["difference"]) for i, arm in _done(summary) if arm["difference"] is not None]
+    if not gaps:
         return None
     baseline = summary["baseline"]
-    said = "; ".join(f"{d.label} {d.value:+.1f}" for d in dots)
-    return Figure(
-        f"Difference to {baseline}",
-        charts.intervals(
-            dots, zero=baseline, title=f"Difference of the mean score to {baseline}", description=f"In points: {said}."
-        ),
-        "Dot: the mean over tasks and seeds. Ring: one seed. Bar: 95 % of 10,000 bootstrap draws of the test rows, "
-        "paired by row; another training would move the dot about as far as the rings lie apart.",
+    said = "; ".join(f"{name} {100 * gap['mean']:+.1f}" for _, name, gap in gaps)
+    drawing = charts.intervals(
+        [charts.Dot(name, gap["mean"], gap["interval"], gap["values"], i) for i, name, gap in gaps],
+        zero=baseline,
+        title=f"Difference of the mean score to {baseline}",
+        description=f"In points: {said}.",
     )
+    caption = (
+        "Dot: the mean over tasks and seeds. Ring: one seed. Bar: 95 % of 10,000 bootstrap draws of the test rows, "
+        "paired by row; another training would move the dot about as far as the rings lie apart."
+    )
+    return Figure(f"Difference to {baseline}", [("", drawing)], caption + _clipped([gap["mean"] for *_, gap in gaps]))
 
 
 def _by_task(summary: dict[str, Any]) -> Figure | None:
-    arms = [arm for _, arm in _arms(summary) if arm["difference"] is not None]
+    arms = [arm for _, arm in _done(summary) if arm["difference"] is not None]
     if not arms:
         return None
-    tasks = list(summary["tasks"])
-    values = [[100 * arm["difference"]["by_task"][task]["mean"] for task in tasks] for arm in arms]
-    baseline = summary["baseline"]
-    return Figure(
-        "Where the difference is made",
-        charts.heat(
-            [arm["arm"] for arm in arms],
-            tasks,
-            values,
-            title=f"Difference to {baseline} by task",
-            description="Percentage points, one row an arm and one column a task; the score table has the scores.",
-        ),
-        f"Percentage points to {baseline}, by task. Blue is above it, orange below.",
+    tasks, baseline = list(summary["tasks"]), summary["baseline"]
+    values = [[arm["difference"]["by_task"][task]["mean"] for task in tasks] for arm in arms]
+    drawing = charts.heat(
+        [arm["arm"] for arm in arms],
+        tasks,
+        values,
+        title=f"Difference to {baseline} by task",
+        description="Percentage points, one row an arm and one column a task; the score table has the scores.",
     )
+    caption = f"Percentage points to {baseline}, by task. Blue is above it, orange below."
+    if charts.off_the_scale([abs(v) for row in values for v in row]):
+        caption += " What lies far out shares the strongest colour."
+    return Figure("Where the difference is made", [("", drawing)], caption)
 
 
 def _against_parameters(summary: dict[str, Any]) -> Figure | None:
-    points = [
-        charts.Point(arm["arm"], arm["trainable_parameters"], 100 * arm["mean"], 100 * (arm["sd"] or 0.0), i)
-        for i, arm in _arms(summary)
-        if arm["trainable_parameters"]
-    ]
-    if not points:
+    """None where the arms were given equally many; an oracle may have had more."""
+    counts = [arm["trainable_parameters"] or 0 for _, arm in _done(summary) if arm["method"] != "oracle"]
+    if not counts or max(counts) <= MATCHED * min(counts):
         return None
-    said = "; ".join(f"{p.label}: {p.x:,.0f} parameters, {p.y:.1f} %" for p in points)
-    return Figure(
-        "Score and trainable parameters",
-        charts.scatter(
-            points,
-            across="trainable parameters",
-            up="mean score, %",
-            title="Mean score against trainable parameters",
-            description=f"{said}.",
-        ),
-        "Bar: one standard deviation over seeds, to each side.",
+    return _scatter(
+        summary, lambda arm: arm["trainable_parameters"], "Score and trainable parameters", "trainable parameters"
     )
 
 
-def _curves(summary: dict[str, Any]) -> Figure | None:
-    series = [charts.Line(arm["arm"], arm["curve"], i) for i, arm in _arms(summary) if arm["curve"]]
-    if not series:
+def _against_time(summary: dict[str, Any]) -> Figure | None:
+    return _scatter(
+        summary,
+        lambda arm: None if arm["overhead"] is None else 100 * arm["overhead"],
+        "Score and time of training",
+        f"time a token over {summary['baseline']}, %",
+    )
+
+
+def _scatter(summary: dict[str, Any], at: Callable[[Arm], float | None], heading: str, across: str) -> Figure | None:
+    """Mean scores against what `at` reads of an arm; None with fewer than two."""
+    found = [(i, arm, x) for i, arm in _done(summary) if (x := at(arm)) is not None]
+    if len(found) < 2:
         return None
-    said = "; ".join(f"{s.label} ends at {s.points[-1][1]:.3g}" for s in series)
-    return Figure(
+    dots = [charts.Point(arm["arm"], x, 100 * arm["mean"], 100 * (arm["sd"] or 0.0), i) for i, arm, x in found]
+    said = "; ".join(f"{p.label} {p.y:.1f} % at {p.x:,.4g}" for p in dots)
+    title = f"Mean score against {across}"
+    drawing = charts.scatter(dots, across=across, up="mean score, %", title=title, description=f"{said}.")
+    caption = "Bar: one standard deviation over seeds, to each side." + _clipped([p.y for p in dots])
+    return Figure(heading, [("", drawing)], caption)
+
+
+def _clipped(values: Sequence[float]) -> str:
+    return " Arrow: off the scale, at the number beside it." if charts.off_the_scale(values) else ""
+
+
+def _curves(summary: dict[str, Any]) -> Figure | None:
+    return _lines(
+        summary,
+        lambda arm: arm["curve"],
         "Training loss",
-        charts.lines(
-            series,
-            across="step",
-            up="task loss",
-            title="Training loss by step",
-            description=f"{said}.",
-            logarithmic=True,
-        ),
         "Task loss alone, without the routers' auxiliary loss; each point averages seeds and neighbouring steps.",
+        across="step",
+        up="task loss",
+        title="Training loss by step",
+        logarithmic=True,
     )
 
 
 def _entropy(summary: dict[str, Any]) -> Figure | None:
-    series = []
-    for i, arm in _arms(summary):
-        layers = (arm["routing"] or {}).get("entropy_by_layer", {})
-        if layers:
-            series.append(charts.Line(arm["arm"], [(float(layer), value) for layer, value in layers.items()], i))
-    if not series:
-        return None
-    said = "; ".join(f"{s.label} from {s.points[0][1]:.2f} to {s.points[-1][1]:.2f}" for s in series)
-    return Figure(
+    return _lines(
+        summary,
+        lambda arm: [(float(k), v) for k, v in (arm["routing"] or {}).get("entropy_by_layer", {}).items()],
         "How certain the routers are",
-        charts.lines(
-            series,
-            across="layer",
-            up="entropy over log E",
-            title="Router entropy by layer",
-            description=f"First to last layer: {said}.",
-        ),
         "Mean entropy of a token's probabilities, before experts are selected: 0 is certain, 1 is uniform.",
+        across="layer",
+        up="entropy over log E",
+        title="Router entropy by layer",
     )
 
 
-def _utilisation(summary: dict[str, Any]) -> list[Figure]:
-    made = []
-    for _, arm in _arms(summary):
+def _lines(
+    summary: dict[str, Any],
+    of: Callable[[Arm], Sequence[tuple[float, float]]],
+    heading: str,
+    caption: str,
+    *,
+    title: str,
+    **axes: Any,
+) -> Figure | None:
+    """A line for each arm that `of` finds points for."""
+    series = [charts.Line(arm["arm"], found, i) for i, arm in _done(summary) if (found := of(arm))]
+    if not series:
+        return None
+    said = "; ".join(f"{s.label} from {s.points[0][1]:.3g} to {s.points[-1][1]:.3g}" for s in series)
+    return Figure(
+        heading, [("", charts.lines(series, title=title, description=f"First to last: {said}.", **axes))], caption
+    )
+
+
+def _utilisation(summary: dict[str, Any]) -> Figure | None:
+    made, seeds = [], set()
+    for _, arm in _done(summary):
         layers = {k: v for k, v in (arm["routing"] or {}).get("by_layer_and_task", {}).items() if v}
         if layers:
-            made.append(
-                Figure(
-                    f"Who does what: {arm['arm']}",
-                    charts.shares(
-                        layers,
-                        title=f"Experts' share of the weight by layer and task, {arm['arm']}",
-                        description="One row a task, one block of columns a layer, one column an expert.",
-                    ),
-                    "Share of the weight that each expert got, averaged over a layer's modules, "
-                    f"seed {arm['seeds'][0]}. Rows that look alike mean that tasks are not told apart.",
-                )
-            )
-    return made
+            title = f"Experts' share of the weight by layer and task, {arm['arm']}"
+            description = "One row a task, one block of columns a layer, one column an expert."
+            made.append((arm["arm"], charts.shares(layers, title=title, description=description)))
+            seeds.add(arm["seeds"][0])
+    if not made:
+        return None
+    caption = (
+        "Share of the weight that each expert got, averaged over a layer's modules, "
+        f"seed {', '.join(map(str, sorted(seeds)))}. Rows that look alike mean that tasks are not told apart."
+    )
+    return Figure("Who does what", made, caption)

@@ -7,19 +7,20 @@ import io
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from moesaic.tables import ROUTING, number
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
-
-MINUS = "\N{MINUS SIGN}"
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A table: the first column is to the left, the others to the right."""
+    """A table: the first column is to the left, the others to the right. `legend` explains signs and columns."""
 
     title: str
     header: list[str]
     rows: list[list[str]]
+    legend: list[tuple[str, str]]
 
 
 def grids(summary: dict[str, Any]) -> list[Grid]:
@@ -34,10 +35,18 @@ def markdown(summary: dict[str, Any]) -> str:
     parts = []
     for grid in grids(summary):
         lines = [grid.header, ["---", *["---:"] * (len(grid.header) - 1)], *grid.rows]
-        table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-        parts.append(f"**{grid.title}**\n\n{table}")
+        table = "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+        parts += [
+            f"**{grid.title}**",
+            table,
+            "\n".join(f"- *{sign}*: {meaning}" for sign, meaning in grid.legend),
+        ]
     parts += ["\n".join(f"- {line}" for line in lines) for lines in (conclusions(summary), missing(summary)) if lines]
     return "\n\n".join(parts) + "\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def rich_table(summary: dict[str, Any]) -> RenderableType:
@@ -93,36 +102,47 @@ def percent(share: float | None, deviation: float | None = None) -> str:
 
 def points(difference: float) -> str:
     """A difference of shares in percentage points, signed."""
-    text = f"{100 * difference:+.1f}"
-    return text.replace("-", MINUS)
+    return number(100 * difference, "{:+.1f}")
 
 
 def _scores(summary: dict[str, Any]) -> Grid:
     tasks, baseline = summary["tasks"], summary["baseline"]
+    dominated = any(t["dominated"] for t in tasks.values())
     rows = []
     for arm in summary["arms"]:
         if "scores" not in arm:
-            rows.append([arm["arm"], *[""] * (len(tasks) + 2), arm["status"]])
+            rows.append([arm["arm"], arm["status"], *[""] * (len(tasks) + 2)])
             continue
-        gap, relative = arm["difference"], arm["mean_relative_difference"]
+        gap = arm["difference"]
         rows.append(
             [
                 arm["arm"] if arm["status"] == "done" else f"{arm['arm']} ({len(arm['seeds'])} seeds)",
-                *[_score(arm["scores"][task], tasks[task]["dominated"]) for task in tasks],
                 percent(arm["mean"], arm["sd"]),
                 "" if gap is None else f"{points(gap['mean'])} [{', '.join(points(end) for end in gap['interval'])}]",
-                "" if relative is None else f"{relative:+.1f}".replace("-", MINUS),
+                number(arm["mean_relative_difference"], "{:+.1f}"),
+                *[_score(arm["scores"][task], tasks[task]["dominated"]) for task in tasks],
             ]
         )
     if any(t["base_score"] is not None for t in tasks.values()):
-        base = [_base(t) for t in tasks.values()]
-        rows.append(["untrained base", *base, percent(summary["base_mean"]), "", ""])
+        rows.append(["untrained base", percent(summary["base_mean"]), "", "", *[_base(t) for t in tasks.values()]])
     if any(t["majority"] is not None for t in tasks.values()):
-        rows.append(["commonest label", *[percent(t["majority"]) for t in tasks.values()], "", "", ""])
-    header = ["arm", *tasks, "mean", f"to {baseline} [95 %]", "relative, %"]
+        rows.append(["commonest label", "", "", "", *[percent(t["majority"]) for t in tasks.values()]])
     n = len(summary["seeds"])
     title = f"Scores on the {summary['split']} split, percent, mean ± standard deviation over {n} seed{'s' * (n != 1)}"
-    return Grid(title, header, rows)
+    legend = [
+        ("±", "one standard deviation over seeds: how far another training moves a score"),
+        (
+            f"to {baseline} [95 %]",
+            "difference of the means in points; in brackets 95 % of 10,000 bootstrap draws of the test rows, paired by "
+            "row: how far other rows move it. The brackets know nothing of other trainings, ± nothing of other rows",
+        ),
+        ("relative, %", f"mean over tasks of the difference divided by {baseline}'s score"),
+    ]
+    if dominated:
+        legend.append(
+            ("MCC", "Matthews correlation, where one label is so common that naming it always would look like skill")
+        )
+    return Grid(title, ["arm", "mean", f"to {baseline} [95 %]", "relative, %", *tasks], rows, legend)
 
 
 def _score(scores: dict[str, Any], dominated: bool) -> str:
@@ -131,45 +151,36 @@ def _score(scores: dict[str, Any], dominated: bool) -> str:
 
 
 def _base(task: dict[str, Any]) -> str:
-    text = percent(task["base_score"])
-    return (
-        f"{text}, MCC {task['base_matthews']:.2f}" if task["dominated"] and task["base_matthews"] is not None else text
-    )
+    text, matthews = percent(task["base_score"]), task["base_matthews"]
+    return f"{text}, MCC {matthews:.2f}" if task["dominated"] and matthews is not None else text
 
 
 def _costs(summary: dict[str, Any]) -> Grid:
-    header = ["arm", "method", "lr", "trainable parameters", "tokens/s", f"time over {summary['baseline']}", "peak MiB"]
+    baseline = summary["baseline"]
+    header = ["arm", "method", "lr", "trainable parameters", "tokens/s", f"time over {baseline}", "peak MiB"]
     rows = []
     for arm in summary["arms"]:
         if "scores" in arm:
             figures = (
-                _number(arm["trainable_parameters"], "{:,}"),
-                _number(arm["tokens_per_second"], "{:,.0f}"),
-                _number(arm["overhead"], "{:+.0%}").replace("-", MINUS).replace("%", " %"),
-                _number(arm["peak_memory_mib"], "{:,.0f}"),
+                number(arm["trainable_parameters"], "{:,}"),
+                number(arm["tokens_per_second"], "{:,.0f}"),
+                number(arm["overhead"], "{:+.0%}"),
+                number(arm["peak_memory_mib"], "{:,.0f}"),
             )
             rows.append([arm["arm"], arm["method"], f"{arm['lr']:g}", *figures])
-    return Grid("Cost of training (speed is blurred where cells share a machine)", header, rows)
+    legend = [
+        ("trainable parameters", "routers and heads counted"),
+        (f"time over {baseline}", "how much longer a token takes in training; blurred where runs share a machine"),
+        ("peak MiB", "the most memory held: of a GPU, or of the whole process, libraries and base model included"),
+    ]
+    return Grid("Cost of training, mean over seeds", header, rows, legend)
 
 
 def _routing(summary: dict[str, Any]) -> Grid:
-    header = ["arm", "entropy", "dead experts", "task-expert information", "first / second probability"]
-    header += ["spread of utilisation", "layer-to-layer bits"]
-    forms = {
-        "entropy": "{:.2f}",
-        "dead_share": "{:.0%}",
-        "mutual_information": "{:.3f}",
-        "inner_balance": "{:.2f}",
-        "outer_balance": "{:.2f}",
-        "layer_information": "{:.2f}",
-    }
     rows = [
-        [arm["arm"], *[_number(arm["routing"].get(key), form).replace("%", " %") for key, form in forms.items()]]
+        [arm["arm"], *[number(arm["routing"].get(figure.key), figure.form) for figure in ROUTING]]
         for arm in summary["arms"]
         if arm.get("routing")
     ]
-    return Grid("Routing on the scored rows, mean over seeds", header, rows)
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else form.format(value)
+    legend = [(figure.name, figure.meaning) for figure in ROUTING]
+    return Grid("Routing on the scored rows, mean over seeds", ["arm", *[f.name for f in ROUTING]], rows, legend)

@@ -2,7 +2,6 @@
 
 vocabulary    which topics there are               encoders, features   topics and prompts as vectors
 graph         topics embedded, experts placed      artefact             the result: `Topics`, its file, prompts' targets
-drawing       the graph as a picture and a table
 """
 
 from moesaic.lora.topics.artefact import Topics, TopicSettings, build

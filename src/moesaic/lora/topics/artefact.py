@@ -22,6 +22,8 @@ from moesaic.lora.topics import encoders, features, graph, vocabulary
 PROPAGATION = 0.5
 RELEVANCE_TEMPERATURE = 0.07
 FLOOR = 0.05
+COINCIDE = 0.99
+"""Prototypes of a larger cosine are one: softmax(cos / 0.1) gives them weights within a tenth of each other."""
 _FORMAT = "moesaic-topics-1"
 _TENSORS = ("prototypes", "assignment", "features", "adjacency")
 
@@ -50,6 +52,8 @@ class TopicSettings:
         for name, least in (("num_experts", 1), ("topic_dim", 1), ("steps", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least {least}")
+        if self.seed >= 2**32:
+            raise ConfigError(f"seed={self.seed} must be between 0 and {2**32 - 1}")
         for name in ("jaccard", "cosine", "group", "separation"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 0")
@@ -103,6 +107,31 @@ class Topics:
         mixed = (1 - FLOOR) * (self.relevance(queries) @ self.assignment) + FLOOR / len(self.prototypes)
         return mixed[[distinct[prompt] for prompt in prompts]]
 
+    def doubts(self) -> list[str]:
+        """What speaks against training with these topics, a line each."""
+        found, edges = [], self.settings
+        if not self.adjacency.any() and (edges.jaccard or edges.cosine or edges.group):
+            found.append(
+                "no two topics are connected, so there is no graph to learn from: list more tasks for each topic"
+            )
+        if self.settings.steps == 0:
+            found.append("steps=0 leaves the graph's embedding as it was drawn")
+        same = (self.prototypes @ self.prototypes.t() > COINCIDE).fill_diagonal_(False).any(dim=1)
+        if same.any():
+            found.append(
+                f"the prototypes of experts {_listed(same)} coincide, so tokens cannot tell them apart: take fewer "
+                "experts, a larger topic_dim, or separation above 0"
+            )
+        owned = torch.bincount(self.assignment.argmax(dim=1), minlength=len(self.prototypes))
+        if not owned.all():
+            found.append(f"no topic has its largest share in experts {_listed(owned == 0)}: take fewer")
+        if len(owned) > 2 and owned.max() > len(self.names) / 2:
+            found.append(
+                f"expert {int(owned.argmax())} has the largest share of {int(owned.max())} of {len(self.names)} "
+                "topics: their prompts are not told apart"
+            )
+        return found
+
     def save(self, file: str | Path) -> None:
         """Write one `.safetensors` file, whole or not at all; equal topics give equal bytes."""
         file = Path(file).expanduser()
@@ -146,6 +175,10 @@ class Topics:
                 raise
             raise ConfigError(f"{file} is damaged: {first_line(error)}: make it anew") from None
         return made
+
+
+def _listed(which: Tensor) -> str:
+    return ", ".join(map(str, which.nonzero().flatten().tolist()))
 
 
 def build(settings: TopicSettings | None = None, *, encode: encoders.Encoder | None = None, **changes: Any) -> Topics:

@@ -14,7 +14,7 @@ that is missing is unknown, not zero.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,13 +54,14 @@ class Vocabulary:
     tasks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def topics(self, level: str = "keyword", *, min_tasks: int = 2) -> list[Topic]:
-        """The nodes: keywords that at least `min_tasks` tasks carry (or nobody counted), or the groups.
+        """The nodes: keywords that at least `min_tasks` tasks carry (or nobody counted), or groups that one carries.
 
         Raises:
             ConfigError: an unknown level.
         """
         if level not in LEVELS:
             raise ConfigError(f"level={level}; {suggest(str(level), LEVELS)}")
+        least = min_tasks if level == "keyword" else min(min_tasks, 1)
         carriers: dict[str, set[str]] = {name: set() for name in self.keywords}
         for task, names in self.tasks.items():
             for name in names:
@@ -68,7 +69,7 @@ class Vocabulary:
         kept = []
         for name, keyword in self.keywords.items():
             count = len(carriers[name]) if self.tasks else keyword.tasks
-            if not keyword.format and (count is None or count >= min_tasks):
+            if not keyword.format and (count is None or count >= least):
                 kept.append(Topic(name, keyword.group, f"{name}: {keyword.description}", frozenset(carriers[name])))
         if level == "group":
             kept = self._groups(kept)
@@ -78,7 +79,8 @@ class Vocabulary:
         nodes = []
         for group, description in self.groups.items():
             members = [t.tasks or frozenset() for t in topics if t.group == group]
-            nodes.append(Topic(group, group, f"{group}: {description}", frozenset().union(*members)))
+            if members:
+                nodes.append(Topic(group, group, f"{group}: {description}", frozenset().union(*members)))
         return nodes
 
 
@@ -142,9 +144,9 @@ def _keywords_of(task: str, names: Any, file: str, keywords: Mapping[str, Keywor
     return tuple(dict.fromkeys(names))
 
 
-def _nearest(name: str, keywords: Mapping[str, Keyword]) -> str:
-    """The nearest known keyword; not all ninety of them, as `suggest` alone would say."""
-    hint, _, _ = suggest(name, keywords).rpartition("known: ")
+def _nearest(name: str, options: Iterable[str]) -> str:
+    """The nearest known name alone: keywords are ninety, and names of groups hold commas."""
+    hint, _, _ = suggest(name, options).partition("known: ")
     return hint.strip().rstrip("?") or "none is near"
 
 
@@ -163,7 +165,8 @@ def _keyword(entry: Any, where: str, groups: dict[str, str]) -> Keyword:
         raise DataError(f"{where} has the unknown entry '{min(odd)}'")
     group, count = _text(entry["group"], where), entry.get("tasks")
     if group not in groups:
-        raise DataError(f"{where} is in the unknown group '{group}'; {suggest(group, groups)}")
+        known = ", ".join(f"'{name}'" for name in groups)
+        raise DataError(f"{where} is in the unknown group '{group}'; {_nearest(group, groups)}; known: {known}")
     if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 0):
         raise DataError(f"{where}: 'tasks' must be a whole number, got {count!r}")
     return Keyword(group, _text(entry["description"], where), count, bool(entry.get("format", False)))

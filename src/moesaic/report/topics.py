@@ -1,19 +1,27 @@
-"""A graph of topics to look at: a table for the terminal, an SVG for the rest. Needs no plotting library."""
+"""TopicLoRA's graph of topics to look at: a table for the terminal, an SVG for the rest."""
 
 from __future__ import annotations
 
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 import torch
+from markupsafe import Markup
 from torch import Tensor
 
-from moesaic.lora.topics.artefact import Topics
+from moesaic.lora.topics import Topics
+from moesaic.report.svg import beside, circle, drawing, line, tag, text
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 _WIDTH, _HEIGHT, _MARGIN, _LEGEND = 1200, 900, 70, 190
+_STYLE = """
+.paper { fill: #fdfdfb } .edge { stroke: #8a939b; stroke-opacity: .3 } .node { stroke: #fdfdfb; stroke-width: 1.5 }
+text { font: 11px system-ui, sans-serif; fill: #1c2126; paint-order: stroke; stroke: #fdfdfb; stroke-width: 3px }
+.head { fill: #5b646d } .key { font-size: 12px }
+@media (prefers-color-scheme: dark) {
+.paper { fill: #14181c } .node { stroke: #14181c } text { fill: #e8ebed; stroke: #14181c } .head { fill: #9aa5af }
+}"""
 _COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#ee8866", "#777777")
 
 
@@ -51,37 +59,27 @@ def caption(topics: Topics) -> str:
 
 def svg(topics: Topics) -> str:
     """The graph as a self-contained SVG: a node's colour is its first expert, an edge's width its weight."""
-    at = layout(topics.adjacency, seed=topics.settings.seed).tolist()
+    at = [(x, y) for x, y in layout(topics.adjacency, seed=topics.settings.seed).tolist()]
     owner = topics.assignment.argmax(dim=1).tolist()
     heaviest = float(topics.adjacency.max().clamp(min=1e-9))
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" font-family="sans-serif">',
-        f"<title>{escape(caption(topics))}</title>",
-        '<rect width="100%" height="100%" fill="white"/>',
-    ]
+    experts = len(topics.prototypes)
+    parts = [tag("style", Markup(_STYLE)), tag("rect", width="100%", height="100%", class_="paper")]
     for i, j in topics.adjacency.triu(1).nonzero().tolist():
-        (x1, y1), (x2, y2) = at[i], at[j]
         width = 0.4 + 2 * float(topics.adjacency[i, j]) / heaviest
-        parts.append(
-            f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="#bbb" stroke-width="{width:.2f}" '
-            'stroke-opacity="0.5"/>'
-        )
-    nodes = list(zip(at, topics.names, topics.groups, owner, strict=True))
-    for (x, y), name, group, expert in nodes:
-        parts.append(
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="7" fill="{_colour(expert)}" stroke="white">'
-            f"<title>{escape(f'{name} ({group}): expert {expert}')}</title></circle>"
-        )
-    for (x, y), name, _, _ in nodes:
-        parts.append(
-            f'<text x="{x:.1f}" y="{y - 10:.1f}" font-size="11" text-anchor="middle" paint-order="stroke" '
-            f'stroke="white" stroke-width="3">{escape(name)}</text>'
-        )
-    for expert in range(len(topics.prototypes)):
-        x, y = _WIDTH - _LEGEND + 90, 40 + 20 * expert
-        parts.append(f'<circle cx="{x}" cy="{y}" r="7" fill="{_colour(expert)}"/>')
-        parts.append(f'<text x="{x + 14}" y="{y + 4}" font-size="12">expert {expert}</text>')
-    return "\n".join([*parts, "</svg>", ""])
+        parts.append(line(at[i][0], at[i][1], at[j][0], at[j][1], "edge", stroke_width=width))
+    for (x, y), name, group, expert in zip(at, topics.names, topics.groups, owner, strict=True):
+        said = tag("title", f"{name} ({group}): expert {expert}")
+        parts.append(circle(x, y, 7.0, "node", said, fill=_colour(expert)))
+    frame = (4.0, 4.0, float(_WIDTH - _LEGEND), _HEIGHT - 4.0)
+    for name, (x, y, anchor) in zip(topics.names, beside(at, topics.names, frame, size=11.0), strict=True):
+        parts.append(text(x, y, name, anchor=anchor))
+    x, step = _WIDTH - _LEGEND + 40.0, min(24.0, (_HEIGHT - 2.0 * _MARGIN) / experts)
+    parts.append(text(x - 8, _MARGIN - 24.0, "topics by first expert", class_="head"))
+    for expert in range(experts):
+        y = _MARGIN + step * expert
+        parts.append(circle(x, y, min(7.0, step / 2), "node", fill=_colour(expert)))
+        parts.append(text(x + 16, y + 4, f"expert {expert}: {owner.count(expert)}", class_="key"))
+    return f"{drawing(_WIDTH, _HEIGHT, 'Topics and their experts', caption(topics), parts)}\n"
 
 
 def layout(edges: Tensor, *, seed: int = 0, rounds: int = 300) -> Tensor:

@@ -1,0 +1,41 @@
+"""What is said of results: the command they were made with, and the arms that need a word."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+import moesaic
+from moesaic import results
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "results.py"
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        (str(Path(moesaic.__file__).with_name("cli.py")), "moesaic"),
+        ("/somewhere/bin/moesaic", "moesaic"),
+        ("/somewhere/mine.py", "mine.py"),
+    ],
+)
+def test_a_command_is_what_a_user_types(program, said, monkeypatch):
+    monkeypatch.setattr("sys.argv", [program, "compare", "a b.yaml"])
+    assert results.command_line() == f"{said} compare 'a b.yaml'"
+
+
+def test_arms_that_need_a_word_have_one():
+    spec = importlib.util.spec_from_file_location("results_script", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    mixer = {"method": "lora-mixer", "adapter": {}}
+    arms = {"lora": {"method": "lora", "adapter": {}}, "lora-mixer": mixer}
+    arms["half"] = {"method": "lora-mixer", "adapter": {"hard_fraction": 0.5}}
+    settings = {"steps": 400, "schedule": "linear", "arms": arms}
+    first, second = script.special(settings).split("; ")
+    assert first.startswith("`lora-mixer` picks the expert by task id in the first 90 % of the steps")
+    assert "learn in the last 40 steps alone" in first
+    assert second.startswith("`half` picks the expert by task id in the first 50 %")
+    controls = {name: {"method": "oracle", "adapter": {}} for name in ("oracle", "bound")}
+    assert script.special(settings | {"arms": controls}).startswith("`oracle` gives each row the expert of its task")
+    assert script.special(settings | {"arms": {}}) == ""
