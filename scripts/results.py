@@ -201,9 +201,10 @@ What did not pay: keeping B as (d_out, E*r), one `matmul` and an `add` for the l
 
 NOTES = {
     "A training step": "Forward, loss with auxiliary losses, backward, AdamW; the frozen base: forward and backward to "
-    "its input. Kernels are those of forward and backward, counted by `torch.profiler` on the CPU: operators below "
-    "which no other computes; views and memory do not count, a grouped product counts once, and syncs are reads of a "
-    "value by Python. Peak memory is that of a fresh process for each arm.",
+    "its input. Events, kernels and syncs are those of forward and backward, counted by `torch.profiler` on the CPU: "
+    "all of torch's operators, views and those within others included; of these the ones below which no other "
+    "computes, without views and memory, a grouped product as one; and reads of a value by Python. Peak memory is that "
+    "of a fresh process for each arm.",
     "FFNs as experts: a training step beside its arithmetic": "An FFN's activation sits between its LoRAs, so experts "
     "that are whole FFNs cannot be folded into rank space. k separate FFNs a token would do (2 + k) / 3 of the frozen "
     "FFN's work: so the step is compared with plain LoRA's of the same total rank plus (k - 1) / 3 of the frozen FFNs' "

@@ -430,10 +430,10 @@ def test_topics_that_do_not_fit_the_adapter_are_refused(tmp_path: Path) -> None:
 def test_defaults_are_the_reconstructions() -> None:
     config = TopicLoRAConfig()
     assert (config.num_experts, config.top_k, config.r, config.scaling) == (8, 2, 8, 2.0)
-    assert (config.topic_dim, config.router_temperature, config.aux_weight, config.kl_warmup) == (128, 0.1, 0.1, 0.1)
+    assert (config.topic_dim, config.router_temperature, config.aux_weight, config.kl_warmup) == (64, 0.1, 0.1, 0.1)
     router = config.router(Site("x", 512, 4))
     assert isinstance(router, PrototypeRouter)
-    assert router.read.weight.shape == (128, 512)
+    assert router.read.weight.shape == (64, 512)
     assert float(router.read.weight.detach().std()) == pytest.approx(0.02, rel=0.02)
 
 

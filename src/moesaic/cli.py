@@ -41,7 +41,7 @@ settings of build (key=value):
   level          what a topic is: keyword or group [keyword]
   encoder        minilm, hashing, or an encoder's folder or hub id [minilm]
   num_experts    experts to place among the topics [8]
-  topic_dim      size of a prototype [128]
+  topic_dim      size of a prototype [64]
   seed           of weights, clusters, dropout and sampled pairs [0]
   steps          steps of Adam [300]
   jaccard        weight of shared tasks in an edge [1.0]

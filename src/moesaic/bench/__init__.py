@@ -100,7 +100,8 @@ def _timed(result: dict[str, Any], name: str, key: str) -> dict[str, str]:
     }
     if key == "model_step":
         counts, peak = result.get("kernels", {}).get(name), result.get("peak_memory_mib", {}).get(name)
-        cells["kernels (to LoRA)"] = f"{counts['kernels']} ({counts['ratio']:.2f})" if counts else ""
+        for key in ("events", "kernels"):
+            cells[f"{key} (to LoRA)"] = f"{counts[key]} ({counts[f'{key}_ratio']:.2f})" if counts else ""
         cells["syncs"] = str(counts["syncs"]) if counts else ""
         cells["peak memory added, MiB (to LoRA)"] = f"{peak['mib']:.0f} ({peak['ratio']:.2f})" if peak else ""
     return cells

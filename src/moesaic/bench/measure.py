@@ -120,16 +120,18 @@ _ONE_KERNEL = frozenset({"aten::_grouped_mm"})
 
 
 def kernels(step: Step) -> dict[str, int]:
-    """Kernels of one step, counted on the CPU: operators below which no other computes, views and memory left out.
+    """What the profiler sees of one step on the CPU.
 
-    `syncs` are the reads of a value by Python, which on a GPU wait for it.
+    `events` are all of torch's operators, those that others call included; `kernels`, operators below which no other
+    computes, views and memory left out; `syncs`, reads of a value by Python, which on a GPU wait for it.
     """
     step()
     with _quiet(), profile(activities=[ProfilerActivity.CPU]) as profiled:
         step()
     events: Any = profiled.events()
     found = [_computing(event) for event in events if event.cpu_parent is None]
-    return {"kernels": sum(k for k, _ in found), "syncs": sum(s for _, s in found)}
+    operators = sum(event.name.startswith("aten::") for event in events)
+    return {"events": operators, "kernels": sum(k for k, _ in found), "syncs": sum(s for _, s in found)}
 
 
 @contextmanager

@@ -86,9 +86,13 @@ def run(
         "model_step": measure.table(whole, "lora"),
         "model_overhead_share_of_loop": measure.overhead_share(whole, base=FROZEN, loop=LOOP),
         "arithmetic": {name: arithmetic(whole[name], extra) for name in by_block},
-        "kernels": {n: {**v, "ratio": v["kernels"] / launches["lora"]["kernels"]} for n, v in launches.items()},
+        "kernels": {name: _beside(counts, launches["lora"]) for name, counts in launches.items()},
         "peak_memory_mib": {name: {"mib": v, "ratio": v / peaks["lora"]} for name, v in peaks.items()},
     }
+
+
+def _beside(counts: dict[str, int], reference: dict[str, int]) -> dict[str, float]:
+    return {**counts, **{f"{key}_ratio": counts[key] / reference[key] for key in ("events", "kernels")}}
 
 
 def matched_lora() -> Any:

@@ -185,7 +185,7 @@ class TopicLoRAConfig(MixtureConfig):
         default=None, metadata={"help": "encodes topics and prompts: minilm where left out; a topics file has its own"}
     )
     topics_seed: int = field(default=0, metadata={"help": "of the graph's embedding, with topics=bigbench"})
-    topic_dim: int = field(default=128, metadata={"help": "size dg of a prototype"})
+    topic_dim: int = field(default=64, metadata={"help": "size dg of a prototype"})
     prototype_router: bool = field(
         default=True, metadata={"help": "route by the prototypes; false: a plain linear router (ablation)"}
     )

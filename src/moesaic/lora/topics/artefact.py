@@ -39,7 +39,7 @@ class TopicSettings:
     level: str = field(default="keyword", metadata={"help": "what a topic is: keyword or group"})
     encoder: str = field(default="minilm", metadata={"help": "minilm, hashing, or an encoder's folder or hub id"})
     num_experts: int = field(default=8, metadata={"help": "experts to place among the topics"})
-    topic_dim: int = field(default=128, metadata={"help": "size of a prototype"})
+    topic_dim: int = field(default=64, metadata={"help": "size of a prototype"})
     seed: int = field(default=0, metadata={"help": "of weights, clusters, dropout and sampled pairs"})
     steps: int = field(default=300, metadata={"help": "steps of Adam"})
     jaccard: float = field(default=1.0, metadata={"help": "weight of shared tasks in an edge"})

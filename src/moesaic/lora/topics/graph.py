@@ -153,7 +153,7 @@ def embed(
     x: Tensor,
     *,
     num_experts: int,
-    topic_dim: int = 128,
+    topic_dim: int = 64,
     hidden_dim: int = 128,
     dropout: float = 0.1,
     steps: int = 300,
