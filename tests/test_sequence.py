@@ -19,7 +19,7 @@ F64 = torch.float64
 
 def by_hand(router: SequenceRouter, h: Tensor, context: RoutingContext) -> Tensor:
     """Logits of each token of h (B, T, d), one at a time."""
-    z = h @ router.linear.weight.T + router.linear.bias
+    z = (h @ router.linear.weight.T + router.linear.bias) / router.temperature
     out = torch.zeros_like(z)
     for b in range(z.shape[0]):
         for t in range(z.shape[1]):
@@ -50,7 +50,7 @@ CONTEXTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("given", list(CONTEXTS))
 def test_logits_and_gradients_equal_the_definition(given: str, causal: bool) -> None:
-    router = SequenceRouter(5, 3, causal=causal).double().train()
+    router = SequenceRouter(5, 3, causal=causal, temperature=0.5).double().train()
     h = torch.randn(2, 6, 5, dtype=F64, requires_grad=True)
     context = RoutingContext(**CONTEXTS[given])
     got, wanted = router(h, context), by_hand(router, h, context)
@@ -97,6 +97,11 @@ def test_an_encoder_routes_by_the_whole_sequence_and_a_decoder_by_what_was_read(
         model = tiny.wrap(tiny.MODELS[name](), tiny.small("sequence"))
         routers = [layer.moe_lora_router["default"] for layer in tiny.mixtures(model).values()]
         assert {router.causal for router in routers} == {causal}
+
+
+def test_a_temperature_that_cannot_be_is_refused() -> None:
+    with pytest.raises(ConfigError, match="router_temperature=0.0 must be above 0"):
+        tiny.small("sequence", router_temperature=0.0)
 
 
 def test_decoding_under_compile_is_refused_not_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
