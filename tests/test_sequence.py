@@ -100,7 +100,7 @@ def test_an_encoder_routes_by_the_whole_sequence_and_a_decoder_by_what_was_read(
 
 
 def test_a_temperature_that_cannot_be_is_refused() -> None:
-    with pytest.raises(ConfigError, match="router_temperature=0.0 must be above 0"):
+    with pytest.raises(ConfigError, match=r"router_temperature=0\.0 must be above 0"):
         tiny.small("sequence", router_temperature=0.0)
 
 
