@@ -1,21 +1,22 @@
 """Writes the six list tasks of `moesaic demo` as data for other runs: `python scripts/nano_tasks.py FOLDER`.
 
+`--cue` says where the word that names the task stands, as in `moesaic.nano.tasks`: the lists are the same.
 2000 training, 150 validation and 150 test lists a task; no list of the latter two is in the first.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
-from moesaic.nano.tasks import make_split
+from moesaic.nano.tasks import PROMPTS, Cue, make_split
 
 HELD_OUT = 150
 
 
-def write(folder: Path, *, seed: int = 0) -> None:
-    train, held_out = make_split(2000, 2 * HELD_OUT, seed)
+def write(folder: Path, *, seed: int = 0, cue: Cue = "last") -> None:
+    train, held_out = make_split(2000, 2 * HELD_OUT, seed, cue=cue)
     tasks = {row["task"] for row in train}
     for task in sorted(tasks):
         (folder / task).mkdir(parents=True, exist_ok=True)
@@ -30,6 +31,8 @@ def write(folder: Path, *, seed: int = 0) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    write(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--cue", choices=list(PROMPTS), default="last")
+    given = parser.parse_args()
+    write(given.folder, cue=given.cue)

@@ -243,6 +243,17 @@ def test_completion_has_the_same_tokens_alone_and_joined(tokenizer):
         assert tokenizer(row["prompt"] + row["completion"])["input_ids"] == apart[0] + apart[1]
 
 
+def test_the_place_of_the_cue_changes_nothing_else(tokenizer):
+    last, first, pieces = (make_split(12, 6, 0, cue=cue) for cue in ("last", "first", "pieces"))
+    for rows in zip(last[0] + last[1], first[0] + first[1], pieces[0] + pieces[1], strict=True):
+        assert len({(row["task"], row["completion"], list_of(row["prompt"])) for row in rows}) == 1
+        assert len({frozenset(row["prompt"].split()) for row in rows}) == 1
+        tokens = [tokenizer(row["prompt"])["input_ids"] for row in rows]
+        (cue,) = tokenizer(f" {CUES[rows[0]['task']]}")["input_ids"]
+        assert tokens[0][-2] == tokens[1][0] == cue
+        assert cue not in tokens[2]
+
+
 def test_impossible_examples_are_refused():
     with pytest.raises(ConfigError, match="unknown task 'sort': choose from asc"):
         make_examples("sort", 1, 0)
