@@ -306,6 +306,12 @@ def test_the_oracle_is_compared_with_the_baseline_and_its_parameters_are_named()
     assert found["bound"]["claim"] == "knowing the task helps, given 4.0 times the parameters"
 
 
+def test_a_gate_by_task_id_is_said_to_be_told_it():
+    found = judged({"lora": LORA, "uniform": UNIFORM, "moelora": [0.60, 0.62, 0.64], "custom": [0.60, 0.62, 0.64]})
+    assert found["moelora"]["claim"] == "routing by the task id, which lora is not told, helps"
+    assert found["custom"]["claim"] == "routing helps"
+
+
 def test_controls_and_plain_lora_get_no_verdict():
     means = dict.fromkeys(("lora", "dora", "rslora", "uniform", "random", "mola", "hotmoe"), LORA)
     assert set(judged(means)) == {"mola", "hotmoe"}

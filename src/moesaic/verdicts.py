@@ -47,7 +47,9 @@ def verdicts(arms: Sequence[Mapping[str, Any]], baseline: str) -> list[dict[str,
         if arm["method"] == "oracle":
             found.append(_judge(means, name, _oracle_claim(arm, by_name.get(baseline, {})), [baseline]))
         elif getattr(known.get(arm["method"]), "learns_routing", False):
-            found.append(_judge(means, name, "routing helps", [baseline, uniform]))
+            told = getattr(known[arm["method"]], "needs_tasks", False) is True
+            claim = f"routing by the task id, which {baseline} is not told, helps" if told else "routing helps"
+            found.append(_judge(means, name, claim, [baseline, uniform]))
     return [asdict(v) for v in found]
 
 
