@@ -22,6 +22,7 @@ deviation over seeds.
 COMPARISONS = {
     "compare-minilm": "Every method on all-MiniLM-L6-v2 and six real tasks",
     "compare-nano": "Every method on nano and six list tasks",
+    "compare-nano-pieces": "The same where it is hard to tell the task",
 }
 """Copies of the `comparison.json` of scripts/compare_*.yaml, by name."""
 
@@ -111,6 +112,8 @@ def special(settings: dict[str, Any]) -> str:
                 f"first stage, so that its routers learn in the last {steps - round(share * steps)} steps alone, at "
                 f"the end of a {settings['schedule']} schedule"
             )
+        elif arm["method"] == "moelora":
+            said.append(f"`{name}` is told the task id of each row, in training and in scoring")
         elif name == "uniform":
             said.append("`uniform` weighs all experts alike: the capacity without the routing")
         elif name == "oracle":
@@ -141,8 +144,8 @@ def compared(title: str, file: Path) -> str:
             f"{settings['steps']} steps of {settings['batch_size']}, seeds {', '.join(map(str, summary['seeds']))}, "
             f"scored on the {summary['split']} split. All arms but `bound` have {settings['budget']:,} trainable "
             f"parameters within {100 * off:.1f} %, routers and heads counted, and see the same rows in the same order. "
-            "Learning rates were tuned on validation rows, each arm with the same trials (mean score by rate: "
-            f"{tuned}).",
+            "Learning rates were tuned on validation rows, each arm with the same trials of "
+            f"{settings['tune_steps']} steps (mean score by rate: {tuned}).",
             "",
             markdown(summary),
             special(settings),
