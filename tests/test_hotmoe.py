@@ -13,7 +13,8 @@ from torch import Tensor
 import moesaic
 from moesaic.errors import ConfigError
 from moesaic.host import find_host
-from moesaic.lora.hotmoe import ExpertExpertRouter, HotMoEConfig, HotMoERouter, TokenExpertRouter, _TokenAttention
+from moesaic.lora.hotmoe import ExpertExpertRouter, HotMoEConfig, HotMoERouter, TokenExpertRouter
+from moesaic.lora.hotmoe_kernels import TokenAttention
 from moesaic.routing import LinearRouter, MutualInformation, Record, Routing, RoutingContext, Similarity, Site
 from tests import naive_hotmoe as naive
 from tests import tiny
@@ -403,7 +404,7 @@ def test_token_attentions_written_out_gradient() -> None:
     router = router_of(TokenExpertRouter)
     read = torch.randn(2, 3, 9, dtype=F64, requires_grad=True)
     to_logits, to_variance = (t.detach().requires_grad_() for t in router.fold())
-    assert torch.autograd.gradcheck(_TokenAttention.apply, (read, to_logits, to_variance))
+    assert torch.autograd.gradcheck(TokenAttention.apply, (read, to_logits, to_variance))
 
 
 # -- the window, the settings, the sizes --------------------------------------------------------------------------

@@ -209,10 +209,7 @@ class _WeighAndExpand(torch.autograd.Function):
 
 
 def grouped(x: Tensor, A: Tensor, B: Tensor, weights: Tensor, base: Tensor | None = None) -> Tensor:
-    """Only the pairs of token and expert whose weight is not zero, sorted by expert.
-
-    `grouped_mm` asks for row strides that are multiples of 16 bytes: other ranks and widths are padded with zeros.
-    """
+    """Only the pairs of token and expert whose weight is not zero, sorted by expert."""
     if x.dtype == torch.float64:
         raise ConfigError("the grouped backend has no float64 kernel: use backend='rank' or 'reference'")
     if torch.is_autocast_enabled(x.device.type):
@@ -221,8 +218,7 @@ def grouped(x: Tensor, A: Tensor, B: Tensor, weights: Tensor, base: Tensor | Non
     num_experts, d_out = weights.shape[-1], B.shape[-1]
     shared = len(A) < len(B)
     a, b = A.unflatten(0, (1 if shared else num_experts, -1)), B.unflatten(0, (num_experts, -1))
-    lanes = 16 // x.element_size()
-    a, b, x = _pad_last(_pad_rank(a, lanes), lanes), _pad_last(_pad_rank(b, lanes), lanes), _pad_last(x, lanes)
+    a, b, x = pad_strides(a), pad_strides(b), pad_strides(x)
 
     expert, token = weights.t().nonzero(as_tuple=True)
     ends = torch.bincount(expert, minlength=num_experts).cumsum(0).to(torch.int32)
@@ -234,11 +230,8 @@ def grouped(x: Tensor, A: Tensor, B: Tensor, weights: Tensor, base: Tensor | Non
     return base.index_add(0, token, y.to(base.dtype))
 
 
-def _pad_rank(m: Tensor, lanes: int) -> Tensor:
-    missing = -m.shape[1] % lanes
-    return F.pad(m, (0, 0, 0, missing)) if missing else m
-
-
-def _pad_last(m: Tensor, lanes: int) -> Tensor:
-    missing = -m.shape[-1] % lanes
-    return F.pad(m, (0, missing)) if missing else m
+def pad_strides(m: Tensor) -> Tensor:
+    """(N, r) or (E, r, d), every axis but the first padded with zeros: `grouped_mm` asks for strides of 16 bytes."""
+    lanes = 16 // m.element_size()
+    missing = [-size % lanes for size in m.shape[:0:-1]]
+    return F.pad(m, [side for n in missing for side in (0, n)]) if any(missing) else m

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moesaic.errors import ConfigError
-from moesaic.lora.mix import Backend
+from moesaic.lora.mix import Backend, pad_strides
 
 Kernel = Literal["grouped", "masked"]
 
@@ -201,8 +201,7 @@ class _WeightedSum(torch.autograd.Function):
 def _up(z: Tensor, m: Tensor, pairs: Pairs, onto: Tensor | None = None) -> Tensor:
     """z (P, r), m (E, r, F) -> (P, F), added to `onto` in place where given."""
     if not _loops(z):
-        lanes = 16 // z.element_size()
-        out = F.grouped_mm(_pad(z, lanes), _pad(m, lanes), offs=pairs.ends)[:, : m.shape[-1]]
+        out = F.grouped_mm(pad_strides(z), pad_strides(m), offs=pairs.ends)[:, : m.shape[-1]]
         return out if onto is None else onto.add_(out)
     adds = onto is not None and onto.dtype == z.dtype
     out = cast(Tensor, onto) if adds else z.new_empty(len(z), m.shape[-1])
@@ -214,8 +213,7 @@ def _up(z: Tensor, m: Tensor, pairs: Pairs, onto: Tensor | None = None) -> Tenso
 def _down(rows: Tensor, m: Tensor, pairs: Pairs) -> Tensor:
     """rows (P, F), m (E, r, F) -> (P, r)."""
     if not _loops(rows):
-        lanes = 16 // rows.element_size()
-        return F.grouped_mm(_pad(rows, lanes), _pad(m, lanes).transpose(-1, -2), offs=pairs.ends)[:, : m.shape[1]]
+        return F.grouped_mm(pad_strides(rows), pad_strides(m).transpose(-1, -2), offs=pairs.ends)[:, : m.shape[1]]
     out = rows.new_empty(len(rows), m.shape[1])
     for part, high, each in zip(pairs.split(out), pairs.split(rows), m.transpose(1, 2).unbind(), strict=True):
         torch.mm(high, each, out=part)
@@ -225,8 +223,7 @@ def _down(rows: Tensor, m: Tensor, pairs: Pairs) -> Tensor:
 def _outer(z: Tensor, rows: Tensor, pairs: Pairs) -> Tensor:
     """z (P, r), rows (P, F) -> (E, r, F): each expert's z^T rows."""
     if not _loops(z):
-        lanes = 16 // z.element_size()
-        out = F.grouped_mm(_pad(z, lanes).t(), _pad(rows, lanes), offs=pairs.ends)
+        out = F.grouped_mm(pad_strides(z).t(), pad_strides(rows), offs=pairs.ends)
         return out[:, : z.shape[-1], : rows.shape[-1]]
     out = z.new_empty(len(pairs.ends), z.shape[-1], rows.shape[-1])
     for each, low, high in zip(out.unbind(), pairs.split(z.t(), dim=1), pairs.split(rows), strict=True):
@@ -237,9 +234,3 @@ def _outer(z: Tensor, rows: Tensor, pairs: Pairs) -> Tensor:
 def _loops(rows: Tensor) -> bool:
     """Whether experts are looped over: torch's CPU kernel does so too, with twice the operators and no adding."""
     return rows.is_cpu and not torch.compiler.is_compiling()
-
-
-def _pad(m: Tensor, lanes: int) -> Tensor:
-    """(P, r) or (E, r, F) with every axis but the first zero-padded to what grouped_mm's strides ask for."""
-    missing = [-size % lanes for size in m.shape[:0:-1]]
-    return F.pad(m, [side for n in missing for side in (0, n)]) if any(missing) else m
