@@ -18,11 +18,8 @@ from torch import Tensor, nn
 
 from moesaic.errors import ConfigError
 from moesaic.lora.config import MixtureConfig
-from moesaic.lora.tasks import row_ids
+from moesaic.lora.tasks import NEVER, row_ids
 from moesaic.routing import Gate, LinearRouter, Router, RoutingContext, Site, Softmax, TopK
-
-NEVER = -1e4
-"""A logit whose softmax is exactly 0 beside one of 0, in float32 as in float64."""
 
 
 class UniformRouter(Router):

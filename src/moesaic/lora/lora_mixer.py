@@ -29,7 +29,7 @@ from torch import Tensor
 
 from moesaic.errors import ConfigError
 from moesaic.lora.config import MixtureConfig
-from moesaic.lora.tasks import row_ids
+from moesaic.lora.tasks import NEVER, row_ids
 from moesaic.routing import (
     AuxiliaryLoss,
     Gate,
@@ -45,9 +45,6 @@ from moesaic.routing.losses import entropy, stacks
 
 EntropySign = Literal["as_written", "sharpen"]
 Frequency = Literal["argmax", "mass"]
-
-NEVER = -1e4
-"""A logit whose softmax is exactly 0 beside one of 0."""
 
 
 class MixerRouter(LinearRouter):

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from moesaic.errors import ConfigError
+from moesaic.host.fitting import by_row
 from moesaic.lora.config import MixtureConfig
 from moesaic.routing import (
     AuxiliaryLoss,
@@ -31,6 +32,7 @@ from moesaic.routing import (
     Site,
     Softmax,
     TopK,
+    pool,
 )
 
 
@@ -52,17 +54,18 @@ class SequenceRouter(LinearRouter):
         context = context or RoutingContext()
         memory = self._memory(context, read)
         if self in memory:
-            return _rows(memory[self], read).expand_as(read)
+            kept = by_row(memory[self], read, None, "the cache's routing")
+            assert kept is not None
+            return kept.expand_as(read)
         real = _counted(read, context)
-        total, count = read * real, real
-        if self.causal:
-            total, count = (_running(part, context.sequences) for part in (total, count))
-        else:
-            total, count = (_over_rows(part, context.sequences) for part in (total, count))
+        if not self.causal:
+            means = pool(read, real.squeeze(-1), context.sequences)
+            return means.unsqueeze(-2).expand_as(read) if context.sequences is None else means[context.sequences]
+        total, count = (_running(part, context.sequences) for part in (read * real, real))
         logits = total / count.clamp(min=1)
-        if self.causal and not self.training:
+        if not self.training:
             memory[self] = logits[..., -1:, :].detach()
-        return logits.expand_as(read)
+        return logits
 
     def _memory(self, context: RoutingContext, read: Tensor) -> MutableMapping[Any, Any]:
         if torch.compiler.is_compiling():
@@ -97,20 +100,6 @@ def _running(values: Tensor, sequences: Tensor | None) -> Tensor:
     begin = torch.where(begins, places, 0).cummax(dim=-1).values.unsqueeze(-1)
     before = torch.nn.functional.pad(sums, (0, 0, 1, 0)).gather(-2, begin.expand_as(sums))
     return sums - before
-
-
-def _over_rows(values: Tensor, sequences: Tensor | None) -> Tensor:
-    """Sums over each token's sequence: (..., 1, n), or (..., T, n) where sequences share rows."""
-    if sequences is None:
-        return values.sum(dim=-2, keepdim=True)
-    flat, index = values.flatten(0, -2), sequences.flatten()
-    sums = values.new_zeros(int(index.max()) + 1, values.shape[-1]).index_add(0, index, flat)
-    return sums[index].view_as(values)
-
-
-def _rows(kept: Tensor, read: Tensor) -> Tensor:
-    """Kept logits, a row for each of `read`: a batch that was expanded since repeats its own."""
-    return kept if len(kept) == len(read) else kept.repeat_interleave(len(read) // len(kept), dim=0)
 
 
 @dataclass

@@ -8,6 +8,9 @@ from torch import Tensor
 from moesaic.errors import ConfigError
 from moesaic.routing import RoutingContext
 
+NEVER = -1e4
+"""A logit whose softmax is exactly 0 beside one of 0, in float32 as in float64."""
+
 
 def row_ids(h: Tensor, context: RoutingContext | None, *, limit: int, setting: str) -> Tensor:
     """The task id of each row of `h` (rows, ..., d), shaped (rows, 1, ...) to be expanded over tokens.
