@@ -149,6 +149,35 @@ def test_no_controls_without_a_mixture_or_a_second_task_or_where_they_are_named(
     assert named["uniform"].rank == adapter_config(load_recipe("uniform")).r
 
 
+def test_controls_follow_the_first_that_learns_its_routing(world):
+    found = planned(world, "methods=oracle,mola", "adapter.num_experts=5")
+    assert (found.arms["uniform"].experts, found.arms["mola"].experts) == (5, 5)
+    assert found.budget == found.arms["mola"].trainable
+
+
+def test_controls_have_the_scale_that_the_mixtures_solved_rank_has(world):
+    small_routers = ("arms.hotmoe.expert_dim=4", "arms.hotmoe.attention_dim=4")
+    ask = ("budget=lora", "arms.lora.r=40", "arms.hotmoe.use_rslora=true", *small_routers)
+    found = planned(world, "methods=hotmoe", *ask)
+    assert found.arms["hotmoe"].rank != load_recipe("hotmoe").adapter["r"]
+    scale = {
+        name: adapter_config(arm.recipe, num_tasks=2).scaling for name, arm in found.arms.items() if name != "lora"
+    }
+    assert scale["uniform"] == scale["oracle"] == pytest.approx(scale["hotmoe"])
+
+
+def test_arms_know_which_modules_they_adapt_and_how_experts_are_chosen(world):
+    found = planned(world, "methods=lora,mola", "arms.narrow.method=lora", "arms.narrow.target_modules=[query]").arms
+    assert found["lora"].modules == found["mola"].modules == found["uniform"].modules != found["narrow"].modules
+    assert found["narrow"].modules == "query x 2"
+    assert [found[name].kind for name in ("lora", "mola", "uniform", "oracle")] == [
+        "plain",
+        "learned",
+        "fixed",
+        "oracle",
+    ]
+
+
 def test_arms_have_settings_of_their_own_and_common_ones_where_they_know_them(world):
     found = planned(
         world, "methods=lora,mola", "arms.mola.top_k=1", "arms.wide.method=mola", "arms.wide.adapter.num_experts=5",
@@ -190,6 +219,13 @@ def test_equal_ranks_are_experts_times_rank(world):
     assert all(adapter_config(arm.recipe).lora_alpha / arm.rank in (2, 8) for arm in found.arms.values())
 
 
+def test_ranks_that_cannot_be_equal_are_shown_to_differ(world, capsys):
+    run(settings(world, "methods=lora,mola", "match=rank", "budget=8", "arms.mola.num_experts=3"), dry_run=True)
+    shown = {line.split("│")[1].strip(): line for line in capsys.readouterr().out.splitlines() if "%" in line}
+    assert "+0.00%" in shown["lora"]
+    assert "+12.50%" in shown["mola"]
+
+
 def test_every_arm_sees_the_same_rows_in_the_same_order(world, tmp_path):
     seen = []
     for name, arm in planned(world, "methods=lora,mola", "controls=false", kind="causal").arms.items():
@@ -216,7 +252,7 @@ REFUSED = [
     (["methods=mola", "split=tset"], "split=tset; did you mean 'test'"),
     (["methods=mola", "workers=0"], "workers=0 must be at least 1"),
     (["methods=mola", "steps=0"], "steps=0 must be at least 1"),
-    (["methods=mola", "baseline=lorra"], "baseline=lorra is no arm; did you mean 'mola'|baseline=lorra is no arm"),
+    (["methods=mola", "baseline=lorra"], "baseline=lorra is no arm; known: mola"),
     (["methods=mola", "budget=molla"], "budget=molla is neither an arm nor a number; did you mean 'mola'"),
     (["methods=mola", "budget=mola", "match=none"], "budget=mola and match=none disagree"),
     (["methods=mola", "adapter.num_expert=3"], "no arm has a setting adapter.num_expert; did you mean 'num_experts'"),
@@ -316,7 +352,6 @@ def test_a_comparison_tunes_runs_and_sums_up_and_is_not_run_twice(world, tmp_pat
     shown = capsys.readouterr()
     trials = {f"{arm}-lr{lr}" for arm in ("lora", "mola") for lr in ("0.01", "0.001")}
     runs = {f"{arm}-s{seed}" for arm in ("lora", "mola") for seed in (0, 1)}
-    assert Here.ran[:4] != Here.ran[4:]
     assert set(Here.ran[:4]) == trials
     assert set(Here.ran[4:]) == runs
     assert [line.split("]")[0] for line in shown.err.splitlines() if line.startswith("[")] == [
@@ -420,7 +455,13 @@ def test_other_settings_in_the_same_folder_are_refused_by_the_key_that_differs(w
     file = world / "encoder-data" / "even" / "train.jsonl"
     text = file.read_text()
     file.write_text("\n".join(text.splitlines()[:-1]))
-    with pytest.raises(ConfigError, match="on other rows of data="):
+    with pytest.raises(ConfigError, match="on other training rows of data="):
+        run(ask)
+    file.write_text(text)
+    file = file.with_name("validation.jsonl")
+    text = file.read_text()
+    file.write_text("\n".join(text.splitlines()[:-1]))
+    with pytest.raises(ConfigError, match="on other validation rows of data="):
         run(ask)
     file.write_text(text)
     assert quick.ran == []
@@ -429,6 +470,40 @@ def test_other_settings_in_the_same_folder_are_refused_by_the_key_that_differs(w
     assert run([*ask, "steps=1", "methods=lora", "seeds=3", "overwrite=true"]) == 0
     assert quick.ran == ["lora-s3"]
     assert [p.name for p in (out / "cells").iterdir()] == ["lora-s3"]
+
+
+def test_a_topics_file_with_another_content_is_refused(world, tmp_path, quick):
+    topics, out = tmp_path / "mine.safetensors", tmp_path / "out"
+    make = ["topics", "build", f"out={topics}", "encoder=hashing", "num_experts=3", "topic_dim=8", "steps=2"]
+    arm = [f"arms.topiclora.topics={topics}", "arms.topiclora.num_experts=3", "arms.topiclora.topic_dim=8"]
+    ask = settings(world, "methods=lora,topiclora", "seeds=0", "controls=false", f"out={out}", *arm)
+    assert main(make) == 0
+    assert run(ask) == 0
+    assert main([*make, "seed=1", "overwrite=true"]) == 0
+    with pytest.raises(ConfigError, match=rf"with arms\.topiclora\.{topics}=\w+, now \w+: set back"):
+        run(ask)
+
+
+def test_a_folder_goes_on_where_it_lies_with_the_command_that_began_it(world, tmp_path, quick, monkeypatch):
+    out, moved = tmp_path / "out", tmp_path / "moved"
+    monkeypatch.setattr(sys, "argv", ["moesaic", "compare", "mine.yaml"])
+    assert run(small(world, out)) == 0
+    out.rename(moved)
+    quick.ran.clear()
+    monkeypatch.setattr(sys, "argv", ["moesaic", "compare", str(moved)])
+    assert run([str(moved)]) == 0
+    assert quick.ran == []
+    assert not out.exists()
+    assert read(moved / "comparison.json")["settings"]["command"] == "moesaic compare mine.yaml"
+    assert load([str(moved), f"out={out}"])[0].out == str(out)
+
+
+def test_a_comparison_stopped_while_its_first_file_was_written_goes_on(world, tmp_path, quick):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".compare.yaml.part").write_text("x")
+    (out / ".lock").touch()
+    assert run(small(world, out)) == 0
 
 
 def test_folders_of_others_are_left_alone(world, tmp_path, quick):
@@ -496,6 +571,11 @@ def test_settings_come_from_a_file_with_more_on_top(world, tmp_path):
     file.write_text(yaml.safe_dump({"methods": ["mola"], "model": str(world / "encoder"), "seeds": [4], "adapter": {}}))
     found, recipe = load([str(file), "seeds=5", "lr=3e-4"])
     assert (found.methods, found.seeds, recipe.lr, recipe.model) == (["mola"], [5], 3e-4, str(world / "encoder"))
+    file.write_text("methods: [mola]\neval_limit: 5\nbudget: mola\ntasks: [even]\n")
+    found, recipe = load([str(file), "eval_limit=null", "budget=null", "tasks=null"])
+    assert (found.eval_limit, found.budget, recipe.tasks) == (None, None, None)
+    with pytest.raises(ConfigError, match="settings: workers=null: leave it out"):
+        load([str(file), "workers=null"])
     file.write_text("methods: [mola]\nseedz: [1]\n")
     with pytest.raises(ConfigError, match=r"mine\.yaml: unknown key 'seedz'; did you mean 'seeds'"):
         load([str(file)])
@@ -546,13 +626,23 @@ def test_a_process_that_is_asked_to_stop_is_given_the_time_for_a_checkpoint(tmp_
     assert not (tmp_path / "cell" / "failed.json").exists()
 
 
-def test_a_process_that_dies_without_a_word_is_a_failure_with_its_code(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("end", "error"),
+    [
+        ("os._exit(9)", "its process ended with code 9"),
+        ("os.kill(os.getpid(), 9)", "its process ended by SIGKILL"),
+        ("print('going on', flush=True); os.kill(os.getpid(), 9)", "ended by SIGKILL; it last said: going on"),
+        ("print('moesaic: no such file', flush=True); os._exit(2)", "no such file"),
+    ],
+)
+def test_a_process_that_dies_is_a_failure_with_its_last_word_or_its_code(tmp_path, monkeypatch, end, error):
     popen = subprocess.Popen
     monkeypatch.setattr(
-        cells.subprocess, "Popen", lambda command, **kw: popen([sys.executable, "-c", "import os; os._exit(9)"], **kw)
+        cells.subprocess, "Popen", lambda command, **kw: popen([sys.executable, "-c", f"import os; {end}"], **kw)
     )
     outcome = cells.run_job(job_in(tmp_path / "cell"))
-    assert (outcome.status, outcome.error) == ("failed", "its process ended with code 9")
+    assert outcome.status == "failed"
+    assert outcome.error.endswith(error)
 
 
 def test_a_process_ends_with_the_pipe_on_its_stdin():
@@ -682,8 +772,9 @@ def test_ray_runs_the_same_jobs(world, tmp_path, quick, monkeypatch):
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, "ray", ray)
     monkeypatch.setattr("moesaic.compare.settings.find_spec", lambda name: name)
+    monkeypatch.setattr("moesaic.compare.run.os.cpu_count", lambda: 8)
     out = tmp_path / "out"
-    assert run(small(world, out, "engine=ray", "gpus=0.5", "seeds=0", "steps=1")) == 0
+    assert run(small(world, out, "engine=ray", "gpus=0.5", "seeds=0", "steps=1", "threads=null")) == 0
     assert asked == [{"num_cpus": 1, "num_gpus": 0.5, "max_retries": 0}] * 2
     assert sorted(quick.ran) == ["lora-s0", "mola-s0"]
 

@@ -11,6 +11,8 @@ from rich.console import Console
 from moesaic import comparison, verdicts
 from moesaic.comparison import Cell, summarise
 from moesaic.errors import ConfigError
+from moesaic.lora import METHODS
+from moesaic.recipe import methods
 from moesaic.report import markdown
 
 ROUTING = {
@@ -23,6 +25,16 @@ ROUTING = {
     "entropy_by_layer": {"0": 0.4, "1": 0.6},
     "by_layer_and_task": {"0": {"a": [0.5, 0.5]}, "1": {"a": [0.9, 0.1]}},
 }
+
+
+KINDS = {"lora": "plain", "dora": "plain", "rslora": "plain", "uniform": "fixed", "random": "fixed"} | {
+    "oracle": "oracle",
+    "moelora": "told",
+}
+
+
+def a_cell(arm, method, seed, folder, status="done", error=None):
+    return Cell(arm, method, KINDS.get(method, "learned"), "q_proj x 2", seed, 1e-3, status, error, folder)
 
 
 @pytest.fixture
@@ -45,9 +57,9 @@ def make(tmp_path):
         (folder / "eval-test.json").write_text(json.dumps(found))
         (folder / "predictions-test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in reversed(lines)))
         (folder / "results.json").write_text(
-            json.dumps({"trainable_parameters": 1000, "tokens_per_second": speed, "versions": {}, **results})
+            json.dumps({"trainable_parameters": 1000, "tokens_per_second": speed, "versions": {}} | results)
         )
-        return Cell(arm, method or arm, seed, 1e-3, "done", None, folder)
+        return a_cell(arm, method or arm, seed, folder)
 
     return cell
 
@@ -164,8 +176,8 @@ def test_cells_without_a_result_are_listed_with_the_reason(make, tmp_path):
     (damaged.folder / "predictions-test.jsonl").unlink()
     short = make("mola", 1, {"a": [1, 1]})
     (short.folder / "predictions-test.jsonl").write_text('{"task": "a", "index": 0, "correct": true, "predicted": 1}\n')
-    failed = Cell("mola", "mola", 2, 1e-3, "failed", "loss is nan", tmp_path / "none")
-    later = Cell("dora", "dora", 0, 1e-3, "pending", None, tmp_path / "none")
+    failed = a_cell("mola", "mola", 2, tmp_path / "none", "failed", "loss is nan")
+    later = a_cell("dora", "dora", 0, tmp_path / "none", "pending")
     summary = whole([make("lora", 0, {"a": [1]}), damaged, short, failed, later])
     reasons = {(m["arm"], m["seed"]): m for m in summary["missing"]}
     assert reasons["mola", 2]["error"] == "loss is nan"
@@ -201,32 +213,54 @@ def test_four_files_are_written_whole(make, tmp_path):
     assert "| lora | 62.5 ± 17.7 |  |  | 75.0 ± 35.4 | 50.0 ± 0.0 |" in table
     assert "- *±*: one standard deviation over seeds" in table
     assert "*to lora [95 %]*: difference of the means in points; in brackets 95 %" in table
-    assert "- mola: not decided whether routing helps: 2 seeds in common with lora, 3 are needed" in table
+    assert "- mola: not decided whether routing helps: there is no arm with a uniform gate on the same modules" in table
 
 
 def test_nothing_finished_is_still_a_comparison(tmp_path):
-    cells = [Cell("lora", "lora", 0, 1e-3, "failed", "out of memory", tmp_path)]
+    cells = [a_cell("lora", "lora", 0, tmp_path, "failed", "out of memory")]
     summary = whole(cells)
     comparison.write(tmp_path, summary)
     assert "out of memory" in (tmp_path / "report.html").read_text()
     assert summary["tasks"] == {}
 
 
+def test_figures_against_the_baseline_are_over_common_seeds(make):
+    summary = whole([make("lora", 0, {"a": [1, 0]}), make("lora", 1, {"a": [1, 1]}), make("mola", 1, {"a": [1, 1]})])
+    assert arm(summary, "mola")["difference"]["mean"] == 0
+    assert arm(summary, "mola")["mean_relative_difference"] == 0
+
+
+def test_without_a_common_seed_there_is_no_figure_against_the_baseline(make):
+    summary = whole([make("lora", 0, {"a": [1, 0]}), make("mola", 1, {"a": [1, 1]})])
+    assert arm(summary, "mola")["difference"] is None
+    assert arm(summary, "mola")["mean_relative_difference"] is None
+
+
+def test_every_device_and_version_is_named(make):
+    here = make("lora", 0, {"a": [1]}, device="cpu", versions={"torch": "2.13"})
+    there = make("lora", 1, {"a": [1]}, device="cuda", versions={"torch": "2.14", "peft": "0.21"})
+    summary = whole([here, there])
+    assert summary["device"] == "cpu; cuda"
+    assert summary["versions"] == {"torch": "2.13; 2.14", "peft": "0.21"}
+
+
 # -- verdicts ----------------------------------------------------------------------------------------------------------
 
 
-def judged(means, methods=None, parameters=None):
+def judged(means, methods=None, parameters=None, modules=None, baseline="lora"):
     arms = [
         {
             "arm": name,
-            "method": (methods or {}).get(name, name),
+            "method": (method := (methods or {}).get(name, name)),
+            "kind": KINDS.get(method, "learned"),
+            "modules": (modules or {}).get(name, "q_proj x 2"),
             "seeds": list(range(len(values))),
             "values": values,
             "trainable_parameters": (parameters or {}).get(name),
         }
         for name, values in means.items()
     ]
-    found = verdicts.verdicts(arms, "lora")
+    found = verdicts.verdicts(arms, baseline)
     return {v["arm"]: v for v in found}
 
 
@@ -307,9 +341,51 @@ def test_the_oracle_is_compared_with_the_baseline_and_its_parameters_are_named()
 
 
 def test_a_gate_by_task_id_is_said_to_be_told_it():
-    found = judged({"lora": LORA, "uniform": UNIFORM, "moelora": [0.60, 0.62, 0.64], "custom": [0.60, 0.62, 0.64]})
-    assert found["moelora"]["claim"] == "routing by the task id, which lora is not told, helps"
-    assert found["custom"]["claim"] == "routing helps"
+    found = judged({"lora": LORA, "uniform": UNIFORM, "moelora": [0.60, 0.62, 0.64], "mola": [0.60, 0.62, 0.64]})
+    assert found["moelora"]["claim"] == "routing by the task id, which plain LoRA is not told, helps"
+    assert found["mola"]["claim"] == "routing helps"
+
+
+def test_an_arm_is_compared_with_those_that_adapt_the_same_modules():
+    means = {"lora": LORA, "uniform": UNIFORM, "mola-all": [0.9] * 3, "lora-all": [0.8, 0.8, 0.81]}
+    methods, modules = {"mola-all": "mola", "lora-all": "lora", "uniform-all": "uniform"}, {}
+    for name in ("mola-all", "lora-all", "uniform-all"):
+        modules[name] = "q_proj x 2, up_proj x 2"
+    found = judged(means, methods, modules=modules)["mola-all"]
+    assert found["holds"] is None
+    assert found["text"].endswith("there is no arm with a uniform gate on the same modules")
+    found = judged({**means, "uniform-all": [0.95] * 3}, methods, modules=modules)["mola-all"]
+    assert (found["holds"], found["worse"]) == (False, ["uniform-all"])
+    assert "points against lora-all (3 seeds)" in found["text"]
+
+
+def test_a_baseline_that_is_no_plain_lora_takes_nothing_from_the_rule():
+    means = {"lora": [0.9] * 3, "uniform": UNIFORM, "mola": [0.6, 0.62, 0.64]}
+    assert judged(means, baseline="uniform")["mola"]["worse"] == ["lora"]
+    without = judged({k: v for k, v in means.items() if k != "lora"}, baseline="uniform")["mola"]
+    assert without["holds"] is None
+    assert "no arm with plain LoRA on the same modules" in without["text"]
+
+
+@pytest.mark.parametrize(
+    ("routers", "kind"),
+    [
+        ("mola", "learned"),
+        ("uniform", "fixed"),
+        ("random", "fixed"),
+        ("moelora", "told"),
+        (["uniform", "mola"], "learned"),
+    ],
+)
+def test_a_recombination_is_of_its_routers_kind(routers, kind):
+    config = METHODS["custom"](router_of=routers, num_tasks=3, losses_of=[], gate_of="mola")
+    assert verdicts.kind_of("custom", config) == kind
+
+
+@pytest.mark.parametrize("method", sorted(methods()))
+def test_every_method_is_of_a_kind(method):
+    expected = KINDS.get(method, "learned")
+    assert verdicts.kind_of(method, methods()[method]()) == expected
 
 
 def test_controls_and_plain_lora_get_no_verdict():

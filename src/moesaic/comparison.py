@@ -1,7 +1,7 @@
 """The figures of `moesaic compare`: finished cells in, scores, intervals and verdicts out.
 
 Scores and differences are shares (0 to 1) here, and percent where they are shown. A difference to the baseline pairs
-seeds and rows: its interval redraws test rows, its standard deviation is over seeds.
+seeds and rows: its interval redraws the scored rows, its standard deviation is over seeds.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from moesaic import metrics
 from moesaic.checkpoints import read_json, reading, write_json, write_text
 from moesaic.errors import ConfigError, first_line
 from moesaic.tables import ROUTING
-from moesaic.verdicts import verdicts
+from moesaic.verdicts import Kind, verdicts
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -29,10 +29,12 @@ CURVE_POINTS = 60
 
 @dataclass(frozen=True)
 class Cell:
-    """One arm with one seed: a run folder, or the reason why there is none."""
+    """One arm with one seed: a run folder, or the reason why there is none; `modules` are those adapted, as a text."""
 
     arm: str
     method: str
+    kind: Kind
+    modules: str
     seed: int
     lr: float
     status: Literal["done", "failed", "pending"]
@@ -89,8 +91,8 @@ def summarise(cells: Sequence[Cell], *, baseline: str, split: str, settings: dic
         "arms": arms,
         "missing": missed,
         "verdicts": verdicts(arms, baseline),
-        "versions": runs[0].results.get("versions", {}) if runs else {},
-        "device": runs[0].results.get("device") if runs else None,
+        "versions": _versions(runs),
+        "device": _distinct([r.results.get("device") for r in runs]),
     }
 
 
@@ -178,6 +180,8 @@ def _arm(cells: Sequence[Cell], runs: Sequence[Run], baseline: Sequence[Run]) ->
     arm: dict[str, Any] = {
         "arm": cells[0].arm,
         "method": cells[0].method,
+        "kind": cells[0].kind,
+        "modules": cells[0].modules,
         "lr": cells[0].lr,
         "status": status,
         "seeds": [r.cell.seed for r in runs],
@@ -240,10 +244,15 @@ def _difference(runs: Sequence[Run], baseline: Sequence[Run]) -> dict[str, Any] 
 
 
 def _relative(runs: Sequence[Run], baseline: Sequence[Run]) -> float | None:
-    if not baseline:
+    """Over the seeds that both have; None where they share no seed."""
+    seeds = {r.cell.seed for r in runs} & {r.cell.seed for r in baseline}
+    if not seeds:
         return None
     own, other = (
-        {task: _spread([r.scores["tasks"][task]["score"] for r in group])["mean"] for task in runs[0].correct}
+        {
+            task: _spread([r.scores["tasks"][task]["score"] for r in group if r.cell.seed in seeds])["mean"]
+            for task in runs[0].correct
+        }
         for group in (runs, baseline)
     )
     return metrics.mean_relative_difference(own, other)
@@ -270,6 +279,16 @@ def _curve(runs: Sequence[Run]) -> list[tuple[float, float]]:
     for step, loss in points:
         bins.setdefault((step - 1) * CURVE_POINTS // last, []).append((step, loss))
     return [(sum(s for s, _ in b) / len(b), sum(v for _, v in b) / len(b)) for _, b in sorted(bins.items())]
+
+
+def _versions(runs: Sequence[Run]) -> dict[str, str | None]:
+    """Each package's version in the runs; all of them where they differ."""
+    names = dict.fromkeys(name for r in runs for name in r.results.get("versions", {}))
+    return {name: _distinct([r.results.get("versions", {}).get(name) for r in runs]) for name in names}
+
+
+def _distinct(values: Sequence[str | None]) -> str | None:
+    return "; ".join(dict.fromkeys(v for v in values if v)) or None
 
 
 def _average(values: Sequence[float | None]) -> float | None:

@@ -2,18 +2,20 @@
 
 An arm is above another if the mean of the seed-paired differences of their mean scores exceeds two of their standard
 deviations, over at least three seeds; worse, if it is as far below. Routing helps where a learned router's arm is above
-both the baseline and the uniform gate on the same experts: above the baseline alone may be the experts' doing.
+both plain LoRA and a uniform gate on the same modules: above LoRA alone may be the experts' doing.
 """
 
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from moesaic.tables import number
 
 LEAST_SEEDS = 3
 DEVIATIONS = 2.0
+Kind = Literal["plain", "fixed", "learned", "told", "oracle"]
+"""Experts are: none; chosen by a rule; by a trained router; by one that needs task ids; by task ids alone."""
 MATCHED = 1.05
 """Arms whose trainable parameters differ by no more than this factor count as equal in them."""
 
@@ -29,27 +31,47 @@ class Verdict:
     text: str
 
 
+def kind_of(method: str, config: Any) -> Kind:
+    """The kind of an arm, from its method and config."""
+    if method == "oracle":
+        return "oracle"
+    if not hasattr(config, "learns_routing"):
+        return "plain"
+    if not config.learns_routing:
+        return "fixed"
+    return "told" if config.needs_tasks else "learned"
+
+
 def verdicts(arms: Sequence[Mapping[str, Any]], baseline: str) -> list[dict[str, Any]]:
     """One verdict an arm that learns its routing, or knows it (the oracle).
 
     Args:
-        arms: a summary's: name, method and, of finished ones, seeds, their mean scores (`values`) and parameters.
+        arms: a summary's: name, method, kind, modules and, of finished ones, seeds, their mean scores (`values`) and
+            parameters.
+        baseline: the plain arm to compare with where it adapts the same modules; else another plain one that does.
     """
-    from moesaic.recipe import methods
-
-    known, by_name = methods(), {arm["arm"]: arm for arm in arms}
-    uniform = next((arm["arm"] for arm in arms if arm["method"] == "uniform"), None)
-    means = {name: dict(zip(arm["seeds"], arm.get("values", ()), strict=True)) for name, arm in by_name.items()}
+    means = {arm["arm"]: dict(zip(arm["seeds"], arm.get("values", ()), strict=True)) for arm in arms}
     found = []
-    for name, arm in by_name.items():
-        if name == baseline:
+    for arm in arms:
+        alike = [other for other in arms if other["modules"] == arm["modules"]]
+        plain = [other for other in alike if other["kind"] == "plain"]
+        plain.sort(key=lambda other: (other["arm"] != baseline, other["method"] != "lora"))
+        uniform = [other for other in alike if other["method"] == "uniform"]
+        others = {"plain LoRA": plain[0] if plain else None}
+        if arm["kind"] == "oracle":
+            claim = _oracle_claim(arm, others["plain LoRA"] or {})
+        elif arm["kind"] in ("learned", "told"):
+            others["a uniform gate"] = uniform[0] if uniform else None
+            told = arm["kind"] == "told"
+            claim = "routing by the task id, which plain LoRA is not told, helps" if told else "routing helps"
+        else:
             continue
-        if arm["method"] == "oracle":
-            found.append(_judge(means, name, _oracle_claim(arm, by_name.get(baseline, {})), [baseline]))
-        elif getattr(known.get(arm["method"]), "learns_routing", False):
-            told = getattr(known[arm["method"]], "needs_tasks", False) is True
-            claim = f"routing by the task id, which {baseline} is not told, helps" if told else "routing helps"
-            found.append(_judge(means, name, claim, [baseline, uniform]))
+        missing = [what for what, other in others.items() if other is None]
+        if missing:
+            why = f"there is no arm with {' or '.join(missing)} on the same modules"
+            found.append(_undecided(arm["arm"], claim, why))
+        else:
+            found.append(_judge(means, arm["arm"], claim, [other["arm"] for other in others.values() if other]))
     return [asdict(v) for v in found]
 
 
@@ -60,11 +82,9 @@ def _oracle_claim(arm: Mapping[str, Any], baseline: Mapping[str, Any]) -> str:
     return "knowing the task helps"
 
 
-def _judge(means: Mapping[str, Mapping[int, float]], arm: str, claim: str, others: list[str | None]) -> Verdict:
+def _judge(means: Mapping[str, Mapping[int, float]], arm: str, claim: str, others: list[str]) -> Verdict:
     said, above, worse = [], [], []
     for other in others:
-        if other is None:
-            return _undecided(arm, claim, "there is no arm with a uniform gate")
         seeds = sorted(means.get(arm, {}).keys() & means.get(other, {}).keys())
         if len(seeds) < LEAST_SEEDS:
             text = f"{len(seeds)} seed{'s' * (len(seeds) != 1)} in common with {other}, {LEAST_SEEDS} are needed"

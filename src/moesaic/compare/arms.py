@@ -8,18 +8,21 @@ one expert a task, chosen by the task's id. `bound`: the same with a whole match
 training each task by itself gives; it alone is not matched.
 """
 
+import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from moesaic.compare.matching import budget_of, match_arm, mixtures
 from moesaic.compare.settings import CompareSettings
 from moesaic.errors import ConfigError, suggest
 from moesaic.recipe import Recipe, adapter_config, adapter_settings, is_routed, load_recipe, methods, packaged
 from moesaic.settings import names
+from moesaic.verdicts import Kind, kind_of
 
 _RANKS = ("r", "rank_pattern", "alpha_pattern")
 
@@ -35,6 +38,11 @@ class Arm:
     rank: int
     raised: int
     """Modules with one rank more."""
+    kind: Kind
+    modules: str
+    """Those adapted: how often each name."""
+    read: dict[str, str]
+    """Digest of each file that its method reads, by its name."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,9 @@ class Plan:
     data_sha256: str
     budget: int | None
     scored: dict[str, dict[str, int]]
-    """Of trials and of runs: the rows of each task that they are scored on."""
+    """Of trials and of runs: how many rows of each task they are scored on."""
+    scored_sha256: dict[str, str]
+    """Digests of these rows, by split."""
 
 
 def plan(settings: CompareSettings, shared: Recipe) -> Plan:
@@ -76,24 +86,37 @@ def plan(settings: CompareSettings, shared: Recipe) -> Plan:
             check_tasks(recipe, sorted({e.task for e in examples}))
             check_teacher(recipe)
     base = outline(shared, examples)
-    scored = _scored(settings, shared, base)
-    budget, measure = _budget(settings, recipes, base)
+    scored, digests = _scored(settings, shared, base)
+    budget, measure = budget_of(settings, recipes, base)
     _check_ranks(settings, measure)
-    controls = _controls(settings, shared, recipes, base)
-    solved = {
-        arm: recipe if arm == measure or budget is None else _match(settings, arm, recipe, budget, base)
-        for arm, recipe in (recipes | controls).items()
-    }
-    mixture = any(is_routed(recipe.method) for recipe in recipes.values())
-    if settings.controls and mixture and len(base.tasks) > 1 and "bound" not in solved:
+
+    def match(arm: str, recipe: Recipe) -> Recipe:
+        return recipe if arm == measure or budget is None else match_arm(settings, arm, recipe, budget, base)
+
+    solved = {arm: match(arm, recipe) for arm, recipe in recipes.items()}
+    controls = _controls(settings, shared, solved, base)
+    solved |= {arm: match(arm, recipe) for arm, recipe in controls.items()}
+    if settings.controls and mixtures(recipes) and len(base.tasks) > 1 and "bound" not in solved:
         solved["bound"] = _bound(settings, shared, solved, budget, base)
     arms = {}
     for name, recipe in solved.items():
         config: Any = adapter_config(recipe, **base.defaults)
         raised = len(recipe.adapter.get("rank_pattern") or ())
         experts = config.num_experts if is_routed(recipe.method) else 1
-        arms[name] = Arm(name, recipe, count(base, recipe)[0], experts, config.r, raised)
-    return Plan(settings, shared, arms, base.tasks, data.digest(examples), budget, scored)
+        trainable, modules = count(base, recipe)
+        kind, adapted = kind_of(recipe.method, config), _tally(modules)
+        read = {
+            file: hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest()
+            for file in getattr(config, "files", ())
+        }
+        arms[name] = Arm(name, recipe, trainable, experts, config.r, raised, kind, adapted, read)
+    return Plan(settings, shared, arms, base.tasks, data.digest(examples), budget, scored, digests)
+
+
+def _tally(modules: Iterable[str]) -> str:
+    """`down_proj x 6, up_proj x 6`: how many modules end in each name."""
+    found = Counter(name.rpartition(".")[2] for name in modules)
+    return ", ".join(f"{name} x {number}" for name, number in sorted(found.items()))
 
 
 @contextmanager
@@ -154,9 +177,12 @@ def _known(method: str, settings: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key in known}
 
 
-def _scored(settings: CompareSettings, shared: Recipe, base: Any) -> dict[str, dict[str, int]]:
-    """How many rows of each task are scored. Raises DataError or ConfigError where they are not there, or not as those
-    trained on."""
+def _scored(settings: CompareSettings, shared: Recipe, base: Any) -> tuple[dict[str, dict[str, int]], dict[str, str]]:
+    """How many rows of each task trials and runs are scored on, and a digest of each split.
+
+    Raises:
+        DataError, ConfigError: rows are not there, or are not as those trained on.
+    """
     from moesaic import data
 
     if Path(shared.data).expanduser().is_file():
@@ -164,7 +190,7 @@ def _scored(settings: CompareSettings, shared: Recipe, base: Any) -> dict[str, d
     wanted = {f"runs ({settings.split})": (settings.split, settings.eval_limit)}
     if settings.tuned:
         wanted = {"trials (validation)": ("validation", settings.limit)} | wanted
-    found = {}
+    found, digests = {}, {}
     for what, (split, limit) in wanted.items():
         rows = data.load(shared.data, split, tasks=shared.tasks, on_bad_lines=shared.on_bad_lines)  # type: ignore[arg-type]
         for example in rows if base.layout else ():
@@ -172,14 +198,16 @@ def _scored(settings: CompareSettings, shared: Recipe, base: Any) -> dict[str, d
             base.layout.head(example)
         there = Counter(example.task for example in rows)
         found[what] = {task: min(there[task], limit or there[task]) for task in sorted(there)}
-    return found
+        digests[split] = data.digest(rows)
+    return found, digests
 
 
 def _controls(settings: CompareSettings, shared: Recipe, recipes: dict[str, Recipe], base: Any) -> dict[str, Recipe]:
     """`uniform` and `oracle` after the first mixture, where there is one, at its scale; without those named already."""
-    first = next((recipe for recipe in recipes.values() if is_routed(recipe.method)), None)
-    if first is None or not settings.controls:
+    routed = mixtures(recipes)
+    if not routed or not settings.controls:
         return {}
+    first = recipes[routed[0]]
     config: Any = adapter_config(first, **base.defaults)
     alike = {"r": config.r, "lora_alpha": config.scaling * config.r}
     made = {}
@@ -189,50 +217,6 @@ def _controls(settings: CompareSettings, shared: Recipe, recipes: dict[str, Reci
             number = len(base.tasks) if method == "oracle" else config.num_experts
             made[method] = replace(shared, method=method, adapter={**taken, **alike, "num_experts": number})
     return made
-
-
-def _budget(settings: CompareSettings, recipes: dict[str, Recipe], base: Any) -> tuple[int | None, str | None]:
-    """The count that arms are matched to, and the arm it is of: the largest mixture where none is named.
-
-    The others can be raised to the largest; a mixture cannot be had at less than its routers.
-    """
-    wanted = settings.budget
-    if settings.match == "none":
-        if wanted is not None:
-            raise ConfigError(f"budget={wanted} and match=none disagree: leave budget out, or match=trainable_params")
-        return None, None
-    number = _whole(wanted)
-    if number is not None:
-        return number, None
-    if wanted is not None and wanted not in recipes:
-        raise ConfigError(f"budget={wanted} is neither an arm nor a number; {suggest(wanted, recipes)}")
-    mixtures = [arm for arm, recipe in recipes.items() if is_routed(recipe.method)]
-    sizes = {arm: _size(settings, recipes[arm], base) for arm in ([wanted] if wanted else mixtures or recipes)}
-    largest = max(sizes, key=sizes.__getitem__)
-    return sizes[largest], largest
-
-
-def _whole(text: str | None) -> int | None:
-    """A whole number above 0, which may be written 1e6; None for anything else."""
-    try:
-        number = float(text or "")
-    except ValueError:
-        return None
-    return int(number) if number > 0 and number.is_integer() else None
-
-
-def _size(settings: CompareSettings, recipe: Recipe, base: Any) -> int:
-    """What `match` compares: trainable parameters, or the rank of all experts together."""
-    from moesaic.wrapping import count
-
-    if settings.match == "trainable_params":
-        return count(base, recipe)[0]
-    config: Any = adapter_config(recipe, **base.defaults)
-    return int(config.r) * _experts(recipe, base)
-
-
-def _experts(recipe: Recipe, base: Any) -> int:
-    return int(getattr(adapter_config(recipe, **base.defaults), "num_experts", 1))
 
 
 def _check_ranks(settings: CompareSettings, measure: str | None) -> None:
@@ -249,22 +233,6 @@ def _check_ranks(settings: CompareSettings, measure: str | None) -> None:
         )
 
 
-def _match(settings: CompareSettings, arm: str, recipe: Recipe, budget: int, base: Any) -> Recipe:
-    """The arm at the rank that has the budget."""
-    from moesaic.budget import at_rank, check_rank, solve
-
-    if settings.match == "rank":
-        solved = at_rank(recipe, base, max(1, round(budget / _experts(recipe, base))))
-    else:
-        try:
-            solved = solve(recipe, base, budget, f"match={settings.match}")
-        except ConfigError as error:
-            raise ConfigError(f"arm {arm}: {error}; budget={arm} would match the others to it") from None
-    if _whole(settings.budget):
-        check_rank(solved.adapter["r"], base, f"arm {arm}: budget={settings.budget}")
-    return solved
-
-
 def _bound(
     settings: CompareSettings, shared: Recipe, solved: dict[str, Recipe], budget: int | None, base: Any
 ) -> Recipe:
@@ -272,5 +240,5 @@ def _bound(
     plain = next((recipe for recipe in solved.values() if recipe.method == "lora"), None)
     if plain is None:
         plain = _recipe(settings, shared, "lora", {})
-        plain = plain if budget is None else _match(settings, "lora", plain, budget, base)
+        plain = plain if budget is None else match_arm(settings, "lora", plain, budget, base)
     return replace(shared, method="oracle", adapter=_known("oracle", plain.adapter))

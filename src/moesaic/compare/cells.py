@@ -126,7 +126,7 @@ def run_job(job: Job, stops: Callable[[], int] = lambda: 0) -> Outcome:
         return Outcome(job, "done", score=state(job).score, seconds=seconds)
     if asked:
         return Outcome(job, "pending", "stopped", seconds=seconds)
-    error = _last_line(log) or f"its process ended with code {code}"
+    error = _reason(log, code)
     if job.run.finished:
         error += f" (it was trained, not scored; remove {folder} to train it again)"
     write_json(job.failure, {"error": error, "code": code})
@@ -158,10 +158,14 @@ def _wait(process: "subprocess.Popen[bytes]", stops: Callable[[], int]) -> tuple
     return int(process.returncode), asked
 
 
-def _last_line(log: Path) -> str:
+def _reason(log: Path, code: int) -> str:
+    """Why a process ended: our own last word on it, or its last line of any kind and its code."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     ours = [line.removeprefix("moesaic: ") for line in lines if line.startswith("moesaic: ")]
-    return (ours or lines or [""])[-1]
+    if ours and code > 0:
+        return ours[-1]
+    how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    return f"its process {how}" + (f"; it last said: {lines[-1]}" if lines else "")
 
 
 def main(commands: Sequence[Sequence[str]]) -> int:

@@ -12,6 +12,7 @@ from moesaic.compare.arms import Plan
 from moesaic.compare.settings import BY_CELL, FILE
 from moesaic.errors import ConfigError
 from moesaic.recipe import dump
+from moesaic.results import command_line
 from moesaic.settings import differences, read_yaml
 
 ARMS = "arms.json"
@@ -24,7 +25,8 @@ def check_folder(out: Path) -> None:
     check_writable(out, f"out={out}")
     if out.exists() and not out.is_dir():
         raise ConfigError(f"out={out} is a file; name a folder")
-    if out.is_dir() and any(p.name != ".lock" for p in out.iterdir()) and not (out / FILE).is_file():
+    ours = (".lock", f".{FILE}.part")
+    if out.is_dir() and not (out / FILE).is_file() and any(p.name not in ours for p in out.iterdir()):
         raise ConfigError(f"out={out} holds files that are not a comparison's; name another folder")
 
 
@@ -47,12 +49,18 @@ def check_same(out: Path, planned: Plan) -> None:
     if not (out / ARMS).is_file():
         return
     past = read_json(out / ARMS)
-    if past.get("data_sha256") != planned.data_sha256:
-        raise ConfigError(f"{out} holds a comparison on other rows of data={planned.shared.data}: set it back, {hint}")
+    rows = {"training": (past.get("data_sha256"), planned.data_sha256)}
+    with reading(out / ARMS):
+        rows |= {split: (past["scored_sha256"].get(split, new), new) for split, new in planned.scored_sha256.items()}
+    for what, (old, new) in rows.items():
+        if old != new:
+            raise ConfigError(
+                f"{out} holds a comparison on other {what} rows of data={planned.shared.data}: set them back, {hint}"
+            )
     for name, arm in resolved(planned)["arms"].items():
         with reading(out / ARMS):
             old = past["arms"].get(name, arm)
-            before, now = ({"method": a["method"], **a["adapter"]} for a in (old, arm))
+            before, now = ({"method": a["method"], **a["adapter"], **a["read"]} for a in (old, arm))
             changed = differences(before, now, f"arms.{name}")
         if changed:
             raise ConfigError(
@@ -79,11 +87,15 @@ def resolved(planned: Plan) -> dict[str, Any]:
             "r": arm.rank,
             "modules_with_one_more": arm.raised,
             "trainable_parameters": arm.trainable,
+            "kind": arm.kind,
+            "modules": arm.modules,
             "adapter": arm.recipe.adapter,
+            "read": arm.read,
         }
         for name, arm in planned.arms.items()
     }
-    found = {"data_sha256": planned.data_sha256, "tasks": planned.tasks, "budget": planned.budget, "arms": arms}
+    rows = {"data_sha256": planned.data_sha256, "scored_sha256": planned.scored_sha256}
+    found = {**rows, "tasks": planned.tasks, "budget": planned.budget, "arms": arms}
     plain: dict[str, Any] = json.loads(json.dumps(found))
     return plain
 
@@ -98,8 +110,15 @@ def claimed(out: Path, planned: Plan) -> Iterator[None]:
         out.mkdir(parents=True, exist_ok=True)
     with locked(out):
         now = resolved(planned)
-        past = read_json(out / ARMS).get("arms", {}) if (out / ARMS).is_file() else {}
-        with reading(out / ARMS):
-            write_json(out / ARMS, {**now, "arms": {**past, **now["arms"]}})
+        past = read_json(out / ARMS) if (out / ARMS).is_file() else {}
         write_text(out / FILE, dump(pinned(planned)))
+        with reading(out / ARMS):
+            arms = {**past.get("arms", {}), **now["arms"]}
+            write_json(out / ARMS, {"command": command_line(), **past, **now, "arms": arms})
         yield
+
+
+def command(out: Path) -> str:
+    """The command that a comparison was started with."""
+    with reading(out / ARMS):
+        return str(read_json(out / ARMS)["command"])

@@ -15,11 +15,10 @@ from moesaic import comparison
 from moesaic.compare import cells
 from moesaic.compare.arms import Plan, plan
 from moesaic.compare.cells import Job, Outcome, Status
-from moesaic.compare.folder import check_folder, check_same, claimed, pinned, resolved
+from moesaic.compare.folder import check_folder, check_same, claimed, command, pinned, resolved
 from moesaic.compare.settings import CompareSettings, load
 from moesaic.compare.show import Report, progress, show_plan
 from moesaic.comparison import Cell
-from moesaic.results import command_line
 
 
 def run(arguments: Sequence[str], *, dry_run: bool = False, as_json: bool = False) -> int:
@@ -29,7 +28,8 @@ def run(arguments: Sequence[str], *, dry_run: bool = False, as_json: bool = Fals
         arguments: [a file of settings, or a comparison's folder] and key=value on top.
         dry_run: show the arms and what there is to run, and write nothing.
     Raises:
-        MoesaicError: settings, data or a folder that cannot be used; nothing was written.
+        MoesaicError: settings, data or a folder that cannot be used: nothing was written; or, later, a cell's folder
+            that holds something else, and what was trained until then stays.
         KeyboardInterrupt: when interrupted, after the running cells wrote checkpoints.
     """
     settings, shared = load(arguments)
@@ -44,7 +44,7 @@ def run(arguments: Sequence[str], *, dry_run: bool = False, as_json: bool = Fals
     with claimed(out, planned), _termination_interrupts():
         ended, trials = _run(planned, out)
         summary = comparison.summarise(
-            ended, baseline=settings.baseline, split=settings.split, settings=_described(planned, trials)
+            ended, baseline=settings.baseline, split=settings.split, settings=_described(planned, out, trials)
         )
         comparison.write(out, summary)
     left = summary["missing"]
@@ -68,7 +68,7 @@ class Trials:
 
     scores: dict[str, dict[float, float | None]]
     chosen: dict[str, float]
-    without: dict[str, tuple[Status, str]]
+    without: dict[str, tuple[Status, str | None]]
 
 
 def _run(planned: Plan, out: Path) -> tuple[list[Cell], Trials]:
@@ -86,11 +86,12 @@ def _run(planned: Plan, out: Path) -> tuple[list[Cell], Trials]:
         outcomes = dict(zip(jobs, _outcomes(list(jobs.values()), settings, report), strict=True))
     found = []
     for (arm, seed), place in places.items():
-        outcome, method = outcomes.get((arm, seed)), planned.arms[arm].recipe.method
-        if outcome is None:
-            found.append(Cell(arm, method, seed, planned.shared.lr, *trials.without[arm], place))
-        else:
-            found.append(Cell(arm, method, seed, outcome.job.recipe.lr, outcome.status, outcome.error, place))
+        outcome, of = outcomes.get((arm, seed)), planned.arms[arm]
+        lr, how = planned.shared.lr, trials.without.get(arm)
+        if outcome:
+            lr, how = outcome.job.recipe.lr, (outcome.status, outcome.error)
+        assert how, "an arm without a rate has a reason"
+        found.append(Cell(arm, of.recipe.method, of.kind, of.modules, seed, lr, *how, place))
     return found, trials
 
 
@@ -123,13 +124,14 @@ def _tune(planned: Plan, out: Path, rates: Sequence[float], report: Report) -> T
 def _job(planned: Plan, arm: str, place: Path, *, trial: bool, **own: Any) -> Job:
     """A run in `place`: the arm's recipe with settings of its own. The untrained base is scored once a seed."""
     settings = planned.settings
+    alone = 1 if settings.engine == "ray" else max(1, (os.cpu_count() or 1) // settings.workers)
     return Job(
         name=place.name,
         recipe=replace(planned.arms[arm].recipe, out=str(place), **own),
         split="validation" if trial else settings.split,
         limit=settings.limit if trial else settings.eval_limit,
         base=arm == settings.baseline and not trial,
-        threads=settings.threads or max(1, (os.cpu_count() or 1) // settings.workers),
+        threads=settings.threads or alone,
     )
 
 
@@ -171,7 +173,7 @@ def _termination_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _described(planned: Plan, trials: Trials) -> dict[str, Any]:
+def _described(planned: Plan, out: Path, trials: Trials) -> dict[str, Any]:
     """What goes into the figures: what was asked for, what it came to, what tuning found."""
     tuning = {arm: {f"{lr:g}": score for lr, score in scores.items()} for arm, scores in trials.scores.items()}
-    return {**pinned(planned), **resolved(planned), "tuning": tuning, "command": command_line()}
+    return {**pinned(planned), **resolved(planned), "tuning": tuning, "command": command(out)}

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,9 @@ class CompareSettings:
     )
     match: str = field(
         default="trainable_params",
-        metadata={"help": "what is equal in all arms: trainable_params, rank (experts x r), or none"},
+        metadata={
+            "help": "what is equal in all arms: trainable_params, rank (experts x r, as whole ranks come), or none"
+        },
     )
     budget: str | None = field(
         default=None,
@@ -55,7 +57,9 @@ class CompareSettings:
     )
     engine: str = field(default="local", metadata={"help": "local (processes here) or ray (a cluster's)"})
     workers: int = field(default=1, metadata={"help": "local processes side by side"})
-    threads: int | None = field(default=None, metadata={"help": "threads a process; the cores shared out if left out"})
+    threads: int | None = field(
+        default=None, metadata={"help": "threads a process; the cores shared out if left out, 1 with ray"}
+    )
     gpus: float = field(default=0.0, metadata={"help": "ray: GPUs, or the part of one, that a run takes"})
     out: str = field(default="runs/compare", metadata={"help": "folder; a comparison there is continued"})
     overwrite: bool = field(default=False, metadata={"help": "replace the comparison in out"})
@@ -76,12 +80,17 @@ def load(arguments: Sequence[str]) -> tuple[CompareSettings, Recipe]:
     if len(files) > 1:
         raise ConfigError(f"one file of settings at most, not {' and '.join(files)}; settings are given as key=value")
     own, shared = names(CompareSettings), [name for name in names(Recipe) if name not in BY_CELL]
-    layers = [(str(file), read_yaml(file)) for file in map(_settings_file, files)]
+    layers = [(str(file), _stored(file)) for file in files]
     known_lists = [*lists(CompareSettings), *lists(Recipe)]
     layers.append(("settings", parse_overrides([a for a in arguments if "=" in a], lists=known_lists)))
     for source, values in layers:
         check_keys(source, values, [*own, *shared])
-    given = [{key: value for key, value in values.items() if value is not None} for _, values in layers]
+    kinds = {f.name: str(f.type) for cls in (Recipe, CompareSettings) for f in fields(cls)}
+    for source, values in layers:
+        for key, value in values.items():
+            if value is None and "None" not in kinds[key]:
+                raise ConfigError(f"{source}: {key}=null: leave it out, to have what it is by default")
+    given = [values for _, values in layers]
     settings = build(CompareSettings, *({k: v for k, v in values.items() if k in own} for values in given))
     recipe = build(Recipe, *({k: v for k, v in values.items() if k not in own} for values in given))
     check(recipe)
@@ -91,12 +100,13 @@ def load(arguments: Sequence[str]) -> tuple[CompareSettings, Recipe]:
     return settings, recipe
 
 
-def _settings_file(name: str) -> Path:
+def _stored(name: str) -> dict[str, Any]:
+    """The settings in a file, or of the comparison in a folder, which is where it goes on then."""
     path = Path(name).expanduser()
-    path = path / FILE if path.is_dir() else path
-    if not path.is_file():
-        raise ConfigError(f"no file {path}: give a .yaml file of settings, a comparison's folder, or key=value alone")
-    return path
+    file = path / FILE if path.is_dir() else path
+    if not file.is_file():
+        raise ConfigError(f"no file {file}: give a .yaml file of settings, a comparison's folder, or key=value alone")
+    return read_yaml(file) | ({"out": str(path)} if path.is_dir() else {})
 
 
 def _check(settings: CompareSettings) -> None:

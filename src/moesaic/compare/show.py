@@ -61,8 +61,9 @@ def show_plan(planned: Plan, as_json: bool) -> None:
     for name, arm in planned.arms.items():
         rank = f"{arm.rank}" + (f" (+1 in {arm.raised} modules)" if arm.raised else "")
         off = ""
-        if planned.budget and settings.match == "trainable_params":
-            off = "not matched" if name == "bound" else f"{arm.trainable / planned.budget - 1:+.2%}"
+        if planned.budget:
+            has = arm.trainable if settings.match == "trainable_params" else arm.experts * arm.rank
+            off = "not matched" if name == "bound" else f"{has / planned.budget - 1:+.2%}"
         table.add_row(name, arm.recipe.method, str(arm.experts), rank, f"{arm.trainable:,}", off)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     size = f"{len(planned.arms)} arms x {len(settings.seeds)} seeds"

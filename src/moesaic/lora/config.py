@@ -131,6 +131,11 @@ class MixtureConfig(PeftConfig):
         """Factor on every expert's output."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
+    @property
+    def files(self) -> list[str]:
+        """Files that it reads beside the adapter: their content is part of what it says."""
+        return []
+
     def experts_at(self, site: Site) -> int:
         """Number of experts of the layer at `site`."""
         return self.num_experts

@@ -167,12 +167,20 @@ class CustomConfig(MixtureConfig):
         return cls(**{**common, **own})
 
     @property
+    def learns_routing(self) -> bool:  # type: ignore[override]
+        return any(self.part(name).learns_routing for name in self.routers_of)
+
+    @property
     def needs_tasks(self) -> bool:  # type: ignore[override]
         return any(part.needs_tasks for part in self._parts.values())
 
     @property
     def needs_targets(self) -> bool:  # type: ignore[override]
         return any(self.part(name).needs_targets for name in self.losses_names)
+
+    @property
+    def files(self) -> list[str]:
+        return [file for part in self._parts.values() for file in part.files]
 
     def experts_at(self, site: Site) -> int:
         return self.part(self.routers_of[0]).experts_at(site)

@@ -216,6 +216,10 @@ class TopicLoRAConfig(MixtureConfig):
         if self.balance_weight < 0 or (self.balance_weight > 0 and self.aux_weight == 0):
             raise ConfigError(f"balance_weight={self.balance_weight} must be at least 0, and needs aux_weight above 0")
 
+    @property
+    def files(self) -> list[str]:
+        return [] if self.topics == PACKAGED else [self.topics]
+
     def made_topics(self) -> Topics:
         """Stage 1's result: read from the file `topics` names, or built (about a second, once a process).
 
