@@ -192,6 +192,55 @@ def test_an_axis_leaves_out_what_is_far_off_and_an_arrow_has_its_number():
     assert "Arrow: off the scale" not in html(made_up())
 
 
+def close(values, interval=0.01, sd=0.1):
+    """An arm for each value: its difference to the baseline, for every task too, and 0.8 below its score."""
+    summary = made_up(arms=("lora", *"abcdefgh"[: len(values)]))
+    summary["arms"][0] |= spread(0.8 + values[0], sd)
+    for arm, value in zip(summary["arms"][1:], values, strict=True):
+        gap = {"mean": value, "interval": (value - interval, value + interval)}
+        arm["difference"] |= gap | {"values": [value] * 3, "by_task": dict.fromkeys(summary["tasks"], gap)}
+        arm |= spread(0.8 + value, sd)
+    return summary
+
+
+@pytest.mark.parametrize("interval", [0.01, 0.07])
+def test_what_lies_far_from_the_others_but_on_the_axis_is_drawn_like_them(interval):
+    page = html(close((0.10, 0.101, 0.102, 0.103, 0.02), interval))
+    differences, scores = (d for d in drawings(page) if "score" in d.find(f"{SVG}title").text)
+    for d, dots in ((differences, 5), (scores, 6)):
+        assert sum(e.get("class") == "dot" for e in d.iter(f"{SVG}circle")) == dots
+        assert not list(d.iter(f"{SVG}path"))
+        whiskers = [e for e in d.iter(f"{SVG}line") if e.get("class") == "whisker"]
+        assert len(whiskers) == dots
+        grid = [e for e in d.iter(f"{SVG}line") if e.get("class") in ("grid", "zero")]
+        bottom = max(float(e.get("y2")) for e in grid)
+        names = [float(e.get("x")) for e in d.iter(f"{SVG}text") if e.get("text-anchor") == "end"]
+        for e in whiskers:
+            assert min(names) < float(e.get("x1")) <= float(e.get("x2")) <= 1100 - 24, "the axis reaches its ends"
+            assert 16 <= float(e.get("y1")) <= float(e.get("y2")) <= bottom
+    assert "Arrow: off the scale" not in page
+    assert "What lies far out" not in page
+
+
+def test_arrows_point_to_where_the_value_lies():
+    above, below = (drawings(html(close((0.0, 0.001, 0.002, 0.003, far), sd=0.001))) for far in (0.15, -0.15))
+    tips = []
+    for found in (above, below):
+        for d in (d for d in found if "score" in d.find(f"{SVG}title").text):
+            (path,) = d.iter(f"{SVG}path")
+            tips.append(tuple(map(float, re.findall(r"[\d.]+", path.get("d"))[:2])))
+    (right, _), (_, top), (left, _), (_, bottom) = tips
+    assert (right, top, bottom) == (1100 - 24, 16, 380)
+    assert left < 100
+    assert "What lies far out shares the strongest colour." in html(close((0.0, 0.001, 0.002, 0.003, 0.15)))
+
+
+def test_intervals_are_said_to_redraw_the_rows_that_were_scored():
+    page = html(made_up() | {"split": "validation"})
+    assert page.count("95 % of 10,000 bootstrap draws of the scored rows, paired by row") == 2
+    assert "test rows" not in page
+
+
 def test_scores_are_drawn_against_parameters_only_where_those_differ():
     summary = made_up()
     summary["arms"][2]["trainable_parameters"] = 2000

@@ -51,21 +51,20 @@ def run(action: str, arguments: list[str], *, as_json: bool = False) -> None:
         return
     from rich.console import Console
 
-    console = Console()
+    console = Console(markup=False, emoji=False, highlight=False)
     if action == "show":
-        console.print(drawing.table(topics), highlight=False)
+        console.print(drawing.table(topics))
     else:
-        console.print(drawing.caption(topics), highlight=False, soft_wrap=True)
+        console.print(drawing.caption(topics), soft_wrap=True)
     for line in topics.doubts():
         logger.warning("%s", line)
     if written:
-        console.print(f"written: {written}", highlight=False, soft_wrap=True)
+        console.print(f"written: {written}", soft_wrap=True)
     if action == "build":
         experts, size = topics.prototypes.shape
         console.print(
             f"next: moesaic train topiclora data=… adapter.topics={written} adapter.num_experts={experts} "
             f"adapter.topic_dim={size}",
-            highlight=False,
             soft_wrap=True,
         )
 

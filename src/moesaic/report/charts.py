@@ -62,13 +62,11 @@ class Line:
     series: int
 
 
-def intervals(dots: Sequence[Dot], *, zero: str, title: str, description: str) -> Markup:
-    """Dots with intervals about a line at 0, named `zero`; small rings are the parts."""
+def intervals(dots: Sequence[Dot], *, zero: str, title: str, description: str) -> tuple[Markup, bool]:
+    """Dots with intervals about a line at 0, named `zero`; small rings are the parts. And whether there are arrows."""
     left, right, top = label_width(d.label for d in dots) + 24, WIDTH - 24, 34.0
-    fence = fences([d.value for d in dots])
-    ends = [v for d in dots if _within(d.value, fence) for v in (*d.interval, *d.parts)] + [0.0]
-    pad = 0.06 * (max(ends) - min(ends)) or 0.01
-    low, high, bottom = min(ends) - pad, max(ends) + pad, top + ROW * len(dots)
+    low, high = _reach([(d.value, *d.interval, *d.parts) for d in dots], (0.0,), share=0.06, least=0.01)
+    bottom = top + ROW * len(dots)
     x, marks = scale(low, high, left, right), [t / 100 for t in ticks(100 * low, 100 * high, 9)]
     parts = [line(x(t), top, x(t), bottom, "zero" if t == 0 else "grid") for t in marks]
     parts += [
@@ -80,27 +78,31 @@ def intervals(dots: Sequence[Dot], *, zero: str, title: str, description: str) -
     for i, dot in enumerate(dots):
         y, (first, last) = top + ROW * (i + 0.5), dot.interval
         figures = f"{points(dot.value)} [{points(first)}, {points(last)}]"
-        if _within(dot.value, fence):
+        if low <= dot.value <= high:
             shown = [line(x(first), y, x(last), y, "whisker")]
             shown += [circle(x(v), y, 3.0, "ring") for v in dot.parts]
             shown.append(circle(x(dot.value), y, 5.5, "dot"))
         else:
-            side = 1 if dot.value > 0 else -1
+            side = 1 if dot.value > high else -1
             edge, anchor = (right, "end") if side > 0 else (left, "start")
             shown = [arrow(edge, y, (side, 0)), text(edge - 18 * side, y + 4, figures, anchor=anchor)]
         parts.append(text(left - 12, y + 4, shorten(dot.label), anchor="end"))
         parts.append(_series(dot.series, f"{dot.label}: {figures}", shown))
-    return drawing(WIDTH, bottom + 44, title, description, parts)
+    clipped = not all(low <= d.value <= high for d in dots)
+    return drawing(WIDTH, bottom + 44, title, description, parts), clipped
 
 
 def heat(
     rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float]], *, title: str, description: str
-) -> Markup:
-    """Signed shares in cells: one hue below 0, another above, never so strong as to hide the points in each."""
+) -> tuple[Markup, bool]:
+    """Signed shares in cells: one hue below 0, another above, never so strong as to hide the points in each.
+
+    And whether shares beyond the largest that the colours tell apart have its colour.
+    """
     left, top = label_width(rows) + 24, 22 + 0.55 * label_width(columns)
     cell = max(54.0, min(110.0, (WIDTH - left - 40) / len(columns)))
-    fence = fences([abs(v) for row in values for v in row])
-    largest = max((abs(v) for row in values for v in row if _within(abs(v), fence)), default=0.0) or 1.0
+    sizes = [abs(v) for row in values for v in row]
+    largest = _reach([(size,) for size in sizes], (0.0,))[1] or 1.0
     parts = []
     for j, column in enumerate(columns):
         place = f"translate({left + cell * (j + 0.5):.1f} {top - 8:.1f}) rotate(-32)"
@@ -114,11 +116,15 @@ def heat(
             at = {"x": left + cell * j, "y": y, "width": cell - 2, "height": ROW - 2}
             box = tag("rect", **at, rx=3, style=_fill(0.75 * share, "above" if value > 0 else "below"))
             parts.append(tag("g", tag("title", f"{row}, {columns[j]}: {points(value)}"), box, label))
-    return drawing(left + cell * len(columns) + 50, top + ROW * len(rows) + 6, title, description, parts)
+    made = drawing(left + cell * len(columns) + 50, top + ROW * len(rows) + 6, title, description, parts)
+    return made, max(sizes) > largest
 
 
 def shares(layers: Mapping[str, Mapping[str, Sequence[float]]], *, title: str, description: str) -> Markup:
-    """Experts' shares, a row for each task and a block of columns for each layer; equal shares are of middle tone."""
+    """Experts' shares, a row for each task and a block of columns for each layer.
+
+    The darkest tone is the largest share, or twice an equal share among the fewest experts if that is larger.
+    """
     tasks = list(dict.fromkeys(task for rows in layers.values() for task in rows))
     left, top, size, gap = label_width(tasks) + 22, 34.0, 18.0, 10.0
     every = [row for rows in layers.values() for row in rows.values()]
@@ -146,15 +152,14 @@ def shares(layers: Mapping[str, Mapping[str, Sequence[float]]], *, title: str, d
     return drawing(max(x - gap + 2, left + 250), bottom + 24, title, description, parts)
 
 
-def scatter(dots: Sequence[Point], *, across: str, up: str, title: str, description: str) -> Markup:
-    """Points with vertical spreads, each with its name beside it."""
+def scatter(dots: Sequence[Point], *, across: str, up: str, title: str, description: str) -> tuple[Markup, bool]:
+    """Points with vertical spreads, each with its name beside it. And whether there are arrows."""
     left, right, top, bottom = frame = (64.0, WIDTH - 24, 16.0, 380.0)
-    fence = fences([p.y for p in dots])
     x_low, x_high = _padded([p.x for p in dots])
-    y_low, y_high = _padded([p.y + s * p.spread for p in dots if _within(p.y, fence) for s in (-1, 1)])
+    y_low, y_high = _reach([(p.y, p.y - p.spread, p.y + p.spread) for p in dots], share=0.08, least=0.5)
     x, y = scale(x_low, x_high, left, right), scale(y_low, y_high, bottom, top)
     parts = _axes(x, y, ticks(x_low, x_high, 8), ticks(y_low, y_high), frame, across, up)
-    away = [i for i, p in enumerate(dots) if not _within(p.y, fence)]
+    away = [i for i, p in enumerate(dots) if not y_low <= p.y <= y_high]
     aside = dict(zip(away, apart([x(dots[i].x) for i in away], 13.0, left, right), strict=True))
     there = [(aside.get(i, x(p.x)), min(max(y(p.y), top), bottom)) for i, p in enumerate(dots)]
     bars = [(a - 3, y(p.y + p.spread), a + 3, y(p.y - p.spread)) for p, (a, _) in zip(dots, there, strict=True)]
@@ -162,13 +167,13 @@ def scatter(dots: Sequence[Point], *, across: str, up: str, title: str, descript
     inner: Box = (left, top, right, bottom)
     places = beside(there, names, inner, taken=bars, size=12.5)
     for point, (px, py), bar, name, (a, b, anchor) in zip(dots, there, bars, names, places, strict=True):
-        if _within(point.y, fence):
+        if y_low <= point.y <= y_high:
             shown = [line(px, bar[1], px, bar[3], "whisker"), circle(px, py, 5.5, "dot")]
         else:
             shown = [arrow(px, py, (0, 1 if point.y < y_low else -1))]
         said = f"{point.label}: {percent(point.y / 100, point.spread / 100)} at {number(point.x, '{:,.4g}')}"
         parts.append(_series(point.series, said, [*shown, text(a, b, name, anchor=anchor)]))
-    return drawing(WIDTH, bottom + 46, title, description, parts)
+    return drawing(WIDTH, bottom + 46, title, description, parts), bool(away)
 
 
 def lines(
@@ -204,15 +209,6 @@ def lines(
     return drawing(WIDTH, bottom + 46, title, description, parts)
 
 
-def off_the_scale(values: Sequence[float]) -> bool:
-    """Whether an axis leaves one of them out."""
-    return not all(_within(v, fences(values)) for v in values)
-
-
-def _within(value: float, fence: tuple[float, float]) -> bool:
-    return fence[0] <= value <= fence[1]
-
-
 def _series(number: int, said: str, parts: Sequence[Markup]) -> Markup:
     """Parts in a series' colour, with what is said of them under the pointer."""
     return tag("g", tag("title", said), *parts, class_=f"s{number % SERIES}")
@@ -242,9 +238,24 @@ def _axes(
     return parts
 
 
-def _padded(values: Sequence[float]) -> tuple[float, float]:
-    """The range of the values and a little more to each side."""
-    pad = 0.08 * (max(values) - min(values)) or 0.5
+def _reach(
+    marks: Sequence[Sequence[float]], always: Sequence[float] = (), *, share: float = 0.0, least: float = 0.0
+) -> tuple[float, float]:
+    """Ends of an axis for marks, each a value and the ends of what is drawn about it, and for what is `always` on it.
+
+    All of a mark fits where its value lies within the fences or between the ends; the others lie beyond an end.
+    """
+    low, high = fences([mark[0] for mark in marks])
+    shown: list[Sequence[float]] = []
+    while len(within := [mark for mark in marks if low <= mark[0] <= high]) > len(shown):
+        shown = within
+        low, high = _padded([*always, *(v for mark in shown for v in mark)], share, least)
+    return low, high
+
+
+def _padded(values: Sequence[float], share: float = 0.08, least: float = 0.5) -> tuple[float, float]:
+    """The range of the values and a `share` of it more to each side; `least` where it is empty."""
+    pad = share * (max(values) - min(values)) or least
     return min(values) - pad, max(values) + pad
 
 

@@ -18,6 +18,8 @@ HERE = Path(__file__).parent
 
 Arm = dict[str, Any]
 
+_ARROW = " Arrow: off the scale, at the number beside it."
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -82,17 +84,17 @@ def _differences(summary: dict[str, Any]) -> Figure | None:
         return None
     baseline = summary["baseline"]
     said = "; ".join(f"{name} {100 * gap['mean']:+.1f}" for _, name, gap in gaps)
-    drawing = charts.intervals(
+    drawing, clipped = charts.intervals(
         [charts.Dot(name, gap["mean"], gap["interval"], gap["values"], i) for i, name, gap in gaps],
         zero=baseline,
         title=f"Difference of the mean score to {baseline}",
         description=f"In points: {said}.",
     )
     caption = (
-        "Dot: the mean over tasks and seeds. Ring: one seed. Bar: 95 % of 10,000 bootstrap draws of the test rows, "
+        "Dot: the mean over tasks and seeds. Ring: one seed. Bar: 95 % of 10,000 bootstrap draws of the scored rows, "
         "paired by row; another training would move the dot about as far as the rings lie apart."
     )
-    return Figure(f"Difference to {baseline}", [("", drawing)], caption + _clipped([gap["mean"] for *_, gap in gaps]))
+    return Figure(f"Difference to {baseline}", [("", drawing)], caption + _ARROW * clipped)
 
 
 def _by_task(summary: dict[str, Any]) -> Figure | None:
@@ -101,7 +103,7 @@ def _by_task(summary: dict[str, Any]) -> Figure | None:
         return None
     tasks, baseline = list(summary["tasks"]), summary["baseline"]
     values = [[arm["difference"]["by_task"][task]["mean"] for task in tasks] for arm in arms]
-    drawing = charts.heat(
+    drawing, clipped = charts.heat(
         [arm["arm"] for arm in arms],
         tasks,
         values,
@@ -109,7 +111,7 @@ def _by_task(summary: dict[str, Any]) -> Figure | None:
         description="Percentage points, one row an arm and one column a task; the score table has the scores.",
     )
     caption = f"Percentage points to {baseline}, by task. Blue is above it, orange below."
-    if charts.off_the_scale([abs(v) for row in values for v in row]):
+    if clipped:
         caption += " What lies far out shares the strongest colour."
     return Figure("Where the difference is made", [("", drawing)], caption)
 
@@ -141,13 +143,9 @@ def _scatter(summary: dict[str, Any], at: Callable[[Arm], float | None], heading
     dots = [charts.Point(arm["arm"], x, 100 * arm["mean"], 100 * (arm["sd"] or 0.0), i) for i, arm, x in found]
     said = "; ".join(f"{p.label} {p.y:.1f} % at {p.x:,.4g}" for p in dots)
     title = f"Mean score against {across}"
-    drawing = charts.scatter(dots, across=across, up="mean score, %", title=title, description=f"{said}.")
-    caption = "Bar: one standard deviation over seeds, to each side." + _clipped([p.y for p in dots])
+    drawing, clipped = charts.scatter(dots, across=across, up="mean score, %", title=title, description=f"{said}.")
+    caption = "Bar: one standard deviation over seeds, to each side." + _ARROW * clipped
     return Figure(heading, [("", drawing)], caption)
-
-
-def _clipped(values: Sequence[float]) -> str:
-    return " Arrow: off the scale, at the number beside it." if charts.off_the_scale(values) else ""
 
 
 def _curves(summary: dict[str, Any]) -> Figure | None:

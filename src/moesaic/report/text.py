@@ -133,8 +133,8 @@ def _scores(summary: dict[str, Any]) -> Grid:
         ("±", "one standard deviation over seeds: how far another training moves a score"),
         (
             f"to {baseline} [95 %]",
-            "difference of the means in points; in brackets 95 % of 10,000 bootstrap draws of the test rows, paired by "
-            "row: how far other rows move it. The brackets know nothing of other trainings, ± nothing of other rows",
+            "difference of the means in points; in brackets 95 % of 10,000 bootstrap draws of the scored rows, paired "
+            "by row: how far other rows move it. The brackets know nothing of other trainings, ± nothing of other rows",
         ),
         ("relative, %", f"mean over tasks of the difference divided by {baseline}'s score"),
     ]

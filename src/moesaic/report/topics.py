@@ -26,11 +26,15 @@ _COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#
 
 
 def rows(topics: Topics, *, top: int = 3) -> list[dict[str, Any]]:
-    """One a topic, ordered by its first expert: {"topic", "group", "experts": [[expert, share], ...]}."""
+    """One a topic, ordered by its first expert: {"topic", "group", "experts": [[expert, share], ...]}.
+
+    Experts after the first are left out below a share of 0.05.
+    """
     found: list[dict[str, Any]] = []
     for name, group, shares in zip(topics.names, topics.groups, topics.assignment, strict=True):
         share, expert = shares.topk(min(top, len(shares)))
-        experts = [[int(e), round(float(s), 3)] for e, s in zip(expert, share, strict=True) if s >= 0.05]
+        pairs = enumerate(zip(expert, share, strict=True))
+        experts = [[int(e), round(float(s), 3)] for i, (e, s) in pairs if i == 0 or s >= 0.05]
         found.append({"topic": name, "group": group, "experts": experts})
     return sorted(found, key=lambda row: (row["experts"][0][0], row["topic"]))
 
@@ -38,11 +42,12 @@ def rows(topics: Topics, *, top: int = 3) -> list[dict[str, Any]]:
 def table(topics: Topics) -> Table:
     """Topic, group and top experts, a line each."""
     from rich.table import Table
+    from rich.text import Text
 
-    made = Table("topic", "group", "experts", title=caption(topics))
+    made = Table("topic", "group", "experts", title=Text(caption(topics), style="table.title"))
     for row in rows(topics):
         experts = ", ".join(f"{e} ({100 * s:.0f}%)" for e, s in row["experts"])
-        made.add_row(row["topic"], row["group"], experts)
+        made.add_row(Text(row["topic"]), Text(row["group"]), experts)
     return made
 
 

@@ -128,6 +128,16 @@ def link_loss(z: Tensor, edges: Tensor, others: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(scores, truth)
 
 
+def objective(
+    z: Tensor, prototypes: Tensor, edges: Tensor, others: Tensor, *, separate: float, margin: float
+) -> Tensor:
+    """L1, a scalar, with L_sep weighed by `separate`. z (Nt, dg), prototypes (E, dg), edges and others (pairs, 2)."""
+    p = assignment(z, prototypes)
+    balance = math.log(len(prototypes)) - entropy(p.mean(dim=0))
+    spread = separate * separation(prototypes, margin)
+    return link_loss(z, edges, others) + spread + balance + ENTROPY_WEIGHT * entropy(p).mean()
+
+
 def auc(positive: Tensor, negative: Tensor) -> float | None:
     """Share of (positive, negative) pairs in the right order, ties half; None where one side is empty."""
     if not len(positive) or not len(negative):
@@ -187,23 +197,20 @@ def embed(
     def without_edge() -> Tensor:
         return apart[torch.randint(max(len(apart), 1), (len(kept) if len(apart) else 0,), generator=generator)]
 
-    def objective(z: Tensor, others: Tensor) -> Tensor:
-        p = assignment(z, prototypes)
-        balance = math.log(num_experts) - entropy(p.mean(dim=0))
-        spread = separate * separation(prototypes, margin)
-        return link_loss(z, kept, others) + spread + balance + ENTROPY_WEIGHT * entropy(p).mean()
+    def loss(z: Tensor, others: Tensor) -> Tensor:
+        return objective(z, prototypes, kept, others, separate=separate, margin=margin)
 
     fixed = without_edge()
     with torch.no_grad():
-        before = float(objective(gcn(ahat, x), fixed))
+        before = float(loss(gcn(ahat, x), fixed))
     optimizer = torch.optim.Adam([gcn.first, gcn.second, prototypes], lr=lr)
     for _ in range(steps):
         optimizer.zero_grad()
-        objective(gcn(ahat, x, drop), without_edge()).backward()
+        loss(gcn(ahat, x, drop), without_edge()).backward()
         optimizer.step()
     with torch.no_grad():
         z = gcn(ahat, x)
-        after = float(objective(z, fixed))
+        after = float(loss(z, fixed))
         link_auc = auc(*((z[p[:, 0]] * z[p[:, 1]]).sum(dim=1) for p in (held, held_apart)))
         nodes, unit = gcn(normalized(edges), x), F.normalize(prototypes, dim=-1)
         return Embedding(unit, assignment(nodes, unit), nodes, before, after, link_auc)

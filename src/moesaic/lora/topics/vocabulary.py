@@ -7,22 +7,25 @@ A vocabulary is a JSON file; `bigbench.json` beside this file is the one that co
      "tasks": {task: [keywords]}}                                             optional: the pairs that occur together
 
 A list of tasks put on top of a vocabulary is either `{task: [keywords]}` or a file like the above, whose keywords are
-added. Keywords marked `format` say how a task is posed, not what it is about: they are known, and no topics. A count
-that is missing is unknown, not zero.
+added; none replaces what another file says. Keywords marked `format` say how a task is posed, not what it is about:
+they are known, and no topics. A count that is missing is unknown, not zero.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from moesaic.errors import ConfigError, DataError, first_line, suggest
 
 PACKAGED = "bigbench"
 LEVELS = ("keyword", "group")
+SECTIONS = ("groups", "keywords", "tasks")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -92,26 +95,15 @@ def load(name: str, tasks: Sequence[str] = ()) -> Vocabulary:
         tasks: paths of lists of tasks; a keyword that one of them uses may be described in another.
 
     Raises:
-        DataError: naming file and entry; for an unknown keyword, the task and the nearest known one too.
+        DataError: naming file and entry; for an unknown keyword, the task and the nearest known one too; for a task in
+            two files, or a keyword or group that is not the same in both, the other file too.
     """
     packaged = Path(__file__).with_name("bigbench.json")
     files = [packaged if name == PACKAGED else Path(name).expanduser(), *(Path(t).expanduser() for t in tasks)]
     contents = {str(file): _read(file) for file in files}
-    groups = {
-        group: _text(description, f"{file}: group '{group}'")
-        for file, content in contents.items()
-        for group, description in _section(content, "groups", file).items()
-    }
-    keywords = {
-        keyword: _keyword(entry, f"{file}: keyword '{keyword}'", groups)
-        for file, content in contents.items()
-        for keyword, entry in _section(content, "keywords", file).items()
-    }
-    listed = {
-        task: _keywords_of(task, names, file, keywords)
-        for file, content in contents.items()
-        for task, names in _section(content, "tasks", file).items()
-    }
+    groups = _merged(contents, "groups", _text)
+    keywords = _merged(contents, "keywords", lambda entry, where: _keyword(entry, where, groups))
+    listed = _merged(contents, "tasks", lambda names, where: _keywords_of(names, where, keywords))
     return Vocabulary(groups, keywords, listed)
 
 
@@ -124,21 +116,43 @@ def _read(file: Path) -> dict[str, Any]:
         raise DataError(f"{file}: not a JSON file that can be read: {first_line(error)}") from None
     if not isinstance(content, dict) or not content:
         raise DataError(f"{file}: expected an object like {{'task': ['keyword', …]}}, got {type(content).__name__}")
-    if isinstance(next(iter(content.values())), list):
+    known = {"about", *SECTIONS}
+    first, entry = next(iter(content.items()))
+    if first not in known and isinstance(entry, list):
         return {"tasks": content}
-    odd = content.keys() - {"about", "groups", "keywords", "tasks"}
+    odd = content.keys() - known
     if odd:
-        raise DataError(f"{file}: unknown entry '{min(odd)}'; {suggest(min(odd), ('groups', 'keywords', 'tasks'))}")
+        raise DataError(f"{file}: unknown entry '{min(odd)}'; {suggest(min(odd), SECTIONS)}")
     return content
 
 
-def _keywords_of(task: str, names: Any, file: str, keywords: Mapping[str, Keyword]) -> tuple[str, ...]:
+def _merged(contents: Mapping[str, dict[str, Any]], key: str, read: Callable[[Any, str], T]) -> dict[str, T]:
+    """A section's entries from all files, each as `read(entry, where)` gives it.
+
+    Raises:
+        DataError: a task in two files; a keyword or group in two that is not the same in both.
+    """
+    found: dict[str, T] = {}
+    source: dict[str, str] = {}
+    for file, content in contents.items():
+        for name, entry in _section(content, key, file).items():
+            what = f"{key.removesuffix('s')} '{name}'"
+            value = read(entry, f"{file}: {what}")
+            if name in found and key == "tasks":
+                raise DataError(f"{what} is listed twice: in {source[name]} and in {file}")
+            if name in found and value != found[name]:
+                raise DataError(f"{what} is described differently in {source[name]} and in {file}")
+            found[name], source[name] = value, file
+    return found
+
+
+def _keywords_of(names: Any, where: str, keywords: Mapping[str, Keyword]) -> tuple[str, ...]:
     if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
-        raise DataError(f"{file}: task '{task}' must have a list of keywords")
+        raise DataError(f"{where} must have a list of keywords")
     for name in names:
         if name not in keywords:
             raise DataError(
-                f"{file}: task '{task}' has the unknown keyword '{name}'; {_nearest(name, keywords)}, or describe it: "
+                f"{where} has the unknown keyword '{name}'; {_nearest(name, keywords)}, or describe it: "
                 '{"keywords": {keyword: {"group": …, "description": …}}, "tasks": {…}}'
             )
     return tuple(dict.fromkeys(names))
