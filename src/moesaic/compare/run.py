@@ -83,7 +83,7 @@ def _run(planned: Plan, out: Path) -> tuple[list[Cell], Trials]:
             for (arm, seed), place in places.items()
             if arm in trials.chosen
         }
-        outcomes = dict(zip(jobs, _outcomes(list(jobs.values()), settings, report), strict=True))
+        outcomes = dict(zip(jobs, _outcomes(list(jobs.values()), "runs", settings, report), strict=True))
     found = []
     for (arm, seed), place in places.items():
         outcome, of = outcomes.get((arm, seed)), planned.arms[arm]
@@ -107,7 +107,7 @@ def _tune(planned: Plan, out: Path, rates: Sequence[float], report: Report) -> T
         for arm in arms
         for lr in rates
     }
-    outcomes = dict(zip(jobs, _outcomes(list(jobs.values()), settings, report), strict=True))
+    outcomes = dict(zip(jobs, _outcomes(list(jobs.values()), "trials", settings, report), strict=True))
     found = Trials({arm: {lr: outcomes[arm, lr].score for lr in rates} for arm in arms}, {}, {})
     for arm, scores in found.scores.items():
         good = [(-score, lr) for lr, score in scores.items() if score is not None]
@@ -135,8 +135,8 @@ def _job(planned: Plan, arm: str, place: Path, *, trial: bool, **own: Any) -> Jo
     )
 
 
-def _outcomes(jobs: Sequence[Job], settings: CompareSettings, report: Report) -> list[Outcome]:
-    """How all jobs end, in their order; those that are done already are not run."""
+def _outcomes(jobs: Sequence[Job], what: str, settings: CompareSettings, report: Report) -> list[Outcome]:
+    """How all jobs, which are `what`, end, in their order; those that are done already are not run."""
     found = {job.name: cells.state(job) for job in jobs}
     for outcome in found.values():
         if outcome.status == "done":
@@ -151,8 +151,7 @@ def _outcomes(jobs: Sequence[Job], settings: CompareSettings, report: Report) ->
                 report(outcome)
     except KeyboardInterrupt:
         done = sum(cells.state(job).status == "done" for job in jobs)
-        kind = "trials" if jobs[0].recipe.seed == settings.tune_seed else "runs"
-        raise KeyboardInterrupt(f"stopped with {done} of {len(jobs)} {kind} done; the same command goes on") from None
+        raise KeyboardInterrupt(f"stopped with {done} of {len(jobs)} {what} done; the same command goes on") from None
     return [found[job.name] for job in jobs]
 
 
