@@ -359,6 +359,13 @@ def test_an_arm_is_compared_with_those_that_adapt_the_same_modules():
     assert "points against lora-all (3 seeds)" in found["text"]
 
 
+def test_an_arm_must_be_above_every_plain_lora_on_its_modules():
+    means = {"lora": LORA, "wide": [0.7, 0.7, 0.71], "uniform": UNIFORM, "mola": [0.60, 0.62, 0.64]}
+    found = judged(means, {"wide": "lora"})["mola"]
+    assert (found["holds"], found["worse"]) == (False, ["wide"])
+    assert judged({**means, "wide": LORA}, {"wide": "lora"})["mola"]["holds"] is True
+
+
 def test_a_baseline_that_is_no_plain_lora_takes_nothing_from_the_rule():
     means = {"lora": [0.9] * 3, "uniform": UNIFORM, "mola": [0.6, 0.62, 0.64]}
     assert judged(means, baseline="uniform")["mola"]["worse"] == ["lora"]

@@ -2,7 +2,7 @@
 
 An arm is above another if the mean of the seed-paired differences of their mean scores exceeds two of their standard
 deviations, over at least three seeds; worse, if it is as far below. Routing helps where a learned router's arm is above
-both plain LoRA and a uniform gate on the same modules: above LoRA alone may be the experts' doing.
+every plain LoRA and every uniform gate on the same modules: above LoRA alone may be the experts' doing.
 """
 
 import statistics
@@ -48,35 +48,35 @@ def verdicts(arms: Sequence[Mapping[str, Any]], baseline: str) -> list[dict[str,
     Args:
         arms: a summary's: name, method, kind, modules and, of finished ones, seeds, their mean scores (`values`) and
             parameters.
-        baseline: the plain arm to compare with where it adapts the same modules; else another plain one that does.
+        baseline: named first where it is among those that an arm is compared with.
     """
     means = {arm["arm"]: dict(zip(arm["seeds"], arm.get("values", ()), strict=True)) for arm in arms}
     found = []
     for arm in arms:
         alike = [other for other in arms if other["modules"] == arm["modules"]]
-        plain = [other for other in alike if other["kind"] == "plain"]
-        plain.sort(key=lambda other: (other["arm"] != baseline, other["method"] != "lora"))
-        uniform = [other for other in alike if other["method"] == "uniform"]
-        others = {"plain LoRA": plain[0] if plain else None}
+        plain = [other for other in alike if other["method"] == "lora"]
+        others = {"plain LoRA": sorted(plain, key=lambda other: bool(other["arm"] != baseline))}
         if arm["kind"] == "oracle":
-            claim = _oracle_claim(arm, others["plain LoRA"] or {})
+            claim = _oracle_claim(arm, plain)
         elif arm["kind"] in ("learned", "told"):
-            others["a uniform gate"] = uniform[0] if uniform else None
+            others["a uniform gate"] = [other for other in alike if other["method"] == "uniform"]
             told = arm["kind"] == "told"
             claim = "routing by the task id, which plain LoRA is not told, helps" if told else "routing helps"
         else:
             continue
-        missing = [what for what, other in others.items() if other is None]
+        missing = [what for what, group in others.items() if not group]
         if missing:
             why = f"there is no arm with {' or '.join(missing)} on the same modules"
             found.append(_undecided(arm["arm"], claim, why))
         else:
-            found.append(_judge(means, arm["arm"], claim, [other["arm"] for other in others.values() if other]))
+            found.append(
+                _judge(means, arm["arm"], claim, [other["arm"] for group in others.values() for other in group])
+            )
     return [asdict(v) for v in found]
 
 
-def _oracle_claim(arm: Mapping[str, Any], baseline: Mapping[str, Any]) -> str:
-    own, other = arm.get("trainable_parameters"), baseline.get("trainable_parameters")
+def _oracle_claim(arm: Mapping[str, Any], plain: Sequence[Mapping[str, Any]]) -> str:
+    own, other = arm.get("trainable_parameters"), max((p.get("trainable_parameters") or 0 for p in plain), default=0)
     if own and other and own > MATCHED * other:
         return f"knowing the task helps, given {own / other:.1f} times the parameters"
     return "knowing the task helps"
