@@ -213,7 +213,10 @@ def test_four_files_are_written_whole(make, tmp_path):
     assert "| lora | 62.5 ± 17.7 |  |  | 75.0 ± 35.4 | 50.0 ± 0.0 |" in table
     assert "- *±*: one standard deviation over seeds" in table
     assert "*to lora [95 %]*: difference of the means in points; in brackets 95 %" in table
-    assert "- mola: not decided whether routing helps: there is no arm with a uniform gate on the same modules" in table
+    assert (
+        "- mola: not decided whether routing helps: there is no arm with a gate that learns nothing on the same modules"
+        in table
+    )
 
 
 def test_nothing_finished_is_still_a_comparison(tmp_path):
@@ -328,7 +331,7 @@ def test_what_cannot_be_decided_is_said():
     assert two["text"] == "mola: not decided whether routing helps: 2 seeds in common with lora, 3 are needed"
     none = judged({"lora": LORA, "mola": [0.9, 0.9, 0.9]})["mola"]
     assert none["holds"] is None
-    assert "no arm with a uniform gate" in none["text"]
+    assert "no arm with a gate that learns nothing on the same modules" in none["text"]
 
 
 def test_the_oracle_is_compared_with_the_baseline_and_its_parameters_are_named():
@@ -353,7 +356,7 @@ def test_an_arm_is_compared_with_those_that_adapt_the_same_modules():
         modules[name] = "q_proj x 2, up_proj x 2"
     found = judged(means, methods, modules=modules)["mola-all"]
     assert found["holds"] is None
-    assert found["text"].endswith("there is no arm with a uniform gate on the same modules")
+    assert found["text"].endswith("there is no arm with a gate that learns nothing on the same modules")
     found = judged({**means, "uniform-all": [0.95] * 3}, methods, modules=modules)["mola-all"]
     assert (found["holds"], found["worse"]) == (False, ["uniform-all"])
     assert "points against lora-all (3 seeds)" in found["text"]

@@ -31,7 +31,7 @@ TOLERANCE = {"fp32": 1e-5, "bf16": 3e-2}
 
 EVERY = [*sorted(METHODS), *tiny.COMBINATIONS]
 WITH_LOSSES = [name for name in EVERY if tiny.small(name).losses()]
-LINEAR_LEVEL = [name for name in EVERY if tiny.config_class(name).level == "linear"]
+LINEAR_LEVEL = [name for name in EVERY if tiny.small(name).level == "linear"]
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_base = pytest.mark.parametrize("base", list(DTYPES))

@@ -13,10 +13,7 @@ from moesaic.lora import METHODS
 from moesaic.lora.custom import CustomConfig, SumRouter
 from tests import tiny
 
-PARTS = sorted(
-    name for name, cls in METHODS.items() if cls.level == "linear" and not cls.shares_down and name != "custom"
-)
-"""What experts are is not recombined, only how they are routed."""
+PARTS = sorted(name for name, cls in METHODS.items() if not cls.shares_down and name != "custom")
 
 
 def custom(**settings: Any) -> CustomConfig:
@@ -37,7 +34,8 @@ def outputs(config: Any, *, train: bool = False) -> dict[str, torch.Tensor]:
 def test_all_parts_of_one_method_are_that_method(method: str, train: bool) -> None:
     whole = tiny.small(method)
     settings = {name: value for name, value in vars(tiny.small(method)).items() if name.endswith(("_dim", "topics"))}
-    parts = custom(router_of=method, settings={method: settings}, top_k=getattr(whole, "top_k", None))
+    level = METHODS[method].level
+    parts = custom(router_of=method, settings={method: settings}, top_k=getattr(whole, "top_k", None), level=level)
     parts.lora_dropout = 0.0
     parts.lora_alpha *= whole.scaling / parts.scaling
     wanted, got = outputs(whole, train=train), outputs(parts, train=train)
@@ -124,7 +122,7 @@ def test_a_taught_loss_is_taught_and_its_prototypes_are_kept() -> None:
     [
         ({"router_of": "hotmo"}, "no router, gate or loss of 'hotmo' to recombine; did you mean 'hotmoe'"),
         ({"router_of": []}, "router_of is empty"),
-        ({"gate_of": "mixlora"}, "no router, gate or loss of 'mixlora'"),
+        ({"level": "layer"}, "level='layer' must be one of linear, block"),
         ({"gate_of": "custom"}, "no router, gate or loss of 'custom'"),
         ({"router_of": "mola", "settings": {"hotmoe": {}}}, "settings.hotmoe: no part is of method 'hotmoe'"),
         ({"router_of": "mola", "settings": {"mola": {"topk": 2}}}, "unknown setting 'topk' for MoLAConfig"),

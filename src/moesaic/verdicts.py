@@ -2,7 +2,8 @@
 
 An arm is above another if the mean of the seed-paired differences of their mean scores exceeds two of their standard
 deviations, over at least three seeds; worse, if it is as far below. Routing helps where a learned router's arm is above
-every plain LoRA and every uniform gate on the same modules: above LoRA alone may be the experts' doing.
+every plain LoRA and every gate that learns nothing (uniform, random) on the same modules: above LoRA alone may be the
+experts' doing.
 """
 
 import statistics
@@ -59,7 +60,7 @@ def verdicts(arms: Sequence[Mapping[str, Any]], baseline: str) -> list[dict[str,
         if arm["kind"] == "oracle":
             claim = _oracle_claim(arm, plain)
         elif arm["kind"] in ("learned", "told"):
-            others["a uniform gate"] = [other for other in alike if other["method"] == "uniform"]
+            others["a gate that learns nothing"] = [other for other in alike if other["kind"] == "fixed"]
             told = arm["kind"] == "told"
             claim = "routing by the task id, which plain LoRA is not told, helps" if told else "routing helps"
         else:

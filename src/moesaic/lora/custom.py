@@ -10,16 +10,17 @@ On the command line, parts are settings of the adapter, and so are the settings 
     moesaic train custom data=tasks/ adapter.router_of=mola,rmoe adapter.gate_of=dynmole adapter.losses_of=dynmole,mola
         adapter.settings.dynmole.top_p=0.6 adapter.settings.rmoe.state_dim=32
 
-`gate_of` left out is the first router's method, `losses_of` left out the gate's. Any linear-level method can be a part.
-Every part is built by its own method's config, from `settings` and from what all methods share; the logits of several
-routers are added up. A part that changes between training and evaluation, or over the training, does so here too.
+`gate_of` left out is the first router's method, `losses_of` left out the gate's. `level=block` makes whole FFNs the
+experts, as in MixLoRA: `router_of=uniform level=block` is such experts without routing. Every part is built by its own
+method's config, from `settings` and from what all methods share; the logits of several routers are added up. A part
+that changes between training and evaluation, or over the training, does so here too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +79,7 @@ class CustomConfig(MixtureConfig):
     """Settings of a recombination on top of `MixtureConfig`'s.
 
     Raises:
-        ConfigError: a part is no method, is a whole block's, or its settings do not fit.
+        ConfigError: a part is no method, or its settings do not fit.
     """
 
     method: ClassVar[str] = "custom"
@@ -91,6 +92,9 @@ class CustomConfig(MixtureConfig):
     gate_of: str | None = field(default=None, metadata={"help": "method whose gate weighs; the first router's if left"})
     losses_of: list[str] | str | None = field(
         default=None, metadata={"help": "methods whose auxiliary losses shape the router; the gate's if left"}
+    )
+    level: Literal["linear", "block"] = field(  # type: ignore[misc]
+        default="linear", metadata={"help": "what an expert is: linear, a LoRA pair, or block, a whole FFN's pairs"}
     )
     settings: dict[str, dict[str, Any]] = field(
         default_factory=dict, metadata={"help": "settings of the parts: method -> its own settings"}
@@ -152,7 +156,7 @@ class CustomConfig(MixtureConfig):
         return self._parts[name]
 
     def _build(self, name: str) -> MixtureConfig:
-        known = {m for m, cls in METHODS.items() if cls.level == "linear" and cls is not type(self)}
+        known = {m for m, cls in METHODS.items() if cls is not type(self)}
         if name not in known:
             raise ConfigError(f"no router, gate or loss of {name!r} to recombine; {suggest(name, known)}")
         cls = METHODS[name]
