@@ -366,6 +366,7 @@ def test_an_arm_must_be_above_every_plain_lora_on_its_modules():
     means = {"lora": LORA, "wide": [0.7, 0.7, 0.71], "uniform": UNIFORM, "mola": [0.60, 0.62, 0.64]}
     found = judged(means, {"wide": "lora"})["mola"]
     assert (found["holds"], found["worse"]) == (False, ["wide"])
+    assert "−8.3 ± 1.5 points against wide, the highest of 2 (3 seeds) and +10.0" in found["text"]
     assert judged({**means, "wide": LORA}, {"wide": "lora"})["mola"]["holds"] is True
 
 

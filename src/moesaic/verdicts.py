@@ -70,9 +70,8 @@ def verdicts(arms: Sequence[Mapping[str, Any]], baseline: str) -> list[dict[str,
             why = f"there is no arm with {' or '.join(missing)} on the same modules"
             found.append(_undecided(arm["arm"], claim, why))
         else:
-            found.append(
-                _judge(means, arm["arm"], claim, [other["arm"] for group in others.values() for other in group])
-            )
+            groups = [[other["arm"] for other in group] for group in others.values()]
+            found.append(_judge(means, arm["arm"], claim, groups))
     return [asdict(v) for v in found]
 
 
@@ -83,28 +82,33 @@ def _oracle_claim(arm: Mapping[str, Any], plain: Sequence[Mapping[str, Any]]) ->
     return "knowing the task helps"
 
 
-def _judge(means: Mapping[str, Mapping[int, float]], arm: str, claim: str, others: list[str]) -> Verdict:
+def _judge(means: Mapping[str, Mapping[int, float]], arm: str, claim: str, groups: list[list[str]]) -> Verdict:
+    """By all arms of all groups; of each group the highest arm is told."""
     said, above, worse = [], [], []
-    for other in others:
-        seeds = sorted(means.get(arm, {}).keys() & means.get(other, {}).keys())
-        if len(seeds) < LEAST_SEEDS:
-            text = f"{len(seeds)} seed{'s' * (len(seeds) != 1)} in common with {other}, {LEAST_SEEDS} are needed"
-            return _undecided(arm, claim, text)
-        gaps = [100 * (means[arm][s] - means[other][s]) for s in seeds]
-        mean, deviation = statistics.fmean(gaps), statistics.stdev(gaps)
-        if mean > DEVIATIONS * deviation:
-            above.append(other)
-        if -mean > DEVIATIONS * deviation:
-            worse.append(other)
-        said.append(f"{number(mean, '{:+.1f}')} ± {deviation:.1f} points against {other} ({len(seeds)} seeds)")
-    figures, each = " and ".join(said), "each " if len(said) > 1 else ""
-    if len(above) == len(others):
+    for group in groups:
+        told: list[tuple[float, str]] = []
+        for other in group:
+            seeds = sorted(means[arm].keys() & means[other].keys())
+            if len(seeds) < LEAST_SEEDS:
+                text = f"{len(seeds)} seed{'s' * (len(seeds) != 1)} in common with {other}, {LEAST_SEEDS} are needed"
+                return _undecided(arm, claim, text)
+            gaps = [100 * (means[arm][s] - means[other][s]) for s in seeds]
+            mean, deviation = statistics.fmean(gaps), statistics.stdev(gaps)
+            above.append(mean > DEVIATIONS * deviation)
+            worse += [other] if -mean > DEVIATIONS * deviation else []
+            best = f", the highest of {len(group)}" if len(group) > 1 else ""
+            figures = f"{number(mean, '{:+.1f}')} ± {deviation:.1f} points against {other}{best} ({len(seeds)} seeds)"
+            told.append((mean, figures))
+        said.append(min(told)[1])
+    figures, each = " and ".join(said), "each " if len(above) > 1 else ""
+    if all(above):
         text = f"{claim}: {figures}, {each}above two standard deviations"
     elif worse:
-        text = f"worse than {' and '.join(worse)} by more than two standard deviations, no sign that {claim}: {figures}"
+        names = " and ".join(worse) if len(worse) <= 2 else f"{worse[0]} and {len(worse) - 1} others"
+        text = f"worse than {names} by more than two standard deviations, no sign that {claim}: {figures}"
     else:
         text = f"no sign that {claim}: {figures}, not {each}above two standard deviations"
-    return Verdict(arm, claim, len(above) == len(others), worse, f"{arm}: {text}")
+    return Verdict(arm, claim, all(above), worse, f"{arm}: {text}")
 
 
 def _undecided(arm: str, claim: str, why: str) -> Verdict:
