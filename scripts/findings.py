@@ -19,6 +19,7 @@ class Findings:
         self.summaries = {
             name.removeprefix("compare-").removeprefix("nano-"): json.loads((folder / f"{name}.json").read_text())
             for name in COMPARISONS
+            if (folder / f"{name}.json").is_file()
         }
 
     def arm(self, name: str, arm: str) -> dict[str, Any]:

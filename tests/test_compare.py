@@ -1,6 +1,7 @@
 """`moesaic compare`: the plan that is refused or run, cells as processes, going on where it stopped."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -272,7 +273,10 @@ REFUSED = [
     (["methods=mola", "arms.mola.trainable_token_indices=x"], "arm mola: trainable_token_indices='x' must be a list"),
     (["methods=oracle", "arms.oracle.num_experts=5"], "arm oracle: num_experts=5, but there are 2 tasks"),
     (["methods=topiclora", "arms.topiclora.topics=nowhere"], "arm topiclora: no topics file nowhere"),
-    (["methods=mola", "match=rank", "budget=1e12"], "arm lora: budget=1000000000000.0 takes rank 1,000,000,000,000"),
+    (
+        ["methods=mola", "match=rank", "budget=1e12"],
+        "arm lora: budget=1000000000000.0 takes rank 1,000,000,000,000",
+    ),
     (["methods=mola", "tasks=[[1]]"], "tasks=.*must be a list of texts"),
     (["methods=mola", "out=/dev/null/x"], "out=/dev/null/x cannot be written: Not a directory"),
     (["methods=mola", "arms.a/b.method=mola"], "arms.a/b: it names folders"),
@@ -480,7 +484,7 @@ def test_a_topics_file_with_another_content_is_refused(world, tmp_path, quick):
     assert main(make) == 0
     assert run(ask) == 0
     assert main([*make, "seed=1", "overwrite=true"]) == 0
-    with pytest.raises(ConfigError, match=rf"with arms\.topiclora\.{topics}=\w+, now \w+: set back"):
+    with pytest.raises(ConfigError, match=rf"holds a comparison with another {topics} than there is now"):
         run(ask)
 
 
@@ -528,16 +532,54 @@ def test_a_finished_run_with_other_settings_is_not_taken_for_the_cell(world, tmp
         run(small(world, out))
 
 
-@pytest.mark.parametrize("damage", [{"mean": None}, {"mean": "x"}, {"routing": [3]}])
-def test_figures_edited_by_hand_are_named_in_one_line(world, tmp_path, quick, damage, capsys):
+DAMAGE = {
+    "eval-validation.json": [
+        {"mean": None}, {"mean": "x"}, {"mean": math.nan}, {"routing": [3]}, {"tasks": None},
+        {"routing": {"by_layer_and_task": "x"}}, {"base_mean": "x"},
+    ],
+    "results.json": [
+        {"trainable_parameters": "a"}, {"versions": ["a"]}, {"versions": {"a": ["b"]}}, {"device": {"a": 1}},
+    ],
+    "metrics.jsonl": [{"step": 0, "loss": 1}, {"step": 1, "loss": math.nan}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "damage"), [(name, damage) for name, each in DAMAGE.items() for damage in each])
+def test_a_cell_edited_by_hand_is_failed_and_the_others_are_told(world, tmp_path, quick, name, damage, capsys):
     out = tmp_path / "out"
     assert run(small(world, out)) == 0
-    file = out / "cells" / "mola-s0" / "eval-validation.json"
-    file.write_text(json.dumps({**read(file), **damage}))
+    file = out / "cells" / "lora-s0" / name
+    before = json.loads(file.read_text().splitlines()[0]) if name.endswith("l") else read(file)
+    file.write_text(json.dumps({**before, **damage}))
     capsys.readouterr()
-    assert main(["compare", str(out)]) != 0
-    shown = capsys.readouterr()
-    assert f"mola-s0/{file.name}" in shown.out + shown.err
+    assert main(["compare", str(out)]) == 1
+    assert f"remove {file.parent} to run it again" in capsys.readouterr().out
+    figures = read(out / "comparison.json")
+    assert [(m["arm"], m["seed"], m["status"]) for m in figures["missing"]] == [("lora", 0, "failed")]
+    shutil.rmtree(file.parent)
+    assert run([str(out)]) == 0
+
+
+@pytest.mark.parametrize(
+    "name", ["results.json", "eval-validation.json", "predictions-validation.jsonl", "recipe.yaml"]
+)
+def test_an_empty_file_of_a_cell_fails_it_alone(world, tmp_path, quick, name, capsys):
+    out = tmp_path / "out"
+    assert run(small(world, out)) == 0
+    file = out / "cells" / "mola-s0" / name
+    file.write_text("")
+    capsys.readouterr()
+    assert main(["compare", str(out)]) == 1
+    assert f"remove {file.parent} to run it again" in capsys.readouterr().out
+    assert len(read(out / "comparison.json")["missing"]) == 1
+
+
+def test_without_its_plan_a_comparison_is_not_continued(world, tmp_path, quick):
+    out = tmp_path / "out"
+    assert run(small(world, out)) == 0
+    (out / "arms.json").unlink()
+    with pytest.raises(ConfigError, match=r"has runs but no arms\.json, which says what they were trained on"):
+        run([str(out)])
 
 
 @pytest.mark.parametrize("damage", [{"arms": 3}, {"arms": {"lora": {}}}, {"arms": None}])

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moesaic import metrics
-from moesaic.checkpoints import read_json, reading, write_json, write_text
+from moesaic.checkpoints import read_json, write_text
 from moesaic.errors import ConfigError, first_line
 from moesaic.tables import ROUTING
 from moesaic.verdicts import Kind, verdicts
@@ -76,8 +76,20 @@ def summarise(cells: Sequence[Cell], *, baseline: str, split: str, settings: dic
             try:
                 runs.append(read_run(cell, split))
             except ConfigError as error:
-                missed.append(_reason(cell, str(error)) | {"status": "failed"})
+                why = f"{error}; remove {cell.folder} to run it again"
+                missed.append(_reason(cell, why) | {"status": "failed"})
     _require_same_rows(runs)
+    return _summary(cells, runs, missed, baseline, split, settings)
+
+
+def _summary(
+    cells: Sequence[Cell],
+    runs: Sequence[Run],
+    missed: list[dict[str, Any]],
+    baseline: str,
+    split: str,
+    settings: dict[str, Any],
+) -> dict[str, Any]:
     names = list(dict.fromkeys(cell.arm for cell in cells))
     groups = {name: [r for r in runs if r.cell.arm == name] for name in names}
     arms = [_arm([c for c in cells if c.arm == name], groups[name], groups.get(baseline, [])) for name in names]
@@ -108,23 +120,33 @@ def read_run(cell: Cell, split: str) -> Run:
         rows = {task: [found[i] for i in range(len(found))] for task, found in correct.items()}
         if {task: len(found) for task, found in rows.items()} != {t: s["n"] for t, s in scores["tasks"].items()}:
             raise ValueError(f"its rows are not those of eval-{split}.json")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{file} is missing or damaged: {first_line(error)}; run `moesaic eval` again") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{file} is missing or damaged: {first_line(error)}") from None
     run = Run(cell, results, scores, rows, _losses(cell.folder / "metrics.jsonl"))
-    with reading(cell.folder / f"eval-{split}.json"):
-        _arm([cell], [run], [])
-        _tasks([run])
+    try:
+        _rendered(_summary([cell], [run], [], cell.arm, split, {}))
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise ConfigError(f"{cell.folder} holds figures that no run writes: {first_line(error)}") from None
     return run
 
 
 def write(out: Path, summary: dict[str, Any]) -> None:
     """Write comparison.json, table.md, table.csv and report.html into `out`, each whole or not at all."""
+    for name, text in _rendered(summary).items():
+        write_text(out / name, text)
+
+
+def _rendered(summary: dict[str, Any]) -> dict[str, str]:
+    """The text of each file of figures."""
     from moesaic.report import csv, html, markdown
 
-    write_json(out / "comparison.json", summary)
-    write_text(out / "table.md", markdown(summary))
-    write_text(out / "table.csv", csv(summary))
-    write_text(out / "report.html", html(summary))
+    figures = json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False)
+    return {
+        "comparison.json": figures + "\n",
+        "table.md": markdown(summary),
+        "table.csv": csv(summary),
+        "report.html": html(summary),
+    }
 
 
 def table(summary: dict[str, Any]) -> RenderableType:

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,21 +76,33 @@ class Outcome:
 
 
 def state(job: Job) -> Outcome:
-    """What the job's folder says.
+    """What the job's folder says; a damaged one counts as failed.
 
     Raises:
         ConfigError: it holds a run with other settings, such as another rate chosen since a failed trial succeeded.
     """
     if job.run.recipe.is_file():
-        changed = differences(load_recipe(str(job.run.recipe)).describes(), job.recipe.describes())
+        try:
+            stored = load_recipe(str(job.run.recipe))
+        except ConfigError as error:
+            return _damaged(job, error)
+        changed = differences(stored.describes(), job.recipe.describes())
         if changed:
             raise ConfigError(f"{job.run.path} holds a run with {changed}: remove that folder to run it again")
     if not job.commands():
-        with reading(job.scores):
-            return Outcome(job, "done", score=float(read_json(job.scores)["mean"]))
+        try:
+            with reading(job.scores):
+                return Outcome(job, "done", score=float(read_json(job.scores)["mean"]))
+        except ConfigError as error:
+            return _damaged(job, error)
     if job.failure.is_file():
-        return Outcome(job, "failed", str(read_json(job.failure).get("error")))
+        with contextlib.suppress(ConfigError):
+            return Outcome(job, "failed", str(read_json(job.failure).get("error")))
     return Outcome(job, "pending")
+
+
+def _damaged(job: Job, error: ConfigError) -> Outcome:
+    return Outcome(job, "failed", f"{error}; remove {job.run.path} to run it again")
 
 
 def run_job(job: Job, stops: Callable[[], int] = lambda: 0) -> Outcome:
@@ -99,6 +111,8 @@ def run_job(job: Job, stops: Callable[[], int] = lambda: 0) -> Outcome:
     Args:
         stops: how often the user has asked to stop: once lets the process write a checkpoint, twice ends it at once.
     """
+    if not job.commands():
+        return state(job)
     folder, start, log = job.run.path, time.monotonic(), job.run.path / "log.txt"
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -123,7 +137,7 @@ def run_job(job: Job, stops: Callable[[], int] = lambda: 0) -> Outcome:
             code, asked = _wait(process, stops)
     seconds = time.monotonic() - start
     if code == 0:
-        return Outcome(job, "done", score=state(job).score, seconds=seconds)
+        return replace(state(job), seconds=seconds)
     if asked:
         return Outcome(job, "pending", "stopped", seconds=seconds)
     error = _reason(log, code)

@@ -40,32 +40,56 @@ def check_same(out: Path, planned: Plan) -> None:
         if key in _FREE:
             continue
         if key in ("methods", "seeds", "arms"):
-            gone = [str(entry) for entry in old or () if entry not in new]
+            kept = old if isinstance(old, (list, dict)) else [old]
+            gone = [str(entry) for entry in kept if entry not in new]
             if gone:
                 raise ConfigError(f"{out} holds a comparison whose {key} have {', '.join(gone)}: leave it in, {hint}")
         elif key != "adapter" and old != new:
             changed = differences({key: old}, {key: new})
             raise ConfigError(f"{out} holds a comparison with {changed}: set it back, {hint}")
     if not (out / ARMS).is_file():
+        if any((out / name).is_dir() for name in ("cells", "tuning")):
+            raise ConfigError(f"{out} has runs but no {ARMS}, which says what they were trained on: restore it, {hint}")
         return
-    past = read_json(out / ARMS)
-    rows = {"training": (past.get("data_sha256"), planned.data_sha256)}
-    with reading(out / ARMS):
-        rows |= {split: (past["scored_sha256"].get(split, new), new) for split, new in planned.scored_sha256.items()}
+    past = _past(out)
+    rows = {"training": (past["data_sha256"], planned.data_sha256)}
+    rows |= {split: (past["scored_sha256"].get(split, new), new) for split, new in planned.scored_sha256.items()}
     for what, (old, new) in rows.items():
         if old != new:
             raise ConfigError(
                 f"{out} holds a comparison on other {what} rows of data={planned.shared.data}: set them back, {hint}"
             )
     for name, arm in resolved(planned)["arms"].items():
-        with reading(out / ARMS):
-            old = past["arms"].get(name, arm)
-            before, now = ({"method": a["method"], **a["adapter"], **a["read"]} for a in (old, arm))
-            changed = differences(before, now, f"arms.{name}")
+        old = past["arms"].get(name, arm)
+        for file, digest in arm["read"].items():
+            if old["read"].get(file, digest) != digest:
+                raise ConfigError(
+                    f"{out} holds a comparison with another {file} than there is now: set it back, {hint}"
+                )
+        before, now = ({"method": a["method"], **a["adapter"]} for a in (old, arm))
+        changed = differences(before, now, f"arms.{name}")
         if changed:
             raise ConfigError(
                 f"{out} holds a comparison with {changed}: set back what it comes from (arms, adapter, budget), {hint}"
             )
+
+
+def _past(out: Path) -> dict[str, Any]:
+    """What the comparison in `out` came to. Raises ConfigError where that cannot be read."""
+    try:
+        past = read_json(out / ARMS)
+        with reading(out / ARMS):
+            for key, kind in (("arms", dict), ("scored_sha256", dict), ("data_sha256", str), ("command", str)):
+                if not isinstance(past[key], kind):
+                    raise TypeError(key)
+            for arm in past["arms"].values():
+                _ = {**arm["adapter"], **arm["read"], "method": arm["method"]}
+    except ConfigError:
+        raise ConfigError(
+            f"{out / ARMS} is damaged, and it says what the runs there were trained on: restore it, or overwrite=true, "
+            "or another out="
+        ) from None
+    return past
 
 
 def pinned(planned: Plan) -> dict[str, Any]:
@@ -110,15 +134,13 @@ def claimed(out: Path, planned: Plan) -> Iterator[None]:
         out.mkdir(parents=True, exist_ok=True)
     with locked(out):
         now = resolved(planned)
-        past = read_json(out / ARMS) if (out / ARMS).is_file() else {}
+        past = _past(out) if (out / ARMS).is_file() else {}
         write_text(out / FILE, dump(pinned(planned)))
-        with reading(out / ARMS):
-            arms = {**past.get("arms", {}), **now["arms"]}
-            write_json(out / ARMS, {"command": command_line(), **past, **now, "arms": arms})
+        arms = {**past.get("arms", {}), **now["arms"]}
+        write_json(out / ARMS, {"command": command_line(), **past, **now, "arms": arms})
         yield
 
 
 def command(out: Path) -> str:
     """The command that a comparison was started with."""
-    with reading(out / ARMS):
-        return str(read_json(out / ARMS)["command"])
+    return str(_past(out)["command"])

@@ -7,6 +7,9 @@ from moesaic.errors import ConfigError, suggest
 from moesaic.recipe import Recipe, adapter_config, is_routed
 from moesaic.verdicts import kind_of
 
+MOST = 10
+"""How many times its base's parameters an adapter may have."""
+
 
 def mixtures(recipes: dict[str, Recipe]) -> list[str]:
     """The arms with routers: those that learn their routing, if any does."""
@@ -29,6 +32,9 @@ def budget_of(settings: CompareSettings, recipes: dict[str, Recipe], base: Any) 
         return None, None
     number = _whole(wanted)
     if number is not None:
+        size = sum(p.numel() for p in base.model.parameters())
+        if settings.match == "trainable_params" and number > MOST * size:
+            raise ConfigError(f"budget={wanted} is over {MOST} times the model's {size:,} parameters: ask for less")
         return number, None
     if wanted is not None and wanted not in recipes:
         raise ConfigError(f"budget={wanted} is neither an arm nor a number; {suggest(wanted, recipes)}")

@@ -1,6 +1,7 @@
 """Running a comparison: plan, tune, run every cell, sum up."""
 
 import json
+import math
 import os
 import signal
 import sys
@@ -175,4 +176,5 @@ def _termination_interrupts() -> Iterator[None]:
 def _described(planned: Plan, out: Path, trials: Trials) -> dict[str, Any]:
     """What goes into the figures: what was asked for, what it came to, what tuning found."""
     tuning = {arm: {f"{lr:g}": score for lr, score in scores.items()} for arm, scores in trials.scores.items()}
-    return {**pinned(planned), **resolved(planned), "tuning": tuning, "command": command(out)}
+    asked = {key: str(value) if value == math.inf else value for key, value in pinned(planned).items()}  # as JSON can
+    return {**asked, **resolved(planned), "tuning": tuning, "command": command(out)}

@@ -79,7 +79,8 @@ class MixtureConfig(PeftConfig):
         for key in kwargs:
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1)
-                hint = f": did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+                own = [name for name in known if name not in PeftConfig.__dataclass_fields__]
+                hint = f": did you mean {near[0]!r}?" if near else f"; known: {', '.join(own)}"
                 raise ConfigError(f"unknown setting {key!r} for {cls.__name__}{hint}")
         return super().__new__(cls)
 

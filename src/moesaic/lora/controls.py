@@ -128,7 +128,7 @@ class OracleConfig(MixtureConfig):
         if self.num_tasks not in (None, self.num_experts):
             raise ConfigError(
                 f"num_experts={self.num_experts}, but there are {self.num_tasks} tasks, and method oracle has an "
-                "expert for each: leave num_experts out"
+                f"expert for each: set num_experts={self.num_tasks}"
             )
 
     def router(self, site: Site) -> Router:

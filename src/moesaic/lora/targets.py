@@ -157,17 +157,17 @@ def check(model: nn.Module, config: Any) -> None:
     for wanted in (None if by_default else config.target_modules, config.lora_target_modules):
         if isinstance(wanted, str):
             if wanted and not any(re.fullmatch(wanted, name) for name in modules):
-                _raise_unmatched(model, wanted)
+                _raise_unmatched(model, config, wanted)
             continue
         for entry in wanted or ():
             if not any(name == entry or name.endswith(f".{entry}") for name in modules):
-                _raise_unmatched(model, entry)
+                _raise_unmatched(model, config, entry)
     for name in getattr(config, "rank_pattern", None) or ():
         if not any(f".{linear}".endswith(f".{name}") for linear in linears):
             raise ConfigError(f"rank_pattern: {name!r} is neither the name nor the end of the name of a linear layer")
     _check_layers(config, linears)
     check_saved(model, config.modules_to_save)
-    fused = _fused_parameters(model)
+    fused = _fused_parameters(model, config)
     if fused and by_default:
         warnings.warn(
             f"this model keeps experts of its own in fused 3-D parameters ({fused[0]}, ...), which a mixture of LoRA "
@@ -217,8 +217,8 @@ def never_called(model: nn.Module) -> set[str]:
     return _READ_NOT_CALLED.get(_model_type(model), set())
 
 
-def _raise_unmatched(model: nn.Module, entry: str) -> None:
-    fused = _fused_parameters(model)
+def _raise_unmatched(model: nn.Module, config: Any, entry: str) -> None:
+    fused = _fused_parameters(model, config)
     if fused:
         raise ConfigError(
             f"target {entry!r} matches no module. This model keeps its experts in fused 3-D parameters ({fused[0]}, "
@@ -228,12 +228,19 @@ def _raise_unmatched(model: nn.Module, entry: str) -> None:
     raise ConfigError(f"target {entry!r} matches no module of this model; its linears are {', '.join(leaves)}")
 
 
-def _fused_parameters(model: nn.Module) -> list[str]:
-    """Names of 3-D parameters: experts that some models keep in one tensor. Convolutions are not meant."""
+def _fused_parameters(model: nn.Module, config: Any) -> list[str]:
+    """Names of 3-D parameters: experts that some models keep in one tensor.
+
+    Convolutions are not meant, nor what is trained and saved as a whole.
+    """
+    saved = config.modules_to_save or ()
     return [
         name
         for name, parameter in model.named_parameters()
-        if parameter.dim() == 3 and ".moe_lora_" not in name and not isinstance(_owner(model, name), nn.Conv1d)
+        if parameter.dim() == 3
+        and ".moe_lora_" not in name
+        and not isinstance(_owner(model, name), nn.Conv1d)
+        and not any(f".{module}." in f".{name}" for module in saved)
     ]
 
 
