@@ -84,6 +84,14 @@ def test_train_and_eval_as_a_user_would(world, tmp_path, capsys):
         ),
         (["topics", "show", "out=/dev/null/graph.svg"], "out=/dev/null/graph.svg: there is no folder /dev/null"),
         (["topics", "build", "seed=10000000000000000000000", "encoder=hashing"], "must be between 0 and 4294967295"),
+        (["topics", "build", "--json", "a=b"], "unknown key 'a'"),
+        (["topics", "show", "-v", "nowhere.safetensors"], "no topics file nowhere.safetensors"),
+        (["eval", "nowhere", "--json", "lmit=3"], "did you mean 'limit'"),
+        (["--json", "eval", "nowhere"], "is not a run folder"),
+        (["topics", "show", "~nouser/x"], "~nouser: no such user; write the whole path of ~nouser/x"),
+        (["train", "~nouser/my.yaml"], "~nouser: no such user"),
+        (["train", "lora", "out=~nouser/run", "data=x"], "~nouser: no such user"),
+        (["train", "topiclora", "adapter.topics=~nouser/x", "--dry-run"], "~nouser: no such user"),
         (["eval", "limit=3"], "name at least one run folder"),
         (["eval", "nowhere"], "is not a run folder"),
         (["eval", "nowhere", "lmit=3"], "did you mean 'limit'"),
@@ -126,6 +134,12 @@ def test_dry_run_shows_the_rank_that_match_solves_and_settings_may_follow_option
     with pytest.raises(SystemExit) as stop:
         main(["train", "lora", "--dry-run", "steps=3", "--fast"])
     assert stop.value.code == 2
+
+
+def test_flags_may_stand_anywhere(capsys):
+    for arguments in (["--json", "methods", "mola"], ["methods", "--json", "mola"], ["methods", "mola", "--json"]):
+        assert main(arguments) == 0
+        assert json.loads(capsys.readouterr().out)["method"] == "mola"
 
 
 def test_methods_lists_every_registered_one(capsys):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from moesaic.compare.settings import CompareSettings
 from moesaic.errors import ConfigError
 from moesaic.evaluation import EvalSettings
 from moesaic.recipe import (
@@ -17,7 +18,7 @@ from moesaic.recipe import (
     packaged,
     parse_settings,
 )
-from moesaic.settings import differences, parse_overrides
+from moesaic.settings import differences, parse_overrides, read_yaml
 
 
 def test_a_packaged_recipe_with_settings_on_top():
@@ -62,6 +63,9 @@ def test_every_packaged_recipe_makes_a_config_of_a_registered_method(name):
         (["precision=fp16"], "precision=fp16"),
         (["resume=yes"], "resume=True; "),
         (["adapter=3"], "adapter must hold settings"),
+        (["adapter={x: {1: 2}}"], "^adapter: the key 1 is no name: if it is meant, quote it$"),
+        (["overwrite=5"], "^overwrite=5 must be true or false$"),
+        (["steps=2020-13-45"], "^steps=2020-13-45 must be a whole number$"),
     ],
 )
 def test_a_bad_setting_is_one_line(settings, message):
@@ -84,6 +88,24 @@ def test_a_file_that_is_no_recipe_is_one_line(tmp_path, text):
     with pytest.raises(ConfigError, match=r"bad\.yaml") as caught:
         load_recipe(str(file))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["1", "true", "1.5"])
+@pytest.mark.parametrize("text", ["{}: 3", "arms: {{x: {{method: mola, {}: 2}}}}", "a: [{{{}: 2}}]"])
+def test_a_key_that_is_no_text_is_refused(tmp_path, key, text):
+    file = tmp_path / "bad.yaml"
+    file.write_text(text.format(key))
+    with pytest.raises(ConfigError, match=rf"bad\.yaml: the key {key} is no name: if it is meant, quote it$"):
+        read_yaml(file)
+
+
+def test_yaml_that_is_nested_too_deep_is_one_line(tmp_path):
+    file, deep = tmp_path / "bad.yaml", "[" * 5000 + "]" * 5000
+    file.write_text(f"a: {deep}")
+    with pytest.raises(ConfigError, match=r"bad\.yaml is not a YAML file that can be read: maximum recursion"):
+        read_yaml(file)
+    with pytest.raises(ConfigError, match="must be a whole number"):
+        load_recipe("lora", [f"steps={deep}"])
 
 
 def test_a_slip_in_yaml_is_named_by_its_line(tmp_path):
@@ -199,6 +221,39 @@ def test_modules_to_save_are_the_recipes_and_the_defaults():
     recipe = load_recipe("lora", ["adapter.modules_to_save=pooler"])
     assert adapter_config(recipe, modules_to_save=["heads"]).modules_to_save == ["heads", "pooler"]
     assert adapter_config(load_recipe("lora"), modules_to_save=["heads"]).modules_to_save == ["heads"]
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("8,8,8", [8, 8, 8]),
+        ("0, 1", [0, 1]),
+        ("0.5,1e-3", [0.5, 1e-3]),
+        ("q,v", ["q", "v"]),
+        ("on,off", ["on", "off"]),
+        ("yes,1", ["yes", "1"]),
+        ("true,null", ["true", "null"]),
+    ],
+)
+def test_a_list_by_commas_is_of_numbers_or_of_names(text, wanted):
+    (given,) = parse_overrides([f"adapter.x={text}"])["adapter"].values()
+    assert given == wanted
+    assert list(map(type, given)) == list(map(type, wanted))
+    assert parse_overrides([f"tasks={text}"], lists=("tasks",))["tasks"] == [p.strip() for p in text.split(",")]
+
+
+def test_lists_by_commas_are_what_the_adapters_setting_asks_for():
+    settings = [f"adapter.{s}" for s in ("experts_per_layer=8,4", "layers_to_transform=0,1", "target_modules=0,1")]
+    config = adapter_config(load_recipe("mola", settings))
+    assert (config.experts_per_layer, config.layers_to_transform) == ([8, 4], [0, 1])
+    assert config.target_modules == {"0", "1"}
+
+
+@pytest.mark.parametrize("value", ["a", "1.5", "true", "0,x"])
+def test_an_entry_of_another_kind_is_told_with_its_list(value):
+    shown = value.replace("t", "T")
+    with pytest.raises(ConfigError, match=f"^seeds={shown} must be a list of whole numbers, such as 0,1$"):
+        parse_settings(CompareSettings, [f"seeds={value}"])
 
 
 def test_settings_of_an_arm_nest_and_do_not_replace_a_whole():

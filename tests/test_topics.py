@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import io
 import json
@@ -246,6 +247,47 @@ def test_files_that_are_no_topics_are_refused(tmp_path: Path) -> None:
         hashed(steps=0).save(tmp_path / "none" / "a.safetensors")
 
 
+@pytest.fixture(scope="module")
+def small() -> Topics:
+    return hashed(steps=0, level="group", num_experts=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prototypes": torch.full((2, 8), math.nan)}, "prototypes holds numbers that are not finite"),
+        (
+            {"prototypes": torch.ones(3, 8)},
+            r"prototypes must be float32 of shape \(E, dg\), and is torch.float32 \[3, 8",
+        ),
+        ({"prototypes": torch.ones(2)}, r"prototypes must be .*, and is torch.float32 \[2\]"),
+        ({"prototypes": torch.ones(2, 0)}, r"prototypes must be .*, and is torch.float32 \[2, 0\]"),
+        ({"features": torch.ones(9, 4, dtype=torch.int64)}, r"features must be .*, and is torch.int64 \[9, 4\]"),
+        ({"adjacency": torch.ones(9, 8)}, r"adjacency must be .*\[9, 8\]"),
+        ({"names": ("a", "b")}, "there are 2 names, but 9 groups"),
+        ({"names": (*"abcdefgh", 9)}, "names and groups must be texts"),
+        ({"names": None}, "not iterable"),
+        ({"facts": {}}, "facts must be loss_before, loss_after, link_auc"),
+        ({"facts": None}, "facts must be loss_before, loss_after, link_auc"),
+        (
+            {"facts": {"loss_before": None, "loss_after": 1, "link_auc": None}},
+            "loss_before=None must be a finite number",
+        ),
+        ({"facts": {"loss_before": 1, "loss_after": 1, "link_auc": "x"}}, "link_auc=x must be a finite number"),
+        ({"settings": {"seed": "x"}}, "seed='x' must be a whole number"),
+        ({"settings": {"steps": -1}}, "steps=-1 must be at least 0"),
+        ({"settings": {"tasks": [1]}}, r"tasks=\[1\] must be a list of texts or null"),
+    ],
+)
+def test_a_file_whose_parts_cannot_be_is_damaged(small: Topics, tmp_path: Path, change: Any, message: str) -> None:
+    settings = dataclasses.replace(small.settings, **change.get("settings", {}))
+    dataclasses.replace(small, **change | {"settings": settings}).save(tmp_path / "x.safetensors")
+    with pytest.raises(ConfigError, match=rf"x\.safetensors is damaged: .*{message}") as error:
+        Topics.load(tmp_path / "x.safetensors")
+    assert str(error.value).endswith(": make it anew with `moesaic topics build`")
+    assert "\n" not in str(error.value)
+
+
 # -- targets -------------------------------------------------------------------------------------------------------
 
 
@@ -458,7 +500,17 @@ def test_a_packaged_keyword_is_not_described_anew_and_equal_descriptions_may_rec
     [
         ({"sums": ["aritmetic"]}, r"bad\.json: task 'sums' has the unknown keyword 'aritmetic'; did you mean 'arithm"),
         ({"sums": ["qqqq"]}, r"bad\.json: task 'sums' has the unknown keyword 'qqqq'; none is near, or describe it"),
-        ({"sums": "arithmetic"}, r"bad\.json: unknown entry 'sums'"),
+        ({"sums": "arithmetic"}, r"bad\.json: task 'sums' must have a list of keywords$"),
+        ({"sumz": {"arithmetic": 1}}, r"bad\.json: unknown entry 'sumz'"),
+        ({}, r"bad\.json: expected an object like .*, got an empty one$"),
+        ({"": ["arithmetic"]}, r"bad\.json: task '' must have a name$"),
+        ({"groups": {" ": "mine"}}, r"bad\.json: group ' ' must have a name$"),
+        ({"keywords": {"": {"group": "other", "description": "d"}}}, r"bad\.json: keyword '' must have a name$"),
+        (
+            {"keywords": {"k": {"group": "other", "description": "d", "format": "no"}}},
+            r"bad\.json: keyword 'k': 'format' must be true or false, got 'no'$",
+        ),
+        ({"keywords": {"\ud800": {"group": "other", "description": "d"}}}, r"bad\.json holds '\\ud800', half a char"),
         ({"sums": ["arithmetic"], "b": "x"}, r"bad\.json: task 'b' must have a list of keywords"),
         ({"sums": []}, r"bad\.json: task 'sums' must have a list of keywords"),
         (
@@ -486,9 +538,29 @@ def test_a_bad_list_is_refused_before_anything_is_encoded(
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        '{"a": ["arithmetic"], "a": ["mathematics"]}',
+        '{"tasks": {"a": ["arithmetic"], "a": ["mathematics"]}}',
+        '{"keywords": {"k": {"a": "x", "a": "y"}}}',
+    ],
+)
+def test_nothing_is_said_twice_in_a_file(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "twice.json"
+    file.write_text(text)
+    with pytest.raises(DataError, match=r"twice\.json: 'a' is there twice in one object: keep one$"):
+        vocabulary.load("bigbench", [str(file)])
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"num_experts": 0}, "num_experts=0 must be at least 1"),
+        ({"seed": "x"}, "seed='x' must be a whole number"),
+        ({"steps": True}, "steps=True must be a whole number"),
+        ({"group": math.nan}, "group=nan must be a finite number"),
+        ({"tasks": "a.json"}, "tasks='a.json' must be a list of texts"),
+        ({"encoder": "\udcff"}, r"encoder='\\udcff' must be a text"),
         ({"cosine": -1.0}, "cosine=-1.0 must be at least 0"),
         ({"level": "word"}, "level=word; did you mean 'keyword'"),
         (
@@ -636,6 +708,13 @@ def test_the_picture_has_every_topic_and_edge() -> None:
         (["build", "seeed=1"], "unknown key 'seeed'; did you mean 'seed'"),
         (["build", "mine.safetensors"], "is not of the form key=value; the file to write is out=mine.safetensors"),
         (["build", "out=nowhere/x.safetensors"], "there is no folder nowhere"),
+        (["build", "out="], "out is empty: name the file to write"),
+        (["build", "out=."], "out=. is a folder; name a file"),
+        (["build", "out=/dev/null", "overwrite=true"], "out=/dev/null is a device; name a file"),
+        (["build", "out=/", "overwrite=true"], "out=/ is a folder; name a file"),
+        (["build", "out=~nouser/x"], "~nouser: no such user"),
+        (["build", "vocabulary=~nouser/x", "out=unused.safetensors"], "~nouser: no such user"),
+        (["show", "out=~nouser/graph.svg"], "~nouser: no such user"),
         (["build", "tasks=nowhere.json", "out=unused.safetensors"], "no such file: nowhere.json"),
         (["show", "nowhere.safetensors"], "no topics file nowhere.safetensors: make one with"),
         (["show", "out=graph.png"], "out=graph.png must end in .svg"),
@@ -649,6 +728,36 @@ def test_mistakes_are_one_line_and_exit_with_two(
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("action", ["build", "show"])
+def test_a_place_that_cannot_be_written_is_told_before_topics_are_made(
+    action: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from moesaic import checkpoints, topics
+
+    def refuse(**_: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(topics, "build", lambda *_: pytest.fail("built"))
+    monkeypatch.setattr(checkpoints, "TemporaryFile", refuse)
+    file = tmp_path / "x.svg"
+    assert main(["topics", action, f"out={file}"]) == 2
+    said = capsys.readouterr().err
+    assert said == f"moesaic: out={file} cannot be written: Permission denied; name another\n"
+
+
+@pytest.mark.parametrize("weight", ["jaccard=1e39", "cosine=1e300", "group=1e300", "separation=1e39"])
+def test_weights_too_large_to_compute_with_are_refused(
+    weight: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["encoder=hashing", "num_experts=2", "topic_dim=4", "steps=2", f"out={tmp_path / 'x.safetensors'}"]
+    assert main(["topics", "build", *small, weight]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "not finite with jaccard=" in said
+    assert weight.replace("=1e", "=1e+") in said
+    assert not any(tmp_path.iterdir())
 
 
 def test_help_teaches_both_actions_and_every_setting(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from moesaic import data
 from moesaic.causal import CausalCollator, fit, tokenize
-from moesaic.checkpoints import RunFolder, atomic_folder, locked
+from moesaic.checkpoints import RunFolder, atomic_folder, discard, locked, read_json, write_text
 from moesaic.encoder import EncoderCollator, EncoderForTasks, Layout
 from moesaic.errors import AdapterError, ConfigError, DataError, TrainingError
 from moesaic.evaluation import load_run
@@ -295,6 +295,54 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
         (staging / "whole").write_text("w")
         assert not (tmp_path / "x").exists()
     assert (tmp_path / "x" / "whole").read_text() == "w"
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    (tmp_path / "x").mkdir()
+    with pytest.raises(ConfigError, match=r"cannot write .*/x: Is a directory"):
+        write_text(tmp_path / "x", "text")
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("way", ["itself", "link", "here"])
+def test_discarding_keeps_links_and_the_folder_one_is_in(tmp_path, monkeypatch, way):
+    real, link = tmp_path / "real", tmp_path / "link"
+    (real / "inner").mkdir(parents=True)
+    (real / "inner" / "file").write_text("x")
+    link.symlink_to(real)
+    monkeypatch.chdir(real if way == "here" else tmp_path)
+    discard({"itself": real, "link": link, "here": Path(".")}[way])
+    assert link.is_symlink()
+    assert real.is_dir() == (way != "itself")
+    assert sorted(p.name for p in tmp_path.rglob("*")) == (["link"] if way == "itself" else ["link", "real"])
+
+
+def test_a_folder_is_not_discarded_by_a_path_that_needs_it(tmp_path, monkeypatch):
+    (tmp_path / "real" / "inner").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "real" / "inner")
+    with pytest.raises(ConfigError, match=r"cannot replace \.\. from inside it: change to another folder"):
+        discard(Path(".."))
+    discard(tmp_path / "real")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("way", ["link", "here"])
+def test_a_run_in_a_linked_folder_or_in_this_one_is_replaced(world, tmp_path, monkeypatch, way):
+    real, out = tmp_path / "real", tmp_path / "link" if way == "link" else Path(".")
+    real.mkdir()
+    (tmp_path / "link").symlink_to(real)
+    monkeypatch.chdir(real)
+    for more in ((), ("overwrite=true",)):
+        run("lora", world, "encoder", out, "steps=1", *more)
+        assert RunFolder(real).finished
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_a_file_nested_too_deep_is_damaged(tmp_path):
+    (tmp_path / "x.json").write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match=r"x\.json is missing or damaged: maximum recursion") as caught:
+        read_json(tmp_path / "x.json")
+    assert "\n" not in str(caught.value)
 
 
 def test_causal_rows_learn_the_answer_alone():

@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
@@ -59,16 +59,21 @@ def write_text(file: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     part = file.with_name(f".{file.name}.part")
     with writing(file):
-        part.write_text(text, encoding="utf-8")
-        _sync(part)
-        os.replace(part, file)
+        try:
+            part.write_text(text, encoding="utf-8")
+            _sync(part)
+            os.replace(part, file)
+        except BaseException:
+            with suppress(OSError):
+                part.unlink()
+            raise
 
 
 def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON object of a run. Raises ConfigError where it is missing or damaged."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{file} is missing or damaged: {first_line(error)}; restore it, or train again") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{file} is damaged: it holds no object; restore it, or train again")
@@ -133,7 +138,7 @@ def writing(place: Path) -> Iterator[None]:
     except (OSError, RuntimeError, SafetensorError) as error:
         if isinstance(error, RuntimeError) and "inline_container" not in str(error):
             raise  # torch.save has no better sign of a full disk than the name of its own source file
-        place = getattr(error, "filename", None) or place
+        place = getattr(error, "filename2", None) or getattr(error, "filename", None) or place
         raise ConfigError(
             f"cannot write {place}: {getattr(error, 'strerror', None) or first_line(error)}; "
             "what was written before is kept: make room or name another folder"
@@ -141,11 +146,23 @@ def writing(place: Path) -> Iterator[None]:
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder so that, stopped half-way, its remains do not bear its name."""
-    if folder.exists():
-        trash = folder.with_name(f".trash-{folder.name}-{os.getpid()}")
-        os.replace(folder, trash)
-        shutil.rmtree(trash)
+    """Remove a folder so that, stopped half-way, its remains do not bear its name.
+
+    What a link leads to, and the folder that this process is in, are emptied and stay. Raises ConfigError for `..`.
+    """
+    if not folder.exists():
+        return
+    place = folder.resolve()
+    if not folder.is_absolute() and place in Path.cwd().parents:
+        raise ConfigError(f"cannot replace {folder} from inside it: change to another folder")
+    trash = place.with_name(f".trash-{place.name}-{os.getpid()}")
+    if folder.is_symlink() or place.samefile("."):
+        trash.mkdir()
+        for entry in list(place.iterdir()):
+            os.replace(entry, trash / entry.name)
+    else:
+        os.replace(place, trash)
+    shutil.rmtree(trash)
 
 
 def _sync(path: Path) -> None:

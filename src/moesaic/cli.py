@@ -56,8 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 if cells of a comparison are not done, 2 for a mistake that can be
     mended, 130 when interrupted."""
     parser = _parser()
-    args, rest = parser.parse_known_args(argv)
-    if rest:  # argparse gives up on settings that follow an option: `… lr=1e-3 --dry-run steps=9`
+    args, rest = parser.parse_known_args(argv, argparse.Namespace(json=False, verbose=False))
+    if rest:  # argparse gives up on arguments that follow an option: `… lr=1e-3 --dry-run steps=9`
         if not hasattr(args, "settings") or any(text.startswith("-") for text in rest):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         args.settings += rest
@@ -93,15 +93,16 @@ def _quiet_libraries(verbose: bool) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    common.add_argument("--json", action="store_true", help="print JSON for machines")
+    common.add_argument("-v", "--verbose", action="store_true", help="say more on stderr")
     parser = argparse.ArgumentParser(
         prog="moesaic",
         description="Turn what you have into a routed mixture of experts, and see what the router did.",
         epilog=_EXAMPLES,
+        parents=[common],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--json", action="store_true", help="print JSON for machines")
-    common.add_argument("-v", "--verbose", action="store_true", help="say more on stderr")
     parser.add_argument("--version", action="version", version=f"moesaic {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")
 
@@ -124,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("settings", nargs="*", metavar="key=value", help="put on top of the recipe")
     train.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
     evaluate = verb("eval", _eval, "score finished runs on held-out rows", _eval_epilog())
-    evaluate.add_argument("runs", nargs="+", metavar="run | key=value", help="run folders, then settings")
+    evaluate.add_argument("settings", nargs="+", metavar="run | key=value", help="run folders, then settings")
     compare = verb("compare", _compare, "compare methods at equal budget over seeds", _compare_epilog())
     compare.add_argument("settings", nargs="*", metavar="FILE | key=value", help="a .yaml file, and settings on top")
     compare.add_argument("--dry-run", action="store_true", help="print the arms, their ranks and counts, and stop")
@@ -134,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("settings", nargs="*", metavar="key=value", help="settings of the benchmark")
     topics = verb("topics", _topics, "TopicLoRA's topics: build a file of your own, or look at one", _TOPICS)
     topics.add_argument("action", help="build or show")
-    topics.add_argument("arguments", nargs="*", metavar="file | key=value", help="the file to show, then settings")
+    topics.add_argument("settings", nargs="*", metavar="file | key=value", help="the file to show, then settings")
     return parser
 
 
@@ -230,12 +231,12 @@ def _train(args: argparse.Namespace) -> None:
 def _eval(args: argparse.Namespace) -> None:
     from moesaic.recipe import parse_settings
 
-    runs = [a for a in args.runs if "=" not in a]
+    runs = [a for a in args.settings if "=" not in a]
     if not runs:
         raise MoesaicError("name at least one run folder, such as runs/hotmoe-minilm-s0")
     from moesaic.evaluation import EvalSettings, evaluate_run
 
-    settings = parse_settings(EvalSettings, [a for a in args.runs if "=" in a])
+    settings = parse_settings(EvalSettings, [a for a in args.settings if "=" in a])
     results = [evaluate_run(run, settings, progress=sys.stderr.isatty()) for run in runs]
     if args.json:
         _print_json(results)
@@ -269,7 +270,7 @@ def _bench(args: argparse.Namespace) -> None:
 def _topics(args: argparse.Namespace) -> None:
     from moesaic import topics
 
-    topics.run(args.action, args.arguments, as_json=args.json)
+    topics.run(args.action, args.settings, as_json=args.json)
 
 
 def _print_json(content: Any) -> None:

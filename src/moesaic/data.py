@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from moesaic.errors import DataError, MissingDependency, first_line, suggest
+from moesaic.errors import DataError, MissingDependency, first_line, path_of, suggest
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def load(
     """
     if on_bad_lines not in ("error", "skip"):
         raise DataError(f"on_bad_lines is '{on_bad_lines}'; use error or skip")
-    place = Path(path).expanduser()
+    place = path_of(path)
     if place.is_dir():
         examples = _folder(place, split, tasks, on_bad_lines)
     elif place.is_file():

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moesaic.errors import ConfigError
+from moesaic.errors import ConfigError, path_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,7 +58,7 @@ def run(overrides: list[str], *, as_json: bool = False) -> dict[str, Any]:
     torch.set_num_threads(1)  # products this small are slower on two threads than on one
     console = Console(stderr=as_json)
     started = time.perf_counter()
-    folder = _fresh_folder(Path(settings.out).expanduser())
+    folder = _fresh_folder(path_of(settings.out))
     _write_data(folder / "data", settings)
     runs = {}
     for name, recipe in _recipes(folder, settings).items():
@@ -89,7 +89,7 @@ def _fresh_folder(folder: Path) -> Path:
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "data").is_dir():
         raise ConfigError(f"out={folder} holds files that are not a demo's; name another folder")
     discard(folder)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 

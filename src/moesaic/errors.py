@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class MoesaicError(ValueError):
@@ -47,3 +48,11 @@ def first_line(error: BaseException) -> str:
     """A foreign exception in one line, for the end of ours: its first, and the second where that is a heading."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
+def path_of(text: str | Path) -> Path:
+    """A path with its `~` filled in. Raises ConfigError where that stands for no user."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"{Path(text).parts[0]}: no such user; write the whole path of {text}") from None

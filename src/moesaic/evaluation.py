@@ -14,7 +14,7 @@ from moesaic.checkpoints import RunFolder, read_json, run_path, write_json, writ
 from moesaic.data import Example
 from moesaic.embedded import load_model, resolve
 from moesaic.encoder import EncoderForTasks, Layout
-from moesaic.errors import AdapterError, ConfigError, first_line
+from moesaic.errors import AdapterError, ConfigError, first_line, path_of
 from moesaic.precision import numerics
 from moesaic.recipe import Recipe, adapter_config, load_recipe
 from moesaic.results import command_line, versions
@@ -50,7 +50,7 @@ def evaluate_run(folder: str | Path, settings: EvalSettings | None = None, *, pr
     settings = settings or EvalSettings()
     if settings.batch_size < 1:
         raise ConfigError(f"batch_size={settings.batch_size} must be at least 1")
-    run = run_path(Path(folder).expanduser())
+    run = run_path(path_of(folder))
     recipe = load_recipe(str(run.recipe))
     examples = _examples(recipe, settings)
     rows = by_task(examples)

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from moesaic.errors import ConfigError, first_line, suggest
+from moesaic.errors import ConfigError, first_line, path_of, suggest
 from moesaic.settings import build, check_keys, lists, names, parse_overrides, read_yaml
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Recipe:
 
     def run_folder(self) -> Path:
         if self.out:
-            return Path(self.out).expanduser()
+            return path_of(self.out)
         return Path("runs") / f"{self.method}-{Path(self.model).name}-s{self.seed}"
 
     def describes(self) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def packaged() -> list[str]:
 
 def recipe_file(name: str) -> Path:
     """A recipe's name or path, or a run folder, to its YAML file."""
-    path = Path(name).expanduser()
+    path = path_of(name)
     if (path / "recipe.yaml").is_file():
         return path / "recipe.yaml"
     if path.suffix in (".yaml", ".yml"):
@@ -245,6 +245,9 @@ def adapter_config(recipe: Recipe, **defaults: Any) -> "PeftConfig":
     for key in ("target_modules", "modules_to_save"):
         if isinstance(settings.get(key), str) and settings[key].isidentifier():
             settings[key] = [settings[key]]  # PEFT takes a bare text for a regular expression on whole paths
+    for key in [f.name for f in fields(cls) if "list[str]" in str(f.type)]:
+        if isinstance(settings.get(key), list):
+            settings[key] = [str(v) if type(v) is int else v for v in settings[key]]  # names such as 0,1
     for key in ("rank_pattern", "alpha_pattern"):
         if not isinstance(settings.get(key) or {}, dict):
             raise ConfigError(f"adapter.{key}={settings[key]} must hold numbers by module name, {key}.NAME=4")

@@ -25,31 +25,28 @@ def read_yaml(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{where}: this is not YAML: {error.problem or error.context}") from None
     except OmegaConfBaseException as error:
         raise ConfigError(f"{file}: {_refused(error)}") from None
-    except (YAMLError, OSError, UnicodeDecodeError) as error:
+    except (YAMLError, OSError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{file} is not a YAML file that can be read: {first_line(error)}") from None
     if not isinstance(stored, dict) or not stored:
         raise ConfigError(f"{file} must hold `key: value` lines")
-    return {str(key): value for key, value in stored.items()}
+    _check_keys_are_texts(str(file), stored)
+    return stored
 
 
 def parse_overrides(overrides: Sequence[str], *, lists: Collection[str] = ()) -> dict[str, Any]:
     """`key=value` texts to a dict; `adapter.*` and `arms.*` nest, and keys in `lists` take one value for a list."""
-    import yaml
-
     given: dict[str, Any] = {}
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise ConfigError(f"'{text}' is not of the form key=value")
-        try:
-            parsed = yaml.safe_load(value) if value else ""
-        except yaml.YAMLError:
-            parsed = value
+        parsed = _parsed(value)
         if isinstance(parsed, str):
             parsed = _scalar(parsed)
+        _check_keys_are_texts(key, parsed)
         section, dot, _ = key.partition(".")
         if dot and section in ("adapter", "arms"):
-            _put(given, key.split("."), parsed, text)
+            _put(given, key.split("."), _numbers(parsed), text)
         else:
             given[key] = [parsed] if key in lists and isinstance(parsed, (str, int, float)) else parsed
     return given
@@ -63,6 +60,16 @@ def _put(given: dict[str, Any], path: Sequence[str], value: Any, text: str) -> N
     given[path[-1]] = value
 
 
+def _parsed(text: str) -> Any:
+    """What YAML reads in a text; the text itself where it is no YAML."""
+    import yaml
+
+    try:
+        return yaml.safe_load(text) if text else ""
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return text
+
+
 def _scalar(text: str) -> Any:
     """What YAML 1.1 leaves as text: `1e-3` and `inf` are numbers, `a,b` is a list."""
     if "," in text:
@@ -71,6 +78,27 @@ def _scalar(text: str) -> Any:
         return float(text)
     except ValueError:
         return text
+
+
+def _numbers(value: Any) -> Any:
+    """A list of texts that are all numbers as these, `8,8` as `[8,8]`; anything else as it is.
+
+    For settings whose kind is not known yet.
+    """
+    if not isinstance(value, list) or not all(isinstance(part, str) for part in value):
+        return value
+    read = [_scalar(part) if isinstance(part, str) else part for part in map(_parsed, value)]
+    return read if all(type(part) in (int, float) for part in read) else value
+
+
+def _check_keys_are_texts(source: str, value: Any) -> None:
+    """Raise ConfigError for a key such as 1 or true in mappings at any depth; `source` opens the message."""
+    if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, str):
+                raise ConfigError(f"{source}: the key {str(key).lower()} is no name: if it is meant, quote it")
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _check_keys_are_texts(source, part)
 
 
 def check_keys(source: str, values: dict[str, Any], valid: Iterable[str]) -> None:
@@ -104,12 +132,15 @@ def build(cls: type[T], *layers: dict[str, Any]) -> T:
         entries = given.get(key)
         if entries is not None and not (isinstance(entries, list) and not any(map(_is_nested, entries))):
             raise ConfigError(_wrong_kind(cls, key, entries))
+    for f in fields(cls):  # type: ignore[arg-type]
+        if f.type in (bool, "bool") and type(given.get(f.name)) in (int, float):
+            raise ConfigError(_wrong_kind(cls, f.name, given[f.name]))
     try:
         settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), *layers))
     except (OmegaConfBaseException, TypeError, ValueError) as error:
         key = str(getattr(error, "full_key", None) or "")
         name = re.split(r"[.\[]", key)[0]
-        if name in given and key == name and "$" not in str(given[name]):
+        if name in given and (key == name or name in lists(cls)) and "$" not in str(given[name]):
             raise ConfigError(_wrong_kind(cls, name, given[name])) from None
         raise ConfigError(_refused(error)) from None
     assert isinstance(settings, cls)
@@ -174,4 +205,6 @@ def _differences(before: Any, now: Any, name: str) -> Iterator[str]:
 def _shown(value: Any) -> str:
     if isinstance(value, list):
         return ",".join(map(str, value)) or "[]"
+    if isinstance(value, dict):
+        return f"({len(value)} entries)"
     return "(not set)" if value is None else str(value)

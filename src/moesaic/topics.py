@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from moesaic.checkpoints import check_writable, write_text
-from moesaic.errors import ConfigError, suggest
+from moesaic.errors import ConfigError, path_of, suggest
 from moesaic.lora.topics import Topics, TopicSettings, build
 from moesaic.report import topics as drawing
 
@@ -73,11 +73,9 @@ def _build(arguments: list[str]) -> tuple[Topics, str]:
     from moesaic.recipe import parse_settings
 
     given = parse_settings(BuildSettings, arguments)
-    file = Path(given.out).expanduser()
+    file = _to_write(given.out)
     if file.exists() and not given.overwrite:
         raise ConfigError(f"out={file} is already there; overwrite=true replaces it")
-    if not file.parent.is_dir():
-        raise ConfigError(f"out={file}: there is no folder {file.parent}")
     topics = build(TopicSettings(**{f.name: getattr(given, f.name) for f in fields(TopicSettings)}))
     topics.save(file)
     return topics, str(file)
@@ -89,11 +87,21 @@ def _show(file: str | None, arguments: list[str]) -> tuple[Topics, str]:
     out = parse_settings(ShowSettings, arguments).out
     if out and Path(out).suffix != ".svg":
         raise ConfigError(f"out={out} must end in .svg")
-    if out and not Path(out).expanduser().absolute().parent.is_dir():
-        raise ConfigError(f"out={out}: there is no folder {Path(out).expanduser().parent}")
-    if out:
-        check_writable(Path(out).expanduser(), f"out={out}")
+    place = _to_write(out) if out else None
     topics = Topics.load(file) if file else build()
-    if out:
-        write_text(Path(out).expanduser(), drawing.svg(topics))
+    if place:
+        write_text(place, drawing.svg(topics))
     return topics, out
+
+
+def _to_write(out: str) -> Path:
+    """The file that the setting `out` names. Raises ConfigError where none can be made there."""
+    if not out:
+        raise ConfigError("out is empty: name the file to write")
+    file = path_of(out)
+    if file.exists() and not file.is_file():
+        raise ConfigError(f"out={out} is a {'folder' if file.is_dir() else 'device'}; name a file")
+    if not file.parent.is_dir():
+        raise ConfigError(f"out={out}: there is no folder {file.parent}")
+    check_writable(file, f"out={out}")
+    return file

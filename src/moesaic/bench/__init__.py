@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 
@@ -30,7 +29,7 @@ def main(overrides: list[str], *, as_json: bool = False) -> None:
 
     from moesaic.bench import arms, measure, suite
     from moesaic.checkpoints import check_writable, write_json
-    from moesaic.errors import ConfigError, suggest
+    from moesaic.errors import ConfigError, path_of, suggest
     from moesaic.recipe import parse_settings
 
     settings = parse_settings(BenchSettings, overrides)
@@ -42,7 +41,7 @@ def main(overrides: list[str], *, as_json: bool = False) -> None:
     for name in settings.methods or ():
         if name not in known:
             raise ConfigError(f"methods: no method {name!r} to measure; {suggest(name, known)}")
-    path = None if settings.out is None else Path(settings.out).expanduser()
+    path = None if settings.out is None else path_of(settings.out)
     if path is not None:
         if path.is_dir():
             raise ConfigError(f"out={path} is a folder; name a file for the figures")

@@ -14,12 +14,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from moesaic.compare.matching import budget_of, match_arm, mixtures
 from moesaic.compare.settings import CompareSettings
-from moesaic.errors import ConfigError, suggest
+from moesaic.errors import ConfigError, path_of, suggest
 from moesaic.recipe import Recipe, adapter_config, adapter_settings, is_routed, load_recipe, methods, packaged
 from moesaic.settings import names
 from moesaic.verdicts import Kind, kind_of
@@ -105,10 +104,7 @@ def plan(settings: CompareSettings, shared: Recipe) -> Plan:
         experts = config.num_experts if is_routed(recipe.method) else 1
         trainable, modules = count(base, recipe)
         kind, adapted = kind_of(recipe.method, config), _tally(modules)
-        read = {
-            file: hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest()
-            for file in getattr(config, "files", ())
-        }
+        read = {file: hashlib.sha256(path_of(file).read_bytes()).hexdigest() for file in getattr(config, "files", ())}
         arms[name] = Arm(name, recipe, trainable, experts, config.r, raised, kind, adapted, read)
     return Plan(settings, shared, arms, base.tasks, data.digest(examples), budget, scored, digests)
 
@@ -185,7 +181,7 @@ def _scored(settings: CompareSettings, shared: Recipe, base: Any) -> tuple[dict[
     """
     from moesaic import data
 
-    if Path(shared.data).expanduser().is_file():
+    if path_of(shared.data).is_file():
         raise ConfigError(f"data={shared.data} is one file: name a folder with train.jsonl and {settings.split}.jsonl")
     wanted = {f"runs ({settings.split})": (settings.split, settings.eval_limit)}
     if settings.tuned:

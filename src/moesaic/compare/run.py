@@ -20,6 +20,7 @@ from moesaic.compare.folder import check_folder, check_same, claimed, command, p
 from moesaic.compare.settings import CompareSettings, load
 from moesaic.compare.show import Report, progress, show_plan
 from moesaic.comparison import Cell
+from moesaic.errors import path_of
 
 
 def run(arguments: Sequence[str], *, dry_run: bool = False, as_json: bool = False) -> int:
@@ -34,7 +35,7 @@ def run(arguments: Sequence[str], *, dry_run: bool = False, as_json: bool = Fals
         KeyboardInterrupt: when interrupted, after the running cells wrote checkpoints.
     """
     settings, shared = load(arguments)
-    out = Path(settings.out).expanduser()
+    out = path_of(settings.out)
     check_folder(out)
     planned = plan(settings, shared)
     if not settings.overwrite:

@@ -4,11 +4,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from moesaic.data import SPLITS
-from moesaic.errors import ConfigError, MissingDependency, suggest
+from moesaic.errors import ConfigError, MissingDependency, path_of, suggest
 from moesaic.recipe import Recipe, check
 from moesaic.settings import build, check_keys, lists, names, parse_overrides, read_yaml
 
@@ -102,7 +101,7 @@ def load(arguments: Sequence[str]) -> tuple[CompareSettings, Recipe]:
 
 def _stored(name: str) -> dict[str, Any]:
     """The settings in a file, or of the comparison in a folder, which is where it goes on then."""
-    path = Path(name).expanduser()
+    path = path_of(name)
     file = path / FILE if path.is_dir() else path
     if not file.is_file():
         raise ConfigError(f"no file {file}: give a .yaml file of settings, a comparison's folder, or key=value alone")

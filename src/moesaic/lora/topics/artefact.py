@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 
-from moesaic.errors import ConfigError, first_line
+from moesaic.errors import ConfigError, first_line, path_of
 from moesaic.lora.topics import encoders, features, graph, vocabulary
 
 PROPAGATION = 0.5
@@ -25,7 +26,15 @@ FLOOR = 0.05
 COINCIDE = 0.99
 """Prototypes of a larger cosine are one: softmax(cos / 0.1) gives them weights within a tenth of each other."""
 _FORMAT = "moesaic-topics-1"
-_TENSORS = ("prototypes", "assignment", "features", "adjacency")
+_TENSORS = {"assignment": ("Nt", "E"), "prototypes": ("E", "dg"), "features": ("Nt", "f"), "adjacency": ("Nt", "Nt")}
+_FACTS = ("loss_before", "loss_after", "link_auc")
+_WEIGHTS = ("jaccard", "cosine", "group", "separation")
+_KINDS = {
+    "str": "a text",
+    "list[str] | None": "a list of texts or null",
+    "int": "a whole number",
+    "float": "a finite number",
+}
 
 
 @dataclass
@@ -48,13 +57,16 @@ class TopicSettings:
     separation: float = field(default=1.0, metadata={"help": "weight of the term that parts the prototypes"})
 
     def check(self) -> None:
-        """Raise ConfigError for a number that cannot be."""
+        """Raise ConfigError for a value of another kind, or a number that cannot be."""
+        for f in dataclasses.fields(TopicSettings):
+            if not _is(getattr(self, f.name), str(f.type)):
+                raise ConfigError(f"{f.name}={getattr(self, f.name)!r} must be {_KINDS[str(f.type)]}")
         for name, least in (("num_experts", 1), ("topic_dim", 1), ("steps", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least {least}")
         if self.seed >= 2**32:
             raise ConfigError(f"seed={self.seed} must be between 0 and {2**32 - 1}")
-        for name in ("jaccard", "cosine", "group", "separation"):
+        for name in _WEIGHTS:
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 0")
 
@@ -134,7 +146,7 @@ class Topics:
 
     def save(self, file: str | Path) -> None:
         """Write one `.safetensors` file, whole or not at all; equal topics give equal bytes."""
-        file = Path(file).expanduser()
+        file = path_of(file)
         described = {
             "format": _FORMAT,
             "names": self.names,
@@ -158,23 +170,64 @@ class Topics:
     @classmethod
     def load(cls, file: str | Path) -> Topics:
         """Read a file that `save` wrote. Raises ConfigError where it is missing, damaged or something else."""
-        file = Path(file).expanduser()
+        file = path_of(file)
         if not file.is_file():
             raise ConfigError(f"no topics file {file}: make one with `moesaic topics build out={file}`")
+        made = None
         try:
             with safe_open(file, framework="pt") as stored:
-                described: dict[str, Any] = json.loads((stored.metadata() or {}).get("topics", "{}"))
-                if described.get("format") != _FORMAT:
-                    raise ConfigError(f"{file} is no topics file: make one with `moesaic topics build out=…`")
-                tensors = {name: stored.get_tensor(name) for name in _TENSORS}
-            settings = TopicSettings(**described["settings"])
-            names, groups = tuple(described["names"]), tuple(described["groups"])
-            made = cls(names, groups, **tensors, settings=settings, facts=described["facts"])
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            if isinstance(error, ConfigError):
-                raise
-            raise ConfigError(f"{file} is damaged: {first_line(error)}: make it anew") from None
+                described = json.loads((stored.metadata() or {}).get("topics", "{}"))
+                if isinstance(described, dict) and described.get("format") == _FORMAT:
+                    made = cls._described(described, {name: stored.get_tensor(name) for name in _TENSORS})
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            said = f"no {error} in it" if isinstance(error, KeyError) else first_line(error)
+            raise ConfigError(f"{file} is damaged: {said}: make it anew with `moesaic topics build`") from None
+        if made is None:
+            raise ConfigError(f"{file} is no topics file: make one with `moesaic topics build out=…`")
         return made
+
+    @classmethod
+    def _described(cls, described: dict[str, Any], tensors: dict[str, Tensor]) -> Topics:
+        """From what `save` wrote. Raises ConfigError, KeyError or TypeError for what it cannot have written."""
+        settings = TopicSettings(**described["settings"])
+        settings.check()
+        names, groups = tuple(described["names"]), tuple(described["groups"])
+        made = cls(names, groups, **tensors, settings=settings, facts=described["facts"])
+        flaw = made._flaw()
+        if flaw:
+            raise ConfigError(flaw)
+        return made
+
+    def _flaw(self) -> str:
+        """What cannot be in it, or does not go together; empty where all is well."""
+        if not all(isinstance(name, str) for name in (*self.names, *self.groups)):
+            return "names and groups must be texts"
+        if len(self.groups) != len(self.names):
+            return f"there are {len(self.names)} names, but {len(self.groups)} groups"
+        sizes = {"Nt": len(self.names)}
+        for name, shape in _TENSORS.items():
+            tensor = getattr(self, name)
+            wanted = tuple(sizes.setdefault(axis, size) for axis, size in zip(shape, tensor.shape, strict=False))
+            if tensor.dtype != torch.float32 or tensor.shape != wanted or len(wanted) != 2 or not tensor.numel():
+                return f"{name} must be float32 of shape ({', '.join(shape)}), and is {tensor.dtype} {[*tensor.shape]}"
+            if not tensor.isfinite().all():
+                return f"{name} holds numbers that are not finite"
+        if not isinstance(self.facts, dict) or self.facts.keys() != set(_FACTS):
+            return f"facts must be {', '.join(_FACTS)}"
+        for name, value in self.facts.items():
+            if not _is(value, "float") and not (name == "link_auc" and value is None):
+                return f"{name}={value} must be a finite number"
+        return ""
+
+
+def _is(value: Any, kind: str) -> bool:
+    """Whether a value is of a kind in `_KINDS`; a switch is no number, and half a character no text."""
+    if kind.startswith("list"):
+        return value is None or (isinstance(value, (list, tuple)) and all(_is(v, "str") for v in value))
+    if kind == "str":
+        return isinstance(value, str) and value == value.encode(errors="ignore").decode()
+    numbers = int if kind == "int" else (int, float)
+    return isinstance(value, numbers) and not isinstance(value, bool) and -math.inf < value < math.inf
 
 
 def _listed(which: Tensor) -> str:
@@ -192,7 +245,7 @@ def build(settings: TopicSettings | None = None, *, encode: encoders.Encoder | N
 
     Raises:
         DataError: a vocabulary or list of tasks that cannot be read.
-        ConfigError: impossible settings; more experts than topics.
+        ConfigError: impossible settings; more experts than topics; weights too large to compute with.
     """
     settings = dataclasses.replace(settings or TopicSettings(), **changes)
     settings.check()
@@ -219,4 +272,9 @@ def build(settings: TopicSettings | None = None, *, encode: encoders.Encoder | N
         )
     facts = {"loss_before": made.loss_before, "loss_after": made.loss_after, "link_auc": made.link_auc}
     names, groups = tuple(t.name for t in nodes), tuple(t.group for t in nodes)
-    return Topics(names, groups, made.prototypes, made.assignment, x, edges, settings, facts)
+    topics = Topics(names, groups, made.prototypes, made.assignment, x, edges, settings, facts)
+    flaw = topics._flaw()
+    if flaw:
+        weights = " ".join(f"{name}={getattr(settings, name):g}" for name in _WEIGHTS)
+        raise ConfigError(f"{flaw} with {weights} encoder={settings.encoder}: take smaller weights or another encoder")
+    return topics

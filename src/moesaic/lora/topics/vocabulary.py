@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from moesaic.errors import ConfigError, DataError, first_line, suggest
+from moesaic.errors import ConfigError, DataError, first_line, path_of, suggest
 
 PACKAGED = "bigbench"
 LEVELS = ("keyword", "group")
@@ -99,7 +99,7 @@ def load(name: str, tasks: Sequence[str] = ()) -> Vocabulary:
             two files, or a keyword or group that is not the same in both, the other file too.
     """
     packaged = Path(__file__).with_name("bigbench.json")
-    files = [packaged if name == PACKAGED else Path(name).expanduser(), *(Path(t).expanduser() for t in tasks)]
+    files = [packaged if name == PACKAGED else path_of(name), *map(path_of, tasks)]
     contents = {str(file): _read(file) for file in files}
     groups = _merged(contents, "groups", _text)
     keywords = _merged(contents, "keywords", lambda entry, where: _keyword(entry, where, groups))
@@ -109,21 +109,36 @@ def load(name: str, tasks: Sequence[str] = ()) -> Vocabulary:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_without_doubles)
+        json.dumps(content, ensure_ascii=False).encode()
     except FileNotFoundError:
         raise DataError(f"no such file: {file} (the vocabulary that comes along is called {PACKAGED!r})") from None
+    except DataError as error:
+        raise DataError(f"{file}: {error}") from None
+    except UnicodeEncodeError as error:
+        raise DataError(f"{file} holds {error.object[error.start]!r}, half a character: write it whole") from None
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{file}: not a JSON file that can be read: {first_line(error)}") from None
     if not isinstance(content, dict) or not content:
-        raise DataError(f"{file}: expected an object like {{'task': ['keyword', …]}}, got {type(content).__name__}")
+        got = type(content).__name__ if content or not isinstance(content, dict) else "an empty one"
+        raise DataError(f"{file}: expected an object like {{'task': ['keyword', …]}}, got {got}")
     known = {"about", *SECTIONS}
     first, entry = next(iter(content.items()))
-    if first not in known and isinstance(entry, list):
+    if first not in known and not isinstance(entry, dict):
         return {"tasks": content}
     odd = content.keys() - known
     if odd:
         raise DataError(f"{file}: unknown entry '{min(odd)}'; {suggest(min(odd), SECTIONS)}")
     return content
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in entries:
+            raise DataError(f"'{key}' is there twice in one object: keep one")
+        entries[key] = value
+    return entries
 
 
 def _merged(contents: Mapping[str, dict[str, Any]], key: str, read: Callable[[Any, str], T]) -> dict[str, T]:
@@ -137,6 +152,8 @@ def _merged(contents: Mapping[str, dict[str, Any]], key: str, read: Callable[[An
     for file, content in contents.items():
         for name, entry in _section(content, key, file).items():
             what = f"{key.removesuffix('s')} '{name}'"
+            if not name.strip():
+                raise DataError(f"{file}: {what} must have a name")
             value = read(entry, f"{file}: {what}")
             if name in found and key == "tasks":
                 raise DataError(f"{what} is listed twice: in {source[name]} and in {file}")
@@ -183,7 +200,10 @@ def _keyword(entry: Any, where: str, groups: dict[str, str]) -> Keyword:
         raise DataError(f"{where} is in the unknown group '{group}'; {_nearest(group, groups)}; known: {known}")
     if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 0):
         raise DataError(f"{where}: 'tasks' must be a whole number, got {count!r}")
-    return Keyword(group, _text(entry["description"], where), count, bool(entry.get("format", False)))
+    form = entry.get("format", False)
+    if not isinstance(form, bool):
+        raise DataError(f"{where}: 'format' must be true or false, got {form!r}")
+    return Keyword(group, _text(entry["description"], where), count, form)
 
 
 def _text(value: Any, where: str) -> str:
