@@ -46,6 +46,11 @@ class Findings:
     def routing(self, name: str, arm: str, key: str, form: str) -> str:
         return form.format(self.arm(name, arm)["routing"][key])
 
+    def tuning(self, name: str, arm: str) -> str:
+        """Scores of the trials by rate."""
+        scores = self.summaries[name]["settings"]["tuning"][arm]
+        return ", ".join(f"{100 * score:.1f} at {rate}" for rate, score in scores.items())
+
     def span(self, name: str, arms: list[str]) -> str:
         """The lowest and the highest mean of some arms."""
         means = [100 * self.arm(name, arm)["mean"] for arm in arms]
@@ -59,16 +64,16 @@ class Findings:
         return ""
 
 
-def findings(folder: Path) -> str:
+def page(folder: Path) -> str:
     """scripts/findings.md.j2 with its figures filled in."""
     from jinja2 import Environment, StrictUndefined
 
     found = Findings(folder)
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     template = environment.from_string((ROOT / "scripts" / "findings.md.j2").read_text())
-    names = ("mean", "values", "task", "gap", "relative", "routing", "span", "check")
+    names = ("mean", "values", "task", "gap", "relative", "routing", "tuning", "span", "check")
     return template.render({name: getattr(found, name) for name in names})
 
 
 if __name__ == "__main__":
-    (ROOT / "docs" / "findings.md").write_text(findings(ROOT / "results"))
+    (ROOT / "docs" / "findings.md").write_text(page(ROOT / "results"))

@@ -1,5 +1,6 @@
 """What is said of results: the command they were made with, and the arms that need a word."""
 
+import importlib
 import importlib.util
 from pathlib import Path
 
@@ -39,3 +40,11 @@ def test_arms_that_need_a_word_have_one():
     controls = {name: {"method": "oracle", "adapter": {}} for name in ("oracle", "bound")}
     assert script.special(settings | {"arms": controls}).startswith("`oracle` gives each row the expert of its task")
     assert script.special(settings | {"arms": {}}) == ""
+
+
+@pytest.mark.parametrize("page", ["findings", "results"])
+def test_the_pages_in_docs_are_those_that_the_results_give(page, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    script = importlib.import_module(page)
+    docs = SCRIPT.parents[1] / "docs"
+    assert script.page(docs.parent / "results") == (docs / f"{page}.md").read_text(encoding="utf-8")
