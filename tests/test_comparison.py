@@ -349,6 +349,15 @@ def test_a_gate_by_task_id_is_said_to_be_told_it():
     assert found["mola"]["claim"] == "routing helps"
 
 
+def test_what_one_row_makes_is_no_difference(make):
+    arms = {"lora": [1, 0], "uniform": [1, 0], "mola": [1, 1]}
+    cells = [make(name, seed, {"a": rows * 2}) for name, rows in arms.items() for seed in range(3)]
+    found = {v["arm"]: v for v in whole(cells)["verdicts"]}["mola"]
+    assert found["holds"] is False, "two rows of four in each seed are not more than two rows"
+    cells = [make(f"{name}s", seed, {"a": rows * 3}, method=name) for name, rows in arms.items() for seed in range(3)]
+    assert {v["arm"]: v for v in whole(cells, "loras")["verdicts"]}["molas"]["holds"] is True
+
+
 def test_an_arm_is_compared_with_those_that_adapt_the_same_modules():
     means = {"lora": LORA, "uniform": UNIFORM, "mola-all": [0.9] * 3, "lora-all": [0.8, 0.8, 0.81]}
     methods, modules = {"mola-all": "mola", "lora-all": "lora", "uniform-all": "uniform"}, {}

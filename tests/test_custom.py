@@ -122,6 +122,7 @@ def test_a_taught_loss_is_taught_and_its_prototypes_are_kept() -> None:
     [
         ({"router_of": "hotmo"}, "no router, gate or loss of 'hotmo' to recombine; did you mean 'hotmoe'"),
         ({"router_of": []}, "router_of is empty"),
+        ({"router_of": "uniform", "top_k": 2}, "top_k=2 has no effect: none of uniform has one"),
         ({"level": "layer"}, "level='layer' must be one of linear, block"),
         ({"gate_of": "custom"}, "no router, gate or loss of 'custom'"),
         ({"router_of": "mola", "settings": {"hotmoe": {}}}, "settings.hotmoe: no part is of method 'hotmoe'"),

@@ -21,6 +21,11 @@ from moesaic.recipe import (
 from moesaic.settings import differences, parse_overrides, read_yaml
 
 
+def test_parts_that_custom_is_not_told_follow_the_first_router() -> None:
+    config = adapter_config(load_recipe("custom", ["adapter.router_of=random"]))
+    assert (config.gate_name, config.losses_names) == ("random", ["random"])
+
+
 def test_a_packaged_recipe_with_settings_on_top():
     recipe = load_recipe("lora", ["model=nano", "lr=3e-4", "tasks=a,b", "temperature=2", "adapter.r=4", "clip=0"])
     assert (recipe.method, recipe.model, recipe.lr, recipe.tasks) == ("lora", "nano", 3e-4, ["a", "b"])

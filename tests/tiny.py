@@ -120,7 +120,7 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
     },
     "linear and recurrent logits": {"router_of": ["mola", "rmoe"], "settings": {"rmoe": {"state_dim": 8}}},
     "task and token logits": {"router_of": ["moelora", "dense"], "gate_of": "random", "losses_of": ["mola", "dynmole"]},
-    "whole FFNs, unrouted": {"router_of": "uniform", "level": "block"},
+    "whole FFNs, unrouted": {"router_of": "uniform", "level": "block", "top_k": None},
 }
 """A sample of what `custom` can recombine, that goes through the contract suite beside the methods."""
 

@@ -93,16 +93,18 @@ def _summary(
     names = list(dict.fromkeys(cell.arm for cell in cells))
     groups = {name: [r for r in runs if r.cell.arm == name] for name in names}
     arms = [_arm([c for c in cells if c.arm == name], groups[name], groups.get(baseline, [])) for name in names]
+    tasks = _tasks(runs)
+    row = max((1 / task["n"] / len(tasks) for task in tasks.values()), default=0.0)
     return {
         "baseline": baseline,
         "split": split,
         "settings": settings,
         "seeds": sorted({cell.seed for cell in cells}),
-        "tasks": _tasks(runs),
+        "tasks": tasks,
         "base_mean": _average([r.scores.get("base_mean") for r in runs]),
         "arms": arms,
         "missing": missed,
-        "verdicts": verdicts(arms, baseline),
+        "verdicts": verdicts(arms, baseline, row=row),
         "versions": _versions(runs),
         "device": _distinct([r.results.get("device") for r in runs]),
     }

@@ -1,7 +1,8 @@
 """Whether a comparison shows that routing helps: decided by a rule that is fixed beforehand, never typed.
 
 An arm is above another if the mean of the seed-paired differences of their mean scores exceeds two of their standard
-deviations, over at least three seeds; worse, if it is as far below. Routing helps where a learned router's arm is above
+deviations, over at least three seeds; worse, if it is as far below. A deviation counts as no less than what one row
+makes, since few rows can agree by chance. Routing helps where a learned router's arm is above
 every plain LoRA and every gate that learns nothing (uniform, random) on the same modules: above LoRA alone may be the
 experts' doing.
 """
@@ -43,12 +44,13 @@ def kind_of(method: str, config: Any) -> Kind:
     return "told" if config.needs_tasks else "learned"
 
 
-def verdicts(arms: Sequence[Mapping[str, Any]], baseline: str) -> list[dict[str, Any]]:
+def verdicts(arms: Sequence[Mapping[str, Any]], baseline: str, *, row: float = 0.0) -> list[dict[str, Any]]:
     """One verdict an arm that learns its routing, or knows it (the oracle).
 
     Args:
         arms: a summary's: name, method, kind, modules and, of finished ones, seeds, their mean scores (`values`) and
             parameters.
+        row: what one scored row makes of a mean score.
         baseline: named first where it is among those that an arm is compared with.
     """
     means = {arm["arm"]: dict(zip(arm["seeds"], arm.get("values", ()), strict=True)) for arm in arms}
@@ -71,7 +73,7 @@ def verdicts(arms: Sequence[Mapping[str, Any]], baseline: str) -> list[dict[str,
             found.append(_undecided(arm["arm"], claim, why))
         else:
             groups = [[other["arm"] for other in group] for group in others.values()]
-            found.append(_judge(means, arm["arm"], claim, groups))
+            found.append(_judge(means, arm["arm"], claim, groups, 100 * row))
     return [asdict(v) for v in found]
 
 
@@ -82,8 +84,10 @@ def _oracle_claim(arm: Mapping[str, Any], plain: Sequence[Mapping[str, Any]]) ->
     return "knowing the task helps"
 
 
-def _judge(means: Mapping[str, Mapping[int, float]], arm: str, claim: str, groups: list[list[str]]) -> Verdict:
-    """By all arms of all groups; of each group the highest arm is told."""
+def _judge(
+    means: Mapping[str, Mapping[int, float]], arm: str, claim: str, groups: list[list[str]], least: float
+) -> Verdict:
+    """By all arms of all groups; of each group the highest arm is told. `least`: the smallest deviation, in points."""
     said, above, worse = [], [], []
     for group in groups:
         told: list[tuple[float, str]] = []
@@ -94,8 +98,9 @@ def _judge(means: Mapping[str, Mapping[int, float]], arm: str, claim: str, group
                 return _undecided(arm, claim, text)
             gaps = [100 * (means[arm][s] - means[other][s]) for s in seeds]
             mean, deviation = statistics.fmean(gaps), statistics.stdev(gaps)
-            above.append(mean > DEVIATIONS * deviation)
-            worse += [other] if -mean > DEVIATIONS * deviation else []
+            line = DEVIATIONS * max(deviation, least)
+            above.append(mean > line)
+            worse += [other] if -mean > line else []
             best = f", the highest of {len(group)}" if len(group) > 1 else ""
             figures = f"{number(mean, '{:+.1f}')} ± {deviation:.1f} points against {other}{best} ({len(seeds)} seeds)"
             told.append((mean, figures))

@@ -133,6 +133,8 @@ class CustomConfig(MixtureConfig):
                     f"losses_of={name} and router_of={','.join(self.routers_of)} disagree: a loss of {name} reads its "
                     "own router"
                 )
+        if self.top_k is not None and not any(hasattr(part, "top_k") for part in self._parts.values()):
+            raise ConfigError(f"top_k={self.top_k} has no effect: none of {', '.join(used)} has one; leave it out")
         super().__post_init__()
 
     @property
