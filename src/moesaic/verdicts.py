@@ -2,9 +2,8 @@
 
 An arm is above another if the mean of the seed-paired differences of their mean scores exceeds two of their standard
 deviations, over at least three seeds; worse, if it is as far below. A deviation counts as no less than what one row
-makes, since few rows can agree by chance. Routing helps where a learned router's arm is above
-every plain LoRA and every gate that learns nothing (uniform, random) on the same modules: above LoRA alone may be the
-experts' doing.
+makes, since few rows can agree by chance. Routing helps where a learned router's arm is above every plain LoRA and
+every gate that learns nothing (uniform, random) on the same modules: above LoRA alone may be the experts' doing.
 """
 
 import statistics
