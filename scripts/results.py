@@ -143,8 +143,7 @@ def compared(title: str, file: Path) -> str:
         [
             f"## {title}",
             "",
-            f"{settings['steps']} steps of {settings['batch_size']}, seeds {', '.join(map(str, summary['seeds']))}, "
-            f"scored on the {summary['split']} split. All arms but `bound` have {settings['budget']:,} trainable "
+            f"All arms but `bound` have {settings['budget']:,} trainable "
             f"parameters within {100 * off:.1f} %, routers and heads counted, and see the same rows in the same order. "
             "Learning rates were tuned on validation rows, each arm with the same trials of "
             f"{settings['tune_steps']} steps (mean score by rate: {tuned})."
@@ -152,8 +151,6 @@ def compared(title: str, file: Path) -> str:
             "",
             markdown(summary),
             special(settings),
-            "",
-            f"Command: `{settings['command']}`",
             "",
         ]
     )

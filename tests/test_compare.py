@@ -323,7 +323,7 @@ def test_a_dry_run_shows_what_training_will_have_and_writes_nothing(world, tmp_p
     ask = settings(world, "methods=mola,dora", "lrs=1e-3,3e-3", "limit=5", "seeds=0,1", f"out={tmp_path / 'out'}")
     assert main(["compare", *ask, "--dry-run"]) == 0
     shown = capsys.readouterr().out
-    assert "12 trials, then 12 runs of 4 steps (6 arms x 2 seeds)" in shown
+    assert "12 trials of 1 steps, then 12 runs of 4 steps (6 arms x 2 seeds)" in shown
     assert "trials (validation): scored on 5 of even, 5 of pick\nruns (validation): scored on 20 of even" in shown
     assert main(["compare", *ask, "--dry-run", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -500,6 +500,20 @@ def test_a_folder_goes_on_where_it_lies_with_the_command_that_began_it(world, tm
     assert not out.exists()
     assert read(moved / "comparison.json")["settings"]["command"] == "moesaic compare mine.yaml"
     assert load([str(moved), f"out={out}"])[0].out == str(out)
+    monkeypatch.setattr(sys, "argv", ["moesaic", "compare", str(moved), "seeds=0,1,2"])
+    assert run([str(moved), "seeds=0,1,2"]) == 0
+    said = f"moesaic compare mine.yaml; moesaic compare {moved} seeds=0,1,2"
+    assert read(moved / "comparison.json")["settings"]["command"] == said
+    assert f"- command: {said}\n" in (moved / "table.md").read_text()
+
+
+def test_a_larger_arm_is_told_how_to_keep_the_budget(world, tmp_path, quick):
+    ask = settings(world, "methods=lora,mola", "seeds=0", "controls=false", f"out={tmp_path / 'out'}")
+    assert run(ask) == 0
+    with pytest.raises(ConfigError, match="or budget=mola, to which arms were matched there"):
+        run([*ask, "arms.big={method: mola, num_experts: 16}"])
+    assert run([*ask, "budget=mola"]) == 0
+    assert quick.ran == ["lora-s0", "mola-s0"]
 
 
 def test_a_comparison_stopped_while_its_first_file_was_written_goes_on(world, tmp_path, quick):

@@ -39,6 +39,15 @@ def test_a_methods_own_settings_come_before_those_of_all():
     assert {s["name"]: s["default"] for s in describe("dora")["settings"]}["use_dora"] is True
 
 
+def test_the_recipes_values_stand_beside_the_defaults():
+    settings = {s["name"]: s["recipe"] for s in describe("mola")["settings"] if s["recipe"] is not None}
+    assert settings == load_recipe("mola").adapter
+
+
+def test_help_is_text_without_tags():
+    assert not any("<" in s["help"] for s in describe("lora")["settings"])
+
+
 def test_one_method_on_the_command_line(capsys):
     assert main(["methods", "custom"]) == 0
     said = capsys.readouterr().out

@@ -58,6 +58,7 @@ def test_every_packaged_recipe_makes_a_config_of_a_registered_method(name):
     ("settings", "message"),
     [
         (["stepz=3"], "unknown key 'stepz'.*did you mean 'steps'"),
+        (["r=3"], "settings: r is a setting of the method: write adapter.r"),
         (["adaptor.r=3"], "unknown key 'adaptor.r'.*go under adapter"),
         (["steps"], "'steps' is not of the form key=value"),
         (["steps=many"], "steps"),

@@ -603,7 +603,9 @@ def test_topics_say_what_speaks_against_them(changes: Any, doubts: list[str]) ->
         assert wanted in line
 
 
-def test_a_graph_without_an_edge_is_doubted_unless_it_was_asked_for(tmp_path: Path, caplog: Any) -> None:
+def test_a_graph_without_an_edge_is_doubted_unless_it_was_asked_for(
+    tmp_path: Path, caplog: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = {
         "groups": {"g": "one", "h, i": "other"},
         "keywords": {"red": {"group": "g", "description": "x"}, "loud": {"group": "h, i", "description": "y"}},
@@ -618,9 +620,17 @@ def test_a_graph_without_an_edge_is_doubted_unless_it_was_asked_for(tmp_path: Pa
     ]
     assert main(["topics", "build", *given, "cosine=0", "overwrite=true"]) == 0
     assert "no two topics are connected" in caplog.text
+    assert "next:" not in capsys.readouterr().out, "what is doubted is not what to train with"
     caplog.clear()
     assert main(["topics", "build", *given, "cosine=0", "jaccard=0", "group=0", "overwrite=true"]) == 0
     assert caplog.text == ""
+    assert "next: moesaic train topiclora" in capsys.readouterr().out
+
+
+def test_a_name_too_long_is_refused_before_anything_is_built(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr("moesaic.topics.build", None)
+    assert main(["topics", "build", f"out={tmp_path / ('a' * 240)}.safetensors", "encoder=hashing"]) == 2
+    assert "cannot be written: File name too long" in capsys.readouterr().err
 
 
 def test_build_and_show_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -659,7 +669,7 @@ def test_brackets_and_colons_in_names_and_paths_are_shown_as_they_are(
     }
     vocabulary_file = write(tmp_path / "words.json", words)
     file, picture = tmp_path / "mine [x] :boom:.safetensors", tmp_path / "[b]graph.svg"
-    settings = ["encoder=hashing", "num_experts=2", "topic_dim=4", "steps=0"]
+    settings = ["encoder=hashing", "num_experts=2", "topic_dim=4", "steps=1"]
     assert main(["topics", "build", f"vocabulary={vocabulary_file}", f"out={file}", *settings]) == 0
     said = capsys.readouterr().out
     assert f"written: {file}" in said

@@ -57,7 +57,7 @@ def write_json(file: Path, content: Any) -> None:
 
 def write_text(file: Path, text: str) -> None:
     """Write a text file whole or not at all."""
-    part = file.with_name(f".{file.name}.part")
+    part = _part(file)
     with writing(file):
         try:
             part.write_text(text, encoding="utf-8")
@@ -67,6 +67,11 @@ def write_text(file: Path, text: str) -> None:
             with suppress(OSError):
                 part.unlink()
             raise
+
+
+def _part(file: Path) -> Path:
+    """Where a file is written before it takes its name."""
+    return file.with_name(f".{file.name}.part")
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -123,6 +128,7 @@ def check_writable(place: Path, asked: str) -> None:
     Tried in the nearest folder there is, where nothing is left.
     """
     try:
+        _part(place).exists()  # refuses a name that is too long
         near = next(p for p in (place, *place.absolute().parents) if p.exists())
         with TemporaryFile(dir=near if near.is_dir() or near != place else near.parent):
             pass

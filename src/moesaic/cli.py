@@ -127,7 +127,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = verb("eval", _eval, "score finished runs on held-out rows", _eval_epilog())
     evaluate.add_argument("settings", nargs="+", metavar="run | key=value", help="run folders, then settings")
     compare = verb("compare", _compare, "compare methods at equal budget over seeds", _compare_epilog())
-    compare.add_argument("settings", nargs="*", metavar="FILE | key=value", help="a .yaml file, and settings on top")
+    compare.add_argument(
+        "settings",
+        nargs="*",
+        metavar="FILE | FOLDER | key=value",
+        help="a .yaml file, or a comparison's folder to go on with; settings on top",
+    )
     compare.add_argument("--dry-run", action="store_true", help="print the arms, their ranks and counts, and stop")
     demo = verb("demo", _demo, "plain LoRA against HotMoE on six small tasks, in minutes", _demo_epilog())
     demo.add_argument("settings", nargs="*", metavar="key=value", help="settings of the demo")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from moesaic.errors import ConfigError, suggest
 from moesaic.lora import MixtureConfig
-from moesaic.recipe import PACKAGED, PLAIN, adapter_settings, methods, packaged
+from moesaic.recipe import PACKAGED, PLAIN, adapter_settings, load_recipe, methods, packaged
 from moesaic.settings import read_yaml
 
 if TYPE_CHECKING:
@@ -30,7 +30,10 @@ def overview() -> list[dict[str, Any]]:
 
 
 def describe(name: str) -> dict[str, Any]:
-    """One method: paper, equations, recipes, and every setting with its default and what it means.
+    """One method: paper, equations, recipes, and every setting with its default, its recipe's value and its meaning.
+
+    `recipe` of a setting is what the recipe of the method's own name sets it to, None where that is silent.
+
 
     Raises:
         ConfigError: no such method (naming the nearest).
@@ -41,6 +44,7 @@ def describe(name: str) -> dict[str, Any]:
     config, about = known[name], _about(name)
     shared = {f.name for f in fields(MixtureConfig)} - get_annotations(config).keys()
     allowed = adapter_settings(name)
+    set_by_recipe = load_recipe(name).adapter if name in packaged() else {}
     settings = [f for f in fields(config) if f.name in allowed]
     return {
         "method": name,
@@ -50,7 +54,13 @@ def describe(name: str) -> dict[str, Any]:
         "config": config.__name__ if name in PLAIN else f"moesaic.{config.__name__}",
         "recipes": [r for r in packaged() if read_yaml(PACKAGED / f"{r}.yaml").get("method") == name],
         "settings": [
-            {"name": f.name, "default": _default(name, f), "help": _line(f), "shared": f.name in shared}
+            {
+                "name": f.name,
+                "default": _default(name, f),
+                "recipe": set_by_recipe.get(f.name),
+                "help": _line(f),
+                "shared": f.name in shared,
+            }
             for f in sorted(settings, key=lambda f: f.name in shared)
         ],
     }
@@ -69,9 +79,10 @@ def shown(about: dict[str, Any]) -> RenderableType:
     for title, shared in (("settings", False), ("settings of every mixture", True)):
         rows = [s for s in about["settings"] if s["shared"] is shared]
         if rows:
-            table = Table("setting", "default", "meaning", title=title, title_justify="left", box=None)
+            table = Table("setting", "default", "recipe", "meaning", title=title, title_justify="left", box=None)
             for row in rows:
-                table.add_row(*map(Text, (row["name"], _plain(row["default"]), row["help"])))
+                recipe = "" if row["recipe"] is None else _plain(row["recipe"])
+                table.add_row(*map(Text, (row["name"], _plain(row["default"]), recipe, row["help"])))
             parts.append(table)
     first = about["settings"][0]["name"]
     return Group(*parts, Text(f"\n{_USE.format(setting=first, config=about['config'])}"))
@@ -91,7 +102,7 @@ def _default(method: str, field: Field[Any]) -> Any:
 
 def _line(field: Field[Any]) -> str:
     """The first sentence of a setting's help: PEFT's run on."""
-    text = " ".join(str(field.metadata.get("help", "")).split())
+    text = re.sub(r"<[^>]+>", "", " ".join(str(field.metadata.get("help", "")).split()))
     return re.split(r"(?<=[a-z)`'])\.\s+(?=[A-Z])", text)[0].rstrip(".")
 
 

@@ -153,7 +153,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     if "method" in given and given["method"] != stored.get("method"):
         stored.pop("adapter", None)  # another method's settings
     for source, values in ((str(file), stored), ("settings", given)):
-        check_keys(source, values, names(Recipe))
+        check_keys(source, values, names(Recipe), of_adapters=all_adapter_settings)
     adapter = {**(stored.pop("adapter", None) or {}), **(given.pop("adapter", None) or {})}
     recipe = build(Recipe, stored, given, {"adapter": adapter})
     check(recipe)
@@ -221,6 +221,11 @@ def is_routed(method: str) -> bool:
 def adapter_settings(method: str) -> list[str]:
     """What may be set under `adapter.` for a method that is known."""
     return [f.name for f in fields(methods()[method]) if f.init and f.name not in _SET_BY_PEFT]
+
+
+def all_adapter_settings() -> set[str]:
+    """What may be set under `adapter.` for any method."""
+    return {key for method in methods() for key in adapter_settings(method)}
 
 
 def adapter_config(recipe: Recipe, **defaults: Any) -> "PeftConfig":

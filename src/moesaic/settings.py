@@ -1,7 +1,7 @@
 """Settings as people write them, YAML files and `key=value`, to dataclasses; what is unknown names the nearest."""
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -101,11 +101,22 @@ def _check_keys_are_texts(source: str, value: Any) -> None:
         _check_keys_are_texts(source, part)
 
 
-def check_keys(source: str, values: dict[str, Any], valid: Iterable[str]) -> None:
-    """Raise ConfigError for a key that is not in `valid`; `source` (a file, or "settings") opens the message."""
+def check_keys(
+    source: str,
+    values: dict[str, Any],
+    valid: Iterable[str],
+    *,
+    of_adapters: Callable[[], Collection[str]] = frozenset,
+) -> None:
+    """Raise ConfigError for a key that is not in `valid`; `source` (a file, or "settings") opens the message.
+
+    `of_adapters` gives the keys that stand under `adapter.`; it is asked once something is wrong.
+    """
     valid = list(valid)
     for key in values:
         if key not in valid:
+            if key in of_adapters():
+                raise ConfigError(f"{source}: {key} is a setting of the method: write adapter.{key}")
             hint = "settings of the method go under adapter.; " if "." in str(key) else ""
             raise ConfigError(f"{source}: unknown key '{key}'; {hint}{suggest(str(key), valid)}")
     if not isinstance(values.get("adapter") or {}, dict):

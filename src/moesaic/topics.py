@@ -60,7 +60,7 @@ def run(action: str, arguments: list[str], *, as_json: bool = False) -> None:
         logger.warning("%s", line)
     if written:
         console.print(f"written: {written}", soft_wrap=True)
-    if action == "build":
+    if action == "build" and not topics.doubts():
         experts, size = topics.prototypes.shape
         console.print(
             f"next: moesaic train topiclora data=… adapter.topics={written} adapter.num_experts={experts} "

@@ -53,13 +53,12 @@ def train(recipe: Recipe, *, command: str | None = None, progress: bool | None =
     require_extras()
     command = command or command_line()
     adapter_config(recipe)  # a setting that cannot be is refused before anything is read
-    recipe = as_used(recipe)
     folder = RunFolder(recipe.run_folder())
     if folder.finished and not recipe.overwrite:
         raise ConfigError(f"{folder.path} holds a finished run; overwrite=true replaces it, out=… goes elsewhere")
     examples = load_examples(recipe)
     prepared = prepare(recipe, examples)
-    recipe = prepared.recipe
+    recipe = as_used(prepared.recipe)
     digest = data.digest(examples)
     stored: dict[str, Any] = {"tasks": list(prepared.tasks), "data_sha256": digest}
     if prepared.layout is not None:

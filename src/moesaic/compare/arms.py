@@ -54,6 +54,8 @@ class Plan:
     tasks: tuple[str, ...]
     data_sha256: str
     budget: int | None
+    budget_of: str | None
+    """The arm whose count that is; None where it was given as a number."""
     scored: dict[str, dict[str, int]]
     """Of trials and of runs: how many rows of each task they are scored on."""
     scored_sha256: dict[str, str]
@@ -106,7 +108,7 @@ def plan(settings: CompareSettings, shared: Recipe) -> Plan:
         kind, adapted = kind_of(recipe.method, config), _tally(modules)
         read = {file: hashlib.sha256(path_of(file).read_bytes()).hexdigest() for file in getattr(config, "files", ())}
         arms[name] = Arm(name, recipe, trainable, experts, config.r, raised, kind, adapted, read)
-    return Plan(settings, shared, arms, base.tasks, data.digest(examples), budget, scored, digests)
+    return Plan(settings, shared, arms, base.tasks, data.digest(examples), budget, measure, scored, digests)
 
 
 def _tally(modules: Iterable[str]) -> str:

@@ -18,6 +18,8 @@ from moesaic.settings import differences, read_yaml
 ARMS = "arms.json"
 _FREE = {"out", "overwrite", "engine", "workers", "threads", "gpus", "keep", "save_every", "budget", "controls"}
 """Settings that may be others when a comparison is continued; what the last two came to is compared."""
+_GROWING = ("methods", "seeds", "arms")
+"""Settings that may be added to."""
 
 
 def check_folder(out: Path) -> None:
@@ -39,7 +41,7 @@ def check_same(out: Path, planned: Plan) -> None:
         old = stored.get(key)
         if key in _FREE:
             continue
-        if key in ("methods", "seeds", "arms"):
+        if key in _GROWING:
             kept = old if isinstance(old, (list, dict)) else [old]
             gone = [str(entry) for entry in kept if entry not in new]
             if gone:
@@ -69,6 +71,8 @@ def check_same(out: Path, planned: Plan) -> None:
         before, now = ({"method": a["method"], **a["adapter"]} for a in (old, arm))
         changed = differences(before, now, f"arms.{name}")
         if changed:
+            if past.get("budget_of") and past["budget_of"] != planned.budget_of:
+                hint = f"or budget={past['budget_of']}, to which arms were matched there, {hint}"
             raise ConfigError(
                 f"{out} holds a comparison with {changed}: set back what it comes from (arms, adapter, budget), {hint}"
             )
@@ -119,7 +123,7 @@ def resolved(planned: Plan) -> dict[str, Any]:
         for name, arm in planned.arms.items()
     }
     rows = {"data_sha256": planned.data_sha256, "scored_sha256": planned.scored_sha256}
-    found = {**rows, "tasks": planned.tasks, "budget": planned.budget, "arms": arms}
+    found = {**rows, "tasks": planned.tasks, "budget": planned.budget, "budget_of": planned.budget_of, "arms": arms}
     plain: dict[str, Any] = json.loads(json.dumps(found))
     return plain
 
@@ -133,14 +137,17 @@ def claimed(out: Path, planned: Plan) -> Iterator[None]:
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     with locked(out):
-        now = resolved(planned)
+        now, asked = resolved(planned), pinned(planned)
         past = _past(out) if (out / ARMS).is_file() else {}
-        write_text(out / FILE, dump(pinned(planned)))
+        before = read_yaml(out / FILE) if past else {}
+        write_text(out / FILE, dump(asked))
         arms = {**past.get("arms", {}), **now["arms"]}
-        write_json(out / ARMS, {"command": command_line(), **past, **now, "arms": arms})
+        grown = any(before.get(key) != asked[key] for key in _GROWING)
+        said = "; ".join([*filter(None, [past.get("command")]), *([command_line()] if grown else [])])
+        write_json(out / ARMS, {**past, **now, "command": said, "arms": arms})
         yield
 
 
 def command(out: Path) -> str:
-    """The command that a comparison was started with."""
+    """The commands that a comparison was made with: the one that began it, and each that added to it."""
     return str(_past(out)["command"])

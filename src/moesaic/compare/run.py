@@ -77,7 +77,7 @@ def _run(planned: Plan, out: Path) -> tuple[list[Cell], Trials]:
     """Tune where there are rates to choose from, then run every cell."""
     settings = planned.settings
     rates = settings.lrs if settings.tuned else []
-    with progress(len(planned.arms) * (len(rates) + len(settings.seeds))) as report:
+    with progress(planned) as report:
         trials = _tune(planned, out, rates, report)
         places = {(arm, seed): out / "cells" / f"{arm}-s{seed}" for seed in settings.seeds for arm in planned.arms}
         jobs = {
@@ -103,7 +103,7 @@ def _tune(planned: Plan, out: Path, rates: Sequence[float], report: Report) -> T
     if not rates:
         lr = settings.lrs[0] if settings.lrs else planned.shared.lr
         return Trials({}, dict.fromkeys(arms, lr), {})
-    own = {"seed": settings.tune_seed, "steps": settings.tune_steps or max(1, planned.shared.steps // 4)}
+    own = {"seed": settings.tune_seed, "steps": settings.trial_steps(planned.shared.steps)}
     jobs = {
         (arm, lr): _job(planned, arm, out / "tuning" / f"{arm}-lr{lr:g}", trial=True, lr=lr, **own)
         for arm in arms

@@ -8,7 +8,7 @@ from typing import Any
 
 from moesaic.data import SPLITS
 from moesaic.errors import ConfigError, MissingDependency, path_of, suggest
-from moesaic.recipe import Recipe, check
+from moesaic.recipe import Recipe, all_adapter_settings, check
 from moesaic.settings import build, check_keys, lists, names, parse_overrides, read_yaml
 
 FILE = "compare.yaml"
@@ -68,6 +68,10 @@ class CompareSettings:
         """Whether there are learning rates to choose from."""
         return len(self.lrs) > 1
 
+    def trial_steps(self, steps: int) -> int:
+        """The steps of a trial, where a run has `steps`."""
+        return self.tune_steps or max(1, steps // 4)
+
 
 def load(arguments: Sequence[str]) -> tuple[CompareSettings, Recipe]:
     """The comparison's settings, and the recipe that its arms share.
@@ -83,7 +87,7 @@ def load(arguments: Sequence[str]) -> tuple[CompareSettings, Recipe]:
     known_lists = [*lists(CompareSettings), *lists(Recipe)]
     layers.append(("settings", parse_overrides([a for a in arguments if "=" in a], lists=known_lists)))
     for source, values in layers:
-        check_keys(source, values, [*own, *shared])
+        check_keys(source, values, [*own, *shared], of_adapters=all_adapter_settings)
     kinds = {f.name: str(f.type) for cls in (Recipe, CompareSettings) for f in fields(cls)}
     for source, values in layers:
         for key, value in values.items():

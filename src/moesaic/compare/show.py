@@ -18,12 +18,15 @@ class Report(Protocol):
 
 
 @contextmanager
-def progress(total: int) -> Iterator[Report]:
-    """A line on stderr for each run that ends, and a bar on a terminal."""
+def progress(planned: Plan) -> Iterator[Report]:
+    """On stderr what there is to run, a line for each run that ends, and a bar on a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True, highlight=False)
+    rates = len(planned.settings.lrs) if planned.settings.tuned else 0
+    total = len(planned.arms) * (rates + len(planned.settings.seeds))
+    console.print(f"{planned.settings.out}: {extent(planned)}", markup=False, soft_wrap=True)
     columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
         task, ended = bar.add_task("runs", total=total), 0
@@ -42,13 +45,26 @@ def progress(total: int) -> Iterator[Report]:
         yield report
 
 
+def extent(planned: Plan) -> str:
+    """How much there is to run: `4 trials of 100 steps, then 6 runs of 400 steps (2 arms x 3 seeds)`."""
+    settings = planned.settings
+    trials = (
+        f"{len(planned.arms) * len(settings.lrs)} trials of {settings.trial_steps(planned.shared.steps)} steps, then "
+    )
+    runs = len(planned.arms) * len(settings.seeds)
+    size = f"{len(planned.arms)} arms x {len(settings.seeds)} seeds"
+    return f"{trials if settings.tuned else ''}{runs} runs of {planned.shared.steps} steps ({size})"
+
+
 def show_plan(planned: Plan, as_json: bool) -> None:
     """The arms with their ranks and counts, and how much there is to run; on stdout."""
     settings = planned.settings
-    trials = len(planned.arms) * len(settings.lrs) if settings.tuned else 0
-    runs = len(planned.arms) * len(settings.seeds)
     if as_json:
-        found = {**pinned(planned), **resolved(planned), "trials": trials, "cells": runs, "scored": planned.scored}
+        size = {
+            "trials": len(planned.arms) * len(settings.lrs) if settings.tuned else 0,
+            "cells": len(planned.arms) * len(settings.seeds),
+        }
+        found = {**pinned(planned), **resolved(planned), **size, "scored": planned.scored}
         print(json.dumps(found, indent=2))
         return
     from rich.console import Console
@@ -66,7 +82,6 @@ def show_plan(planned: Plan, as_json: bool) -> None:
             off = "not matched" if name == "bound" else f"{has / planned.budget - 1:+.2%}"
         table.add_row(name, arm.recipe.method, str(arm.experts), rank, f"{arm.trainable:,}", off)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
-    size = f"{len(planned.arms)} arms x {len(settings.seeds)} seeds"
-    print(f"{f'{trials} trials, then ' if trials else ''}{runs} runs of {planned.shared.steps} steps ({size})")
+    print(extent(planned))
     for what, rows in planned.scored.items():
         print(f"{what}: scored on {', '.join(f'{n:,} of {task}' for task, n in rows.items())}")

@@ -22,8 +22,8 @@ def row_ids(h: Tensor, context: RoutingContext | None, *, limit: int, setting: s
     """
     if context is None or context.task_ids is None:
         raise ConfigError(
-            "this method gates by task id: give routing_task_ids in the batch, or run inside "
-            "moesaic.routing_tasks(model, task_ids=[...])"
+            "this method gates by task id: give routing_task_ids in the batch (a Trainer drops that column unless "
+            "remove_unused_columns=False), or run inside moesaic.routing_tasks(model, task_ids=[...])"
         )
     ids = context.task_ids
     checked = ("task ids below", limit)

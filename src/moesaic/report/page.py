@@ -11,7 +11,7 @@ from typing import Any
 from markupsafe import Markup
 
 from moesaic.report import charts
-from moesaic.report.text import grids, missing
+from moesaic.report.text import facts, grids, missing
 from moesaic.verdicts import MATCHED
 
 HERE = Path(__file__).parent
@@ -40,7 +40,7 @@ def html(summary: dict[str, Any]) -> str:
     return environment.get_template("page.html.j2").render(
         title=f"{len(summary['arms'])} arms on {len(summary['tasks'])} tasks",
         style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
-        facts=_facts(summary),
+        facts=facts(summary),
         verdicts=summary["verdicts"],
         missing=missing(summary),
         grids=grids(summary) if _done(summary) else [],
@@ -60,22 +60,6 @@ def figures(summary: dict[str, Any]) -> list[Figure]:
 def _done(summary: dict[str, Any]) -> list[tuple[int, Arm]]:
     """Arms with results, each with the number of its colour."""
     return [(i, arm) for i, arm in enumerate(summary["arms"]) if "scores" in arm]
-
-
-def _facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    settings = summary["settings"]
-    facts = [
-        ("model", settings.get("model")),
-        ("data", settings.get("data")),
-        ("split", summary["split"]),
-        ("seeds", ", ".join(map(str, summary["seeds"]))),
-        ("baseline", summary["baseline"]),
-        ("steps", settings.get("steps")),
-        ("device", summary["device"]),
-        ("moesaic", summary["versions"].get("moesaic")),
-        ("command", settings.get("command")),
-    ]
-    return [(name, str(value)) for name, value in facts if value]
 
 
 def _differences(summary: dict[str, Any]) -> Figure | None:

@@ -23,6 +23,25 @@ class Grid:
     legend: list[tuple[str, str]]
 
 
+def facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """What was compared, on what and how: (name, value) of all that is known."""
+    settings = summary["settings"]
+    rows = sum(task["n"] for task in summary["tasks"].values())
+    found = [
+        ("model", settings.get("model")),
+        ("data", settings.get("data")),
+        ("scored on", f"{rows:,} rows of the {summary['split']} split" if rows else None),
+        ("seeds", ", ".join(map(str, summary["seeds"]))),
+        ("baseline", summary["baseline"]),
+        ("steps", settings.get("steps")),
+        ("rows a step", (settings.get("batch_size") or 0) * (settings.get("accumulation") or 1)),
+        ("device", summary["device"]),
+        ("moesaic", summary["versions"].get("moesaic")),
+        ("command", settings.get("command")),
+    ]
+    return [(name, str(value)) for name, value in found if value]
+
+
 def grids(summary: dict[str, Any]) -> list[Grid]:
     """Scores, costs and, if anything was routed, routing."""
     made = [_scores(summary), _costs(summary)]
@@ -31,8 +50,8 @@ def grids(summary: dict[str, Any]) -> list[Grid]:
 
 
 def markdown(summary: dict[str, Any]) -> str:
-    """All tables and verdicts."""
-    parts = []
+    """What was compared, all tables and verdicts."""
+    parts = ["\n".join(f"- {name}: {value}" for name, value in facts(summary))]
     for grid in grids(summary):
         lines = [grid.header, ["---", *["---:"] * (len(grid.header) - 1)], *grid.rows]
         table = "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
