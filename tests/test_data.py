@@ -112,8 +112,10 @@ def test_a_folder_with_the_split_itself(tmp_path):
         data.load(tmp_path, tasks=["v"])
 
 
-@pytest.mark.parametrize("name", ["missing.jsonl", "./nowhere", "/no/where"])
-def test_a_path_that_is_not_there_is_not_taken_for_a_hub_id(name):
+@pytest.mark.parametrize("name", ["missing.jsonl", "./nowhere", "/no/where", "nowhere/", "here/nowhere", "a/b/c"])
+def test_a_path_that_is_not_there_is_not_taken_for_a_hub_id(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
     with pytest.raises(DataError, match="no such file or folder"):
         data.load(name)
 

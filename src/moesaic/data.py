@@ -63,11 +63,24 @@ def load(
         examples = _folder(place, split, tasks, on_bad_lines)
     elif place.is_file():
         examples = _select(_read(place, on_bad_lines), tasks, str(place))
-    elif place.suffix or place.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") > 1:
+    elif _is_path(str(path)):
         raise DataError(f"no such file or folder: {place}")
     else:
         examples = _select(_hub(str(path), split, on_bad_lines), tasks, str(path))
     return examples
+
+
+def _is_path(name: str) -> bool:
+    """Whether what is not there was meant as a path: a hub id has one slash at most, and no folder is its owner."""
+    place = path_of(name)
+    return (
+        bool(place.suffix)
+        or place.is_absolute()
+        or name.startswith((".", "~"))
+        or name.endswith("/")
+        or name.count("/") > 1
+        or (name.count("/") == 1 and place.parent.is_dir())
+    )
 
 
 def digest(examples: Sequence[Example]) -> str:
