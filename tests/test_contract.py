@@ -471,9 +471,10 @@ from peft import PeftModel
 from tests import tiny
 torch.set_num_threads(1)
 for job in json.load(open(sys.argv[1])):
-    base = tiny.llama().to(getattr(torch, job["dtype"]))
-    model = tiny.pin_task(PeftModel.from_pretrained(base, job["folder"])).eval()
-    torch.save(model(**tiny.batch(base)).logits.detach(), job["out"])
+    for load, name in ((PeftModel.from_pretrained, "peft"), (moesaic.from_pretrained, "moesaic")):
+        base = tiny.llama().to(getattr(torch, job["dtype"]))
+        model = tiny.pin_task(load(base, job["folder"])).eval()
+        torch.save(model(**tiny.batch(base)).logits.detach(), job["out"] + name)
 """
 
 
@@ -491,7 +492,8 @@ def test_a_fresh_process_loads_what_was_saved_bit_for_bit(tmp_path: Path) -> Non
     root = Path(__file__).parent.parent
     subprocess.run([sys.executable, "-c", _LOAD, str(tmp_path / "jobs.json")], check=True, cwd=root)
     for out, logits in wanted.items():
-        assert torch.equal(torch.load(out, weights_only=True), logits), out
+        for name in ("peft", "moesaic"):
+            assert torch.equal(torch.load(out + name, weights_only=True), logits), (out, name)
 
 
 def test_a_saved_config_is_read_back_as_it_was(method: str, tmp_path: Path) -> None:
