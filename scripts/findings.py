@@ -31,6 +31,9 @@ class Findings:
     def values(self, name: str, arm: str) -> str:
         return ", ".join(f"{100 * v:.1f}" for v in self.arm(name, arm)["values"])
 
+    def values_of(self, name: str, arm: str, task: str) -> str:
+        return ", ".join(f"{100 * v:.1f}" for v in self.arm(name, arm)["scores"][task]["values"])
+
     def task(self, name: str, arm: str, task: str) -> str:
         return f"{100 * self.arm(name, arm)['scores'][task]['mean']:.0f}"
 
@@ -62,6 +65,13 @@ class Findings:
         assert verdict["holds"] is holds, f"findings.md.j2 says otherwise of {name}: {verdict['text']}"
         return ""
 
+    def none_holds(self, name: str) -> str:
+        """Nothing, if no learned router helps; AssertionError if one does."""
+        kinds = {arm["arm"]: arm["kind"] for arm in self.summaries[name]["arms"]}
+        held = [v["text"] for v in self.summaries[name]["verdicts"] if v["holds"] and kinds[v["arm"]] == "learned"]
+        assert not held, f"findings.md.j2 says otherwise of {name}: {held}"
+        return ""
+
 
 def page(folder: Path) -> str:
     """scripts/findings.md.j2 with its figures filled in."""
@@ -70,7 +80,7 @@ def page(folder: Path) -> str:
     found = Findings(folder)
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     template = environment.from_string((ROOT / "scripts" / "findings.md.j2").read_text())
-    names = ("mean", "values", "task", "gap", "relative", "routing", "tuning", "span", "check")
+    names = ("mean", "values", "task", "gap", "relative", "routing", "tuning", "span", "check", "none_holds", "values_of")
     return template.render({name: getattr(found, name) for name in names})
 
 
