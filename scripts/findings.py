@@ -80,8 +80,8 @@ def page(folder: Path) -> str:
     found = Findings(folder)
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     template = environment.from_string((ROOT / "scripts" / "findings.md.j2").read_text())
-    names = ("mean", "values", "task", "gap", "relative", "routing", "tuning", "span", "check", "none_holds", "values_of")
-    return template.render({name: getattr(found, name) for name in names})
+    known = {name: getattr(found, name) for name in vars(Findings) if not name.startswith("_")}
+    return template.render(known)
 
 
 if __name__ == "__main__":
