@@ -56,11 +56,12 @@ def run(action: str, arguments: list[str], *, as_json: bool = False) -> None:
         console.print(drawing.table(topics))
     else:
         console.print(drawing.caption(topics), soft_wrap=True)
-    for line in topics.doubts():
+    doubts = topics.doubts()
+    for line in doubts:
         logger.warning("%s", line)
     if written:
         console.print(f"written: {written}", soft_wrap=True)
-    if action == "build" and not topics.doubts():
+    if action == "build" and not doubts:
         experts, size = topics.prototypes.shape
         console.print(
             f"next: moesaic train topiclora data=… adapter.topics={written} adapter.num_experts={experts} "

@@ -61,6 +61,14 @@ class Plan:
     scored_sha256: dict[str, str]
     """Digests of these rows, by split."""
 
+    @property
+    def trials(self) -> int:
+        return len(self.arms) * len(self.settings.lrs) if self.settings.tuned else 0
+
+    @property
+    def runs(self) -> int:
+        return len(self.arms) * len(self.settings.seeds)
+
 
 def plan(settings: CompareSettings, shared: Recipe) -> Plan:
     """Read the data and the model's configuration, solve every rank, and refuse what cannot be run.

@@ -24,8 +24,7 @@ def progress(planned: Plan) -> Iterator[Report]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True, highlight=False)
-    rates = len(planned.settings.lrs) if planned.settings.tuned else 0
-    total = len(planned.arms) * (rates + len(planned.settings.seeds))
+    total = planned.trials + planned.runs
     console.print(f"{planned.settings.out}: {extent(planned)}", markup=False, soft_wrap=True)
     columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
@@ -48,22 +47,16 @@ def progress(planned: Plan) -> Iterator[Report]:
 def extent(planned: Plan) -> str:
     """How much there is to run: `4 trials of 100 steps, then 6 runs of 400 steps (2 arms x 3 seeds)`."""
     settings = planned.settings
-    trials = (
-        f"{len(planned.arms) * len(settings.lrs)} trials of {settings.trial_steps(planned.shared.steps)} steps, then "
-    )
-    runs = len(planned.arms) * len(settings.seeds)
+    trials = f"{planned.trials} trials of {settings.trial_steps(planned.shared.steps)} steps, then "
     size = f"{len(planned.arms)} arms x {len(settings.seeds)} seeds"
-    return f"{trials if settings.tuned else ''}{runs} runs of {planned.shared.steps} steps ({size})"
+    return f"{trials if settings.tuned else ''}{planned.runs} runs of {planned.shared.steps} steps ({size})"
 
 
 def show_plan(planned: Plan, as_json: bool) -> None:
     """The arms with their ranks and counts, and how much there is to run; on stdout."""
     settings = planned.settings
     if as_json:
-        size = {
-            "trials": len(planned.arms) * len(settings.lrs) if settings.tuned else 0,
-            "cells": len(planned.arms) * len(settings.seeds),
-        }
+        size = {"trials": planned.trials, "cells": planned.runs}
         found = {**pinned(planned), **resolved(planned), **size, "scored": planned.scored}
         print(json.dumps(found, indent=2))
         return
