@@ -28,11 +28,10 @@ class Findings:
     def mean(self, name: str, arm: str) -> str:
         return spread([100 * v for v in self.arm(name, arm)["values"]])
 
-    def values(self, name: str, arm: str) -> str:
-        return ", ".join(f"{100 * v:.1f}" for v in self.arm(name, arm)["values"])
-
-    def values_of(self, name: str, arm: str, task: str) -> str:
-        return ", ".join(f"{100 * v:.1f}" for v in self.arm(name, arm)["scores"][task]["values"])
+    def values(self, name: str, arm: str, task: str = "") -> str:
+        """By seed: the mean over tasks, or one task."""
+        found = self.arm(name, arm)["scores"][task] if task else self.arm(name, arm)
+        return ", ".join(f"{100 * v:.1f}" for v in found["values"])
 
     def task(self, name: str, arm: str, task: str) -> str:
         return f"{100 * self.arm(name, arm)['scores'][task]['mean']:.0f}"
