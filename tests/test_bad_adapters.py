@@ -236,6 +236,8 @@ def test_peft_itself_does_not_load_it_either(kind: str, good: Path, tmp_path: Pa
         ({"use_rslora": "no"}, "use_rslora='no' must be true or false"),
         ({"aux_weight": -1}, "aux_weight=-1"),
         ({"aux_weight": float("inf")}, "aux_weight=inf"),
+        ({"aux_weight": 1e300}, "aux_weight=1e+300"),
+        ({"lora_alpha": 1e300}, "lora_alpha=1e+300 must be above 0, and at most 1e+06"),
         ({"backend": "foo"}, "backend='foo' must be one of auto, reference, rank, grouped"),
         ({"task_type": "FOO"}, "FOO"),
         ({"trainable_token_indices": "x"}, "trainable_token_indices='x' must be a list of whole numbers or lists"),
@@ -270,6 +272,13 @@ def test_a_value_of_the_wrong_kind_is_refused_at_once(setting: dict[str, Any], s
         ("topiclora", {"encoder": 3}),
         ("topiclora", {"topics": ""}),
         ("oracle", {"num_experts": 5, "num_tasks": 2}),
+        ("lora-mixer", {"num_tasks": -1}),
+        ("loramoe", {"knowledge_tasks": [-1]}),
+        ("loramoe", {"knowledge_tasks": [2], "num_tasks": 2}),
+        ("mixlora", {"top_p": 1.5}),
+        ("custom", {"num_tasks": 0}),
+        ("custom", {"losses_of": 0}),
+        ("custom", {"losses_of": False}),
     ],
 )
 def test_a_methods_value_of_the_wrong_kind_is_refused_at_once(name: str, setting: dict[str, Any]) -> None:
@@ -285,6 +294,11 @@ def test_a_methods_value_of_the_wrong_kind_is_refused_at_once(name: str, setting
         ({"target_modules": ["q_proj"], "layers_to_transform": [0, 99]}, "layer 99"),
         ({"target_modules": ["q_proj"], "exclude_modules": ".*"}, "q_proj"),
         ({"experts_per_layer": [2, 4, 8]}, "this model has 2 layers"),
+        ({"trainable_token_indices": [-1]}, "-1 is no token"),
+        ({"trainable_token_indices": {"embed_tokens": [10**6]}}, "1000000 is no token"),
+        ({"trainable_token_indices": []}, "is empty"),
+        ({"trainable_token_indices": {"nope": [1]}}, "'nope' is no module"),
+        ({"target_modules": ["q_proj"], "lora_target_modules": ["q_proj"]}, "no module is left for experts"),
     ],
 )
 def test_a_setting_that_this_model_cannot_follow_is_refused(setting: dict[str, Any], said: str) -> None:
@@ -317,6 +331,37 @@ def test_a_rank_pattern_must_name_something_and_the_longest_name_wins() -> None:
     assert ranks["model.layers.0.self_attn.q_proj"] == 2
     assert ranks["model.layers.1.self_attn.q_proj"] == 6
     assert ranks["model.layers.1.self_attn.k_proj"] == 4
+
+
+@pytest.mark.parametrize("first", ["mola", "lora"])
+def test_a_second_mixture_by_the_same_name_leaves_the_first_as_it_was(first: str, tmp_path: Path) -> None:
+    base = llama()
+    config = LoraConfig(r=2, target_modules=["q_proj"]) if first == "lora" else small(first)
+    model = get_peft_model(base, config)
+    before = model.peft_config["default"]
+    with pytest.raises(ConfigError, match="has an adapter 'default' already: add_adapter"):
+        get_peft_model(base, small("mola", num_experts=3))
+    with pytest.raises(ConfigError, match="'nope'"):
+        get_peft_model(base, small("mola", target_modules=["nope"]), adapter_name="second")
+    assert model.peft_config == {"default": before}
+    model.save_pretrained(str(tmp_path / "saved"))
+    PeftModel.from_pretrained(llama(), str(tmp_path / "saved"))
+
+
+def test_a_refused_adapter_can_be_given_again() -> None:
+    model = get_peft_model(llama(), small("mola"))
+    with pytest.raises(ConfigError, match="is no token"):
+        model.add_adapter("b", small("mola", trainable_token_indices=[10**6]))
+    model.add_adapter("b", small("mola"))
+
+
+def test_plain_targets_keep_to_the_layers_and_exclusions_of_the_rest() -> None:
+    def adapted(**settings: Any) -> set[str]:
+        config = METHODS["mola"](r=2, target_modules=["q_proj"], lora_target_modules=["v_proj"], **settings)
+        return {name.removeprefix("base_model.model.") for name in mixtures(wrap(llama(), config))}
+
+    assert adapted(layers_to_transform=[0]) == {f"model.layers.0.self_attn.{name}" for name in ("q_proj", "v_proj")}
+    assert not any("v_proj" in name for name in adapted(exclude_modules=["v_proj"]))
 
 
 def test_rows_of_several_adapters_are_refused() -> None:

@@ -1,6 +1,7 @@
 """The command line as a person meets it: a subprocess, one line for a mistake, JSON for machines."""
 
 import json
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -162,3 +163,15 @@ def test_an_interrupt_is_exit_code_130(monkeypatch, capsys):
     monkeypatch.setattr(moesaic.training, "train", interrupted)
     assert main(["train", "lora", "data=x"]) == 130
     assert capsys.readouterr().err.startswith("moesaic: stopped at step 3")
+
+
+def test_nothing_is_scored_where_one_of_the_runs_is_damaged(world, tmp_path, capsys):
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    assert main(["train", "lora", *settings(world, good)]) == 0
+    shutil.copytree(good, bad)
+    (bad / "layout.json").unlink()
+    capsys.readouterr()
+    for broken in (bad, tmp_path / "nowhere"):
+        assert main(["eval", str(good), str(broken), "limit=2"]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+        assert not list(good.glob("eval-*"))

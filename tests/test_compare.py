@@ -55,10 +55,12 @@ class Here:
     """Stands for `subprocess.Popen`: the cell's commands, run in this process; those in `broken` end with an error.
 
     Given a `template`, a finished cell, its files are copied in place of training: for what happens around cells.
+    Those of `trial` are, where there is one, for trials.
     """
 
     broken: tuple[str, ...] = ()
     template: Path | None = None
+    trial: Path | None = None
     ran: list[str]
 
     def __init__(self, command: list[str], *, stdout, **kwargs) -> None:
@@ -72,8 +74,9 @@ class Here:
                 print("warning\nmoesaic: out of luck\nmore", file=sys.stderr)
                 self.returncode = 2
             elif self.template:
+                source = self.trial if self.trial and "-lr" in folder.name else self.template
                 for name in ("results.json", "metrics.jsonl", "eval-validation.json", "predictions-validation.jsonl"):
-                    shutil.copy(self.template / name, folder / name)
+                    shutil.copy(source / name, folder / name)
                 self.returncode = 0
             else:
                 self.returncode = cells.main(commands)
@@ -94,6 +97,7 @@ def here(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["moesaic"])
     monkeypatch.setattr(Here, "broken", ())
     monkeypatch.setattr(Here, "template", None)
+    monkeypatch.setattr(Here, "trial", None)
     monkeypatch.setattr(Here, "ran", [], raising=False)
     return Here
 
@@ -261,6 +265,12 @@ REFUSED = [
     (["methods=mola", "arms.lora.r=3"], "arms.lora.r and match=trainable_params disagree"),
     (["methods=mola", "arms.mola.top_k=9"], "top_k"),
     (["methods=mola", "arms.mola=3"], "arms.mola must hold settings"),
+    (
+        ["methods=mola", "arms.mola.adapter.top_k=1", "arms.mola.top_k=2"],
+        r"arms\.mola\.top_k and arms\.mola\.adapter\.top_k are one setting: leave one out",
+    ),
+    (["methods=mola", "out="], "out is empty: name a folder"),
+    (["methods=mola", "out=/"], "out=/ is the root of the file system; name another"),
     (["methods=mola", "arms.x.method=molla"], "arms.x: no method 'molla'"),
     (["methods=mola", "arms.mola.lr=3"], r"arms\.mola\.lr: lr is the same for all arms; lrs="),
     (["methods=mola", "lr=1e-3", "lrs=1e-3,1e-2"], r"lr=0\.001 and lrs=0\.001,0\.01 disagree: leave one out"),
@@ -312,6 +322,37 @@ def test_one_file_of_rows_is_refused(world, tmp_path):
     rows = world / "encoder-data" / "even" / "train.jsonl"
     with pytest.raises(ConfigError, match=r"train\.jsonl is one file: name a folder"):
         planned(world, "methods=mola", f"data={rows}")
+
+
+def write_rows(folder: Path, **splits: list[dict]) -> Path:
+    folder.mkdir()
+    for split, rows in splits.items():
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_a_scored_task_that_is_not_trained_is_refused_where_an_arm_gates_by_task_id(world, tmp_path):
+    rows = [{"task": task, "prompt": "first 1 2 :", "completion": "1"} for task in "abc"]
+    data = f"data={write_rows(tmp_path / 'rows', train=rows[:2] * 9, validation=rows)}"
+    message = r"arm {} gates by task id, and runs \(validation\) are scored on task 'c', .*: tasks=a,b leaves it out"
+    with pytest.raises(ConfigError, match=message.format("moelora") + "$"):
+        planned(world, "methods=moelora", "controls=false", data, kind="causal")
+    with pytest.raises(ConfigError, match=message.format("oracle") + ", controls=false the arm$"):
+        planned(world, "methods=mola", data, kind="causal")
+    assert planned(world, "methods=moelora", "tasks=a,b", data, kind="causal").scored["runs (validation)"].keys() == {
+        "a",
+        "b",
+    }
+    assert list(planned(world, "methods=mola", "controls=false", data, kind="causal").arms) == ["lora", "mola"]
+
+
+@pytest.mark.parametrize("mixed", ["train", "validation"])
+def test_a_task_with_rows_with_and_without_choices_is_refused(world, tmp_path, mixed):
+    text = {"task": "a", "prompt": "first 1 2 :", "completion": "1"}
+    choice = {"task": "a", "prompt": "first 1 2 :", "choices": ["1", "2"], "answer": 0}
+    splits = {"train": [text] * 9, "validation": [text], mixed: [text, choice]}
+    with pytest.raises(MoesaicError, match="task 'a' has rows with and without choices: give them two names"):
+        planned(world, "methods=lora", f"data={write_rows(tmp_path / 'rows', **splits)}", kind="causal")
 
 
 def test_rows_that_an_encoder_cannot_answer_are_refused(world):
@@ -393,14 +434,14 @@ def test_a_comparison_tunes_runs_and_sums_up_and_is_not_run_twice(world, tmp_pat
     assert here.ran == []
     assert read(out / "comparison.json")["arms"] == figures["arms"]
     monkeypatch.setattr(Here, "template", out / "cells" / "lora-s0")
+    monkeypatch.setattr(Here, "trial", out / "tuning" / "lora-lr0.01")
     assert run([*ask, "seeds=0,1,5", "methods=lora,mola,dora"]) == 0
     assert sorted(here.ran) == sorted(
         ["lora-s5", "mola-s5", "dora-lr0.01", "dora-lr0.001", "dora-s0", "dora-s1", "dora-s5"]
     )
 
 
-def test_equal_scores_take_the_lower_rate(world, tmp_path, quick, monkeypatch):
-    monkeypatch.setattr(cells, "read_json", lambda file: {"mean": 0.5})
+def test_equal_scores_take_the_lower_rate(world, tmp_path, quick):
     out = tmp_path / "out"
     run(small(world, out, "lrs=3e-3,1e-3,2e-3", "tune_steps=1", "methods=lora", "seeds=0"))
     assert load_recipe(str(out / "cells" / "lora-s0")).lr == 1e-3
@@ -507,6 +548,19 @@ def test_a_folder_goes_on_where_it_lies_with_the_command_that_began_it(world, tm
     assert f"- command: {said}\n" in (moved / "table.md").read_text()
 
 
+@pytest.mark.parametrize("first", ["out=.", "out"])
+def test_a_comparison_can_be_in_the_folder_that_one_is_in(world, tmp_path, quick, monkeypatch, first):
+    out = tmp_path / "out"
+    out.mkdir()
+    monkeypatch.chdir(out)
+    ask = small(world, out)
+    assert run([*ask[:-1], "out=."] if first == "out=." else ask) == 0
+    quick.ran.clear()
+    assert run(["."]) == 0
+    assert quick.ran == []
+    assert yaml.safe_load((out / "compare.yaml").read_text())["out"] == str(out)
+
+
 def test_a_larger_arm_is_told_how_to_keep_the_budget(world, tmp_path, quick):
     ask = settings(world, "methods=lora,mola", "seeds=0", "controls=false", f"out={tmp_path / 'out'}")
     assert run(ask) == 0
@@ -549,7 +603,8 @@ def test_a_finished_run_with_other_settings_is_not_taken_for_the_cell(world, tmp
 DAMAGE = {
     "eval-validation.json": [
         {"mean": None}, {"mean": "x"}, {"mean": math.nan}, {"routing": [3]}, {"tasks": None},
-        {"routing": {"by_layer_and_task": "x"}}, {"base_mean": "x"},
+        {"routing": {"by_layer_and_task": "x"}}, {"base_mean": "x"}, {"mean": 99}, {"mean": 0.987},
+        {"base_mean": 0.987},
     ],
     "results.json": [
         {"trainable_parameters": "a"}, {"versions": ["a"]}, {"versions": {"a": ["b"]}}, {"device": {"a": 1}},
@@ -572,6 +627,46 @@ def test_a_cell_edited_by_hand_is_failed_and_the_others_are_told(world, tmp_path
     assert [(m["arm"], m["seed"], m["status"]) for m in figures["missing"]] == [("lora", 0, "failed")]
     shutil.rmtree(file.parent)
     assert run([str(out)]) == 0
+
+
+@pytest.mark.parametrize("damage", [{"score": 0.123}, {"score": "x"}, {"n": 19}, {"stderr": -1}, {"base_score": True}])
+def test_scores_that_are_not_what_the_predictions_say_fail_their_cell(world, tmp_path, quick, damage, capsys):
+    out = tmp_path / "out"
+    assert run(small(world, out)) == 0
+    file = out / "cells" / "lora-s0" / "eval-validation.json"
+    scores = read(file)
+    scores["tasks"]["even"] |= damage
+    for key in ("mean", "base_mean"):
+        found = [task[key.replace("mean", "score")] for task in scores["tasks"].values()]
+        scores[key] = 0.5 if "x" in found else sum(found) / len(found)
+    file.write_text(json.dumps(scores))
+    capsys.readouterr()
+    assert main(["compare", str(out)]) == 1
+    assert f"remove {file.parent} to run it again" in capsys.readouterr().out
+    assert [(m["arm"], m["seed"]) for m in read(out / "comparison.json")["missing"]] == [("lora", 0)]
+
+
+@pytest.mark.parametrize("more", [["limit=2"], ["tasks=even"], ["base=false"]])
+def test_a_cell_that_was_scored_otherwise_by_hand_is_scored_again(world, tmp_path, here, more):
+    out = tmp_path / "out"
+    ask = settings(world, "methods=lora", "seeds=0", "steps=1", "eval_limit=5", f"out={out}")
+    assert run(ask) == 0
+    folder = out / "cells" / "lora-s0"
+    wanted, trained = read(folder / "eval-validation.json"), (folder / "results.json").read_text()
+    assert main(["eval", str(folder), *(more if more != ["base=false"] else [*more, "limit=5"])]) == 0
+    here.ran.clear()
+    assert run(ask) == 0
+    assert here.ran == ["lora-s0"]
+    found = read(folder / "eval-validation.json")
+    assert {key: found[key] for key in ("tasks", "limit", "base_mean")} == {
+        key: wanted[key] for key in ("tasks", "limit", "base_mean")
+    }
+    assert (folder / "results.json").read_text() == trained
+
+
+def test_a_cell_whose_rows_change_while_it_runs_is_failed(world, tmp_path, quick, capsys):
+    assert main(["compare", *small(world, tmp_path / "out", "eval_limit=7", "methods=lora", "seeds=0")]) == 1
+    assert "failed: lora s0: it was not scored on the planned rows of data=" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -653,7 +748,7 @@ def test_a_cell_is_a_process_of_its_own_with_its_own_memory_and_threads(world, t
 
 
 def job_in(folder: Path) -> cells.Job:
-    return cells.Job(folder.name, Recipe(out=str(folder)), "validation", None, False, 1)
+    return cells.Job(folder.name, Recipe(out=str(folder)), "validation", None, False, 1, "")
 
 
 SLEEPER = """

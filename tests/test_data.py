@@ -112,6 +112,15 @@ def test_a_folder_with_the_split_itself(tmp_path):
         data.load(tmp_path, tasks=["v"])
 
 
+def test_a_split_that_is_a_file_and_in_a_tasks_folder_is_refused(tmp_path):
+    write(tmp_path / "train.jsonl", [CHOICE])
+    write(tmp_path / "b" / "validation.jsonl", [{**CHOICE, "task": "b"}])
+    assert len(data.load(tmp_path)) == 1
+    write(tmp_path / "b" / "train.jsonl", [{**CHOICE, "task": "b"}])
+    with pytest.raises(DataError, match=r"holds train\.jsonl and b/train\.jsonl: keep one file, or a folder a task"):
+        data.load(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["missing.jsonl", "./nowhere", "/no/where", "nowhere/", "here/nowhere", "a/b/c"])
 def test_a_path_that_is_not_there_is_not_taken_for_a_hub_id(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -160,6 +169,12 @@ def test_any_json_value_parses_or_is_refused_in_one_typed_error(row):
         (json.dumps({**CHOICE, "choices": ["a", "\udfff"]}), "surrogate"),
         (json.dumps({**CHOICE, "choices": ["a", " "]}), "'choices' is empty"),
         (json.dumps({**CHOICE, "choices": ["b", "a", "a"]}), "right choice 'a' is there twice"),
+        (json.dumps({**CHOICE, "completion": "c"}), "'choices' and 'completion' are both there: leave one of them out"),
+        (
+            '{"task": "t", "prompt": "p", "task": "u", "completion": "c"}',
+            "'task' is there twice in one object: keep one",
+        ),
+        ('{"task": "t", "messages": [{"role": "user", "role": "assistant", "content": "a"}]}', "'role' is there twice"),
         (json.dumps({**COMPLETION, "answer": [1]}), "'answer' must be a text or a number, got list"),
         (json.dumps({"task": "t", "prompt": "", "completion": ""}), "both empty"),
     ],
@@ -170,6 +185,7 @@ def test_a_row_that_nothing_could_be_learned_from_is_refused(tmp_path, line, rea
         data.load(file)
     assert str(caught.value).startswith(f"{file}:2: ")
     assert reason in str(caught.value)
+    assert len(data.load(file, on_bad_lines="skip")) == 1
 
 
 def test_a_wrong_choice_may_be_there_twice(tmp_path):

@@ -63,11 +63,15 @@ def test_every_packaged_recipe_makes_a_config_of_a_registered_method(name):
         (["steps"], "'steps' is not of the form key=value"),
         (["steps=many"], "steps"),
         (["steps=0"], "steps=0 must be at least 1"),
+        (["steps=99999999999999999999"], "^steps=99999999999999999999 must be at most 100,000,000$"),
+        (["batch_size=1000001"], "^batch_size=1000001 must be at most 1,000,000$"),
+        (["accumulation=1000001"], "^accumulation=1000001 must be at most 1,000,000$"),
+        (["steps=100000000", "batch_size=1000000", "accumulation=100"], "make 10,000,000,000,000,000 rows, above"),
         (["lr=-1"], "lr=-1.0 must be above 0"),
         (["clip=-1"], "cannot be negative"),
         (["schedule=linnear"], "schedule=linnear; did you mean 'linear'"),
         (["precision=fp16"], "precision=fp16"),
-        (["resume=yes"], "resume=True; "),
+        (["resume=yes"], "resume=yes; "),
         (["adapter=3"], "adapter must hold settings"),
         (["adapter={x: {1: 2}}"], "^adapter: the key 1 is no name: if it is meant, quote it$"),
         (["overwrite=5"], "^overwrite=5 must be true or false$"),
@@ -269,3 +273,23 @@ def test_settings_of_an_arm_nest_and_do_not_replace_a_whole():
     }
     with pytest.raises(ConfigError, match=r"'arms\.x\.r=2' sets a part of 'x'"):
         parse_overrides(["arms.x=mola", "arms.x.r=2"])
+
+
+@pytest.mark.parametrize(
+    "text", ["1_000", "0x1F", "true", "no", "1e3", "007", "a,b", "[a]", "{a: 1}", "a: b", "#1", "a #1", "2020-01-01"]
+)
+def test_a_text_is_taken_as_it_is_written(text):
+    recipe = load_recipe("lora", [f"out={text}", f"data={text}", f"model={text}"])
+    assert (recipe.out, recipe.data, recipe.model) == (text, text, text)
+    assert parse_settings(EvalSettings, [f"data={text}"]).data == text
+    assert load_recipe("lora", [f"out='{text}'"]).out == text
+    assert load_recipe("lora", [f'out="{text}"']).out == text
+
+
+@pytest.mark.parametrize("text", ["null", "~", " "])
+def test_null_is_no_text(text):
+    assert load_recipe("lora", [f"match={text}"]).match is None
+    assert parse_settings(EvalSettings, [f"data={text}"]).data is None
+    assert load_recipe("lora", ["match='null'"]).match == "null"
+    with pytest.raises(ConfigError, match=r"must be a text$"):
+        load_recipe("lora", [f"out={text}"])

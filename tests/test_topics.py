@@ -436,6 +436,19 @@ def test_a_list_of_tasks_gives_the_topics_and_their_overlap(tmp_path: Path) -> N
         build(tasks=[str(file)])
 
 
+def test_keywords_that_one_task_alone_carries_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tasks = {
+        "a": ["mathematics", "humor"],
+        "b": ["mathematics", "arithmetic"],
+        "c": ["logical reasoning", "arithmetic"],
+    }
+    (tmp_path / "tasks.json").write_text(json.dumps(tasks))
+    settings = [f"tasks={tmp_path}/tasks.json", "num_experts=2", "encoder=hashing", "steps=2"]
+    with caplog.at_level("WARNING"):
+        assert main(["topics", "build", *settings, f"out={tmp_path}/out.safetensors"]) == 0
+    assert "one task alone carries them: logical reasoning, humor" in caplog.text
+
+
 def test_groups_that_no_task_carries_are_no_topics(tmp_path: Path) -> None:
     """One task a keyword is enough for its group."""
     file = write(tmp_path / "tasks.json", {"sums": ["arithmetic"], "jokes": ["humor", "json"]})

@@ -19,8 +19,9 @@ from moesaic.causal import CausalCollator, fit, tokenize
 from moesaic.checkpoints import RunFolder, atomic_folder, discard, locked, read_json, write_text
 from moesaic.encoder import EncoderCollator, EncoderForTasks, Layout
 from moesaic.errors import AdapterError, ConfigError, DataError, TrainingError
-from moesaic.evaluation import load_run
+from moesaic.evaluation import check_run, load_run
 from moesaic.recipe import is_routed, load_recipe
+from moesaic.sampling import InterleavedSampler
 from moesaic.training import prepare, train
 from tests.tiny_folders import save_model, tokenizer, write_tasks
 
@@ -227,6 +228,32 @@ def test_finished_unfinished_and_foreign_folders(world, tmp_path):
         with pytest.raises(ConfigError, match="not a run's"):
             run("lora", world, "encoder", foreign, *more)
     assert (foreign / "chapter1.tex").read_text() == "x"
+
+
+def test_a_place_that_cannot_be_is_refused_before_anything_is_read(world, tmp_path):
+    foreign = tmp_path / "thesis"
+    foreign.mkdir()
+    (foreign / "chapter1.tex").write_text("x")
+    places = {
+        foreign / "chapter1.tex": "is a file",
+        foreign: "not a run's",
+        foreign / "chapter1.tex" / "run": "cannot be written",
+    }
+    for place, message in places.items():
+        with pytest.raises(ConfigError, match=f"^out=.*{message}"):
+            run("lora", world, "encoder", place, "data=nowhere.jsonl", "model=/nowhere/model")
+
+
+def test_only_a_teacher_asks_which_rows_a_run_draws(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(InterleavedSampler, "drawn", lambda self: pytest.fail("the order was walked through"))
+    for recipe in ("lora", "mola"):
+        assert run(recipe, world, "encoder", tmp_path / recipe, "steps=1")["steps"] == 1
+
+
+def test_the_rows_that_a_run_draws_are_found_without_walking_through_it():
+    assert InterleavedSampler(["a", "a", "b"], 10**15, seed=0).drawn() == [0, 1, 2]
+    short = InterleavedSampler(["a"] * 50, 7, seed=0)
+    assert short.drawn() == sorted(set(short))
 
 
 def test_an_unfinished_run_is_not_continued_on_other_data(world, tmp_path):
@@ -456,7 +483,7 @@ def test_rows_that_cannot_be_learned_do_not_cost_the_run_they_would_replace(worl
 
 def test_a_place_that_cannot_be_written_is_one_line(world, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(ConfigError, match=r"cannot write .*: Not a directory"):
+    with pytest.raises(ConfigError, match=r"out=.*run cannot be written: Not a directory"):
         run("lora", world, "encoder", tmp_path / "file" / "run")
 
     def full(*args, **kwargs):
@@ -488,3 +515,60 @@ def test_a_run_whose_parts_do_not_belong_together_is_refused(world, tmp_path):
     (out / "layout.json").unlink()
     with pytest.raises(ConfigError, match=r"layout\.json is missing or damaged"):
         load_run(out)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "more", "change"),
+    [
+        ("mola", (), {"top_k": 1}),
+        ("mola", (), {"lora_alpha": 7}),
+        ("mola", ("adapter.use_rslora=false",), {"use_rslora": True}),
+        ("lora", (), {"use_rslora": True}),
+        ("dora", (), {"use_dora": False}),
+        ("lora", ("adapter.target_modules=query,key",), {"target_modules": ["query"]}),
+    ],
+)
+def test_a_config_that_is_not_the_recipes_is_refused(world, tmp_path, recipe, more, change):
+    out = tmp_path / "run"
+    run(recipe, world, "encoder", out, "steps=1", *more)
+    check_run(out)
+    file = out / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    (key, value), *_ = change.items()
+    with pytest.raises(
+        AdapterError, match=rf"adapter_config\.json says {key}=.*, but .*says adapter\.{key}="
+    ) as caught:
+        load_run(out)
+    assert f"says {key}={value}," in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "more"),
+    [
+        ("lora", ("adapter.target_modules=All-linear", "adapter.fan_in_fan_out=true", "adapter.lora_alpha=32.0")),
+        ("lora", ("adapter.target_modules=value,query", "adapter.modules_to_save=word_embeddings")),
+        ("lora", ("match=mola",)),
+        ("mola", ("adapter.target_modules=null", "adapter.experts_per_layer=8,4")),
+        ("oracle", ("adapter.exclude_modules=query",)),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_settings_that_a_model_fills_in_are_still_the_recipes(world, tmp_path, recipe, more):
+    run(recipe, world, "encoder", tmp_path / "run", "steps=1", *more)
+    load_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize("kind", ["causal", "encoder"])
+def test_a_layout_that_was_changed_is_refused(world, tmp_path, kind):
+    out = tmp_path / "run"
+    run("lora", world, kind, out, "steps=1")
+    stored = read_json(out / "layout.json")
+    tasks = stored["tasks"]
+    changes = [{"tasks": t} for t in (tasks[::-1], tasks[:1], tasks * 2, ",".join(tasks), [], [1, 2], 3, None)]
+    if kind == "encoder":
+        changes += [{"labels": labels} for labels in ({"even": "no"}, {"other": ["no", "yes"]}, [], 3)]
+    for change in changes:
+        (out / "layout.json").write_text(json.dumps(stored | change))
+        with pytest.raises(ConfigError, match=r"layout\.json is damaged: .*; restore it, or train again") as caught:
+            load_run(out)
+        assert "\n" not in str(caught.value)

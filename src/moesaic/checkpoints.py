@@ -127,9 +127,12 @@ def check_writable(place: Path, asked: str) -> None:
 
     Tried in the nearest folder there is, where nothing is left.
     """
+    place = place.absolute()
+    if not place.name:
+        raise ConfigError(f"{asked} is the root of the file system; name another")
     try:
         _part(place).exists()  # refuses a name that is too long
-        near = next(p for p in (place, *place.absolute().parents) if p.exists())
+        near = next(p for p in (place, *place.parents) if p.exists())
         with TemporaryFile(dir=near if near.is_dir() or near != place else near.parent):
             pass
     except OSError as error:
@@ -204,9 +207,10 @@ class RunFolder:
         return sorted(int(n) for n in names if n.isdecimal() and n == str(int(n)))
 
     def last_loss(self) -> float:
-        """The loss that was logged last; NaN where none was."""
+        """The task's loss that was logged last; NaN where none was."""
         lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.is_file() else []
-        return float(json.loads(lines[-1]).get("loss", math.nan)) if lines else math.nan
+        entry = json.loads(lines[-1]) if lines else {}
+        return float(entry.get("loss", math.nan)) - float(entry.get("router_aux_loss", 0.0))
 
     def prune(self, keep: int) -> None:
         """Remove all but the newest `keep` checkpoints."""

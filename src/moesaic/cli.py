@@ -239,9 +239,11 @@ def _eval(args: argparse.Namespace) -> None:
     runs = [a for a in args.settings if "=" not in a]
     if not runs:
         raise MoesaicError("name at least one run folder, such as runs/hotmoe-minilm-s0")
-    from moesaic.evaluation import EvalSettings, evaluate_run
+    from moesaic.evaluation import EvalSettings, check_run, evaluate_run
 
     settings = parse_settings(EvalSettings, [a for a in args.settings if "=" in a])
+    for run in runs:
+        check_run(run)
     results = [evaluate_run(run, settings, progress=sys.stderr.isatty()) for run in runs]
     if args.json:
         _print_json(results)

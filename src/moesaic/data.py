@@ -101,6 +101,8 @@ def parse(row: Any, where: str) -> Example:
     if row.get("messages") is not None:
         return Example(task, messages=_messages(row["messages"], where))
     prompt = _text(row, "prompt", where)
+    if row.get("choices") is not None and row.get("completion") is not None:
+        raise DataError(f"{where}: 'choices' and 'completion' are both there: leave one of them out")
     if row.get("choices") is not None:
         return _choice(task, prompt, row, where)
     if row.get("completion") is not None:
@@ -172,6 +174,9 @@ def _folder(folder: Path, split: str, tasks: Sequence[str] | None, on_bad_lines:
         raise DataError(f"unknown split '{split}'; {suggest(split, SPLITS)}")
     whole = folder / f"{split}.jsonl"
     if whole.is_file():
+        own = min((p.name for p in folder.iterdir() if (p / whole.name).is_file()), default=None)
+        if own is not None:
+            raise DataError(f"{folder} holds {whole.name} and {own}/{whole.name}: keep one file, or a folder a task")
         return _select(_read(whole, on_bad_lines), tasks, str(whole))
     there = sorted(p.name for p in folder.iterdir() if any((p / f"{s}.jsonl").is_file() for s in SPLITS))
     if not there:
@@ -257,7 +262,18 @@ def _decode(row: Any, where: str) -> Any:
     if not isinstance(row, str):
         return row
     try:
-        return json.loads(row)
+        return json.loads(row, object_pairs_hook=_without_doubles)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
     except (ValueError, RecursionError) as error:
         detail = getattr(error, "msg", first_line(error))
         raise DataError(f"{where}: not valid JSON: {detail}") from None
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        names = [key for key, _ in pairs]
+        double = next(key for key in names if names.count(key) > 1)
+        raise DataError(f"'{double}' is there twice in one object: keep one")
+    return entries

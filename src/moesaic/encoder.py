@@ -20,7 +20,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from moesaic.causal import round_up
 from moesaic.data import Example
-from moesaic.errors import DataError, suggest
+from moesaic.errors import ConfigError, DataError, suggest
 
 HEADS = "task_heads"  # the module's name, given to PEFT as modules_to_save
 INITIAL_SCALE = 20.0
@@ -49,7 +49,13 @@ class Layout:
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> "Layout":
-        return cls(tuple(stored["tasks"]), {t: tuple(labels) for t, labels in stored["labels"].items()})
+        """What was stored. Raises ConfigError for labels that `of` cannot have given; LookupError, TypeError or
+        AttributeError for what is missing or of another kind."""
+        tasks, labels = tuple(stored["tasks"]), {t: tuple(names) for t, names in stored["labels"].items()}
+        written = {t: list(names) for t, names in labels.items()}
+        if stored["labels"] != written or list(labels) != [t for t in tasks if t in labels]:
+            raise ConfigError("its labels are not those of its tasks, in their order")
+        return cls(tasks, labels)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -13,15 +13,15 @@ from moesaic.answers import answer, by_task, figures, generate
 from moesaic.checkpoints import RunFolder, read_json, run_path, write_json, write_text
 from moesaic.data import Example
 from moesaic.embedded import load_model, resolve
-from moesaic.encoder import EncoderForTasks, Layout
+from moesaic.encoder import HEADS, EncoderForTasks, Layout
 from moesaic.errors import AdapterError, ConfigError, first_line, path_of
 from moesaic.precision import numerics
-from moesaic.recipe import Recipe, adapter_config, load_recipe
+from moesaic.recipe import PLAIN, Recipe, adapter_config, load_recipe
 from moesaic.results import command_line, versions
 from moesaic.routing import RoutingTrace
 from moesaic.training import Prepared
 
-__all__ = ["EvalSettings", "evaluate_run", "generate", "load_run", "routing_figures", "score"]
+__all__ = ["EvalSettings", "check_run", "evaluate_run", "generate", "load_run", "routing_figures", "score"]
 
 logger = logging.getLogger(__name__)
 
@@ -119,20 +119,17 @@ def load_run(folder: str | Path) -> Prepared:
 
     import moesaic.lora  # noqa: F401  registers the methods with PEFT
 
-    run = run_path(Path(folder))
-    recipe = load_recipe(str(run.recipe))
-    stored = read_json(run.layout)
-    _check_adapter(run, recipe)
+    run, recipe, stored = check_run(folder)
     plan = numerics(recipe.precision)
     base = load_model(recipe.model, dtype=plan.weights, attention=plan.attention)
     set_seed(recipe.seed)
     try:
-        tasks = tuple(stored["tasks"])
         layout = Layout.from_dict(stored) if base.kind == "encoder" else None
-    except (KeyError, TypeError, AttributeError) as error:
+    except KeyError as error:
         raise ConfigError(
             f"{run.layout} is damaged, or of a run on another model: {recipe.model} needs {error}"
         ) from None
+    tasks = tuple(stored["tasks"])
     model = EncoderForTasks(base.model, layout) if layout else base.model
     try:
         wrapped = PeftModel.from_pretrained(model, str(run.adapter))
@@ -142,6 +139,34 @@ def load_run(folder: str | Path) -> Prepared:
     except Exception as error:
         raise AdapterError(f"{run.adapter} is damaged or does not fit {recipe.model}: {first_line(error)}") from None
     return Prepared(wrapped.eval().to(plan.device), base, tasks, layout, recipe)
+
+
+def check_run(folder: str | Path) -> tuple[RunFolder, Recipe, dict[str, Any]]:
+    """A run, its recipe and its layout, whose files are there and fit each other; no model is loaded.
+
+    Raises:
+        ConfigError, AdapterError: one is missing, damaged or another run's.
+    """
+    run = run_path(path_of(folder))
+    recipe = load_recipe(str(run.recipe))
+    stored = _read_layout(run)
+    _check_adapter(run, recipe)
+    return run, recipe, stored
+
+
+def _read_layout(run: RunFolder) -> dict[str, Any]:
+    """What the run read off its data. Raises ConfigError where it cannot be what was written."""
+    stored = read_json(run.layout)
+    tasks = stored.get("tasks")
+    trained = read_json(run.results).get("tasks", tasks) if run.finished else tasks
+    try:
+        if not tasks or tasks != sorted({str(t) for t in tasks}) or tasks != trained:
+            raise ConfigError("its tasks are not those that the run was trained on")
+        if "labels" in stored:
+            Layout.from_dict(stored)
+    except (ConfigError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{run.layout} is damaged: {first_line(error)}; restore it, or train again") from None
+    return stored
 
 
 def _check_adapter(run: RunFolder, recipe: Recipe) -> None:
@@ -164,6 +189,36 @@ def _check_adapter(run: RunFolder, recipe: Recipe) -> None:
     trained, now = config.base_model_name_or_path, resolve(recipe.model)
     if trained and Path(trained).name != Path(now).name:
         raise AdapterError(f"{run.adapter} was trained on {trained}, but {run.recipe} says model={recipe.model}")
+    _check_settings(run, recipe, config)
+
+
+def _check_settings(run: RunFolder, recipe: Recipe, config: Any) -> None:
+    """Raise AdapterError where the adapter's config has another value for a setting that the recipe gives."""
+    wanted = adapter_config(recipe)
+    kinds = [key for plain in PLAIN.values() for key in plain.settings] if recipe.method in PLAIN else []
+    for key in dict.fromkeys([*recipe.adapter, *kinds]):
+        asked, found = getattr(wanted, key), getattr(config, key)
+        if not _is_as_asked(key, asked, found, tied=getattr(config, "ensure_weight_tying", False)):
+            asked, found = (sorted(v) if isinstance(v, set) else v for v in (asked, found))
+            raise AdapterError(
+                f"{run.adapter}/adapter_config.json says {key}={found}, but {run.recipe} says adapter.{key}={asked}: "
+                "restore the one that was changed"
+            )
+
+
+def _is_as_asked(key: str, asked: Any, found: Any, *, tied: bool) -> bool:
+    """Whether a saved setting is the recipe's; PEFT and we fill some in, or write them anew, as the model is."""
+    if key == "fan_in_fan_out":
+        return True
+    by_model = tied or asked is None or str(asked).lower() == "all-linear"
+    if by_model and key in ("target_modules", "modules_to_save", "prototypes"):
+        return True
+    if key == "modules_to_save":
+        return {*asked} - {HEADS} == {*(found or ())} - {HEADS}
+    if key == "target_modules" and isinstance(asked, set) and isinstance(found, set):  # many are shortened to ends
+        ends = tuple(f".{name}" for name in found)
+        return len(found) <= len(asked) and all(f".{name}".endswith(ends) for name in asked)
+    return bool(asked == found)
 
 
 def _check_tensors(run: RunFolder, model: Any) -> None:

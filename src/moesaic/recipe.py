@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from moesaic.errors import ConfigError, first_line, path_of, suggest
-from moesaic.settings import build, check_keys, lists, names, parse_overrides, read_yaml
+from moesaic.settings import build, check_keys, lists, names, parse_overrides, read_yaml, texts
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -85,6 +85,8 @@ _CHOICES = {
     "resume": ("auto", "never"),
 }
 _AT_LEAST = {"steps": 1, "batch_size": 1, "accumulation": 1, "warmup": 0, "max_length": 8, "save_every": 1, "keep": 1}
+_AT_MOST = {"steps": 100_000_000, "batch_size": 1_000_000, "accumulation": 1_000_000}
+_MOST_ROWS = 10**15
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """
     file = recipe_file(name)
     stored = read_yaml(file)
-    given = parse_overrides(overrides, lists=lists(Recipe))
+    given = parse_overrides(overrides, lists=lists(Recipe), texts=texts(Recipe))
     if "method" in given and given["method"] != stored.get("method"):
         stored.pop("adapter", None)  # another method's settings
     for source, values in ((str(file), stored), ("settings", given)):
@@ -162,7 +164,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
 
 def parse_settings(cls: type[T], overrides: Sequence[str]) -> T:
     """`key=value` settings to a dataclass of plain fields. Raises ConfigError as `load_recipe` does."""
-    given = parse_overrides(overrides, lists=lists(cls))
+    given = parse_overrides(overrides, lists=lists(cls), texts=texts(cls))
     check_keys("settings", given, names(cls))
     return build(cls, given)
 
@@ -175,6 +177,12 @@ def check(recipe: Recipe) -> None:
     for key, least in _AT_LEAST.items():
         if getattr(recipe, key) < least:
             raise ConfigError(f"{key}={getattr(recipe, key)} must be at least {least}")
+    for key, most in _AT_MOST.items():
+        if getattr(recipe, key) > most:
+            raise ConfigError(f"{key}={getattr(recipe, key)} must be at most {most:,}")
+    rows = recipe.steps * recipe.batch_size * recipe.accumulation
+    if rows > _MOST_ROWS:
+        raise ConfigError(f"steps, batch_size and accumulation make {rows:,} rows, above {_MOST_ROWS:,}: lower one")
     for key in ("lr", "clip", "weight_decay"):
         if not math.isfinite(getattr(recipe, key)):
             raise ConfigError(f"{key}={getattr(recipe, key)} must be a finite number")

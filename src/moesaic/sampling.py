@@ -78,5 +78,14 @@ class InterleavedSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         return interleave(self.groups, self.length, seed=self.seed, temperature=self.temperature)
 
+    def drawn(self) -> list[int]:
+        """The rows that the run draws at all, ascending; a long run is followed until it has drawn every one."""
+        there, found = sum(map(len, self.groups)), set[int]()
+        for row in self:
+            found.add(row)
+            if len(found) == there:
+                break
+        return sorted(found)
+
     def __len__(self) -> int:
         return self.length

@@ -33,13 +33,23 @@ def read_yaml(file: Path) -> dict[str, Any]:
     return stored
 
 
-def parse_overrides(overrides: Sequence[str], *, lists: Collection[str] = ()) -> dict[str, Any]:
-    """`key=value` texts to a dict; `adapter.*` and `arms.*` nest, and keys in `lists` take one value for a list."""
+def parse_overrides(
+    overrides: Sequence[str], *, lists: Collection[str] = (), texts: Collection[str] = ()
+) -> dict[str, Any]:
+    """`key=value` texts to a dict; `adapter.*` and `arms.*` nest.
+
+    Args:
+        lists: keys that take one value for a list.
+        texts: keys whose value is taken as it is written, whatever YAML would read in it.
+    """
     given: dict[str, Any] = {}
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise ConfigError(f"'{text}' is not of the form key=value")
+        if key in texts:
+            given[key] = _text(value)
+            continue
         parsed = _parsed(value)
         if isinstance(parsed, str):
             parsed = _scalar(parsed)
@@ -68,6 +78,14 @@ def _parsed(text: str) -> Any:
         return yaml.safe_load(text) if text else ""
     except (yaml.YAMLError, ValueError, RecursionError):
         return text
+
+
+def _text(value: str) -> str | None:
+    """A text as it is written, without quotes around it; None for null."""
+    parsed, written = _parsed(value), value.strip()
+    if isinstance(parsed, str) and written.startswith(("'", '"')):
+        return parsed
+    return None if parsed is None and not written.startswith("#") else written
 
 
 def _scalar(text: str) -> Any:
@@ -131,6 +149,11 @@ def names(cls: Any) -> list[str]:
 def lists(cls: Any) -> list[str]:
     """The settings of a dataclass that are lists, of which one value may be given without brackets."""
     return [f.name for f in fields(cls) if "list[" in str(f.type)]
+
+
+def texts(cls: Any) -> list[str]:
+    """The settings of a dataclass that are texts, which may look like a number or a switch."""
+    return [f.name for f in fields(cls) if f.type in (str, "str") or str(f.type) == "str | None"]
 
 
 def build(cls: type[T], *layers: dict[str, Any]) -> T:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moesaic.checkpoints import check_writable, write_text
 from moesaic.errors import ConfigError, path_of, suggest
-from moesaic.lora.topics import Topics, TopicSettings, build
+from moesaic.lora.topics import Topics, TopicSettings, build, vocabulary
 from moesaic.report import topics as drawing
 
 logger = logging.getLogger(__name__)
@@ -77,8 +77,13 @@ def _build(arguments: list[str]) -> tuple[Topics, str]:
     file = _to_write(given.out)
     if file.exists() and not given.overwrite:
         raise ConfigError(f"out={file} is already there; overwrite=true replaces it")
-    topics = build(TopicSettings(**{f.name: getattr(given, f.name) for f in fields(TopicSettings)}))
+    settings = TopicSettings(**{f.name: getattr(given, f.name) for f in fields(TopicSettings)})
+    topics = build(settings)
     topics.save(file)
+    if settings.tasks and settings.level == "keyword":
+        lone = vocabulary.load(settings.vocabulary, settings.tasks).lone()
+        if lone:
+            logger.warning("left out, since one task alone carries them: %s", ", ".join(lone))
     return topics, str(file)
 
 

@@ -87,7 +87,9 @@ class RunMixin:
         steps = self.folder.steps()
         kept = f"the checkpoint of step {steps[-1]} is kept" if steps else "no checkpoint was written yet"
         step = self.state.global_step + 1  # type: ignore[attr-defined]
-        raise TrainingError(f"{what} is {number} at step {step}: lower lr or clip, or look at the data; {kept}")
+        raise TrainingError(
+            f"{what} is {number} at step {step}: lower lr, clip or lora_alpha, or look at the data; {kept}"
+        )
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging)
@@ -115,7 +117,7 @@ class RunMixin:
         entry = self.state.log_history.pop()  # type: ignore[attr-defined]
         if "loss" not in entry:
             return
-        self.last_loss = entry["loss"]
+        self.last_loss = entry["loss"] - entry.get("router_aux_loss", 0.0)
         kept = {k: v for k, v in entry.items() if k not in ("step", "epoch", "num_tokens")}
         with self.folder.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": entry["step"], **kept}) + "\n")

@@ -11,7 +11,7 @@ import torch
 
 from moesaic import data
 from moesaic.budget import matched
-from moesaic.checkpoints import RunFolder, atomic_folder, write_json, write_text, writing
+from moesaic.checkpoints import RunFolder, atomic_folder, check_writable, write_json, write_text, writing
 from moesaic.embedded import LoadedModel, load_model
 from moesaic.encoder import EncoderCollator, Layout
 from moesaic.errors import ConfigError, MissingDependency, MoesaicError, TrainingError, first_line
@@ -54,8 +54,7 @@ def train(recipe: Recipe, *, command: str | None = None, progress: bool | None =
     command = command or command_line()
     adapter_config(recipe)  # a setting that cannot be is refused before anything is read
     folder = RunFolder(recipe.run_folder())
-    if folder.finished and not recipe.overwrite:
-        raise ConfigError(f"{folder.path} holds a finished run; overwrite=true replaces it, out=… goes elsewhere")
+    _check_place(folder, overwrite=recipe.overwrite)
     examples = load_examples(recipe)
     prepared = prepare(recipe, examples)
     recipe = as_used(prepared.recipe)
@@ -82,6 +81,18 @@ def train(recipe: Recipe, *, command: str | None = None, progress: bool | None =
         results = _results(trainer, prepared, step, command)
         write_json(folder.results, results)
     return results
+
+
+def _check_place(folder: RunFolder, *, overwrite: bool) -> None:
+    """Refuse, before anything is read, a place that `RunFolder.prepared` would refuse in the end."""
+    path = folder.path
+    check_writable(path.absolute(), f"out={path}")
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"out={path} is a file; name a folder")
+    if path.is_dir() and any(path.iterdir()) and not folder.recipe.is_file():
+        raise ConfigError(f"out={path} holds files that are not a run's; name another folder")
+    if folder.finished and not overwrite:
+        raise ConfigError(f"{path} holds a finished run; overwrite=true replaces it, out=… goes elsewhere")
 
 
 def require_extras() -> None:
@@ -142,7 +153,7 @@ def build_trainer(
     args = _arguments(prepared, folder)
     length = recipe.steps * recipe.batch_size * recipe.accumulation * args.world_size
     sampler = InterleavedSampler([e.task for e in examples], length, seed=recipe.seed, temperature=recipe.temperature)
-    taught = taught_routing(prepared, [examples[i] for i in sorted(set(sampler))])
+    taught = taught_routing(prepared, examples, sampler)
     trainer: Any
     if prepared.layout is not None:
         from transformers import Trainer
@@ -188,19 +199,20 @@ def _arguments(prepared: Prepared, folder: RunFolder) -> Any:
     return SFTConfig(**shared, max_length=prepared.recipe.max_length, dataset_kwargs=dataset)
 
 
-def taught_routing(prepared: Prepared, examples: list[data.Example]) -> dict[str, list[float]] | None:
+def taught_routing(
+    prepared: Prepared, examples: list[data.Example], sampler: InterleavedSampler
+) -> dict[str, list[float]] | None:
     """By prompt, what its routing should be like: `MixtureConfig.targets`; None for a method without a teacher.
 
     Asked for the rows that a run draws, since a teacher may have to encode each.
     """
-    if not prepared.routed:
+    config = prepared.model.peft_config["default"]
+    if not prepared.routed or config.targets([]) is None:
         return None
     from moesaic.causal import question
 
-    questions = list(dict.fromkeys(question(e) for e in examples))
-    targets = prepared.model.peft_config["default"].targets(questions)
-    if targets is None:
-        return None
+    questions = list(dict.fromkeys(question(examples[i]) for i in sampler.drawn()))
+    targets = config.targets(questions)
     shares = " ".join(f"{share:.2f}" for share in targets.mean(dim=0).tolist())
     logger.info("the teacher wants these shares of the experts: %s", shares)
     return dict(zip(questions, targets.tolist(), strict=True))

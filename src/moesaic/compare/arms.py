@@ -11,7 +11,7 @@ training each task by itself gives; it alone is not matched.
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -59,7 +59,9 @@ class Plan:
     scored: dict[str, dict[str, int]]
     """Of trials and of runs: how many rows of each task they are scored on."""
     scored_sha256: dict[str, str]
-    """Digests of these rows, by split."""
+    """Digests of all rows of the splits they are from."""
+    rows_sha256: dict[tuple[str, int | None], str]
+    """Digests of the scored rows themselves, by split and rows a task."""
 
     @property
     def trials(self) -> int:
@@ -85,17 +87,19 @@ def plan(settings: CompareSettings, shared: Recipe) -> Plan:
             adapter_config(recipe)
 
     from moesaic import data
+    from moesaic.answers import by_task
     from moesaic.training import load_examples, require_extras
     from moesaic.wrapping import check_tasks, check_teacher, count, outline
 
     require_extras()
     examples = load_examples(shared)
+    by_task(examples)
     for arm, recipe in recipes.items():
         with _of(arm):
             check_tasks(recipe, sorted({e.task for e in examples}))
             check_teacher(recipe)
     base = outline(shared, examples)
-    scored, digests = _scored(settings, shared, base)
+    scored, digests, rows_digests = _scored(settings, shared, base)
     budget, measure = budget_of(settings, recipes, base)
     _check_ranks(settings, measure)
 
@@ -110,13 +114,17 @@ def plan(settings: CompareSettings, shared: Recipe) -> Plan:
     arms = {}
     for name, recipe in solved.items():
         config: Any = adapter_config(recipe, **base.defaults)
+        if getattr(config, "needs_tasks", False):
+            _check_trained(name, base.tasks, scored, control=name not in recipes)
         raised = len(recipe.adapter.get("rank_pattern") or ())
         experts = config.num_experts if is_routed(recipe.method) else 1
         trainable, modules = count(base, recipe)
         kind, adapted = kind_of(recipe.method, config), _tally(modules)
         read = {file: hashlib.sha256(path_of(file).read_bytes()).hexdigest() for file in getattr(config, "files", ())}
         arms[name] = Arm(name, recipe, trainable, experts, config.r, raised, kind, adapted, read)
-    return Plan(settings, shared, arms, base.tasks, data.digest(examples), budget, measure, scored, digests)
+    return Plan(
+        settings, shared, arms, base.tasks, data.digest(examples), budget, measure, scored, digests, rows_digests
+    )
 
 
 def _tally(modules: Iterable[str]) -> str:
@@ -165,7 +173,10 @@ def _entry(name: str, value: Any) -> tuple[str, dict[str, Any]]:
     for key in settings.keys() & set(names(Recipe)):
         more = "; lrs=3e-4,1e-3 has each arm try both and take its best" if key == "lr" else ""
         raise ConfigError(f"arms.{name}.{key}: {key} is the same for all arms{more}")
-    return str(value.get("method", name)), {**settings, **(value.get("adapter") or {})}
+    inner = value.get("adapter") or {}
+    for key in settings.keys() & inner.keys():
+        raise ConfigError(f"arms.{name}.{key} and arms.{name}.adapter.{key} are one setting: leave one out")
+    return str(value.get("method", name)), {**settings, **inner}
 
 
 def _recipe(settings: CompareSettings, shared: Recipe, method: str, own: dict[str, Any]) -> Recipe:
@@ -183,29 +194,43 @@ def _known(method: str, settings: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key in known}
 
 
-def _scored(settings: CompareSettings, shared: Recipe, base: Any) -> tuple[dict[str, dict[str, int]], dict[str, str]]:
-    """How many rows of each task trials and runs are scored on, and a digest of each split.
+def _scored(
+    settings: CompareSettings, shared: Recipe, base: Any
+) -> tuple[dict[str, dict[str, int]], dict[str, str], dict[tuple[str, int | None], str]]:
+    """How many rows of each task trials and runs are scored on; digests of each split, and of the rows themselves.
 
     Raises:
         DataError, ConfigError: rows are not there, or are not as those trained on.
     """
     from moesaic import data
+    from moesaic.answers import by_task
 
     if path_of(shared.data).is_file():
         raise ConfigError(f"data={shared.data} is one file: name a folder with train.jsonl and {settings.split}.jsonl")
     wanted = {f"runs ({settings.split})": (settings.split, settings.eval_limit)}
     if settings.tuned:
         wanted = {"trials (validation)": ("validation", settings.limit)} | wanted
-    found, digests = {}, {}
+    found, digests, rows_digests = {}, {}, {}
     for what, (split, limit) in wanted.items():
         rows = data.load(shared.data, split, tasks=shared.tasks, on_bad_lines=shared.on_bad_lines)  # type: ignore[arg-type]
         for example in rows if base.layout else ():
             base.layout.task_id(example.task)
             base.layout.head(example)
-        there = Counter(example.task for example in rows)
-        found[what] = {task: min(there[task], limit or there[task]) for task in sorted(there)}
+        kept = {task: own[:limit] for task, own in by_task(rows).items()}
+        found[what] = {task: len(kept[task]) for task in sorted(kept)}
         digests[split] = data.digest(rows)
-    return found, digests
+        rows_digests[split, limit] = data.digest([example for own in kept.values() for example in own])
+    return found, digests, rows_digests
+
+
+def _check_trained(arm: str, tasks: Sequence[str], scored: dict[str, dict[str, int]], *, control: bool) -> None:
+    """Raise ConfigError where an arm that gates by task id would be scored on a task that has none."""
+    for what, rows in scored.items():
+        for task in sorted(rows.keys() - set(tasks)):
+            raise ConfigError(
+                f"arm {arm} gates by task id, and {what} are scored on task '{task}', which is not trained: "
+                f"tasks={','.join(tasks)} leaves it out" + (", controls=false the arm" if control else "")
+            )
 
 
 def _controls(settings: CompareSettings, shared: Recipe, recipes: dict[str, Recipe], base: Any) -> dict[str, Recipe]:

@@ -21,7 +21,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from moesaic.checkpoints import RunFolder, claim, locked, read_json, reading, write_json, write_text, writing
+from moesaic.checkpoints import RunFolder, claim, locked, read_json, write_json, write_text, writing
+from moesaic.compare import scores
 from moesaic.errors import ConfigError, MissingDependency
 from moesaic.recipe import Recipe, dump, load_recipe
 from moesaic.settings import differences
@@ -33,7 +34,10 @@ _LOOK_EVERY = 0.1
 
 @dataclass(frozen=True)
 class Job:
-    """One run, trained by `recipe` in `recipe.out`, then scored: on `split`, `limit` rows a task, `base` too or not."""
+    """One run, trained by `recipe` in `recipe.out`, then scored: on `split`, `limit` rows a task, `base` too or not.
+
+    `rows_sha256` is the digest of these rows: scores on others, or without the base, are made again.
+    """
 
     name: str
     recipe: Recipe
@@ -41,6 +45,7 @@ class Job:
     limit: int | None
     base: bool
     threads: int
+    rows_sha256: str
 
     @property
     def run(self) -> RunFolder:
@@ -49,6 +54,10 @@ class Job:
     @property
     def scores(self) -> Path:
         return self.run.path / f"eval-{self.split}.json"
+
+    @property
+    def predictions(self) -> Path:
+        return self.run.path / f"predictions-{self.split}.jsonl"
 
     @property
     def failure(self) -> Path:
@@ -60,7 +69,7 @@ class Job:
         limit = [] if self.limit is None else [f"limit={self.limit}"]
         evaluate = ["eval", folder, f"split={self.split}", *limit, f"base={str(self.base).lower()}"]
         train = [] if self.run.finished else [["train", folder, f"out={folder}"]]
-        scored = self.scores.is_file() and (self.run.path / f"predictions-{self.split}.jsonl").is_file()
+        scored = scores.is_of(self.scores, self.rows_sha256, base=self.base) and self.predictions.is_file()
         return [*train, *([evaluate] if train or not scored else [])]
 
 
@@ -91,8 +100,7 @@ def state(job: Job) -> Outcome:
             raise ConfigError(f"{job.run.path} holds a run with {changed}: remove that folder to run it again")
     if not job.commands():
         try:
-            with reading(job.scores):
-                return Outcome(job, "done", score=float(read_json(job.scores)["mean"]))
+            return Outcome(job, "done", score=scores.mean_of(job.scores, job.predictions))
         except ConfigError as error:
             return _damaged(job, error)
     if job.failure.is_file():
@@ -136,12 +144,12 @@ def run_job(job: Job, stops: Callable[[], int] = lambda: 0) -> Outcome:
         ) as process:
             code, asked = _wait(process, stops)
     seconds = time.monotonic() - start
-    if code == 0:
+    if code == 0 and not job.commands():
         return replace(state(job), seconds=seconds)
     if asked:
         return Outcome(job, "pending", "stopped", seconds=seconds)
-    error = _reason(log, code)
-    if job.run.finished:
+    error = _reason(log, code) if code else f"it was not scored on the planned rows of data={job.recipe.data}"
+    if code and job.run.finished:
         error += f" (it was trained, not scored; remove {folder} to train it again)"
     write_json(job.failure, {"error": error, "code": code})
     return Outcome(job, "failed", error, seconds=seconds)

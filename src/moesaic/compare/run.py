@@ -126,14 +126,18 @@ def _tune(planned: Plan, out: Path, rates: Sequence[float], report: Report) -> T
 def _job(planned: Plan, arm: str, place: Path, *, trial: bool, **own: Any) -> Job:
     """A run in `place`: the arm's recipe with settings of its own. The untrained base is scored once a seed."""
     settings = planned.settings
-    alone = 1 if settings.engine == "ray" else max(1, (os.cpu_count() or 1) // settings.workers)
+    told = os.environ.get("OMP_NUM_THREADS", "")
+    shared = int(told) if told.isdigit() and int(told) else max(1, (os.cpu_count() or 1) // settings.workers)
+    alone = 1 if settings.engine == "ray" else shared
+    split, limit = ("validation", settings.limit) if trial else (settings.split, settings.eval_limit)
     return Job(
         name=place.name,
         recipe=replace(planned.arms[arm].recipe, out=str(place), **own),
-        split="validation" if trial else settings.split,
-        limit=settings.limit if trial else settings.eval_limit,
+        split=split,
+        limit=limit,
         base=arm == settings.baseline and not trial,
         threads=settings.threads or alone,
+        rows_sha256=planned.rows_sha256[split, limit],
     )
 
 

@@ -4,12 +4,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from moesaic.data import SPLITS
 from moesaic.errors import ConfigError, MissingDependency, path_of, suggest
 from moesaic.recipe import Recipe, all_adapter_settings, check
-from moesaic.settings import build, check_keys, lists, names, parse_overrides, read_yaml
+from moesaic.settings import build, check_keys, lists, names, parse_overrides, read_yaml, texts
 
 FILE = "compare.yaml"
 """A comparison's settings in its folder."""
@@ -57,7 +58,8 @@ class CompareSettings:
     engine: str = field(default="local", metadata={"help": "local (processes here) or ray (a cluster's)"})
     workers: int = field(default=1, metadata={"help": "local processes side by side"})
     threads: int | None = field(
-        default=None, metadata={"help": "threads a process; the cores shared out if left out, 1 with ray"}
+        default=None,
+        metadata={"help": "threads a process; if left out OMP_NUM_THREADS, or the cores shared out, or 1 with ray"},
     )
     gpus: float = field(default=0.0, metadata={"help": "ray: GPUs, or the part of one, that a run takes"})
     out: str = field(default="runs/compare", metadata={"help": "folder; a comparison there is continued"})
@@ -85,7 +87,9 @@ def load(arguments: Sequence[str]) -> tuple[CompareSettings, Recipe]:
     own, shared = names(CompareSettings), [name for name in names(Recipe) if name not in BY_CELL]
     layers = [(str(file), _stored(file)) for file in files]
     known_lists = [*lists(CompareSettings), *lists(Recipe)]
-    layers.append(("settings", parse_overrides([a for a in arguments if "=" in a], lists=known_lists)))
+    known_texts = [*texts(CompareSettings), *texts(Recipe)]
+    overrides = [a for a in arguments if "=" in a]
+    layers.append(("settings", parse_overrides(overrides, lists=known_lists, texts=known_texts)))
     for source, values in layers:
         check_keys(source, values, [*own, *shared], of_adapters=all_adapter_settings)
     kinds = {f.name: str(f.type) for cls in (Recipe, CompareSettings) for f in fields(cls)}
@@ -98,6 +102,8 @@ def load(arguments: Sequence[str]) -> tuple[CompareSettings, Recipe]:
     recipe = build(Recipe, *({k: v for k, v in values.items() if k not in own} for values in given))
     check(recipe)
     _check(settings)
+    if path_of(settings.out) == Path():
+        settings.out = str(Path.cwd())
     if settings.lrs and ("lr" in given[-1] or recipe.lr != Recipe.lr):
         raise ConfigError(f"lr={recipe.lr:g} and lrs={','.join(map(str, settings.lrs))} disagree: leave one out")
     return settings, recipe
@@ -146,6 +152,8 @@ def _check(settings: CompareSettings) -> None:
         raise ConfigError(f"gpus={settings.gpus} cannot be negative")
     if settings.gpus and settings.engine == "local":
         raise ConfigError(f"gpus={settings.gpus:g} needs engine=ray: with engine=local, all runs share what there is")
+    if not settings.out.strip():
+        raise ConfigError("out is empty: name a folder")
     if "\0" in settings.out:
         raise ConfigError("out holds a NUL character, which no path can")
     if settings.engine == "ray" and find_spec("ray") is None:

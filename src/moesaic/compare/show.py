@@ -64,7 +64,8 @@ def show_plan(planned: Plan, as_json: bool) -> None:
     from rich.table import Table
 
     title = f"{planned.shared.model}: {', '.join(planned.tasks)}"
-    table = Table("arm", "method", "experts", "rank", "trainable", "off the budget", title=title)
+    off_what = "total rank off" if settings.match == "rank" else "off the budget"
+    table = Table("arm", "method", "experts", "rank", "trainable", off_what, title=title)
     for column in table.columns[2:]:
         column.justify = "right"
     for name, arm in planned.arms.items():

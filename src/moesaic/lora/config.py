@@ -23,6 +23,8 @@ from moesaic.lora.mix import Backend
 from moesaic.routing import AuxiliaryLoss, Gate, Router, Site
 
 METHODS: dict[str, type[MixtureConfig]] = {}
+LARGEST = 1e6
+"""Of factors that scale what is added: beyond it float32 has no digits left for the rest."""
 
 
 @dataclass
@@ -110,10 +112,13 @@ class MixtureConfig(PeftConfig):
         for name, value in {"r": self.r, "num_experts": self.num_experts, **(self.rank_pattern or {})}.items():
             if value < 1:
                 raise ConfigError(f"{name}={value} must be a whole number of at least 1")
-        if self.lora_alpha <= 0:
-            raise ConfigError(f"lora_alpha={self.lora_alpha} must be above 0: it scales what the experts add")
-        if self.aux_weight < 0:
-            raise ConfigError(f"aux_weight={self.aux_weight} must be at least 0; 0 turns the auxiliary losses off")
+        if not 0 < self.lora_alpha <= LARGEST:
+            raise ConfigError(f"lora_alpha={self.lora_alpha} must be above 0, and at most {LARGEST:g}")
+        if not 0 <= self.aux_weight <= LARGEST:
+            raise ConfigError(
+                f"aux_weight={self.aux_weight} must be at least 0, which turns the auxiliary losses off, and at most "
+                f"{LARGEST:g}"
+            )
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout={self.lora_dropout} must be at least 0 and below 1")
         if self.bias != "none":

@@ -107,8 +107,10 @@ class CustomConfig(MixtureConfig):
 
     def __post_init__(self) -> None:
         self._parts: dict[str, MixtureConfig] = {}
-        names = (self.router_of, self.gate_of or "", self.losses_of or "")
-        if not all(isinstance(n, str) or (isinstance(n, (list, tuple)) and _are_texts(n)) for n in names):
+        names = (self.router_of, "" if self.gate_of is None else self.gate_of, self.losses_of or [])
+        if isinstance(self.losses_of, (bool, int, float)) or not all(
+            isinstance(n, str) or (isinstance(n, (list, tuple)) and _are_texts(n)) for n in names
+        ):
             raise ConfigError("router_of, gate_of and losses_of must be names of methods, or lists of such names")
         if not isinstance(self.gate_of, (str, type(None))):
             raise ConfigError(f"gate_of={self.gate_of!r} must be the name of one method")
@@ -133,6 +135,8 @@ class CustomConfig(MixtureConfig):
                     f"losses_of={name} and router_of={','.join(self.routers_of)} disagree: a loss of {name} reads its "
                     "own router"
                 )
+        if self.num_tasks is not None and self.num_tasks < 1:
+            raise ConfigError(f"num_tasks={self.num_tasks} must be a whole number of at least 1")
         if self.top_k is not None and not any(hasattr(part, "top_k") for part in self._parts.values()):
             raise ConfigError(f"top_k={self.top_k} has no effect: none of {', '.join(used)} has one; leave it out")
         super().__post_init__()

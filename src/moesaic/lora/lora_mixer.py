@@ -206,6 +206,8 @@ class LoRAMixerConfig(MixtureConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.num_tasks is not None and self.num_tasks < 1:
+            raise ConfigError(f"num_tasks={self.num_tasks} must be a whole number of at least 1")
         if self.num_tasks is not None and self.hard_fraction > 0 and self.num_tasks > self.num_experts:
             raise ConfigError(
                 f"num_experts={self.num_experts} and hard_fraction={self.hard_fraction} disagree: stage 1 has an "

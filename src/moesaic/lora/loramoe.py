@@ -94,12 +94,19 @@ class LoRAMoEConfig(MixtureConfig):
     balance_delta: float = field(
         default=0.1, metadata={"help": "how far the balance parts the two types, from 0 (not at all) to 1"}
     )
+    num_tasks: int | None = field(
+        default=None, metadata={"help": "how many tasks there are, if known beforehand; `moesaic train` counts them"}
+    )
     aux_weight: float = field(default=0.01, metadata={"help": "weight of the localized balance loss; 0 turns it off"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.balance_delta <= 1:
             raise ConfigError(f"balance_delta={self.balance_delta} must be between 0 and 1")
+        for task in self.knowledge_tasks or ():
+            if task < 0 or (self.num_tasks is not None and task >= self.num_tasks):
+                there = "" if self.num_tasks is None else f": there are {self.num_tasks}, counted from 0"
+                raise ConfigError(f"knowledge_tasks={self.knowledge_tasks}: {task} is no task's id{there}")
         if self.knowledge_tasks is not None and self.num_experts < 2:
             raise ConfigError(
                 f"knowledge_tasks={self.knowledge_tasks} parts the experts in two: num_experts={self.num_experts} must "

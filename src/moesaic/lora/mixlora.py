@@ -57,6 +57,7 @@ class MixLoRAConfig(MixtureConfig):
         super().__post_init__()
         if self.router_init_std < 0:
             raise ConfigError(f"router_init_std={self.router_init_std} must be at least 0")
+        TopP(self.top_p).check(self.num_experts)
         if self.z_weight < 0:
             raise ConfigError(f"z_weight={self.z_weight} must be at least 0; 0 turns the z-loss off")
 

@@ -77,13 +77,12 @@ def _linears(model: nn.Module) -> list[str]:
 
 
 def is_plain_lora(config: PeftConfig, key: str) -> bool:
-    """Whether `lora_target_modules` names this module."""
-    wanted = getattr(config, "lora_target_modules", None)
-    if not wanted:
+    """Whether `lora_target_modules` names this module, in the layers and but for the modules that the config says."""
+    if not getattr(config, "lora_target_modules", None):
         return False
-    if isinstance(wanted, str):
-        return re.fullmatch(wanted, key) is not None
-    return any(key == w or key.endswith(f".{w}") for w in wanted)
+    alone = copy.copy(config)
+    alone.target_modules = config.lora_target_modules  # type: ignore[attr-defined]
+    return bool(check_target_module_exists(alone, key))
 
 
 def feed_forwards(model: nn.Module, config: Any) -> dict[str, FeedForward]:
@@ -166,6 +165,8 @@ def check(model: nn.Module, config: Any) -> None:
         if not any(f".{linear}".endswith(f".{name}") for linear in linears):
             raise ConfigError(f"rank_pattern: {name!r} is neither the name nor the end of the name of a linear layer")
     _check_layers(config, linears)
+    if config.lora_target_modules and not _experts(model, config):
+        raise ConfigError("lora_target_modules takes all of target_modules: no module is left for experts")
     check_saved(model, config.modules_to_save)
     fused = _fused_parameters(model, config)
     if fused and by_default:
@@ -183,6 +184,27 @@ def check(model: nn.Module, config: Any) -> None:
             raise ConfigError(
                 f"target {name!r} is a {type(module).__name__}, not a linear layer: leave it out of target_modules"
             )
+
+
+def check_tokens(model: nn.Module, config: Any) -> None:
+    """Every entry of `trainable_token_indices` must be a row of the embeddings that it names."""
+    wanted = config.trainable_token_indices
+    if wanted is None:
+        return
+    get_embeddings = getattr(model, "get_input_embeddings", None)
+    named = wanted if isinstance(wanted, dict) else {"": wanted}
+    for name, tokens in named.items():
+        found = [m for n, m in model.named_modules() if n == name or n.endswith(f".{name}")] if name else []
+        layer = found[0] if found else get_embeddings() if get_embeddings and not name else None
+        rows = getattr(layer, "num_embeddings", None)
+        where = f" of {name}" if name else ""
+        if not tokens:
+            raise ConfigError(f"trainable_token_indices{where} is empty: name the tokens to train, or leave it out")
+        if name and not found:
+            raise ConfigError(f"trainable_token_indices: {name!r} is no module of this model")
+        for token in tokens:
+            if token < 0 or (rows is not None and token >= rows):
+                raise ConfigError(f"trainable_token_indices{where}: {token} is no token of {rows or 'its embeddings'}")
 
 
 def _check_layers(config: Any, linears: set[str]) -> None:

@@ -34,10 +34,27 @@ class MixtureModel(BaseTuner):
     tuner_layer_cls = MixtureLinear
     target_module_mapping = {}  # noqa: RUF012
 
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        known = getattr(model, "peft_config", None)
+        before = dict(known) if isinstance(known, dict) else {}
+        if adapter_name in before:
+            raise ConfigError(
+                f"this model has an adapter {adapter_name!r} already: add_adapter(NAME, config) of its PeftModel puts "
+                "another beside it, unload() takes it off"
+            )
+        try:
+            super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        except BaseException:
+            if isinstance(known, dict):  # shared with the model's own tuner, and written to before anything is checked
+                known.clear()
+                known.update(before)
+            raise
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = cast("MixtureConfig", self.peft_config[adapter_name])
         targets.check_adapter_name(model, adapter_name, reserved=_reserved_names())
         targets.check(model, config)
+        targets.check_tokens(model, config)
         self.blocks = targets.feed_forwards(model, config) if config.level == "block" else {}
         if "host" not in self.__dict__:
             self.host = _host_of(model) or Host()

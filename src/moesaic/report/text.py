@@ -34,12 +34,37 @@ def facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("seeds", ", ".join(map(str, summary["seeds"]))),
         ("baseline", summary["baseline"]),
         ("steps", settings.get("steps")),
+        ("matched on", _matched(settings)),
+        ("rates tried", _rates(settings)),
         ("rows a step", (settings.get("batch_size") or 0) * (settings.get("accumulation") or 1)),
         ("device", summary["device"]),
         ("moesaic", summary["versions"].get("moesaic")),
         ("command", settings.get("command")),
     ]
     return [(name, str(value)) for name, value in found if value]
+
+
+def _matched(settings: dict[str, Any]) -> str | None:
+    """What the arms have in common beside data and steps."""
+    match, budget = settings.get("match"), settings.get("budget")
+    if match == "trainable_params":
+        return f"{budget:,} trainable parameters, within 1 %"
+    if match == "rank":
+        return f"total rank{'' if budget is None else f' {budget}'}: numbers of trainable parameters differ"
+    return "nothing: each arm has the rank of its recipe" if match else None
+
+
+def _rates(settings: dict[str, Any]) -> str | None:
+    rates, tuning = settings.get("lrs"), settings.get("tuning") or {}
+    if not rates or len(rates) < 2:
+        return None
+    text = ", ".join(f"{rate:g}" for rate in rates)
+    text += f" for each arm, in trials of {settings.get('tune_steps')} steps on the validation split"
+    best = {arm: float(max(scores, key=scores.get)) for arm, scores in tuning.items() if scores}
+    at_the_edge = [arm for arm, rate in best.items() if rate == max(rates)]
+    if at_the_edge:
+        text += f"; a higher one may do better for those that took the highest: {', '.join(at_the_edge)}"
+    return text
 
 
 def grids(summary: dict[str, Any]) -> list[Grid]:

@@ -37,6 +37,10 @@ _KINDS = {
 }
 
 
+LARGEST = 4096
+"""Of experts and of a prototype's size: there are hundreds of topics, not more."""
+
+
 @dataclass
 class TopicSettings:
     """How stage 1 is done. `jaccard=0 cosine=0 group=0` takes the graph away, `separation=0` that term of the loss."""
@@ -64,6 +68,9 @@ class TopicSettings:
         for name, least in (("num_experts", 1), ("topic_dim", 1), ("steps", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least {least}")
+        for name in ("num_experts", "topic_dim"):
+            if getattr(self, name) > LARGEST:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at most {LARGEST}")
         if self.seed >= 2**32:
             raise ConfigError(f"seed={self.seed} must be between 0 and {2**32 - 1}")
         for name in _WEIGHTS:

@@ -78,6 +78,11 @@ class Vocabulary:
             kept = self._groups(kept)
         return kept if self.tasks else [Topic(t.name, t.group, t.text) for t in kept]
 
+    def lone(self) -> list[str]:
+        """Keywords that one task alone carries, and that are no topics therefore."""
+        carried = [name for names in self.tasks.values() for name in set(names)]
+        return [name for name in self.keywords if carried.count(name) == 1]
+
     def _groups(self, topics: list[Topic]) -> list[Topic]:
         nodes = []
         for group, description in self.groups.items():
