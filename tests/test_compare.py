@@ -285,7 +285,7 @@ REFUSED = [
     (["methods=topiclora", "arms.topiclora.topics=nowhere"], "arm topiclora: no topics file nowhere"),
     (
         ["methods=mola", "match=rank", "budget=1e12"],
-        "arm lora: budget=1000000000000.0 takes rank 1,000,000,000,000",
+        "arm lora: budget=1e12 takes rank 1,000,000,000,000",
     ),
     (["methods=mola", "tasks=[[1]]"], "tasks=.*must be a list of texts"),
     (["methods=mola", "out=/dev/null/x"], "out=/dev/null/x cannot be written: Not a directory"),

@@ -264,8 +264,9 @@ def adapter_config(recipe: Recipe, **defaults: Any) -> "PeftConfig":
     for key in ("rank_pattern", "alpha_pattern"):
         if not isinstance(settings.get(key) or {}, dict):
             raise ConfigError(f"adapter.{key}={settings[key]} must hold numbers by module name, {key}.NAME=4")
-    if isinstance(settings.get("modules_to_save"), list):
-        settings["modules_to_save"] = sorted({*settings["modules_to_save"], *(defaults.get("modules_to_save") or ())})
+    heads = defaults.get("modules_to_save") or ()
+    if isinstance(settings.get("modules_to_save"), list) or (heads and settings["modules_to_save"] is None):
+        settings["modules_to_save"] = sorted({*(settings["modules_to_save"] or ()), *heads})
     try:
         config: PeftConfig = cls(**settings)
     except ConfigError:

@@ -60,7 +60,8 @@ def _rates(settings: dict[str, Any]) -> str | None:
         return None
     text = ", ".join(f"{rate:g}" for rate in rates)
     text += f" for each arm, in trials of {settings.get('tune_steps')} steps on the validation split"
-    best = {arm: float(max(scores, key=scores.get)) for arm, scores in tuning.items() if scores}
+    good = {arm: {r: score for r, score in scores.items() if score is not None} for arm, scores in tuning.items()}
+    best = {arm: float(max(scores, key=scores.__getitem__)) for arm, scores in good.items() if scores}
     at_the_edge = [arm for arm, rate in best.items() if rate == max(rates)]
     if at_the_edge:
         text += f"; a higher one may do better for those that took the highest: {', '.join(at_the_edge)}"
