@@ -15,6 +15,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "trace": "moesaic.host",
     "routing_tasks": "moesaic.host",
+    "routing_scores": "moesaic.host",
+    "routing_prompts": "moesaic.adapters.prompts",
     "set_training_progress": "moesaic.host",
     "router_aux_loss": "moesaic.host",
     "RoutedTrainerMixin": "moesaic.host",
@@ -31,6 +33,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     if name.endswith("Config"):
+        importlib.import_module("moesaic.adapters")
         return getattr(importlib.import_module("moesaic.lora"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -15,7 +15,7 @@ from types import ModuleType
 
 def when_peft_is_imported() -> None:
     if "peft" in sys.modules:
-        importlib.import_module("moesaic.lora")
+        importlib.import_module("moesaic.adapters")
     elif not any(isinstance(finder, _PeftFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _PeftFinder())
 
@@ -46,4 +46,4 @@ class _RegisteringLoader(Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
         self._loader.exec_module(module)
-        importlib.import_module("moesaic.lora")
+        importlib.import_module("moesaic.adapters")

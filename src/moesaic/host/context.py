@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.errors import ConfigError
-from moesaic.host.fitting import checked_ids
+from moesaic.host.fitting import checked_ids, checked_scores
 from moesaic.host.hooks import find_host
 from moesaic.routing import RoutingTrace
 
@@ -50,6 +50,21 @@ def routing_tasks(model: nn.Module, *, task_ids: Tensor | Sequence[int]) -> Iter
         yield
     finally:
         host.pinned_tasks = previous
+
+
+@contextmanager
+def routing_scores(model: nn.Module, scores: Tensor) -> Iterator[None]:
+    """Fix what the prompts say of the experts (batch, E), for methods that route by the prompt as a whole.
+
+    with moesaic.routing_prompts(model, prompts):  # computes them
+        model.generate(...)
+    """
+    host = find_host(model)
+    previous, host.pinned_scores = host.pinned_scores, checked_scores(scores, "scores")
+    try:
+        yield
+    finally:
+        host.pinned_scores = previous
 
 
 def set_training_progress(model: nn.Module, progress: float) -> None:

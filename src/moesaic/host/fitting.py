@@ -33,6 +33,16 @@ def checked_targets(targets: Any, key: str, *, rows: int | None = None) -> Tenso
     return targets
 
 
+def checked_scores(scores: Any, key: str) -> Tensor:
+    """Routing scores as they must be: finite numbers (rows, E). Raises ConfigError."""
+    if not isinstance(scores, Tensor) or scores.dim() != 2 or not scores.is_floating_point():
+        what = f"a {scores.dtype} tensor of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else "that"
+        raise ConfigError(f"{key} must be a score for each expert, a float tensor (rows, E), not {what}")
+    if not torch.compiler.is_compiling() and not bool(scores.isfinite().all()):
+        raise ConfigError(f"{key} holds numbers that are not finite")
+    return scores
+
+
 def _require_rows(values: Tensor, key: str, rows: int | None) -> None:
     if rows is not None and len(values) != rows:
         raise ConfigError(f"{key} has {len(values)} entries for a batch of {rows} rows: give one a row")

@@ -37,6 +37,7 @@ class Frame:
     labelled: bool = False
     task_ids: Tensor | None = None
     targets: Tensor | None = None
+    scores: Tensor | None = None
     prompt: Tensor | None = None
     """(batch, tokens), True on unlabelled tokens; None unless the labels belong to the tokens."""
     stacks: dict[str, StackView] = field(default_factory=dict)

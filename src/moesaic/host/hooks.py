@@ -22,7 +22,7 @@ from moesaic.errors import TrainingError
 from moesaic.host import masks
 from moesaic.host.carrier import Delivery, carry, share_of_step
 from moesaic.host.checkpointing import bind_frames
-from moesaic.host.fitting import by_row, by_token, checked_ids, checked_targets
+from moesaic.host.fitting import by_row, by_token, checked_ids, checked_scores, checked_targets
 from moesaic.host.frames import Frame, StackView
 from moesaic.routing import AuxiliaryLoss, Record, Records, RoutingContext, RoutingTrace, Site, pool
 
@@ -34,12 +34,19 @@ TASK_IDS = "routing_task_ids"
 TARGETS = "routing_targets"
 """Name of the batch key with what each sequence's routing should be like (batch, E)."""
 
+SCORES = "routing_scores"
+"""Name of the batch key with what each sequence's prompt says of the experts (batch, E)."""
+
+Reader = Callable[[Tensor, Tensor | None], Tensor]
+"""Routing scores (batch, E) from a forward's token ids (batch, tokens) and which of them are the prompt's."""
+
 
 class Host:
     """Shared by all mixture layers of one base model. Holds no parameters.
 
     Attributes:
         losses: adapter name -> its auxiliary losses.
+        readers: adapter name -> what reads its routing scores off the tokens, where they are not given.
         progress: share of the training that is done; None where no trainer tells.
         external: while True, a trainer adds the auxiliary loss itself and the output's loss is left alone.
         aux: auxiliary loss of the training forwards with gradients: of the last one, or, while `external`, the sum of
@@ -48,6 +55,7 @@ class Host:
 
     def __init__(self) -> None:
         self.losses: dict[str, list[AuxiliaryLoss]] = {}
+        self.readers: dict[str, Reader] = {}
         self.step_of: Callable[[str], Hashable] | None = None
         self.progress: float | None = None
         self.external = False
@@ -55,6 +63,7 @@ class Host:
         self.loss_values: dict[str, Tensor] = {}
         self.traces: list[RoutingTrace] = []
         self.pinned_tasks: Tensor | None = None
+        self.pinned_scores: Tensor | None = None
         self.frame: Frame | None = None
         self.wrapped: set[str] = set()
         self._recomputing = False
@@ -107,7 +116,7 @@ class Host:
         """What the router at `site` may see of the current forward; its tensors have `h`'s leading shape."""
         frame = self.frame
         if frame is None:
-            return RoutingContext(site, task_ids=self.pinned_tasks)
+            return RoutingContext(site, task_ids=self.pinned_tasks, scores=self.pinned_scores)
         view = frame.stacks.get(f"{stack}/cross" if cross else stack) or StackView()
         mask, prompt = by_token(view.mask, h), by_token(frame.prompt, h)
         return RoutingContext(
@@ -117,6 +126,7 @@ class Host:
             prompt=prompt if prompt is None or mask is None else prompt & mask,
             task_ids=by_row(frame.task_ids, h, view.tokens, TASK_IDS),
             targets=by_row(frame.targets, h, view.tokens, TARGETS),
+            scores=by_row(frame.scores, h, view.tokens, SCORES),
             progress=1.0 if self.progress is None else self.progress,
             state=frame.state,
             whole=frame.complete,
@@ -177,16 +187,32 @@ class Host:
 
     def _open(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kwargs = dict(kwargs)
-        task_ids, targets = kwargs.pop(TASK_IDS, None), kwargs.pop(TARGETS, None)
-        self.frame = self._new_frame(model, masks.bind(model, args, kwargs), whole=True)
+        task_ids, targets, scores = (kwargs.pop(key, None) for key in (TASK_IDS, TARGETS, SCORES))
+        arguments = masks.bind(model, args, kwargs)
+        self.frame = self._new_frame(model, arguments, whole=True)
         rows = masks.num_rows(kwargs) if self.frame.training else None
         if task_ids is not None:
             self.frame.task_ids = checked_ids(task_ids, TASK_IDS, rows=rows)
         if targets is not None:
             self.frame.targets = checked_targets(targets, TARGETS, rows=rows)
+        if scores is not None:
+            self.frame.scores = checked_scores(scores, SCORES)
+        self._keep_scores(self.frame, arguments)
         if self.frame.training and self.frame.grad:
             bind_frames(model, self)
         return args, kwargs
+
+    def _keep_scores(self, frame: Frame, arguments: Mapping[str, Any]) -> None:
+        """Scores are of the prompt: those of the first forward hold for as long as its cache lives."""
+        if frame.scores is None:
+            frame.scores = frame.memory.get(SCORES)
+        ids = arguments.get("input_ids")
+        if frame.scores is None and self.readers and isinstance(ids, Tensor) and not torch.compiler.is_compiling():
+            real = masks.two_d(arguments.get("attention_mask"), masks.num_tokens(arguments))
+            prompt = real if frame.prompt is None else frame.prompt if real is None else frame.prompt & real
+            frame.scores = next(iter(self.readers.values()))(ids, prompt)
+        if frame.scores is not None:
+            frame.memory[SCORES] = frame.scores
 
     def _close(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         frame, self.frame = self.frame, None
@@ -210,6 +236,7 @@ class Host:
 
     def _new_frame(self, module: nn.Module, arguments: Mapping[str, Any], *, whole: bool) -> Frame:
         frame = Frame(training=module.training, grad=torch.is_grad_enabled(), task_ids=self.pinned_tasks)
+        frame.scores = self.pinned_scores
         if whole:
             frame.labelled = arguments.get("labels") is not None
             frame.share = share_of_step(module, arguments)

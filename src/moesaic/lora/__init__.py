@@ -6,6 +6,8 @@ import importlib
 import pkgutil
 from typing import Any
 
+import peft  # noqa: F401  first: with it, the methods of every room are registered (moesaic/_registration.py)
+
 from moesaic.lora.config import METHODS, MixtureConfig
 from moesaic.lora.layer import MixtureLinear
 from moesaic.lora.mix import mix

@@ -11,6 +11,7 @@ import difflib
 import math
 import re
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
@@ -19,7 +20,9 @@ from peft import PeftConfig
 from torch import Tensor
 
 from moesaic.errors import ConfigError, first_line
+from moesaic.host.hooks import Reader
 from moesaic.lora.mix import Backend
+from moesaic.lora.store import Store
 from moesaic.routing import AuxiliaryLoss, Gate, Router, Site
 
 METHODS: dict[str, type[MixtureConfig]] = {}
@@ -47,6 +50,14 @@ class MixtureConfig(PeftConfig):
     """Whether a router is trained: only then can a comparison show that routing helps."""
     needs_tasks: ClassVar[bool] = False
     """Whether it cannot route without task ids, and has nothing to route with fewer than two tasks."""
+    needs_adapters: ClassVar[bool] = False
+    """Whether its experts must be adapters that are trained already: it says nothing of experts that are not."""
+    merges_factors: ClassVar[bool] = False
+    """Whether weights merge the experts' A and B, each by itself, instead of what the experts answer."""
+    is_static: ClassVar[bool] = False
+    """Whether weights are the same for every input, so that the mixture is one LoRA in another shape."""
+    unsaved: ClassVar[tuple[str, ...]] = ("adapters", "subtract")
+    """Settings that an adapter is made by and does not need any more."""
     needs_targets: ClassVar[bool] = False
     """Whether its auxiliary loss compares with `routing_targets` of the batch."""
 
@@ -73,6 +84,22 @@ class MixtureConfig(PeftConfig):
         default=None, metadata={"help": "token embeddings to train beside the mixture"}
     )
     bias: str = field(default="none", metadata={"help": "always 'none': a routed mixture has no bias to train"})
+    adapters: list[str] | dict[str, str] | None = field(
+        default=None,
+        metadata={"help": "folders of trained LoRA adapters, or folders by name: they become the experts, frozen"},
+    )
+    subtract: list[str] | None = field(
+        default=None, metadata={"help": "folders of general adapters whose mean change is taken off each expert's"}
+    )
+    ignore_base: bool = field(
+        default=False, metadata={"help": "take adapters although they name another base model than this one"}
+    )
+    experts: list[str] | None = field(
+        default=None, metadata={"help": "filled in from adapters and saved: the experts' names"}
+    )
+    task_of: list[int] | None = field(
+        default=None, metadata={"help": "the task id that each of the adapters was trained on; 0, 1, … where left out"}
+    )
     backend: Backend = field(default="auto", metadata={"help": "auto, rank, grouped or reference: see lora/mix.py"})
     aux_weight: float = field(default=0.01, metadata={"help": "weight of the auxiliary losses; 0 turns them off"})
 
@@ -101,6 +128,7 @@ class MixtureConfig(PeftConfig):
         except ValueError as error:
             raise ConfigError(first_line(error)) from None
         self.peft_type = type(self).type
+        self._take_adapters()
         _check_kinds(self)
         _check_names(self)
         if isinstance(self.target_modules, list):
@@ -131,6 +159,30 @@ class MixtureConfig(PeftConfig):
             )
         for gate in (self.gate(), self.eval_gate()):
             gate.check(self.num_experts)
+        if self.needs_adapters and self.adapters is None and self.experts is None:
+            raise ConfigError(f"method {self.method} routes to adapters that are trained already: adapters=a/,b/,…")
+
+    def _take_adapters(self) -> None:
+        """Read what the adapters are: their number, names, modules and ranks are the mixture's."""
+        self.store: Store | None = None
+        if self.adapters is None:
+            return
+        if self.target_modules is not None or self.lora_target_modules is not None:
+            raise ConfigError("adapters and target_modules disagree: experts are where the adapters have them")
+        if self.level == "block":
+            raise ConfigError(f"adapters cannot go with method {self.method}, whose experts are whole FFNs")
+        if self.shares_down:
+            raise ConfigError(f"adapters cannot go with method {self.method}, whose experts share one A")
+        self.store = Store.read(self.adapters, self.subtract or (), ignore_base=self.ignore_base)
+        self.experts, self.num_experts = self.store.names, len(self.store.names)
+        self.target_modules = list(self.store.modules)
+        ranks = {module: self.store.rank(module) for module in self.store.modules}
+        self.r = max(ranks.values())
+        self.rank_pattern = {module: rank for module, rank in ranks.items() if rank != self.r} or None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As PEFT saves it: the adapters' names stay, where they lay does not."""
+        return {**super().to_dict(), **dict.fromkeys(self.unsaved)}
 
     @property
     def scaling(self) -> float:
@@ -169,6 +221,18 @@ class MixtureConfig(PeftConfig):
     def targets(self, prompts: list[str]) -> Tensor | None:
         """What the routing of each prompt should be like (N, E), for methods that learn from a teacher; else None."""
         return None
+
+    def scores(self, prompts: list[str]) -> Tensor | None:
+        """What each prompt says of the experts (N, E), for methods that route by the prompt as a whole; else None."""
+        return None
+
+    def reader(self, model: Any) -> Reader | None:
+        """For such methods: what reads these scores off the tokens of `model`, where nobody gives them."""
+        return None
+
+    def fit(self, model: Any, loss: Callable[[], float]) -> bool:
+        """Find without gradients what has none, by `loss` of the model on a few rows; whether there is such a thing."""
+        return False
 
     def losses(self) -> list[AuxiliaryLoss]:
         """The auxiliary losses; built once for each adapter."""

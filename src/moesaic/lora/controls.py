@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from moesaic.errors import ConfigError
 from moesaic.lora.config import MixtureConfig
-from moesaic.lora.tasks import NEVER, row_ids
+from moesaic.lora.tasks import NEVER, own_expert
 from moesaic.routing import Gate, LinearRouter, Router, RoutingContext, Site, Softmax, TopK
 
 
@@ -44,14 +44,13 @@ class RandomRouter(Router):
 class OracleRouter(Router):
     """Expert e answers the sequences of task `task_of[e]`, and no others."""
 
-    def __init__(self, num_experts: int) -> None:
+    def __init__(self, num_experts: int, task_of: list[int] | None = None) -> None:
         super().__init__(num_experts)
         self.task_of: Tensor
-        self.register_buffer("task_of", torch.arange(num_experts))
+        self.register_buffer("task_of", torch.tensor(task_of or range(num_experts)))
 
     def score(self, h: Tensor, context: RoutingContext | None = None) -> Tensor:
-        ids = row_ids(h, context, limit=self.num_experts, setting="num_experts")
-        own = ids.unsqueeze(-1) == self.task_of
+        own = own_expert(h, context, self.task_of)
         return torch.where(own, 0.0, NEVER).to(h.dtype).expand(*h.shape[:-1], self.num_experts)
 
 
@@ -63,6 +62,7 @@ class UniformConfig(MixtureConfig):
     paper: ClassVar[str] = "control"
     summary: ClassVar[str] = "every expert for every token, weighted 1/E: no routing"
     learns_routing: ClassVar[bool] = False
+    is_static: ClassVar[bool] = True
 
     def router(self, site: Site) -> Router:
         return UniformRouter(self.experts_at(site))
@@ -125,14 +125,14 @@ class OracleConfig(MixtureConfig):
         if self.num_experts is None:
             self.num_experts = MixtureConfig.num_experts if self.num_tasks is None else self.num_tasks
         super().__post_init__()
-        if self.num_tasks not in (None, self.num_experts):
+        if self.num_tasks not in (None, self.num_experts) and self.experts is None:
             raise ConfigError(
                 f"num_experts={self.num_experts}, but there are {self.num_tasks} tasks, and method oracle has an "
                 f"expert for each: set num_experts={self.num_tasks}"
             )
 
     def router(self, site: Site) -> Router:
-        return OracleRouter(self.experts_at(site))
+        return OracleRouter(self.experts_at(site), self.task_of)
 
     def gate(self) -> Gate:
         return Softmax()

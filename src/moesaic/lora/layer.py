@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from moesaic.errors import ConfigError
+from moesaic.errors import AdapterError, ConfigError
 from moesaic.host import Host
 from moesaic.lora.block import FeedForward
-from moesaic.lora.mix import choose, mix, read_and_reduce, weigh_and_expand
+from moesaic.lora.mix import choose, merge_and_expand, mix, read_and_reduce, weigh_and_expand
 from moesaic.routing import Gate, Record, Router, Routing, RoutingContext, Site
 
 if TYPE_CHECKING:
@@ -33,6 +34,12 @@ def features(base: nn.Module) -> tuple[int, int] | None:
     return (d_in, d_out) if isinstance(d_in, int) and isinstance(d_out, int) and callable(base) else None
 
 
+def reads_the_encoder(name: str) -> bool:
+    """Whether a module makes keys or values of cross-attention: its tokens are the encoder's."""
+    leaf = name.rpartition(".")[2]
+    return bool(_CROSS_ATTENTION.search(name)) and bool(_KEY_OR_VALUE.match(leaf))
+
+
 class MixtureLinear(nn.Module, BaseTunerLayer):
     """`base(x) + scaling * sum_e w_e(x) B_e A_e dropout(x)`, with w from a router and a gate.
 
@@ -41,7 +48,7 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
     linear of one does its part in `FeedForward`, and the first of them has the router.
     """
 
-    adapter_layer_names = ("moe_lora_A", "moe_lora_B", "moe_lora_router")
+    adapter_layer_names = ("moe_lora_A", "moe_lora_B", "moe_lora_scaling", "moe_lora_router")
     other_param_names = ("sites", "gates", "eval_gates", "scaling", "dropout", "backends", "blocks")
 
     def __init__(self, base_layer: nn.Module, host: Host) -> None:
@@ -50,6 +57,7 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         self.host = host
         self.moe_lora_A = nn.ParameterDict()
         self.moe_lora_B = nn.ParameterDict()
+        self.moe_lora_scaling = nn.ParameterDict()
         self.moe_lora_router = nn.ModuleDict()
         self.sites: dict[str, Site] = {}
         self.gates: dict[str, Gate] = {}
@@ -58,6 +66,7 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         self.dropout: dict[str, float] = {}
         self.backends: dict[str, Any] = {}
         self.blocks: dict[str, FeedForward] = {}
+        self.merging: set[str] = set()
         self.name = ""
         self.stack = ""
         self.cross = False
@@ -86,22 +95,49 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
             self.gates[adapter], self.eval_gates[adapter] = config.gate(), config.eval_gate()
             for gate in (self.gates[adapter], self.eval_gates[adapter]):
                 gate.check(num_experts)
+        if config.merges_factors:
+            self.merging.add(adapter)
+        if config.experts is not None:
+            self._freeze_experts(adapter, config, site)
         self.name = site.name
         self.sites[adapter] = site
         self.scaling[adapter] = config.scaling
         self.dropout[adapter] = config.lora_dropout
         self.backends[adapter] = config.backend
-        leaf = site.name.rpartition(".")[2]
-        self.cross = bool(_CROSS_ATTENTION.search(site.name)) and bool(_KEY_OR_VALUE.match(leaf))
+        self.cross = reads_the_encoder(site.name)
         self._move_adapter_to_device_of_base_layer(adapter)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _freeze_experts(self, adapter: str, config: MixtureConfig, site: Site) -> None:
+        """Experts that are trained already: read from their adapters, or loaded later, with a scaling each."""
+        router = self.router(adapter)
+        assert router is not None
+        self.moe_lora_scaling[adapter] = nn.Parameter(torch.ones(router.num_experts), requires_grad=False)
+        self.frozen_peft_weight_names = {
+            **self.frozen_peft_weight_names,
+            adapter: ("moe_lora_A", "moe_lora_B", "moe_lora_scaling"),
+        }
+        if config.store is None:
+            return
+        A, B, scaling = config.store.stacked(site.name)
+        if (A.shape[1], B.shape[1]) != (site.d_in, site.d_out):
+            raise AdapterError(
+                f"{site.name} is {site.d_in} x {site.d_out} here, and {A.shape[1]} x {B.shape[1]} in "
+                f"{config.store.experts[0].folder}: the adapters are of another base model"
+            )
+        with torch.no_grad():
+            for own, read in zip(
+                (self.moe_lora_A, self.moe_lora_B, self.moe_lora_scaling), (A, B, scaling), strict=True
+            ):
+                own[adapter].copy_(read)
+            router.read_experts(A, B)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """To the base layer's device alone: PEFT would also round to its dtype what was loaded in float32."""
         device = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
-        if device is None:
+        if device is None or device.type == "meta":  # of an outline: what an adapter holds stays
             return
-        for holder in (self.moe_lora_A, self.moe_lora_B, self.moe_lora_router):
+        for holder in (self.moe_lora_A, self.moe_lora_B, self.moe_lora_scaling, self.moe_lora_router):
             if adapter_name in holder and not any(p.is_meta for p in holder.parameters()):
                 holder[adapter_name] = holder[adapter_name].to(device)
 
@@ -126,15 +162,27 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
             z = self._drop(adapter, z)
             return mix(z, A, B, z.new_full((*z.shape[:-1], 1), scaling), base=out, backend=self.backends[adapter])
         context = self.host.context(self.sites[adapter], self.stack, self.cross, x)
+        if adapter in self.merging:
+            weights = self._gate(adapter, x, router(x, context), context).weights
+            low = F.linear(self._drop(adapter, z).reshape(-1, z.shape[-1]), A)
+            return merge_and_expand(low, B, weights, self._scaling_of(adapter), out)
         projection = router.projection(context) if self._fuses(adapter, router, z) else None
         if projection is None:
-            routing = self._gate(adapter, x, router(x, context), context)
-            weights = routing.weights * scaling
+            weights = self._scaled(adapter, self._gate(adapter, x, router(x, context), context).weights)
             z = self._drop(adapter, z)
             return mix(z, A, B, weights, base=out, backend=self.backends[adapter], top_k=self._gate_of(adapter).top_k)
         read, low = read_and_reduce(z, A, *projection)
         weights = self._gate(adapter, x, router.from_projection(read, context), context).weights
+        if adapter in self.moe_lora_scaling:
+            return weigh_and_expand(low, B, self._scaled(adapter, weights), out)
         return weigh_and_expand(low, B, weights, out, scaling=scaling)
+
+    def _scaled(self, adapter: str, weights: Tensor) -> Tensor:
+        """Weights (..., E) times the experts' scalings, one for all or one each."""
+        return weights * self._scaling_of(adapter)
+
+    def _scaling_of(self, adapter: str) -> Tensor | float:
+        return self.moe_lora_scaling[adapter] if adapter in self.moe_lora_scaling else self.scaling[adapter]
 
     def _fuses(self, adapter: str, router: Router, z: Tensor) -> bool:
         """Whether router and A may read the input in one product: same float32 input, rank space, nobody watching."""

@@ -1,4 +1,4 @@
-"""LoRA-Mixer: LoRA experts that are first trained apart and then mixed (ICLR 2026, arXiv 2507.00029), joint regime.
+"""LoRA-Mixer: LoRA experts that are first trained apart and then mixed (ICLR 2026, arXiv 2507.00029).
 
     stage 1, hard     every token of a sequence of task d goes to expert d with weight 1; the router rests
     stage 2, soft     p = softmax(W h), every expert weighted by p; at inference the top 3, renormalised
@@ -15,6 +15,8 @@ is the share of tokens that rank an expert first (`f_mode="argmax"`, eq. 3), or 
 section 3.3). Ours are: one linear router for each adapted linear, all experts preserved, renormalisation after top-k,
 one run for both stages (`hard_fraction` of it in stage 1; 40k against 4k rows in the paper), and the coefficients.
 The paper adapts the input and output projections of attention or SSM layers: name them in `target_modules`.
+
+Over `adapters` that are trained already (the paper's plug-and-play regime) there is stage 2 alone, for the routers.
 """
 
 from __future__ import annotations
@@ -206,6 +208,8 @@ class LoRAMixerConfig(MixtureConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.experts is not None:  # trained already, and frozen: there is no stage 1, and nothing to preserve
+            self.hard_fraction = self.preserve_coef = 0.0
         if self.num_tasks is not None and self.num_tasks < 1:
             raise ConfigError(f"num_tasks={self.num_tasks} must be a whole number of at least 1")
         if self.num_tasks is not None and self.hard_fraction > 0 and self.num_tasks > self.num_experts:

@@ -167,6 +167,17 @@ def weigh_and_expand(
     return base + (z @ B).to(base.dtype).view(base.shape)
 
 
+def merge_and_expand(z: Tensor, B: Tensor, weights: Tensor, scaling: Tensor | float, base: Tensor) -> Tensor:
+    """Factors merged before they meet: `(sum_e w_e s_e B_e) (sum_e w_e A_e) x`, from z = x A^T (N, E*r).
+
+    With cross terms between experts, which no sum of experts has. s are the experts' scalings (E,), or one for all.
+    """
+    tokens, num_experts = len(z), weights.shape[-1]
+    each = weights.reshape(tokens, num_experts, 1).to(z.dtype)
+    low = (z.view(tokens, num_experts, -1) * each).sum(dim=1)
+    return weigh_and_expand(low, B, weights * scaling, base)
+
+
 def _weigh(z: Tensor, weights: Tensor, rows: int) -> Tensor:
     """z (N, E*r) times weights (..., E), each weight over its expert's r columns; z (N, r) is every expert's."""
     tokens, num_experts = len(z), weights.shape[-1]

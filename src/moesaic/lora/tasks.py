@@ -33,3 +33,17 @@ def row_ids(h: Tensor, context: RoutingContext | None, *, limit: int, setting: s
             raise ConfigError(f"task id {high if high >= limit else low} is not below {setting}={limit}")
         context.state.setdefault(checked, True)
     return ids.to(h.device).view(-1, *[1] * (h.dim() - 2))
+
+
+def own_expert(h: Tensor, context: RoutingContext | None, task_of: Tensor) -> Tensor:
+    """True where an expert is that of the row's task: (rows, 1, ..., E) for `task_of` (E,), each expert's task id.
+
+    Raises:
+        ConfigError: there are no task ids, or one of a task that no expert has.
+    """
+    ids = row_ids(h, context, limit=int(task_of.max()) + 1, setting="num_experts")
+    own = ids.unsqueeze(-1) == task_of
+    if not torch.compiler.is_compiling() and not bool(own.any(dim=-1).all()):
+        stray = int(ids[~own.any(dim=-1)].flatten()[0])
+        raise ConfigError(f"no expert was trained on the task of id {stray}")
+    return own

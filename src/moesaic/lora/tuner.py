@@ -54,6 +54,8 @@ class MixtureModel(BaseTuner):
         config = cast("MixtureConfig", self.peft_config[adapter_name])
         targets.check_adapter_name(model, adapter_name, reserved=_reserved_names())
         targets.check(model, config)
+        if config.store is not None and not config.ignore_base:
+            config.store.check_base(str(getattr(getattr(model, "config", None), "_name_or_path", "") or ""))
         targets.check_tokens(model, config)
         self.blocks = targets.feed_forwards(model, config) if config.level == "block" else {}
         if "host" not in self.__dict__:
@@ -68,6 +70,9 @@ class MixtureModel(BaseTuner):
         config.connect([router for router in found if router is not None])
         self._attach(model)
         self.host.losses[adapter_name] = config.losses() if config.aux_weight > 0 else []
+        reader = config.reader(model)
+        if reader is not None:
+            self.host.readers[adapter_name] = reader
 
     def _attach(self, model: nn.Module) -> None:
         layers = {n: m for n, m in model.named_modules() if isinstance(m, MixtureLinear)}
@@ -118,6 +123,14 @@ class MixtureModel(BaseTuner):
             wrapped.requires_grad_(False)
         self._replace_module(parent, target_name, wrapped, target)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """As PEFT does, but that an outline's layer, on the meta device, does not take what the adapter holds along."""
+        weight = getattr(child, "weight", None)
+        if isinstance(weight, torch.Tensor) and weight.is_meta:
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Experts in the base's dtype if autocast is refused, else in float32; routers in float32 either way.
 
@@ -149,6 +162,7 @@ class MixtureModel(BaseTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self.host.losses.pop(adapter_name, None)
+        self.host.readers.pop(adapter_name, None)
 
     def _unload_and_optionally_merge(  # type: ignore[override]
         self, merge: bool = True, *args: Any, **kwargs: Any
@@ -184,7 +198,7 @@ class MixtureModel(BaseTuner):
         own = {
             key: value
             for key, value in model.state_dict().items()
-            if re.search(rf"\.moe_lora_(A|B|router)\.{re.escape(adapter_name)}(\.|$)", key)
+            if re.search(rf"\.moe_lora_(A|B|scaling|router)\.{re.escape(adapter_name)}(\.|$)", key)
         }
         missing = [key for key in own if key not in remapped]
         if any(".moe_lora_router." in key for key in missing) and len(missing) < len(own):

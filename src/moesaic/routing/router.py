@@ -33,8 +33,8 @@ class Site:
 class RoutingContext:
     """What a router may see beside its own input, for one call.
 
-    Shapes: `mask`, `prompt` and `sequences` have the input's leading shape, `task_ids` is (batch,) and `targets`
-    (batch, E).
+    Shapes: `mask`, `prompt` and `sequences` have the input's leading shape, `task_ids` is (batch,), `targets` and
+    `scores` (batch, E).
     """
 
     site: Site | None = None
@@ -47,6 +47,8 @@ class RoutingContext:
     task_ids: Tensor | None = None
     targets: Tensor | None = None
     """What each sequence's routing should be like (batch, E), from a teacher; see `routing_targets`."""
+    scores: Tensor | None = None
+    """What each sequence's prompt as a whole says of the experts (batch, E); see `routing_scores`."""
     progress: float = 1.0
     """Share of the training that is done, for routers and losses that change with it; 1 where nobody tells."""
     state: MutableMapping[Any, Any] = field(default_factory=dict)
@@ -102,6 +104,9 @@ class Router(nn.Module):
     def from_projection(self, read: Tensor, context: RoutingContext | None = None) -> Tensor:
         """Logits (..., E) from the projected input (..., P), autocast off; the projection itself by default."""
         return read
+
+    def read_experts(self, A: Tensor, B: Tensor) -> None:
+        """Told once, before any forward, of experts that are trained already: A (E*r, d_in) and B (E*r, d_out)."""
 
     @torch.no_grad()
     def permute_experts_(self, order: Tensor) -> None:

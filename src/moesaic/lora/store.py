@@ -1,0 +1,321 @@
+"""LoRA adapters that somebody already trained, read as experts: never changed, never copied whole into memory.
+
+An adapter is a folder as PEFT writes it, `adapter_config.json` and `adapter_model.safetensors`. Its module m has
+A (r, d_in), B (d_out, r) and a scaling s = alpha/r, or alpha/sqrt(r) with rsLoRA; `rank_pattern` and `alpha_pattern`
+may say otherwise for single modules. Experts of differing ranks are stacked with zero rows, which adds nothing to what
+they compute, and an expert without a module has zeros there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from moesaic.errors import AdapterError, ConfigError, first_line
+
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+
+_PREFIX = "base_model.model."
+_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
+_REFUSED = {
+    "use_dora": "DoRA rescales by the norm of the whole updated weight, so it is no sum of experts",
+    "lora_bias": "a bias on B is not routed",
+    "use_qalora": "QALoRA pools its input",
+    "alora_invocation_tokens": "an activated LoRA is off for a part of the tokens",
+    "layer_replication": "it adapts another model than the base: layers are replicated",
+    "target_parameters": "it adapts parameters, not linear layers",
+    "trainable_token_indices": "it trains token embeddings, which are not routed",
+    "use_bdlora": "its factors are block-diagonal",
+    "velora_config": "VeLoRA's factors are not those of LoRA",
+    "monteclora_config": "its factors are drawn, not fixed",
+    "kasa_config": "it has a factor more than LoRA",
+    "arrow_config": "it is a router over other adapters: name those",
+}
+"""Settings of a LoRA adapter that make it something else than s B A x, and why they cannot be had."""
+
+
+@dataclass(frozen=True)
+class Factor:
+    """What an expert has at one module."""
+
+    rank: int
+    d_in: int
+    d_out: int
+    scaling: float
+    keys: tuple[str, str]
+    """Names of A and B in the file."""
+
+
+@dataclass(frozen=True)
+class StoredExpert:
+    """One adapter: what its config and its file's header say. `extras` are the names of tensors that are not LoRA's."""
+
+    name: str
+    folder: Path
+    base: str
+    config: dict[str, Any] = field(repr=False)
+    factors: dict[str, Factor] = field(repr=False)
+    extras: tuple[str, ...] = field(repr=False)
+
+    @property
+    def file(self) -> Path:
+        return self.folder / WEIGHTS
+
+    def read(self, module: str) -> tuple[Tensor, Tensor]:
+        """A (r, d_in) and B (d_out, r) at a module that it has.
+
+        Raises:
+            AdapterError: the file was changed since, or holds numbers that are not finite.
+        """
+        found = self.tensors(self.factors[module].keys)
+        return found[0], found[1]
+
+    def tensors(self, keys: Sequence[str]) -> list[Tensor]:
+        """Some of the file's tensors. Raises AdapterError where they cannot be read or are not finite."""
+        try:
+            with safe_open(self.file, framework="pt") as opened:
+                found = [opened.get_tensor(key) for key in keys]
+        except (SafetensorError, OSError) as error:
+            raise AdapterError(f"{self.file} is damaged or truncated ({first_line(error)}): restore it") from None
+        for key, tensor in zip(keys, found, strict=True):
+            if not bool(tensor.isfinite().all()):
+                raise AdapterError(f"{self.file} is damaged: {key} holds numbers that are not finite")
+        return found
+
+
+def read_expert(folder: str | Path, name: str | None = None) -> StoredExpert:
+    """Read an adapter's config and its file's header; no weights.
+
+    Args:
+        folder: a folder as PEFT writes it, a run folder that holds one in `adapter/`, or a hub id.
+        name: of the expert; the folder's own where None.
+    Raises:
+        AdapterError: there is none, it is damaged, or it is of a kind that is no sum of experts.
+    """
+    path = _place(folder)
+    called = name_of(folder) if name is None else name
+    if not (path / CONFIG).is_file() and (path / "adapter" / CONFIG).is_file():
+        path = path / "adapter"
+    config = _config(path)
+    for key, why in _REFUSED.items():
+        if config.get(key):
+            raise AdapterError(f"{path} cannot be an expert: {key}={config[key]!r}, and {why}")
+    if config.get("bias", "none") != "none":
+        raise AdapterError(f"{path} cannot be an expert: bias={config['bias']!r}, and a trained bias is not routed")
+    shapes = _shapes(path)
+    sides: dict[str, dict[str, str]] = {}
+    extras = []
+    for key in shapes:
+        found = _FACTOR.fullmatch(key)
+        if found:
+            sides.setdefault(found["module"].removeprefix(_PREFIX), {})[found["side"]] = key
+        elif ".lora_" in key:
+            raise AdapterError(f"{path} cannot be an expert: {key} is no factor of a linear layer")
+        else:
+            extras.append(key)
+    if not sides:
+        raise AdapterError(f"{path} holds no LoRA of a linear layer")
+    factors = {module: _factor(path, config, module, keys, shapes) for module, keys in sorted(sides.items())}
+    base = str(config.get("base_model_name_or_path") or "")
+    return StoredExpert(called, path, base, config, factors, tuple(extras))
+
+
+def name_of(folder: str | Path) -> str:
+    """What an adapter is called where nobody names it: as its folder, or as the run whose `adapter/` it is."""
+    path = Path(folder).expanduser()
+    return path.parent.name if path.name == "adapter" else path.name
+
+
+def _place(folder: str | Path) -> Path:
+    """A local folder, or the folder that a hub id was fetched to."""
+    if not isinstance(folder, (str, Path)) or not str(folder):
+        raise AdapterError(f"{folder!r} must be the path of an adapter's folder, or a hub id")
+    path = Path(folder).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise AdapterError(f"{path} is a file: name the adapter's folder")
+    if path.is_absolute() or str(folder).count("/") != 1 or str(folder).startswith((".", "~")) or path.parent.is_dir():
+        raise AdapterError(f"there is no adapter folder {path}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(str(folder), allow_patterns=[CONFIG, WEIGHTS]))
+    except (OSError, ValueError, HFValidationError) as error:
+        raise AdapterError(f"{folder} is no folder, and no adapter of the hub either: {first_line(error)}") from None
+
+
+def _config(path: Path) -> dict[str, Any]:
+    file = path / CONFIG
+    if not file.is_file():
+        raise AdapterError(f"{path} is no adapter folder: it has no {CONFIG}")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterError(f"{file} cannot be read: {first_line(error)}") from None
+    kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+    if kind != "LORA":
+        raise AdapterError(f"{path} holds an adapter of type {kind!r}; experts are LoRA adapters")
+    for key in ("rank_pattern", "alpha_pattern"):
+        pattern = config.get(key) or {}
+        if not isinstance(pattern, dict) or not all(_is_number(value) for value in pattern.values()):
+            raise AdapterError(f"{file} is damaged: {key} must hold numbers by module")
+    if not all(_is_number(config.get(key, 8)) and config.get(key, 8) > 0 for key in ("r", "lora_alpha")):
+        raise AdapterError(f"{file} is damaged: r and lora_alpha must be numbers above 0")
+    return config
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shape by name, from the file's header."""
+    file = path / WEIGHTS
+    if not file.is_file():
+        hint = f"; its {PICKLE} is not read, since it may run code: convert it to safetensors"
+        raise AdapterError(f"{path} has no {WEIGHTS}{hint if (path / PICKLE).is_file() else ''}")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{file} is damaged or truncated ({first_line(error)}): restore it from a copy") from None
+
+
+def _factor(
+    path: Path, config: dict[str, Any], module: str, keys: dict[str, str], shapes: dict[str, tuple[int, ...]]
+) -> Factor:
+    if len(keys) < 2:
+        raise AdapterError(f"{path} is damaged: {module} has lora_{next(iter(keys))} without the other factor")
+    a, b = shapes[keys["A"]], shapes[keys["B"]]
+    if len(a) != 2 or len(b) != 2:
+        raise AdapterError(f"{path} cannot be an expert: {module} is a convolution, not a linear layer")
+    rank, alpha = (
+        _by_pattern(config, module, *names) for names in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
+    )
+    if a[0] != b[1] or a[0] != rank:
+        raise AdapterError(f"{path} is damaged: {module} has rank {rank:g} by its config, and A {a}, B {b}")
+    scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return Factor(a[0], a[1], b[0], scaling, (keys["A"], keys["B"]))
+
+
+def _by_pattern(config: dict[str, Any], module: str, pattern: str, plain: str) -> float:
+    """What PEFT takes for a module: its pattern's first fitting entry, else the plain setting."""
+    from peft.utils.other import get_pattern_key
+
+    entries: dict[str, float] = config.get(pattern) or {}
+    try:
+        return float(entries.get(get_pattern_key(list(entries), module), config.get(plain, 8)))
+    except re.error as error:
+        raise AdapterError(f"{pattern} of {module} is no regular expression: {first_line(error)}") from None
+
+
+class Store:
+    """Several stored experts, in order, and what they are together.
+
+    With `general` adapters each expert e is `s_e B_e A_e - mean_g s_g B_g A_g` wherever it has a module (GenKnowSub:
+    what they know in common is taken off). Changes are subtracted, not factors, so each expert's rank
+    grows by theirs; the adapters' own files stay as they are.
+
+    Raises:
+        ConfigError: two of one name, or a name that PEFT would lose.
+        AdapterError: as `read_expert`; or two of different base models, or that do not fit each other.
+    """
+
+    def __init__(
+        self, experts: Sequence[StoredExpert], general: Sequence[StoredExpert] = (), *, ignore_base: bool = False
+    ) -> None:
+        self.experts, self.general = tuple(experts), tuple(general)
+        together = [*experts, *general]
+        if not experts:
+            raise ConfigError("adapters is empty: name the folders of at least one")
+        _check_names([expert.name for expert in experts], self.modules)
+        bases = {Path(expert.base).name: expert for expert in together if expert.base}
+        if len(bases) > 1 and not ignore_base:
+            (one, first), (other, second) = list(bases.items())[:2]
+            raise AdapterError(
+                f"{first.folder} was trained on {one!r} and {second.folder} on {other!r}: experts share one base model"
+            )
+        for module in self.modules:
+            sizes = {(f.d_in, f.d_out): e for e in together if (f := e.factors.get(module))}
+            if len(sizes) > 1:
+                (one, first), (other, second) = list(sizes.items())[:2]  # type: ignore[assignment]
+                raise AdapterError(f"{module} is {one} in {first.folder} and {other} in {second.folder}: other models")
+
+    @classmethod
+    def read(
+        cls, adapters: Sequence[str] | Mapping[str, str], general: Sequence[str] = (), *, ignore_base: bool = False
+    ) -> Store:
+        """From folders, or folders by name; and the folders of general adapters."""
+        named = adapters.items() if isinstance(adapters, Mapping) else ((None, folder) for folder in adapters)
+        experts = [read_expert(folder, name) for name, folder in named]
+        return cls(experts, [read_expert(folder) for folder in general], ignore_base=ignore_base)
+
+    def check_base(self, model: str) -> None:
+        """Raise AdapterError where an expert names another base model than `model`; what is not named is not asked."""
+        for expert in (*self.experts, *self.general):
+            if expert.base and model and Path(expert.base).name != Path(model).name:
+                raise AdapterError(
+                    f"{expert.folder} was trained on {expert.base!r}, and this model is {model!r}; if they are the "
+                    "same, ignore_base=True says so"
+                )
+
+    @property
+    def names(self) -> list[str]:
+        return [expert.name for expert in self.experts]
+
+    @cached_property
+    def modules(self) -> list[str]:
+        """All modules that any expert has."""
+        return sorted({module for expert in self.experts for module in expert.factors})
+
+    def rank(self, module: str) -> int:
+        """The largest rank at a module."""
+        taken_off = sum(g.factors[module].rank for g in self.general if module in g.factors)
+        return max(e.factors[module].rank for e in self.experts if module in e.factors) + taken_off
+
+    def stacked(self, module: str) -> tuple[Tensor, Tensor, Tensor]:
+        """A (E*r, d_in), B (E*r, d_out) and scalings (E,), float32; zeros where an expert lacks the module or rank."""
+        rank = self.rank(module)
+        first = next(e.factors[module] for e in self.experts if module in e.factors)
+        A = torch.zeros(len(self.experts), rank, first.d_in)
+        B = torch.zeros(len(self.experts), rank, first.d_out)
+        scaling = torch.ones(len(self.experts))
+        for number, expert in enumerate(self.experts):
+            factor = expert.factors.get(module)
+            if factor is None:
+                continue
+            scaling[number], start = factor.scaling, 0
+            for part in (expert, *(g for g in self.general if module in g.factors)):
+                own, share = part.factors[module], 1.0
+                if part is not expert:
+                    share = -own.scaling / (len(self.general) * factor.scaling)
+                a, b = part.read(module)
+                rows = slice(start, start + own.rank)
+                A[number, rows], B[number, rows] = a.float(), share * b.t().float()
+                start += own.rank
+        return A.flatten(0, 1), B.flatten(0, 1), scaling
+
+
+def _check_names(names: Sequence[str], modules: Sequence[str]) -> None:
+    parts = {part for module in modules for part in module.split(".")}
+    for name in names:
+        if not re.fullmatch(r"\w[\w-]*", name) or name.isdigit() or name in parts | {"default", "weight", "bias"}:
+            raise ConfigError(
+                f"adapter name {name!r} cannot be kept: use letters, digits, - and _, and no number alone or name of a "
+                "module, which PEFT would drop on save; give another, adapters={NAME: FOLDER}"
+            )
+    doubled = next((name for name in names if names.count(name) > 1), None)
+    if doubled:
+        raise ConfigError(f"two adapters are called {doubled!r}: give them names, adapters={{NAME: FOLDER}}")
