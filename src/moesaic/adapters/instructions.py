@@ -1,0 +1,116 @@
+"""One sentence that says what a task is, written by a language model behind an OpenAI-compatible endpoint (GLIDER).
+
+Where the endpoint does not answer, the examples' own text stands in for the sentence, and a warning says so: the
+encoder then compares prompts with prompts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from urllib.request import Request, urlopen
+
+from moesaic.errors import ConfigError, first_line
+
+logger = logging.getLogger(__name__)
+
+KEY = "OPENAI_API_KEY"
+"""Environment variable that holds the endpoint's key, where it asks for one. It is sent, and neither kept nor shown."""
+EXAMPLES = 3
+MAX_TOKENS = 64
+_ASKED = (
+    "Below are up to three examples of one task, or a single input of it. Say in one sentence, in the imperative, what "
+    "the task is in general: what is given, what is to be made of it, and the skill that this takes. Name nothing that "
+    "is particular to the examples. Answer with that sentence alone."
+)
+
+
+@dataclass
+class Instructor:
+    """Texts of a task to one sentence on it.
+
+    Args:
+        base_url: of the endpoint, such as http://127.0.0.1:8000/v1.
+        model: its name there.
+        cache: a folder where answers are kept, by a digest of all that was asked.
+        retries: further tries after a failed one; the waits between them double, from `wait` seconds.
+        timeout: seconds that a try may take.
+    """
+
+    base_url: str
+    model: str
+    cache: Path | None = None
+    retries: int = 2
+    timeout: float = 30.0
+    wait: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not self.base_url.startswith(("http://", "https://")):
+            raise ConfigError(f"instruct_url={self.base_url} must begin with http:// or https://")
+        if not self.model:
+            raise ConfigError("instruct_model is missing: the model's name at the endpoint")
+
+    def __call__(self, groups: Sequence[Sequence[str]]) -> list[str]:
+        """A sentence for each group of examples; where the endpoint fails, the group's first text, with one warning."""
+        found, failure = [], ""
+        for group in groups:
+            examples = [text for text in group if text.strip()][:EXAMPLES]
+            if not examples:
+                raise ConfigError("an instruction needs at least one example that is not empty")
+            sentence = None
+            if not failure:
+                try:
+                    sentence = self.ask(examples)
+                except OSError as error:
+                    failure = first_line(error)
+            found.append(sentence or examples[0])
+        if failure:
+            logger.warning(
+                "%s did not answer (%s): the examples' own text stands in for instructions", self.base_url, failure
+            )
+        return found
+
+    def ask(self, examples: Sequence[str]) -> str:
+        """The sentence, from the cache or the endpoint. Raises OSError after the last try."""
+        asked = f"{_ASKED}\n\n" + "\n\n".join(f"Example {i}:\n{text}" for i, text in enumerate(examples, 1))
+        digest = hashlib.sha256("\0".join((self.base_url, self.model, asked)).encode()).hexdigest()
+        kept = self.cache / f"{digest}.txt" if self.cache else None
+        if kept is not None and kept.is_file():
+            return kept.read_text(encoding="utf-8")
+        for tried in range(self.retries + 1):
+            try:
+                sentence = self._complete(asked)
+                break
+            except OSError:
+                if tried == self.retries:
+                    raise
+                time.sleep(self.wait * 2**tried)
+        if kept is not None:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            part = kept.with_suffix(".part")
+            part.write_text(sentence, encoding="utf-8")
+            part.replace(kept)
+        return sentence
+
+    def _complete(self, asked: str) -> str:
+        """One answer in one line. Raises OSError, of whatever kind the failure was."""
+        asks = {"role": "user", "content": asked}
+        body = {"model": self.model, "messages": [asks], "temperature": 0, "max_tokens": MAX_TOKENS}
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get(KEY) or 'none'}"}
+        request = Request(f"{self.base_url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)
+        try:
+            with urlopen(request, timeout=self.timeout) as response:
+                answer = json.load(response)
+            sentence = " ".join(str(answer["choices"][0]["message"]["content"] or "").split())
+        except (HTTPException, LookupError, TypeError, ValueError) as error:
+            raise OSError(f"its answer cannot be read: {first_line(error)}") from None
+        if not sentence:
+            raise OSError("the answer is empty")
+        return sentence

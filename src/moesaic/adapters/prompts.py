@@ -1,0 +1,177 @@
+"""What a prompt as a whole says of the experts: texts kept for each expert, encoded, and compared with the prompt's.
+
+The texts' vectors are computed once and kept with the adapter; the prompt's are computed when it comes, by the same
+encoder. They reach the routers as `routing_scores` (rows, E): from the batch, from `moesaic.routing_prompts`, or,
+where nobody gives them, read off the tokens with the base model's own tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from itertools import cycle, islice
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moesaic.errors import ConfigError, TrainingError
+from moesaic.host import routing_scores
+from moesaic.lora.config import MixtureConfig
+from moesaic.lora.topics import encoders
+from moesaic.routing import Router, RoutingContext
+
+
+class TokenReader:
+    """Routing scores off a forward's tokens: decoded, encoded, compared."""
+
+    def __init__(self, config: Any, model: nn.Module) -> None:
+        self.config = config
+        self.name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.name)
+        except (OSError, ValueError) as error:
+            raise TrainingError(
+                f"method {self.config.method} reads prompts, and the tokenizer of {self.name or 'this model'!r} cannot "
+                "be loaded to read them off the tokens: run inside moesaic.routing_prompts(model, prompts)"
+            ) from error
+
+    def __call__(self, ids: Tensor, prompt: Tensor | None) -> Tensor:
+        rows = [row if prompt is None else row[prompt[i]] for i, row in enumerate(ids)]
+        texts = self.tokenizer.batch_decode([row.tolist() for row in rows], skip_special_tokens=True)
+        scores = self.config.scores(texts)
+        assert isinstance(scores, Tensor)
+        return scores.to(ids.device)
+
+
+@contextmanager
+def routing_prompts(model: nn.Module, prompts: Sequence[str]) -> Iterator[None]:
+    """Tell a mixture that routes by the prompt as a whole what the prompts are, one a row.
+
+    with moesaic.routing_prompts(model, ["Sort the list: 3 1 2"]):
+        model.generate(...)
+
+    Raises:
+        ConfigError: the active mixture does not route by prompts.
+    """
+    peft = next((m for m in model.modules() if hasattr(m, "peft_config") and hasattr(m, "active_adapter")), None)
+    config: Any = None if peft is None else peft.peft_config[peft.active_adapter]  # type: ignore[index]
+    scores = None if config is None else config.scores(list(prompts))
+    if scores is None:
+        raise ConfigError("this mixture does not route by prompts: only glider and retrieval do")
+    with routing_scores(model, scores):
+        yield
+
+
+def scores_of(context: RoutingContext | None, h: Tensor, num_experts: int) -> Tensor:
+    """The prompt's scores for `h` (rows, tokens, d), shaped (rows, 1, E). Raises ConfigError where there are none."""
+    if context is None or context.scores is None:
+        raise ConfigError(
+            "this method routes by the prompt as a whole, which nobody told: run inside "
+            "moesaic.routing_prompts(model, prompts), or give routing_scores in the batch"
+        )
+    if context.scores.shape[-1] != num_experts:
+        raise ConfigError(f"routing_scores has {context.scores.shape[-1]} columns for {num_experts} experts")
+    return context.scores.to(h).view(len(context.scores), *[1] * (h.dim() - 2), num_experts)
+
+
+@cache
+def encoder_of(name: str) -> encoders.Encoder:
+    """An encoder by name, loaded once a process."""
+    return encoders.encoder(name)
+
+
+class Library(nn.Module):
+    """Unit vectors of texts, (E, n, m): n of each expert, one repeated where it has fewer."""
+
+    def __init__(self, num_experts: int, per_expert: int, dim: int) -> None:
+        super().__init__()
+        self.vectors: Tensor
+        self.register_buffer("vectors", torch.zeros(num_experts, per_expert, dim))
+
+    def cosines(self, queries: Tensor) -> Tensor:
+        """The largest cosine (N, E) of each query (N, m) with an expert's texts."""
+        vectors = self.vectors.float()
+        found = queries.to(vectors) @ vectors.flatten(0, 1).t()
+        return found.view(len(queries), *vectors.shape[:2]).amax(dim=-1)
+
+
+@dataclass
+class PromptConfig(MixtureConfig):
+    """Settings of methods that compare prompts with texts of each expert."""
+
+    needs_adapters: ClassVar[bool] = True
+    unsaved: ClassVar[tuple[str, ...]] = (*MixtureConfig.unsaved, "texts")
+    by_mean: ClassVar[bool] = False
+    """Whether an expert is the mean of its texts, and not each of them."""
+
+    encoder: str = field(
+        default="minilm", metadata={"help": "encodes texts and prompts: minilm, hashing, or a folder or hub id"}
+    )
+    texts: dict[str, list[str]] | None = field(
+        default=None, metadata={"help": "texts of each expert, by its name: encoded and kept as vectors"}
+    )
+    library: list[int] | None = field(
+        default=None,
+        metadata={"help": "filled in from texts and saved: how many vectors an expert has, and their size"},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._vectors: Tensor | None = None
+        texts = self.expert_texts()
+        if self.store is None or not texts:
+            return
+        self._vectors = self.encoded(texts)
+        self.library = list(self._vectors.shape[1:])
+
+    def encoded(self, texts: dict[str, list[str]]) -> Tensor:
+        """Unit vectors (E, n, m) of the experts' texts, in their order, one repeated where it has fewer; or of means.
+
+        Raises:
+            ConfigError: an expert has none, or there is no such expert.
+        """
+        lacking = [name for name in self.experts or () if not texts.get(name)]
+        strange = [name for name in texts if name not in (self.experts or ())]
+        if lacking or strange:
+            what = f"{lacking[0]!r} has none" if lacking else f"there is no adapter {strange[0]!r}"
+            raise ConfigError(f"every adapter needs texts, by its name: {what}")
+        most = max(map(len, texts.values()))
+        rows = [list(islice(cycle(texts[name]), most)) for name in self.experts or ()]
+        vectors = encoder_of(self.encoder)([text for row in rows for text in row]).view(len(rows), most, -1)
+        return F.normalize(vectors.mean(dim=1, keepdim=True), dim=-1) if self.by_mean else vectors
+
+    def expert_texts(self) -> dict[str, list[str]]:
+        return self.texts or {}
+
+    def connect(self, routers: list[Router]) -> None:
+        """One library for all, registered in the first router alone."""
+        if self.library is None:
+            raise ConfigError(
+                f"method {self.method} compares prompts with texts of each adapter, and there are none: give data=…, "
+                "whose rows of its task are taken, or adapter.texts={NAME: [TEXT, …]}"
+            )
+        self._library = Library(self.num_experts, *self.library)
+        if self._vectors is not None:
+            self._library.vectors.copy_(self._vectors)
+        routers[0].add_module("library", self._library)
+
+    def scores(self, prompts: list[str]) -> Tensor:
+        queries = encoder_of(self.encoder)(prompts)
+        if queries.shape[-1] != self._library.vectors.shape[-1]:
+            raise ConfigError(
+                f"encoder={self.encoder} gives vectors of {queries.shape[-1]}, and the adapter's texts were encoded to "
+                f"{self._library.vectors.shape[-1]}: it is not the encoder that they were encoded with"
+            )
+        return self._library.cosines(queries.to(self._library.vectors.device))
+
+    def reader(self, model: Any) -> TokenReader:
+        return TokenReader(self, model)

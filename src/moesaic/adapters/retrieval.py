@@ -1,0 +1,42 @@
+"""Retrieval: the expert whose training inputs are nearest to the prompt answers it, and no other.
+
+    w = one-hot of argmax_e max_i cos(encode(prompt), encode(text_ei))
+
+The baseline of PHATGOOSE (Muqeeth et al. 2024, arXiv 2402.05859) and, with means instead of the nearest, LoraRetriever
+(Zhao et al. 2024, arXiv 2406.16989). No training; the encoder stands beside the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor
+
+from moesaic.adapters.prompts import PromptConfig, scores_of
+from moesaic.routing import Gate, Router, RoutingContext, Site, TopK
+
+
+class ScoreRouter(Router):
+    """The prompt's scores, the same for each of its tokens."""
+
+    def score(self, h: Tensor, context: RoutingContext | None = None) -> Tensor:
+        return scores_of(context, h, self.num_experts).expand(*h.shape[:-1], self.num_experts)
+
+
+@dataclass
+class RetrievalConfig(PromptConfig):
+    """Settings of retrieval on top of `MixtureConfig`'s."""
+
+    method: ClassVar[str] = "retrieval"
+    paper: ClassVar[str] = "PHATGOOSE's baseline (arXiv 2402.05859)"
+    summary: ClassVar[str] = "the adapter whose training inputs are nearest to the prompt, for all of it"
+    learns_routing: ClassVar[bool] = False
+
+    top_k: int = field(default=1, metadata={"help": "experts a prompt"})
+
+    def router(self, site: Site) -> Router:
+        return ScoreRouter(self.num_experts)
+
+    def gate(self) -> Gate:
+        return TopK(self.top_k, normalize="sum")
