@@ -116,6 +116,18 @@ def _task_known(prepared: Prepared, task: str) -> AbstractContextManager[Any]:
     return routing_tasks(prepared.model, task_ids=torch.tensor([prepared.tasks.index(task)], device=_device(prepared)))
 
 
+def _prompts_known(prepared: Prepared, batch: Sequence[Example]) -> AbstractContextManager[Any]:
+    """Tell a mixture that routes by prompts those of a batch's rows."""
+    scores = None
+    if prepared.routed:
+        scores = prepared.model.peft_config["default"].scores([causal.question(e) for e in batch])
+    if scores is None:
+        return nullcontext()
+    from moesaic.host import routing_scores
+
+    return routing_scores(prepared.model, scores.to(_device(prepared)))
+
+
 def _answer_task(prepared: Prepared, rows: list[Example], batch_size: int, progress: bool) -> list[Answer]:
     if not rows[0].choices:
         ask = _generated
@@ -138,7 +150,9 @@ def _encoder_choices(prepared: Prepared, batch: list[Example], longest: int) -> 
     assert prepared.layout is not None
     collate = EncoderCollator(prepared.base.tokenizer, prepared.layout, max_length=prepared.recipe.max_length)
     inputs = {k: v.to(_device(prepared)) for k, v in collate(batch).items()}
-    for example, best in zip(batch, prepared.model(**inputs).logits.argmax(-1).tolist(), strict=True):
+    with _prompts_known(prepared, batch):
+        logits = prepared.model(**inputs).logits
+    for example, best in zip(batch, logits.argmax(-1).tolist(), strict=True):
         yield best == example.label, best, None
 
 
@@ -155,7 +169,8 @@ def _likelihood_choices(prepared: Prepared, batch: list[Example], longest: int) 
     collated = causal.CausalCollator(tokenizer.pad_token_id)(rows)
     inputs = {k: v.to(_device(prepared)) for k, v in collated.items()}
     labels = inputs["labels"][:, 1:]
-    logits = prepared.model(**inputs).logits[:, :-1].float()
+    with _prompts_known(prepared, [example for example in batch for _ in example.choices]):
+        logits = prepared.model(**inputs).logits[:, :-1].float()
     losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=causal.IGNORED, reduction="none")
     totals = iter((-losses.sum(1)).tolist())
     for example in batch:
@@ -166,7 +181,9 @@ def _likelihood_choices(prepared: Prepared, batch: list[Example], longest: int) 
 
 
 def _generated(prepared: Prepared, batch: list[Example], longest: int) -> _Found:
-    for example, text in zip(batch, generate(prepared, batch, max_new_tokens=longest), strict=True):
+    with _prompts_known(prepared, batch):
+        texts = generate(prepared, batch, max_new_tokens=longest)
+    for example, text in zip(batch, texts, strict=True):
         wanted = None if example.answer is None else str(example.answer)
         yield metrics.answers_match(text, causal.answer_text(example), wanted), text, None
 

@@ -22,6 +22,8 @@ _EXAMPLES = """settings are given as key=value; examples:
   moesaic train lora match=hotmoe model=minilm data=tasks/       plain LoRA with as many trainable parameters
   moesaic train my.yaml adapter.num_experts=16 --dry-run         your own recipe, printed, not run
   moesaic eval runs/hotmoe-minilm-s0 runs/lora-minilm-s0         scores side by side, the untrained base beside them
+  moesaic compose adapters=a/,b/ method=arrow out=composed       route LoRA adapters that are trained already
+  moesaic inspect composed prompt='SELECT name FROM'             which of them answers, and why
   moesaic compare methods=lora,mola,hotmoe data=tasks/           equal parameters, several seeds, controls, a report
 """
 
@@ -134,6 +136,14 @@ def _parser() -> argparse.ArgumentParser:
         help="a .yaml file, or a comparison's folder to go on with; settings on top",
     )
     compare.add_argument("--dry-run", action="store_true", help="print the arms, their ranks and counts, and stop")
+    compose = verb("compose", _compose, "route LoRA adapters that are trained already", _compose_epilog())
+    compose.add_argument("settings", nargs="*", metavar="key=value", help="adapters=a/,b/ and settings")
+    export = verb("export", _export, "write one expert, or a static mixture, as a plain LoRA adapter", _export_epilog())
+    export.add_argument("folder", help="a folder of `moesaic compose`")
+    export.add_argument("settings", nargs="*", metavar="key=value", help="settings of the export")
+    inspect = verb("inspect", _inspect, "show which experts answer a prompt, and why", _inspect_epilog())
+    inspect.add_argument("folder", help="a run folder")
+    inspect.add_argument("settings", nargs="*", metavar="key=value", help="prompt='…'")
     demo = verb("demo", _demo, "plain LoRA against HotMoE on six small tasks, in minutes", _demo_epilog())
     demo.add_argument("settings", nargs="*", metavar="key=value", help="settings of the demo")
     bench = verb("bench", _bench, "measure speed and memory against plain LoRA", _bench_epilog())
@@ -158,6 +168,24 @@ def _compare_epilog() -> str:
 
 settings of every run, as for `moesaic train`:
   {", ".join(f.name for f in fields(Recipe) if f.name not in BY_CELL)}"""
+
+
+def _compose_epilog() -> str:
+    from moesaic.compose import ComposeSettings
+
+    return _settings_of(ComposeSettings)
+
+
+def _export_epilog() -> str:
+    from moesaic.compose import ExportSettings
+
+    return _settings_of(ExportSettings)
+
+
+def _inspect_epilog() -> str:
+    from moesaic.explain import InspectSettings
+
+    return _settings_of(InspectSettings)
 
 
 def _demo_epilog() -> str:
@@ -224,11 +252,12 @@ def _train(args: argparse.Namespace) -> None:
         _print_json({"run": str(recipe.run_folder()), **results})
         return
     folder, loss = recipe.run_folder(), results["final_loss"]
-    print(
-        f"{folder}: {results['steps']} steps in {results['train_seconds']:.0f} s "
-        f"({results['tokens_per_second']:.0f} tokens/s), {results['trainable_parameters']:,} trainable parameters, "
-        f"last loss {'unknown' if loss is None else f'{loss:.3f}'}"
-    )
+    if results["steps"]:
+        print(
+            f"{folder}: {results['steps']} steps in {results['train_seconds']:.0f} s "
+            f"({results['tokens_per_second']:.0f} tokens/s), {results['trainable_parameters']:,} trainable parameters, "
+            f"last loss {'unknown' if loss is None else f'{loss:.3f}'}"
+        )
     rows = "" if Path(recipe.data).is_dir() else " data=HELD_OUT_ROWS"
     print(f"next: moesaic eval {folder}{rows}")
 
@@ -260,6 +289,24 @@ def _compare(args: argparse.Namespace) -> int:
     from moesaic.compare.run import run
 
     return run(args.settings, dry_run=args.dry_run, as_json=args.json)
+
+
+def _compose(args: argparse.Namespace) -> None:
+    from moesaic.compose import run_compose
+
+    run_compose(args.settings, as_json=args.json)
+
+
+def _export(args: argparse.Namespace) -> None:
+    from moesaic.compose import run_export
+
+    run_export(args.folder, args.settings, as_json=args.json)
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from moesaic import explain
+
+    explain.run(args.folder, args.settings, as_json=args.json)
 
 
 def _demo(args: argparse.Namespace) -> None:

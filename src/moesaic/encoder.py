@@ -10,7 +10,7 @@ Shapes: N examples, T tokens, C choices or labels at most, d hidden.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -30,11 +30,13 @@ INITIAL_SCALE = 20.0
 class Layout:
     """Which head answers which task: stored with a run, so that evaluation rebuilds the same model.
 
-    `labels` holds the tasks with a fixed label set; `tasks` all of them, whose position is a row's task id.
+    `labels` holds the tasks with a fixed label set; `tasks` all of them, whose position is a row's task id; `scorers`
+    those of the others that have a scorer of their own, from 1 on, beside scorer 0 that all others share.
     """
 
     tasks: tuple[str, ...]
     labels: dict[str, tuple[str, ...]]
+    scorers: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, examples: Sequence[Example]) -> "Layout":
@@ -55,13 +57,13 @@ class Layout:
         written = {t: list(names) for t, names in labels.items()}
         if stored["labels"] != written or list(labels) != [t for t in tasks if t in labels]:
             raise ConfigError("its labels are not those of its tasks, in their order")
-        return cls(tasks, labels)
+        return cls(tasks, labels, dict(stored.get("scorers", {})))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def head(self, example: Example) -> int:
-        """Index of the label head of an example, -1 for the shared scorer. Raises DataError where none fits."""
+        """Index of the label head of an example, -1 - s for scorer s. Raises DataError where none fits."""
         labels = self.labels.get(example.task)
         if labels is not None:
             if labels != example.choices:
@@ -72,7 +74,7 @@ class Layout:
             return list(self.labels).index(example.task)
         if not example.choices:
             raise DataError(f"task '{example.task}' has rows without choices: an encoder cannot write an answer")
-        return -1
+        return -1 - self.scorers.get(example.task, 0)
 
     def task_id(self, task: str) -> int:
         """Position of a task among those trained. Raises DataError for one that was not."""
@@ -90,8 +92,9 @@ class TaskHeads(nn.Module):
         bound = hidden**-0.5
         self.weight = nn.Parameter(torch.empty(len(sizes), max(sizes, default=0), hidden).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.zeros(len(sizes), max(sizes, default=0)))
-        self.diagonal = nn.Parameter(torch.ones(hidden))
-        self.log_scale = nn.Parameter(torch.tensor(INITIAL_SCALE).log())
+        scorers = 1 + max(layout.scorers.values(), default=0)
+        self.diagonal = nn.Parameter(torch.ones(scorers, hidden))
+        self.log_scale = nn.Parameter(torch.full((scorers,), INITIAL_SCALE).log())
         self.sizes: Tensor
         self.register_buffer("sizes", torch.tensor(sizes, dtype=torch.long), persistent=False)
 
@@ -100,7 +103,7 @@ class TaskHeads(nn.Module):
 
         Args:
             states: (N, T, d). segments: (N, T) 0 for the prompt, k for choice k, -1 for padding.
-            heads: (N,) label head, -1 for the shared scorer.
+            heads: (N,) label head, or -1 - s for scorer s.
         """
         widest = self.weight.shape[1]
         width = max(widest, int(segments.max()))
@@ -108,7 +111,9 @@ class TaskHeads(nn.Module):
         counts = parts.sum(1)
         pooled = torch.einsum("ntk,ntd->nkd", parts, states) / counts.clamp(min=1)[..., None]
         unit = F.normalize(pooled, dim=-1)
-        scores = torch.einsum("nd,d,ncd->nc", unit[:, 0], self.diagonal, unit[:, 1:]) * self.log_scale.exp()
+        scorer = (-1 - heads).clamp(min=0)
+        scores = torch.einsum("nd,nd,ncd->nc", unit[:, 0], self.diagonal[scorer], unit[:, 1:])
+        scores = scores * self.log_scale.exp()[scorer, None]
         valid = counts[:, 1:] > 0
         if len(self.weight):
             head, own = heads.clamp(min=0), (heads >= 0)[:, None]

@@ -4,7 +4,7 @@ import json
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +160,7 @@ def _read_layout(run: RunFolder) -> dict[str, Any]:
     tasks = stored.get("tasks")
     trained = read_json(run.results).get("tasks", tasks) if run.finished else tasks
     try:
-        if not tasks or tasks != sorted({str(t) for t in tasks}) or tasks != trained:
+        if tasks is None or tasks != sorted({str(t) for t in tasks}) or tasks != trained:
             raise ConfigError("its tasks are not those that the run was trained on")
         if "labels" in stored:
             Layout.from_dict(stored)
@@ -182,6 +182,7 @@ def _check_adapter(run: RunFolder, recipe: Recipe) -> None:
         config: Any = PeftConfig.from_pretrained(str(run.adapter))
     except Exception as error:
         raise AdapterError(f"{run.adapter}/adapter_config.json is damaged: {first_line(error)}") from None
+    recipe = _without_sources(recipe, config)
     if not isinstance(config, type(adapter_config(recipe))):
         raise AdapterError(
             f"{run.adapter} holds a {type(config).__name__}, but {run.recipe} says method={recipe.method}"
@@ -190,6 +191,15 @@ def _check_adapter(run: RunFolder, recipe: Recipe) -> None:
     if trained and Path(trained).name != Path(now).name:
         raise AdapterError(f"{run.adapter} was trained on {trained}, but {run.recipe} says model={recipe.model}")
     _check_settings(run, recipe, config)
+
+
+def _without_sources(recipe: Recipe, config: Any) -> Recipe:
+    """A composed run's recipe as its adapter is by itself: the adapters that it was made of are not asked for."""
+    experts = getattr(config, "experts", None)
+    if experts is None:
+        return recipe
+    kept = {k: v for k, v in recipe.adapter.items() if k not in config.unsaved}
+    return replace(recipe, adapter={**kept, "experts": experts, "num_experts": len(experts)})
 
 
 def _check_settings(run: RunFolder, recipe: Recipe, config: Any) -> None:

@@ -62,6 +62,7 @@ def train(recipe: Recipe, *, command: str | None = None, progress: bool | None =
     stored: dict[str, Any] = {"tasks": list(prepared.tasks), "data_sha256": digest}
     if prepared.layout is not None:
         stored["labels"] = {t: list(v) for t, v in prepared.layout.labels.items()}
+        stored |= {"scorers": prepared.layout.scorers} if prepared.layout.scorers else {}
     rows = training_rows(prepared, examples)
     described = _plain(recipe)
     with (
@@ -71,10 +72,14 @@ def train(recipe: Recipe, *, command: str | None = None, progress: bool | None =
         write_json(folder.layout, stored)
         write_text(folder.recipe, dump(recipe))
         trainer = build_trainer(prepared, examples, rows, folder, progress=progress)
+        learns = count_trainable(prepared.model) > 0
         if step:
             logger.warning("%s: going on from step %d", folder.path, step)
             trainer.last_loss = folder.last_loss()
-        _fit(trainer, folder, step)
+        if learns:
+            _fit(trainer, folder, step)
+        elif not _search(trainer, prepared):
+            logger.warning("%s: method %s has nothing to train here: no step is made", folder.path, recipe.method)
         with atomic_folder(folder.adapter) as staging:
             prepared.model.save_pretrained(str(staging))
             write_text(staging / "README.md", model_card(recipe, prepared.tasks, command))
@@ -117,7 +122,7 @@ def prepare(recipe: Recipe, examples: list[data.Example]) -> Prepared:
     plan = numerics(recipe.precision)
     loaded = load_model(recipe.model, dtype=plan.weights, attention=plan.attention)
     set_seed(recipe.seed)
-    base = with_heads(loaded, examples)
+    base = with_heads(loaded, examples, recipe)
     if recipe.match:
         recipe = matched(recipe, base)
     return Prepared(wrap(base, recipe), loaded, base.tasks, base.layout, recipe)
@@ -258,6 +263,21 @@ def _fit(trainer: Any, folder: RunFolder, step: int) -> None:
         )
 
 
+def _search(trainer: Any, prepared: Prepared) -> bool:
+    """Fit what has no gradients on the rows of the run's first step; whether the method has such a thing."""
+    config = prepared.model.peft_config["default"]
+    if not prepared.routed:
+        return False
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+
+    def loss() -> float:
+        with torch.no_grad(), trainer.compute_loss_context_manager():
+            return float(prepared.model(**batch).loss)
+
+    prepared.model.eval()
+    return bool(config.fit(prepared.model, loss))
+
+
 def _results(trainer: Any, prepared: Prepared, resumed: int, command: str) -> dict[str, Any]:
     seconds = trainer.seconds
     return {
@@ -265,7 +285,7 @@ def _results(trainer: Any, prepared: Prepared, resumed: int, command: str) -> di
         "model": prepared.recipe.model,
         "tasks": list(prepared.tasks),
         "seed": prepared.recipe.seed,
-        "steps": prepared.recipe.steps,
+        "steps": trainer.state.global_step,
         "resumed_from_step": resumed,
         "final_loss": None if math.isnan(trainer.last_loss) else trainer.last_loss,
         "trainable_parameters": count_trainable(prepared.model),

@@ -11,11 +11,13 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from moesaic import heads
 from moesaic.data import Example
 from moesaic.embedded import LoadedModel, load_outline
 from moesaic.encoder import HEADS, EncoderForTasks, Layout
 from moesaic.errors import ConfigError, first_line
 from moesaic.lora import targets
+from moesaic.lora.store import StoredExpert
 from moesaic.recipe import Recipe, adapter_config, is_routed
 from moesaic.results import count_trainable
 
@@ -33,9 +35,30 @@ class Base:
     defaults: dict[str, Any]
 
 
-def with_heads(base: LoadedModel, examples: Sequence[Example]) -> Base:
-    """Put heads on an encoder for the tasks of `examples`; a causal model stays as it is."""
+def with_heads(base: LoadedModel, examples: Sequence[Example], recipe: Recipe) -> Base:
+    """Put heads on an encoder for the tasks of `examples`; a causal model stays as it is.
+
+    Where experts are adapters that are trained already, their tasks' heads are those they were trained with.
+    """
     tasks = tuple(sorted({e.task for e in examples}))
+    stored = experts_of(recipe)
+    told = (
+        {}
+        if recipe.adapter.get("texts") or not stored
+        else {"texts": heads.texts_of(stored, examples, seed=recipe.seed)}
+    )
+    if base.kind == "encoder" and stored:
+        layout = heads.united(stored, tasks)
+        model = EncoderForTasks(base.model, layout)
+        if not model.task_heads.weight.is_meta:
+            heads.load(model, stored)
+        own = {"num_tasks": len(layout.tasks), "task_of": heads.task_ids(stored, layout.tasks)}
+        return Base(model, layout.tasks, layout, {"modules_to_save": [HEADS], **own, **told})
+    if stored:
+        ids = heads.task_ids(stored, tasks)
+        return Base(
+            base.model, tasks, None, {"num_tasks": len(tasks), "task_of": ids, "task_type": "CAUSAL_LM", **told}
+        )
     defaults = {"target_modules": targets.default(base.model), "num_tasks": len(tasks)}
     if base.kind == "causal":
         return Base(base.model, tasks, None, {**defaults, "task_type": "CAUSAL_LM"})
@@ -43,9 +66,15 @@ def with_heads(base: LoadedModel, examples: Sequence[Example]) -> Base:
     return Base(EncoderForTasks(base.model, layout), tasks, layout, {**defaults, "modules_to_save": [HEADS]})
 
 
+def experts_of(recipe: Recipe) -> tuple[StoredExpert, ...]:
+    """The adapters that are a recipe's experts, where they are trained already."""
+    store = getattr(adapter_config(recipe), "store", None) if recipe.adapter.get("adapters") else None
+    return store.experts if store else ()
+
+
 def outline(recipe: Recipe, examples: Sequence[Example]) -> Base:
     """The same on the meta device: nothing is loaded but the model's configuration."""
-    return with_heads(load_outline(recipe.model), examples)
+    return with_heads(load_outline(recipe.model), examples, recipe)
 
 
 def check_tasks(recipe: Recipe, tasks: Sequence[str]) -> None:
@@ -75,7 +104,11 @@ def wrap(base: Base, recipe: Recipe, *, hollow: bool = False) -> Any:
 
     config = adapter_config(recipe, **base.defaults)
     try:
-        return get_peft_model(base.model, config, low_cpu_mem_usage=hollow)
+        wrapped = get_peft_model(base.model, config, low_cpu_mem_usage=hollow)
+        for name, parameter in wrapped.named_parameters():
+            if f".{HEADS}." in name and experts_of(recipe):
+                parameter.requires_grad_(False)  # experts answer with the heads that they were trained with
+        return wrapped
     except ConfigError:
         raise
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, re.error) as error:

@@ -180,7 +180,11 @@ def can_measure_memory() -> bool:
 
 def peak_memory(name: str, size: Size) -> float:
     """MiB that training steps of an arm add to a fresh process, at their peak."""
-    code = f"from moesaic.bench import suite; print(suite.measure_peak({name!r}, {size!r}))"
+    return in_fresh_process(f"from moesaic.bench import suite; print(suite.measure_peak({name!r}, {size!r}))")
+
+
+def in_fresh_process(code: str) -> float:
+    """The number that `code` prints last, in a process whose memory is resident while it is used and no longer."""
     # Blocks above 64 KiB go back to the system when freed, so that what is resident is what is used.
     settings = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_MAX_": "65536"}
     done = subprocess.run(

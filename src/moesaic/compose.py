@@ -1,0 +1,238 @@
+"""`moesaic compose` and `moesaic export`: adapters to one routed mixture, and out of it again."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from moesaic.checkpoints import RunFolder, atomic_folder, check_writable, run_path, write_json, write_text
+from moesaic.embedded import load_outline, resolve
+from moesaic.errors import ConfigError, path_of
+from moesaic.recipe import Recipe, adapter_config, adapter_settings, all_adapter_settings, dump, is_routed, load_recipe
+from moesaic.results import command_line, model_card
+from moesaic.settings import build, check_keys, lists, names, parse_overrides
+
+if TYPE_CHECKING:
+    from moesaic.lora.store import StoredExpert
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ComposeSettings:
+    """Settings of `moesaic compose`; the method's own go under `adapter.`."""
+
+    adapters: Any = field(
+        default=None,
+        metadata={"help": "folders or hub ids of LoRA adapters, comma-separated; {NAME: FOLDER} names them"},
+    )
+    method: str = field(default="arrow", metadata={"help": "how they are routed (see `moesaic methods`)"})
+    model: str = field(default="", metadata={"help": "the base model; the one that the adapters name where left out"})
+    data: str = field(default="", metadata={"help": "rows of the adapters' tasks, for methods that compare prompts"})
+    extend: str = field(
+        default="",
+        metadata={"help": "a composed folder to start from: adapters come in, or replace those of their name"},
+    )
+    drop: list[str] | None = field(default=None, metadata={"help": "experts of extend to leave out, comma-separated"})
+    out: str = field(default="composed", metadata={"help": "folder to write"})
+    overwrite: bool = field(default=False, metadata={"help": "replace it if it is there"})
+    adapter: dict[str, Any] = field(default_factory=dict, metadata={"help": "the method's settings: adapter.top_k=2 …"})
+
+
+@dataclass
+class ExportSettings:
+    """Settings of `moesaic export`."""
+
+    out: str = field(default="exported", metadata={"help": "folder to write"})
+    expert: str = field(default="", metadata={"help": "the expert to write; all of a static mixture where left out"})
+    rank: int | None = field(default=None, metadata={"help": "the largest rank of a collapsed mixture's modules"})
+
+
+def run_compose(arguments: Sequence[str], *, as_json: bool = False) -> None:
+    """Write a run folder of adapters and a router over them, which was trained for no step.
+
+    Raises:
+        MoesaicError: of the kind that fits; nothing is written then, and the adapters are only ever read.
+    """
+    given = parse_overrides(arguments, lists=lists(ComposeSettings))
+    check_keys("settings", given, names(ComposeSettings), of_adapters=all_adapter_settings)
+    settings = build(ComposeSettings, given)
+    folders = _folders(settings.adapters)
+    kept: list[str] = []
+    if settings.extend:
+        settings, folders, kept = _extended(settings, given, folders)
+    elif settings.drop:
+        raise ConfigError("drop leaves experts out of a composed folder: extend=FOLDER names it")
+    if not folders:
+        raise ConfigError("adapters is missing: adapters=a/,b/ names the folders of at least one LoRA adapter")
+    out = path_of(settings.out)
+    check_writable(out, f"out={settings.out}")
+    if out.exists() and not settings.overwrite:
+        raise ConfigError(f"out={out} is already there; overwrite=true replaces it")
+    adapter = {**settings.adapter, "adapters": folders}
+    recipe = Recipe(method=settings.method, model=settings.model, data=settings.data, adapter=adapter)
+    if not is_routed(settings.method):
+        raise ConfigError(f"method={settings.method} routes nothing: name a mixture (see `moesaic methods`)")
+    config: Any = adapter_config(recipe)
+    from moesaic.adapters.edit import carry_over
+    from moesaic.adapters.export import adapter_of
+    from moesaic.lora.loading import check_folder
+    from moesaic.training import load_examples
+    from moesaic.wrapping import with_heads, wrap
+
+    experts = config.store.experts
+    recipe = replace(recipe, model=settings.model or _base_of(experts))
+    if not config.ignore_base:
+        config.store.check_base(resolve(recipe.model))
+    examples = load_examples(recipe) if recipe.data else []
+    base = with_heads(load_outline(recipe.model), examples, recipe)
+    model = wrap(base, recipe)
+    model.peft_config["default"].base_model_name_or_path = resolve(recipe.model)
+    carried = 0
+    if kept:
+        source = adapter_of(path_of(settings.extend))
+        names_now, before = model.peft_config["default"].experts, check_folder(source).experts or []
+        carried = carry_over(source, model, before, {names_now.index(name): name for name in kept})
+    rows = [_row(expert) for expert in experts]
+    with atomic_folder(out) as staging:
+        run = RunFolder(staging)
+        model.save_pretrained(str(run.adapter))
+        write_text(run.adapter / "README.md", model_card(recipe, base.tasks, command_line()))
+        write_text(run.recipe, dump(recipe))
+        layout = {} if base.layout is None else base.layout.to_dict()
+        write_json(run.layout, {"tasks": list(base.tasks), **layout})
+    if as_json:
+        facts = {"folder": str(out), "method": recipe.method, "model": recipe.model, "experts": rows}
+        print(json.dumps(facts, indent=2, ensure_ascii=False))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*rows[0], title=f"{recipe.method} on {recipe.model}")
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    console = Console(highlight=False)
+    console.print(table)
+    if config.learns_routing and not carried:
+        logger.warning(
+            "the router of method %s is as it was drawn: `moesaic train %s adapter.adapters=… data=…` trains it",
+            recipe.method,
+            recipe.method,
+        )
+    console.print(f'written: {out}; PeftModel.from_pretrained(model, "{out}/adapter") loads it', soft_wrap=True)
+    console.print(f"next: moesaic eval {out}{'' if recipe.data else ' data=HELD_OUT_ROWS'}", soft_wrap=True)
+
+
+def _folders(adapters: Any) -> dict[str, str]:
+    """Expert name -> folder; its own name for one that is not given another."""
+    if not adapters:
+        return {}
+    if isinstance(adapters, dict):
+        return {str(name): str(folder) for name, folder in adapters.items()}
+    listed = [adapters] if isinstance(adapters, str) else list(map(str, adapters))
+    from moesaic.lora.store import name_of
+
+    names = [name_of(folder) for folder in listed]
+    doubled = next((name for name in names if names.count(name) > 1), None)
+    if doubled:
+        raise ConfigError(f"two adapters are called {doubled!r}: give them names, adapters={{NAME: FOLDER, …}}")
+    return dict(zip(names, listed, strict=True))
+
+
+def _extended(
+    settings: ComposeSettings, given: dict[str, Any], new: dict[str, str]
+) -> tuple[ComposeSettings, dict[str, str], list[str]]:
+    """The settings of the folder that is started from, all experts' folders, and the names of those that stay."""
+    from moesaic.adapters.edit import experts_after
+    from moesaic.adapters.export import adapter_of
+    from moesaic.lora.loading import check_folder
+
+    path = path_of(settings.extend)
+    before: Any = check_folder(adapter_of(path))
+    recipe = load_recipe(str(run_path(path).recipe))
+    if before.experts is None:
+        raise ConfigError(
+            f"extend={settings.extend} holds a mixture that was trained as one: its experts are no adapters"
+        )
+    method = given.get("method", recipe.method)
+    stored = dict(recipe.adapter)
+    sources = _folders(stored.pop("adapters"))
+    if method != recipe.method:
+        stored = {}
+    names_after = experts_after(before.experts, list(new), settings.drop or [])
+    kept = [name for name in before.experts if name in names_after and name not in new]
+    for name in kept:
+        if "/" in sources[name] and not path_of(sources[name]).is_dir():
+            raise ConfigError(
+                f"the folder of expert {name}, {sources[name]}, is gone: `moesaic export {settings.extend} "
+                f"expert={name} out=NEW` writes it anew, and adapters={{{name}: NEW, …}} names it"
+            )
+    told = {**(getattr(before, "instructions", None) or {}), **(settings.adapter.get("instructions") or {})}
+    if told and "instructions" in adapter_settings(method):
+        stored["instructions"] = {name: text for name, text in told.items() if name in names_after}
+    changed = replace(
+        settings,
+        method=method,
+        model=settings.model or recipe.model,
+        data=settings.data or recipe.data,
+        adapter={**stored, **{k: v for k, v in settings.adapter.items() if k != "instructions"}},
+    )
+    return changed, {name: new.get(name, sources.get(name, "")) for name in names_after}, kept
+
+
+def _base_of(experts: Sequence[StoredExpert]) -> str:
+    """The base model that the adapters name, or the runs that they lie in."""
+    for expert in experts:
+        recipe = expert.folder.parent / "recipe.yaml"
+        if recipe.is_file():
+            return load_recipe(str(recipe)).model
+        if expert.base:
+            return expert.base
+    raise ConfigError("model is missing: the adapters do not say which base model they are for")
+
+
+def _row(expert: StoredExpert) -> dict[str, Any]:
+    ranks, scalings = ([getattr(f, key) for f in expert.factors.values()] for key in ("rank", "scaling"))
+    return {
+        "expert": expert.name,
+        "rank": _span(ranks),
+        "scaling": _span(scalings),
+        "modules": len(expert.factors),
+        "folder": str(expert.folder),
+    }
+
+
+def run_export(folder: str, arguments: Sequence[str], *, as_json: bool = False) -> None:
+    """Raises MoesaicError of the kind that fits; nothing is written then."""
+    from moesaic.adapters.export import collapse, export_expert
+    from moesaic.recipe import parse_settings
+
+    settings = parse_settings(ExportSettings, arguments)
+    out = path_of(settings.out)
+    check_writable(out, f"out={settings.out}")
+    if settings.expert and settings.rank is not None:
+        raise ConfigError("expert and rank disagree: an expert is written as it came; rank is of a collapsed mixture")
+    if settings.expert:
+        pairs = export_expert(path_of(folder), settings.expert, out)
+        facts: dict[str, Any] = {"folder": str(out), "modules": len(pairs)}
+    else:
+        errors = collapse(path_of(folder), out, rank=settings.rank)
+        facts = {"folder": str(out), "modules": len(errors), "relative_error": errors}
+    if as_json:
+        print(json.dumps(facts, indent=2, ensure_ascii=False))
+        return
+    if settings.rank is not None:
+        lost = facts["relative_error"].values()
+        print(
+            f"left out at rank {settings.rank}: {sum(lost) / len(lost):.1%} of a module's change on average, "
+            f"{max(lost):.1%} at most"
+        )
+    print(f"written: {out}, a LoRA adapter of {facts['modules']} modules for stock PEFT")
+
+
+def _span(numbers: Sequence[float]) -> str:
+    low, high = min(numbers), max(numbers)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
