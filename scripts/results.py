@@ -8,6 +8,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import results_adapters
+
 from moesaic import bench
 from moesaic.lora import METHODS
 
@@ -246,6 +248,7 @@ def page(results: Path) -> str:
     for name, title in COMPARISONS.items():
         if (results / f"{name}.json").is_file():
             parts.append(compared(title, results / f"{name}.json"))
+    parts += results_adapters.sections(results)
     if (results / "demo.json").is_file():
         parts.append(demo(results / "demo.json"))
     return "\n".join(parts)

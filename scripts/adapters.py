@@ -1,0 +1,279 @@
+"""LoRA adapters trained apart, one a task, then routed by every method: `python scripts/adapters.py nano|minilm`.
+
+For each seed: six plain LoRA adapters (PEFT's own); every method over all six on the tasks they were trained on; and
+zero-shot, over five of them on the task of the sixth, those methods whose routers part into experts, and PEFT's merges.
+Writes results/adapters-SETTING.json. What is finished is not run again: it may be stopped and started.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import statistics
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained and asked."""
+
+    model: str
+    data: str
+    tasks: tuple[str, ...]
+    zero_shot: tuple[str, ...]
+    split: str
+    instructions: dict[str, str]
+    shared: list[str]
+    adapter: list[str] = field(default_factory=list)
+    routers: list[str] = field(default_factory=list)
+    own: dict[str, list[str]] = field(default_factory=dict)
+
+
+SETTINGS = {
+    "minilm": Setting(
+        "minilm",
+        "../shared/data/tasks",
+        ("arc_easy", "arc_challenge", "openbookqa", "boolq", "sst2", "cola"),
+        ("arc_easy", "arc_challenge", "openbookqa"),
+        "validation",
+        {
+            "arc_easy": "Answer an easy multiple-choice question from grade-school science exams.",
+            "arc_challenge": "Answer a hard multiple-choice question from grade-school science that needs reasoning.",
+            "openbookqa": "Complete a statement about elementary science facts and common sense with the right choice.",
+            "boolq": "Read a passage of an encyclopedia and answer a yes-or-no question about it.",
+            "sst2": "Tell whether the sentiment of a sentence from a film review is positive or negative.",
+            "cola": "Judge whether an English sentence is grammatically acceptable.",
+        },
+        ["batch_size=16", "max_length=128", "warmup=40"],
+        ["steps=400", "lr=3e-4", "adapter.r=16", "adapter.lora_alpha=32"],
+        ["batch_size=16", "max_length=128"],
+    ),
+    "nano": Setting(
+        "nano",
+        "runs/nano-tasks",
+        ("asc", "desc", "evens", "max", "reverse", "rotate"),
+        ("desc", "evens", "rotate"),
+        "test",
+        {
+            "asc": "4 1 8 2 up =",
+            "desc": "4 1 8 2 down =",
+            "evens": "4 1 8 2 even =",
+            "max": "4 1 8 2 top =",
+            "reverse": "4 1 8 2 back =",
+            "rotate": "4 1 8 2 turn =",
+        },
+        ["batch_size=48", "max_length=64", "warmup=20"],
+        [
+            "steps=200",
+            "lr=1e-2",
+            "adapter.r=8",
+            "adapter.lora_alpha=16",
+            "adapter.target_modules=gate_proj,up_proj,down_proj",
+        ],
+        ["batch_size=48", "max_length=64"],
+        {"lora-mixer": ["steps=200"]},
+    ),
+}
+SEEDS = (0, 1, 2)
+UNTRAINED = ("uniform", "oracle", "arrow", "retrieval")
+TRAINED = ("phatgoose", "lora-mixer", "smear", "cat", "lora-flow", "lorahub")
+GLIDER = ("glider", "glider-alpha-100", "glider-instructions", "glider-top-1")
+MERGES: dict[str, dict[str, Any]] = {
+    "merge-linear": {"combination_type": "linear", "weights": "mean"},
+    "merge-svd": {"combination_type": "svd", "weights": "mean"},
+    "merge-sum": {"combination_type": "cat", "weights": "sum"},
+    "merge-ties": {"combination_type": "ties", "weights": "sum", "density": 0.5},
+    "merge-dare-ties": {"combination_type": "dare_ties", "weights": "sum", "density": 0.5},
+}
+"""PEFT's add_weighted_adapter: every adapter at weight 1/E ("mean") or 1 ("sum")."""
+PART = ("uniform", "arrow", "retrieval", "phatgoose", *GLIDER, *MERGES)
+"""Arms that can leave an expert out without new training."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One arm of one seed; `left_out` is the task that it is asked zero-shot, its adapter left out."""
+
+    setting: str
+    arm: str
+    seed: int
+    left_out: str = ""
+
+    @property
+    def folder(self) -> Path:
+        name = f"{self.arm}-without-{self.left_out}" if self.left_out else self.arm
+        return Path("runs") / f"adapters-{self.setting}" / f"s{self.seed}" / name
+
+    @property
+    def result(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.json")
+
+
+def train_adapter(setting: str, task: str, seed: int) -> None:
+    from moesaic.recipe import load_recipe
+    from moesaic.training import train
+
+    chosen, out = SETTINGS[setting], Job(setting, task, seed).folder
+    if (out / "results.json").is_file():
+        return
+    given = [f"model={chosen.model}", f"data={chosen.data}", f"tasks={task}", f"seed={seed}", f"out={out}"]
+    recipe = load_recipe("lora", [*given, "save_every=400", *chosen.shared, *chosen.adapter])
+    train(recipe, command=f"python scripts/adapters.py {setting}", progress=False)
+
+
+def run(job: Job) -> None:
+    """Make what an arm needs, ask it, write what it answered."""
+    if job.result.is_file():
+        return
+    chosen = SETTINGS[job.setting]
+    tasks = [job.left_out] if job.left_out else list(chosen.tasks)
+    if job.arm in MERGES:
+        found = _merged(job, chosen, tasks)
+    else:
+        _make(job, chosen)
+        from moesaic.evaluation import EvalSettings, evaluate_run
+
+        ask = EvalSettings(split=chosen.split, data=chosen.data, tasks=tasks, base=job.arm == "uniform")
+        found = evaluate_run(job.folder, ask)["tasks"]
+    scores = {task: {k: v for k, v in row.items() if k in ("score", "base_score", "n")} for task, row in found.items()}
+    part = job.result.with_suffix(".part")
+    part.write_text(json.dumps(scores))
+    part.replace(job.result)
+
+
+def _make(job: Job, chosen: Setting) -> None:
+    """The run folder of an arm: trained, composed, or made of one that is."""
+    from moesaic.compose import run_compose
+    from moesaic.recipe import load_recipe
+    from moesaic.training import train
+
+    if (job.folder / "recipe.yaml").is_file() and (job.folder / "adapter").is_dir():
+        return
+    stored = ",".join(f"{task}: {Job(job.setting, task, job.seed).folder}" for task in chosen.tasks)
+    adapters, common = f"{{{stored}}}", [f"model={chosen.model}", f"data={chosen.data}"]
+    if job.arm in TRAINED and not job.left_out:
+        given = [f"tasks={','.join(chosen.tasks)}", f"seed={job.seed}", f"out={job.folder}", "save_every=1000"]
+        recipe = load_recipe(
+            job.arm, [*common, *given, *chosen.routers, *chosen.own.get(job.arm, []), f"adapter.adapters={adapters}"]
+        )
+        train(recipe, command=f"python scripts/adapters.py {job.setting}", progress=False)
+        return
+    asked = [f"out={job.folder}", "overwrite=true"]
+    if job.arm in GLIDER:
+        asked += ["method=glider", f"extend={Job(job.setting, 'phatgoose', job.seed).folder}"]
+        if job.arm == "glider-alpha-100":
+            asked.append("adapter.alpha=100")
+        if job.arm == "glider-top-1":
+            asked.append("adapter.top_k=1")
+        if job.arm == "glider-instructions":
+            asked += [f"adapter.instructions.{task}={json.dumps(text)}" for task, text in chosen.instructions.items()]
+    elif job.left_out:
+        asked += [f"extend={Job(job.setting, job.arm, job.seed).folder}"]
+    else:
+        asked += [*common, f"method={job.arm}", f"adapters={adapters}"]
+    if job.left_out:
+        asked.append(f"drop={job.left_out}")
+    with contextlib.redirect_stdout(io.StringIO()):
+        run_compose(asked)
+
+
+def _merged(job: Job, chosen: Setting, tasks: list[str]) -> dict[str, Any]:
+    """Scores of one of PEFT's merges."""
+    import torch
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    from moesaic import data
+    from moesaic.embedded import load_model
+    from moesaic.evaluation import score
+    from moesaic.recipe import load_recipe
+    from moesaic.training import Prepared, load_examples
+    from moesaic.wrapping import with_heads
+
+    kept = [task for task in chosen.tasks if task != job.left_out]
+    folders = {task: str(Job(job.setting, task, job.seed).folder) for task in kept}
+    recipe = load_recipe("arrow", [f"model={chosen.model}", f"data={chosen.data}", *chosen.routers])
+    recipe.adapter["adapters"] = folders
+    loaded = load_model(recipe.model)
+    base = with_heads(loaded, load_examples(recipe), recipe)
+    model: Any = base.model
+    for task, folder in folders.items():
+        config: Any = LoraConfig.from_pretrained(f"{folder}/adapter")
+        config.modules_to_save = None
+        if task == kept[0]:
+            model = get_peft_model(model, config, adapter_name=task)
+        else:
+            model.add_adapter(task, config)
+        stored = load_file(f"{folder}/adapter/adapter_model.safetensors")
+        set_peft_model_state_dict(model, {k: v for k, v in stored.items() if ".lora_" in k}, adapter_name=task)
+    how = dict(MERGES[job.arm])
+    weights = [1.0 / len(kept) if how.pop("weights") == "mean" else 1.0] * len(kept)
+    torch.manual_seed(job.seed)
+    model.add_weighted_adapter(kept, weights, "merged", **how)
+    model.set_adapter("merged")
+    plain = load_recipe("lora", [f"model={chosen.model}", *chosen.routers])
+    prepared = Prepared(model.eval(), loaded, base.tasks, base.layout, plain)
+    rows = data.load(chosen.data, chosen.split, tasks=tasks)
+    job.folder.parent.mkdir(parents=True, exist_ok=True)
+    return score(prepared, rows)
+
+
+def gather(setting: str) -> dict[str, Any]:
+    """All scores of a setting: by arm, by seed."""
+    chosen = SETTINGS[setting]
+    found: dict[str, Any] = {}
+    for arm in (*UNTRAINED, *TRAINED, *GLIDER, *MERGES):
+        rows = [json.loads(Job(setting, arm, seed).result.read_text()) for seed in SEEDS]
+        means = [statistics.mean(row[task]["score"] for task in chosen.tasks) for row in rows]
+        found[arm] = {"held_in": means, "tasks": {t: [row[t]["score"] for row in rows] for t in chosen.tasks}}
+        if arm in PART:
+            left = {
+                t: [json.loads(Job(setting, arm, seed, t).result.read_text())[t] for seed in SEEDS]
+                for t in chosen.zero_shot
+            }
+            found[arm]["zero_shot"] = {t: [r["score"] for r in rows] for t, rows in left.items()}
+            if arm == "uniform":
+                found["base"] = {"zero_shot": {t: [r["base_score"] for r in rows] for t, rows in left.items()}}
+                base = [statistics.mean(row[t]["base_score"] for t in chosen.tasks) for row in rows]
+                found["base"] |= {"held_in": base}
+    return {"setting": setting, "model": chosen.model, "split": chosen.split, "seeds": SEEDS, "arms": found,
+            "command": f"python scripts/adapters.py {setting}"}  # fmt: skip
+
+
+def _worker(job: Job | tuple[str, str, int]) -> str:
+    import torch
+
+    torch.set_num_threads(1)
+    train_adapter(*job) if isinstance(job, tuple) else run(job)
+    return str(job)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("setting", choices=SETTINGS)
+    parser.add_argument("--workers", type=int, default=2)
+    given = parser.parse_args()
+    chosen = SETTINGS[given.setting]
+    stages: list[list[Any]] = [
+        [(given.setting, task, seed) for seed in SEEDS for task in chosen.tasks],
+        [Job(given.setting, arm, seed) for seed in SEEDS for arm in (*TRAINED, *UNTRAINED, *MERGES)],
+        [Job(given.setting, arm, seed) for seed in SEEDS for arm in GLIDER],
+        [Job(given.setting, arm, seed, task) for seed in SEEDS for arm in PART for task in chosen.zero_shot],
+    ]
+    with ProcessPoolExecutor(given.workers, mp_context=get_context("spawn")) as pool:
+        for stage in stages:
+            for done in as_completed([pool.submit(_worker, job) for job in stage]):
+                print(done.result(), flush=True)
+    out = Path("results") / f"adapters-{given.setting}.json"
+    out.write_text(json.dumps(gather(given.setting), indent=1) + "\n")
+    print(f"written: {out}")
+
+
+if __name__ == "__main__":
+    main()

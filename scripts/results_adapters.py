@@ -1,0 +1,134 @@
+"""The sections of docs/results.md on adapters that were trained apart; `scripts/results.py` puts them there."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from adapters import GLIDER, MERGES, SETTINGS, TRAINED, UNTRAINED
+
+TITLES = {
+    "minilm": "Six adapters of all-MiniLM-L6-v2, routed by every method",
+    "nano": "Six adapters of nano, routed by every method",
+}
+NOTE = """Plain LoRA adapters, one a task, trained apart; then every method over all six of a seed (held in), and over
+five of them on the task of the sixth (zero-shot), for methods that can leave an adapter out without new training. The
+heads of an encoder are the adapters' own. `{split}` rows, all of them; percent, mean ± standard deviation over seeds
+{seeds}; differences in points, paired by seed. `merge-…` are PEFT's `add_weighted_adapter`: `linear` and `svd` at
+weight 1/6, `sum` (its `cat`), `ties` and `dare-ties` at weight 1, density 0.5. `glider` takes the mean of
+a hundred rows of each task and adapts alpha; `glider-alpha-100` does not, and `glider-top-1` has one expert a token;
+`glider-instructions` has one sentence by hand for each task. All have `phatgoose`'s gates. Command: `{command}`."""
+
+
+def spread(values: list[float]) -> str:
+    return f"{100 * statistics.mean(values):.1f} ± {100 * statistics.stdev(values):.1f}"
+
+
+def gap(values: list[float], others: list[float]) -> str:
+    pairs = [a - b for a, b in zip(values, others, strict=True)]
+    return f"{100 * statistics.mean(pairs):+.1f} ± {100 * statistics.stdev(pairs):.1f}"
+
+
+def by_seed(scores: dict[str, list[float]]) -> list[float]:
+    """The mean over tasks for each seed."""
+    return [statistics.mean(column) for column in zip(*scores.values(), strict=True)]
+
+
+def routed(file: Path) -> str:
+    """Held-in and zero-shot scores of one setting, and what they say of GLIDER."""
+    found: dict[str, Any] = json.loads(file.read_text())
+    arms, setting = found["arms"], SETTINGS[found["setting"]]
+    oracle, uniform = arms["oracle"]["held_in"], arms["uniform"]["held_in"]
+    note = NOTE.format(split=found["split"], seeds=", ".join(map(str, found["seeds"])), command=found["command"])
+    header = ["method", *setting.tasks, "mean", "to oracle", "to uniform", "zero-shot"]
+    lines = [f"## {TITLES[found['setting']]}", "", note, ""]
+    lines += ["| " + " | ".join(header) + " |", "| --- " + "| ---: " * (len(header) - 1) + "|"]
+    order = [name for name in ("oracle", *GLIDER, *TRAINED, *UNTRAINED, *MERGES) if name in arms]
+    for name in dict.fromkeys(order):
+        arm = arms[name]
+        tasks = [f"{100 * statistics.mean(arm['tasks'][task]):.1f}" for task in setting.tasks]
+        zero = spread(by_seed(arm["zero_shot"])) if "zero_shot" in arm else ""
+        cells = [f"`{name}`", *tasks, spread(arm["held_in"]), gap(arm["held_in"], oracle), gap(arm["held_in"], uniform)]
+        lines.append("| " + " | ".join([*cells, zero]) + " |")
+    base = arms["base"]
+    cells = ["untrained base", *[""] * len(setting.tasks), spread(base["held_in"]), "", ""]
+    lines.append("| " + " | ".join([*cells, spread(by_seed(base["zero_shot"]))]) + " |")
+    return "\n".join([*lines, "", *verdicts(arms), ""])
+
+
+def verdicts(arms: dict[str, Any]) -> list[str]:
+    """For each kind of GLIDER: how near the oracle it is, and what it is above by two standard deviations."""
+    said = []
+    oracle = statistics.mean(arms["oracle"]["held_in"])
+    for name in GLIDER:
+        own = arms[name]["held_in"]
+        below = 100 * (1 - statistics.mean(own) / oracle)
+        above, not_above = [], []
+        for other in ("arrow", "phatgoose", *MERGES):
+            pairs = [a - b for a, b in zip(own, arms[other]["held_in"], strict=True)]
+            sure = statistics.mean(pairs) > 2 * statistics.stdev(pairs)
+            (above if sure else not_above).append(f"{other} ({gap(own, arms[other]['held_in'])})")
+        said.append(
+            f"- `{name}` is {below:.1f} % below the oracle held in; above by more than two standard deviations: "
+            f"{', '.join(above) or 'none'}; not so: {', '.join(not_above) or 'none'}."
+        )
+    zero = {n: by_seed(a["zero_shot"]) for n, a in arms.items() if "zero_shot" in a and n != "base"}
+    best = max(zero, key=lambda n: statistics.mean(zero[n]))
+    base = by_seed(arms["base"]["zero_shot"])
+    said.append(
+        f"- Zero-shot the highest is `{best}`, {spread(zero[best])}; the untrained base has {spread(base)}, and "
+        + ", ".join(f"`{name}` {spread(zero[name])}" for name in GLIDER)
+        + "."
+    )
+    return said
+
+
+def bench(file: Path) -> str:
+    """Ours beside PEFT's Arrow and X-LoRA."""
+    found: dict[str, Any] = json.loads(file.read_text())
+    lines = [
+        "## Beside PEFT's Arrow and X-LoRA",
+        "",
+        f"{found['experts']} adapters of rank {found['rank']} on a Llama of width {found['width']} and "
+        f"{found['layers']} layers, one thread, {found['rounds']} rounds with every arm in turn; ratios are medians "
+        f"over rounds, quartiles in brackets. Prefill: {found['prefill_tokens']} tokens; decoding: "
+        f"{found['new_tokens']} tokens after a prompt of {found['prompt_tokens']}. X-LoRA forbids the KV cache. "
+        f"Command: `{found['command']}`.",
+        "",
+        "| | prefill, ms a token | to PEFT's Arrow | to X-LoRA | decode, cache | to PEFT's Arrow | decode, no cache | "
+        "to PEFT's Arrow | to X-LoRA | peak MiB |",
+        "| --- " + "| ---: " * 9 + "|",
+    ]
+    for name in found["prefill"]:
+        cells = [f"`{name}`"]
+        for kind, references in (
+            ("prefill", ("peft-arrow", "x-lora")),
+            ("decode", ("peft-arrow",)),
+            ("decode-no-cache", ("peft-arrow", "x-lora")),
+        ):
+            row = found[kind].get(name)
+            cells.append(f"{row['ms_per_token']:.2f}" if row else "refused")
+            cells += [_ratio(row[f"to_{reference}"]) if row else "" for reference in references]
+        peak = found.get("peak_memory_mib", {}).get(name)
+        lines.append("| " + " | ".join([*cells, "" if peak is None else f"{peak:.0f}"]) + " |")
+    lines += ["", "Prototypes, |cos| to the first right singular vector of B A:", ""]
+    lines += ["| adapters | PEFT's Arrow, mean (lowest) | ours, mean (lowest) |", "| --- | ---: | ---: |"]
+    for kind, row in found["prototypes"].items():
+        figures = [f"{row[who]['mean']:.4f} ({row[who]['lowest']:.4f})" for who in ("peft", "moesaic")]
+        lines.append(f"| {kind}, {row['moesaic']['n']} modules x experts | " + " | ".join(figures) + " |")
+    return "\n".join([*lines, ""])
+
+
+def _ratio(row: dict[str, float]) -> str:
+    return f"{row['ratio']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+
+
+def sections(results: Path) -> list[str]:
+    """All there are."""
+    made = [
+        routed(results / f"adapters-{name}.json") for name in TITLES if (results / f"adapters-{name}.json").is_file()
+    ]
+    file = results / "bench-adapters.json"
+    return [*made, bench(file)] if file.is_file() else made
