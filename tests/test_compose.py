@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -203,6 +204,112 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert tree(place) == before
 
 
+def test_nothing_that_is_read_or_is_not_a_run_is_replaced(place: Path, tmp_path: Path, capsys: Any) -> None:
+    source, other = tmp_path / "source", tmp_path / "other"
+    shutil.copytree(place / "up", source)
+    other.mkdir()
+    (other / "precious.txt").write_text("x")
+    (tmp_path / "link").symlink_to(source)
+    before = tree(tmp_path)
+    for out in (source, source / "inside", tmp_path, other, tmp_path / "link"):
+        given = [f"adapters={source}", "model=nano", "adapter.ignore_base=true", f"out={out}", "overwrite=true"]
+        assert main(["compose", *given]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+        assert tree(tmp_path) == before
+    assert (
+        main(["compose", f"adapters={source}", "model=nano", "adapter.ignore_base=true", f"out={tmp_path / 'a'}"]) == 0
+    )
+    assert not (tmp_path / ".staging").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"modules_to_save": ["lm_head"]}, "lm_head.weight as a whole"),
+        ({"init_lora_weights": "pissa"}, "changed the base model's own weights"),
+        ({"init_lora_weights": "olora"}, "changed the base model's own weights"),
+    ],
+)
+def test_adapters_that_are_more_than_lora_are_refused(
+    place: Path, tmp_path: Path, capsys: Any, changes: dict[str, Any], message: str
+) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **changes)
+    get_peft_model(load_model("nano").model, config).save_pretrained(str(tmp_path / "odd"))
+    assert main(["compose", f"adapters={tmp_path / 'odd'}", "model=nano", f"out={tmp_path / 'out'}"]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_kept_expert_whose_source_changed_is_noticed(place: Path, tmp_path: Path, capsys: Any) -> None:
+    for task in TASKS:
+        shutil.copytree(place / task, tmp_path / "in" / task)
+    assert main(asked(tmp_path / "in", tmp_path / "a")) == 0
+    shutil.rmtree(tmp_path / "in" / "max")
+    shutil.copytree(place / "up", tmp_path / "in" / "max")
+    extend = ["compose", f"extend={tmp_path / 'a'}", f"out={tmp_path / 'b'}"]
+    assert main([*extend, "drop=up", "adapter.ignore_base=true"]) == 2
+    assert "have other ranks or modules now" in capsys.readouterr().err
+    assert main([*extend, f"adapter.subtract={place / 'down'}"]) == 2
+    assert "compose anew" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tasks", [["up"], ["up", "down", "max", "odd"], ["odd"]])
+def test_gates_are_trained_on_their_adapters_own_rows_or_not_at_all(
+    place: Path, tmp_path: Path, capsys: Any, tasks: list[str]
+) -> None:
+    rows = [{"task": t, "prompt": f"{i} 4 {t} =", "completion": f" {i}"} for t in tasks for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    adapters = "{" + ", ".join(f"{task}: {place / task}" for task in TASKS) + "}"
+    given = [f"data={tmp_path / 'rows.jsonl'}", "model=nano", f"out={tmp_path / 'out'}", "adapter.ignore_base=true"]
+    assert main(["train", "phatgoose", *given, f"adapter.adapters={adapters}", "steps=2"]) == 2
+    assert "takes each row by its own adapter" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", ["hotmoe", "lora-mixer", "oracle", "phatgoose"])
+def test_a_router_trained_over_adapters_is_evaluated_without_them(place: Path, tmp_path: Path, method: str) -> None:
+    for task in TASKS:
+        shutil.copytree(place / task, tmp_path / "in" / task)
+    given = [f"data={place / 'data'}", "model=nano", f"out={tmp_path / 'run'}", "adapter.ignore_base=true", "steps=2"]
+    folders = ",".join(str(tmp_path / "in" / task) for task in TASKS)
+    assert main(["train", method, *given, "warmup=0", "batch_size=4", f"adapter.adapters={folders}"]) == 0
+    shutil.rmtree(tmp_path / "in")
+    assert main(["eval", str(tmp_path / "run"), "base=false"]) == 0
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "adapter.instructions.up=Sort the list, ascending",
+        "adapter.instructions.up=Answer: yes",
+        "adapter.instructions=foo",
+        "adapter.texts={up: hello}",
+        "adapter.texts=foo",
+        "adapter.threshold=80",
+        "adapter.alpha=1e300",
+        "adapter.num_experts=9",
+        "adapter.adapters=/nope",
+    ],
+)
+def test_settings_of_the_wrong_kind_are_one_line(place: Path, tmp_path: Path, capsys: Any, setting: str) -> None:
+    settings = ["method=glider", "adapter.encoder=hashing", f"data={place / 'data'}", setting]
+    assert main(asked(place, tmp_path / "out", *settings)) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert setting.partition("=")[0].split(".")[1] in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_of_lorahub_are_searched_before_anything_is_exported(
+    place: Path, tmp_path: Path, capsys: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("WARNING"):
+        assert main(asked(place, tmp_path / "out", "method=lorahub")) == 0
+    assert "is as it was drawn" in caplog.text
+    assert main(["export", str(tmp_path / "out"), f"out={tmp_path / 'one'}"]) == 2
+    assert "changes nothing" in capsys.readouterr().err
+
+
 def test_another_encoder_than_the_stored_one_is_refused(place: Path, tmp_path: Path) -> None:
     settings = ("method=retrieval", f"data={place / 'data'}", "adapter.encoder=hashing")
     assert main(asked(place, tmp_path / "out", *settings)) == 0
@@ -264,7 +371,7 @@ def test_an_endpoint_writes_instructions_and_is_not_saved(place: Path, tmp_path:
     config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
     assert config["instructions"] == {task: f"Do {task}." for task in TASKS}
     assert config["instruct_url"] is None
-    assert endpoint not in (tmp_path / "out" / "adapter" / "adapter_config.json").read_text()
+    assert not any(endpoint in file.read_text(errors="ignore") for file in (tmp_path / "out").rglob("*.*"))
 
 
 def test_tries_are_bounded_answers_are_kept_and_the_fallback_is_told(
@@ -283,11 +390,23 @@ def test_tries_are_bounded_answers_are_kept_and_the_fallback_is_told(
     assert "stands in for instructions" in caplog.text
 
 
+def test_a_redirect_is_not_followed(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def redirect(self: Any) -> None:
+        self.send_response(302)
+        self.send_header("Location", endpoint)
+        self.end_headers()
+
+    monkeypatch.setattr(_Endpoint, "do_POST", redirect)
+    monkeypatch.setattr(_Endpoint, "do_GET", lambda self: _Endpoint.asked.append({}), raising=False)
+    assert Instructor(endpoint, "m", retries=0)([["3 up ="]]) == ["3 up ="]
+    assert _Endpoint.asked == []
+
+
 def test_an_endpoint_that_is_not_there_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     writer = Instructor("http://127.0.0.1:9/v1", "m", retries=1, wait=0.0, timeout=1.0)
     with caplog.at_level("WARNING"):
         assert writer([["3 up ="]]) == ["3 up ="]
-    assert "http://127.0.0.1:9/v1 did not answer" in caplog.text
+    assert "http://127.0.0.1:9 did not answer" in caplog.text
 
 
 def test_a_key_is_sent_and_never_shown(

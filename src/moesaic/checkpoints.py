@@ -28,13 +28,13 @@ from moesaic.settings import differences
 logger = logging.getLogger(__name__)
 
 _PREFIX = "checkpoint-"
-_STAGING = ".staging"
+STAGING = ".staging"
 
 
 @contextmanager
 def atomic_folder(final: Path) -> Iterator[Path]:
     """Write into the folder that is yielded; on leaving it appears as `final`, complete, or not at all."""
-    staging = final.parent / _STAGING / final.name
+    staging = final.parent / STAGING / final.name
     discard(staging)
     staging.mkdir(parents=True)
     try:

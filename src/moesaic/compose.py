@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moesaic.checkpoints import RunFolder, atomic_folder, check_writable, run_path, write_json, write_text
+from moesaic.checkpoints import STAGING, RunFolder, atomic_folder, check_writable, run_path, write_json, write_text
 from moesaic.embedded import load_outline, resolve
-from moesaic.errors import ConfigError, path_of
+from moesaic.errors import AdapterError, ConfigError, path_of
 from moesaic.recipe import Recipe, adapter_config, adapter_settings, all_adapter_settings, dump, is_routed, load_recipe
 from moesaic.results import command_line, model_card
-from moesaic.settings import build, check_keys, lists, names, parse_overrides
+from moesaic.settings import build, check_keys, lists, names, parse_overrides, texts
 
 if TYPE_CHECKING:
     from moesaic.lora.store import StoredExpert
@@ -57,7 +59,7 @@ def run_compose(arguments: Sequence[str], *, as_json: bool = False) -> None:
     Raises:
         MoesaicError: of the kind that fits; nothing is written then, and the adapters are only ever read.
     """
-    given = parse_overrides(arguments, lists=lists(ComposeSettings))
+    given = parse_overrides(arguments, lists=lists(ComposeSettings), texts=texts(ComposeSettings))
     check_keys("settings", given, names(ComposeSettings), of_adapters=all_adapter_settings)
     settings = build(ComposeSettings, given)
     folders = _folders(settings.adapters)
@@ -68,10 +70,8 @@ def run_compose(arguments: Sequence[str], *, as_json: bool = False) -> None:
         raise ConfigError("drop leaves experts out of a composed folder: extend=FOLDER names it")
     if not folders:
         raise ConfigError("adapters is missing: adapters=a/,b/ names the folders of at least one LoRA adapter")
-    out = path_of(settings.out)
-    check_writable(out, f"out={settings.out}")
-    if out.exists() and not settings.overwrite:
-        raise ConfigError(f"out={out} is already there; overwrite=true replaces it")
+    _check_kinds(settings.adapter)
+    out = _place(settings, folders)
     adapter = {**settings.adapter, "adapters": folders}
     recipe = Recipe(method=settings.method, model=settings.model, data=settings.data, adapter=adapter)
     if not is_routed(settings.method):
@@ -100,10 +100,14 @@ def run_compose(arguments: Sequence[str], *, as_json: bool = False) -> None:
     with atomic_folder(out) as staging:
         run = RunFolder(staging)
         model.save_pretrained(str(run.adapter))
-        write_text(run.adapter / "README.md", model_card(recipe, base.tasks, command_line()))
-        write_text(run.recipe, dump(recipe))
+        kept_settings = {k: v for k, v in recipe.adapter.items() if not k.startswith("instruct_")}
+        told = command_line(but="adapter.instruct_")
+        write_text(run.adapter / "README.md", model_card(recipe, base.tasks, told))
+        write_text(run.recipe, dump(replace(recipe, adapter=kept_settings)))
         layout = {} if base.layout is None else base.layout.to_dict()
         write_json(run.layout, {"tasks": list(base.tasks), **layout})
+    with suppress(OSError):
+        (out.parent / STAGING).rmdir()
     if as_json:
         facts = {"folder": str(out), "method": recipe.method, "model": recipe.model, "experts": rows}
         print(json.dumps(facts, indent=2, ensure_ascii=False))
@@ -116,7 +120,7 @@ def run_compose(arguments: Sequence[str], *, as_json: bool = False) -> None:
         table.add_row(*map(str, row.values()))
     console = Console(highlight=False)
     console.print(table)
-    if config.learns_routing and not carried:
+    if (config.learns_routing or config.is_searched) and not carried:
         logger.warning(
             "the router of method %s is as it was drawn: `moesaic train %s adapter.adapters=… data=…` trains it",
             recipe.method,
@@ -126,12 +130,46 @@ def run_compose(arguments: Sequence[str], *, as_json: bool = False) -> None:
     console.print(f"next: moesaic eval {out}{'' if recipe.data else ' data=HELD_OUT_ROWS'}", soft_wrap=True)
 
 
+_OF_ADAPTERS = ("adapters", "experts", "num_experts")
+
+
+def _check_kinds(adapter: dict[str, Any]) -> None:
+    """Raise ConfigError for settings of the method that compose finds itself."""
+    for key in _OF_ADAPTERS:
+        if key in adapter:
+            raise ConfigError(f"adapter.{key} follows from adapters=…: leave it out")
+
+
+def _place(settings: ComposeSettings, folders: dict[str, str]) -> Path:
+    """Where to write. Raises ConfigError where that would touch what is read, or is not a run's to replace."""
+    out = path_of(settings.out)
+    check_writable(out, f"out={settings.out}")
+    if out.is_symlink():
+        raise ConfigError(f"out={out} is a link: name the folder itself")
+    if out.exists() and not settings.overwrite:
+        raise ConfigError(f"out={out} is already there; overwrite=true replaces it")
+    if out.exists() and not ((out / "recipe.yaml").is_file() and (out / "adapter").is_dir()):
+        raise ConfigError(f"out={out} is not a run's folder, so it is not replaced: name another")
+    general = settings.adapter.get("subtract") or []
+    general = [general] if isinstance(general, str) else general
+    for read in (*folders.values(), *map(str, general), settings.data, settings.extend):
+        source = path_of(read).resolve() if read else None
+        if source is None or not source.exists():
+            continue
+        target = out.resolve()
+        if target == source or target in source.parents or source in target.parents:
+            raise ConfigError(f"out={out} and {read}, which is read, lie in each other: write somewhere else")
+    return out
+
+
 def _folders(adapters: Any) -> dict[str, str]:
     """Expert name -> folder; its own name for one that is not given another."""
     if not adapters:
         return {}
     if isinstance(adapters, dict):
         return {str(name): str(folder) for name, folder in adapters.items()}
+    if not isinstance(adapters, (str, list)):
+        raise ConfigError(f"adapters={adapters} must be folders, comma-separated, or {{NAME: FOLDER, …}}")
     listed = [adapters] if isinstance(adapters, str) else list(map(str, adapters))
     from moesaic.lora.store import name_of
 
@@ -159,9 +197,13 @@ def _extended(
         )
     method = given.get("method", recipe.method)
     stored = dict(recipe.adapter)
-    sources = _folders(stored.pop("adapters"))
+    sources = _folders(stored.pop("adapters", None))
+    if set(sources) != set(before.experts) or len(before.experts) != len(sources):
+        raise AdapterError(f"{path} is damaged: its recipe names other adapters than its adapter has experts")
+    if "subtract" in settings.adapter and settings.adapter["subtract"] != stored.get("subtract"):
+        raise ConfigError("subtract changes every expert, so that none could stay as it is: compose anew")
     if method != recipe.method:
-        stored = {}
+        stored = {key: stored[key] for key in ("subtract", "ignore_base") if key in stored}
     names_after = experts_after(before.experts, list(new), settings.drop or [])
     kept = [name for name in before.experts if name in names_after and name not in new]
     for name in kept:
@@ -171,6 +213,8 @@ def _extended(
                 f"expert={name} out=NEW` writes it anew, and adapters={{{name}: NEW, …}} names it"
             )
     told = {**(getattr(before, "instructions", None) or {}), **(settings.adapter.get("instructions") or {})}
+    if settings.adapter.get("instructions") and "instructions" not in adapter_settings(method):
+        raise ConfigError(f"method {method} has no instructions")
     if told and "instructions" in adapter_settings(method):
         stored["instructions"] = {name: text for name, text in told.items() if name in names_after}
     changed = replace(

@@ -193,12 +193,16 @@ def _check_adapter(run: RunFolder, recipe: Recipe) -> None:
     _check_settings(run, recipe, config)
 
 
+_OF_ADAPTERS = ("r", "rank_pattern", "lora_alpha", "use_rslora", "target_modules", "layers_to_transform")
+"""Settings that a recipe may have, and that adapters bring along themselves."""
+
+
 def _without_sources(recipe: Recipe, config: Any) -> Recipe:
     """A composed run's recipe as its adapter is by itself: the adapters that it was made of are not asked for."""
     experts = getattr(config, "experts", None)
     if experts is None:
         return recipe
-    kept = {k: v for k, v in recipe.adapter.items() if k not in config.unsaved}
+    kept = {k: v for k, v in recipe.adapter.items() if k not in (*config.unsaved, *_OF_ADAPTERS)}
     return replace(recipe, adapter={**kept, "experts": experts, "num_experts": len(experts)})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from moesaic.training import Prepared
+
+logger = logging.getLogger(__name__)
 
 _COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red", "bright_black", "bright_cyan")
 _BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -66,7 +69,10 @@ def explain(prepared: Prepared, prompt: str, *, task: str = "") -> dict[str, Any
         raise ConfigError(f"method {prepared.recipe.method} has no routers: there is nothing to inspect")
     config = prepared.model.peft_config["default"]
     device = next(prepared.model.parameters()).device
-    inputs = prepared.base.tokenizer(prompt, return_tensors="pt").to(device)
+    longest = prepared.recipe.max_length
+    inputs = prepared.base.tokenizer(prompt, return_tensors="pt", truncation=True, max_length=longest).to(device)
+    if inputs["input_ids"].shape[1] == longest:
+        logger.warning("the prompt may be cut: the run has max_length=%d tokens", longest)
     scores = config.scores([prompt])
     seen = _Collector()
     host = find_host(prepared.model)
@@ -141,7 +147,7 @@ def shown(found: dict[str, Any]) -> RenderableType:
         if told:
             row.append(f"{told[e]:.2f}")
         shares = [layer[e] for layer in found["by_layer"].values()]
-        bars = [f"{_BLOCKS[round(share * (len(_BLOCKS) - 1))]} {share:.0%}" for share in shares]
+        bars = [f"{_BLOCKS[round(min(max(share, 0), 1) * (len(_BLOCKS) - 1))]} {share:.0%}" for share in shares]
         table.add_row(Text(name, style=_colour(e)), *row, *bars)
     line = Text()
     for token, row in zip(found["tokens"], found["by_token"], strict=True):

@@ -24,11 +24,15 @@ def versions() -> dict[str, str]:
     return found
 
 
-def command_line() -> str:
-    """The command this process was started with, the program by its bare name, as a user types it."""
+def command_line(*, but: str | None = None) -> str:
+    """The command this process was started with, the program by its bare name, as a user types it.
+
+    Args:
+        but: arguments that start so are left out.
+    """
     program = Path(sys.argv[0])
     name = "moesaic" if program.resolve() == Path(__file__).with_name("cli.py") else program.name
-    return shlex.join([name, *sys.argv[1:]])
+    return shlex.join([name, *[a for a in sys.argv[1:] if but is None or not a.startswith(but)]])
 
 
 def device_name(device: Any) -> str:

@@ -79,7 +79,19 @@ def outline(recipe: Recipe, examples: Sequence[Example]) -> Base:
 
 def check_tasks(recipe: Recipe, tasks: Sequence[str]) -> None:
     """Raise ConfigError where the method gates by task id, and there is one task only."""
-    config = adapter_config(recipe, num_tasks=len(tasks))
+    config: Any = adapter_config(recipe, num_tasks=len(tasks))
+    stored = experts_of(recipe)
+    if stored and (config.needs_own_task or config.needs_tasks):
+        own = {expert.name: heads.tasks_of(expert) for expert in stored}
+        without = [task for task in tasks if not any(task in found for found in own.values())]
+        idle = [name for name, found in own.items() if not set(found) & set(tasks)]
+        if without or idle:
+            what = f"no adapter is of task {without[0]!r}" if without else f"no row is of adapter {idle[0]!r}"
+            raise ConfigError(
+                f"method={recipe.method} takes each row by its own adapter, and {what}: name adapters as their tasks, "
+                "adapters={TASK: FOLDER, …}, and tasks=… picks the rows"
+            )
+        return
     if getattr(config, "needs_tasks", False) and len(tasks) < 2:
         raise ConfigError(
             f"method={recipe.method} gates by task id, but tasks={','.join(tasks)} is one task only: add another, or "

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moesaic.errors import ConfigError
-from moesaic.lora.config import MixtureConfig
+from moesaic.lora.config import LARGEST, MixtureConfig
 from moesaic.routing import Gate, Router, RoutingContext, Site, TopK
 
 
@@ -73,8 +73,10 @@ class ArrowConfig(MixtureConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.router_temperature <= 0:
-            raise ConfigError(f"router_temperature={self.router_temperature} must be above 0")
+        if not 1e-6 <= self.router_temperature <= LARGEST:
+            raise ConfigError(
+                f"router_temperature={self.router_temperature} must be above 0, from 1e-06 to {LARGEST:g}"
+            )
 
     def router(self, site: Site) -> Router:
         return ArrowRouter(site.d_in, self.num_experts, temperature=self.router_temperature)

@@ -17,6 +17,11 @@ from moesaic.errors import AdapterError, ConfigError, first_line, suggest
 from moesaic.lora.layer import MixtureLinear
 from moesaic.lora.store import WEIGHTS
 
+_CHANGED = (
+    "the adapters that {folder} was made of have other ranks or modules now, so that its experts cannot stay as they "
+    "are: restore them, or compose anew"
+)
+
 
 def experts_after(before: Sequence[str], add: Sequence[str], drop: Sequence[str]) -> list[str]:
     """The experts' names: those that stay, in their order, then new ones; one of a name that is there replaces it.
@@ -56,9 +61,11 @@ def carry_over(folder: Path, model: nn.Module, before: Sequence[str], kept: Mapp
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as opened:
             keys = set(opened.keys())
+            gone = {key for key in keys if key.endswith(".moe_lora_B")}
             for path, layer in model.named_modules():
                 if not isinstance(layer, MixtureLinear) or f"{path}.moe_lora_A" not in keys:
                     continue
+                gone.discard(f"{path}.moe_lora_B")
                 router = layer.router("default")
                 assert router is not None
                 after = router.num_experts
@@ -66,6 +73,8 @@ def carry_over(folder: Path, model: nn.Module, before: Sequence[str], kept: Mapp
                     write = getattr(layer, part)["default"].unflatten(0, (after, -1))
                     read = opened.get_tensor(f"{path}.{part}").unflatten(0, (len(before), -1))
                     rank = min(read.shape[1], write.shape[1])  # what one has more of the other has zeros for
+                    if bool(read[of][:, rank:].any()):
+                        raise AdapterError(_CHANGED.format(folder=folder))
                     write[to] = 0.0
                     write[to, :rank] = read[of][:, :rank]
                 layer.moe_lora_scaling["default"][to] = opened.get_tensor(f"{path}.moe_lora_scaling")[of]
@@ -81,7 +90,10 @@ def carry_over(folder: Path, model: nn.Module, before: Sequence[str], kept: Mapp
                     else:
                         continue
                     carried += 1
-    except (SafetensorError, OSError) as error:
+            for key in gone:
+                if bool(opened.get_tensor(key).unflatten(0, (len(before), -1))[of].any()):
+                    raise AdapterError(_CHANGED.format(folder=folder))
+    except (SafetensorError, OSError, RuntimeError, IndexError) as error:
         raise AdapterError(f"{folder / WEIGHTS} is damaged ({first_line(error)}): restore it from a copy") from None
 
     return carried

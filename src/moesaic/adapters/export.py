@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moesaic.errors import AdapterError, ConfigError, suggest
+from moesaic.errors import AdapterError, ConfigError, first_line, suggest
 from moesaic.lora.config import MixtureConfig
 from moesaic.lora.loading import check_folder
 from moesaic.lora.store import WEIGHTS
@@ -81,7 +81,8 @@ def collapse(folder: Path, out: Path, *, rank: int | None = None) -> dict[str, f
         )
     if rank is not None and rank < 1:
         raise ConfigError(f"rank={rank} must be at least 1")
-    pairs, errors = {}, {}
+    pairs: dict[str, Pair] = {}
+    errors: dict[str, float] = {}
     for module, A, B, scaling, weights in _modules(folder, config):
         if config.merges_factors:
             a, b = (weights[:, None, None] * A).sum(0), ((weights * scaling)[:, None, None] * B).sum(0)
@@ -91,8 +92,14 @@ def collapse(folder: Path, out: Path, *, rank: int | None = None) -> dict[str, f
                 continue
             a, b = (torch.cat(part) for part in zip(*kept, strict=True))
         used = (a.abs().amax(1) * b.abs().amax(1)) > 0
+        if not bool(used.any()):
+            continue
         a, b, errors[module] = truncated(a[used], b[used], rank)
         pairs[module] = Pair(a, b.t(), 1.0)
+    if not pairs:
+        raise AdapterError(
+            f"{folder} changes nothing, its experts or their weights being 0: there is nothing to export"
+        )
     _write(pairs, config, out)
     return errors
 
@@ -129,6 +136,15 @@ def _composed(folder: Path) -> MixtureConfig:
 
 def _modules(folder: Path, config: MixtureConfig) -> Iterator[tuple[str, Tensor, Tensor, Tensor, Tensor]]:
     """Of each module: name, A (E, r, d_in), B (E, r, d_out), scalings (E,), and the weights of a zero input (E,)."""
+    try:
+        yield from _read_modules(folder, config)
+    except (SafetensorError, RuntimeError, KeyError) as error:
+        raise AdapterError(
+            f"{folder / WEIGHTS} is damaged ({first_line(error)}): restore it, or compose anew"
+        ) from None
+
+
+def _read_modules(folder: Path, config: MixtureConfig) -> Iterator[tuple[str, Tensor, Tensor, Tensor, Tensor]]:
     number = config.num_experts
     with safe_open(folder / WEIGHTS, framework="pt") as opened:
         keys = list(opened.keys())
@@ -138,6 +154,8 @@ def _modules(folder: Path, config: MixtureConfig) -> Iterator[tuple[str, Tensor,
             whole = key.removesuffix(_A)
             A, B = (opened.get_tensor(whole + part).unflatten(0, (number, -1)) for part in (_A, _B))
             scaling = opened.get_tensor(whole + _SCALING)
+            if A.shape[1] != B.shape[1] or len(scaling) != number or len(config.experts or ()) != number:
+                raise AdapterError(f"{folder} is damaged: {whole} does not fit its {number} experts; compose anew")
             module = whole.removeprefix(_PREFIX)
             weights = torch.empty(0)
             if config.is_static:

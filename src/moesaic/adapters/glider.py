@@ -29,6 +29,7 @@ from moesaic.adapters.instructions import Instructor
 from moesaic.adapters.phatgoose import GateRouter, OwnSigmoid
 from moesaic.adapters.prompts import PromptConfig, encoder_of, scores_of
 from moesaic.errors import ConfigError
+from moesaic.lora.config import LARGEST
 from moesaic.routing import Gate, Router, RoutingContext, Site, TopK
 
 THRESHOLD = 0.8
@@ -96,6 +97,7 @@ class GliderConfig(PromptConfig):
     unsaved: ClassVar[tuple[str, ...]] = (*PromptConfig.unsaved, "instruct_url", "instruct_model", "instruct_cache")
     """The endpoint is not saved, so that an adapter from elsewhere sends nobody's prompts anywhere."""
     by_mean: ClassVar[bool] = True
+    needs_own_task: ClassVar[bool] = True
 
     top_k: int | None = field(default=None, metadata={"help": "experts a token; two where left out"})
     instructions: dict[str, str] | None = field(
@@ -117,8 +119,11 @@ class GliderConfig(PromptConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.alpha != "adaptive" and not isinstance(self.alpha, (int, float)):
-            raise ConfigError(f"alpha={self.alpha!r} must be a number, or adaptive")
+        number = isinstance(self.alpha, (int, float)) and abs(self.alpha) <= LARGEST
+        if self.alpha != "adaptive" and not number:
+            raise ConfigError(f"alpha={self.alpha!r} must be a number of at most {LARGEST:g}, or adaptive")
+        if self.threshold is not None and not -1 <= self.threshold <= 1:
+            raise ConfigError(f"threshold={self.threshold} must be between -1 and 1, as cosines are")
         if (self.instruct_url is None) != (self.instruct_model is None):
             raise ConfigError("instruct_url and instruct_model go together: an endpoint, and a model's name there")
         if self.threshold is None:
@@ -136,6 +141,17 @@ class GliderConfig(PromptConfig):
         queries = encoder_of(self.encoder)(self.written([text for found in own for text in found]))
         owners = torch.repeat_interleave(torch.tensor([len(found) for found in own]))
         return calibrated(queries @ self._vectors[:, 0].t(), owners)
+
+    def _check_texts(self) -> None:
+        super()._check_texts()
+        told = self.instructions
+        if told is not None and not (
+            isinstance(told, dict) and told and all(isinstance(text, str) and text.strip() for text in told.values())
+        ):
+            raise ConfigError(
+                "instructions must be one text by expert; on the command line a text with a comma or a colon is quoted "
+                "twice: 'adapter.instructions.NAME=\"…\"'"
+            )
 
     def expert_texts(self) -> dict[str, list[str]]:
         if self.instructions is None and self.texts and self.instruct_url and self.store is not None:

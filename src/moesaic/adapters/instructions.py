@@ -15,7 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from urllib.request import Request, urlopen
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from moesaic.errors import ConfigError, first_line
 
@@ -30,6 +32,13 @@ _ASKED = (
     "the task is in general: what is given, what is to be made of it, and the skill that this takes. Name nothing that "
     "is particular to the examples. Answer with that sentence alone."
 )
+
+
+class _NoRedirects(HTTPRedirectHandler):
+    """A redirect would take the key to somebody else: it is an error."""
+
+    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
+        return None
 
 
 @dataclass
@@ -72,8 +81,12 @@ class Instructor:
                     failure = first_line(error)
             found.append(sentence or examples[0])
         if failure:
+            where = urlsplit(self.base_url)
             logger.warning(
-                "%s did not answer (%s): the examples' own text stands in for instructions", self.base_url, failure
+                "%s://%s did not answer (%s): the examples' own text stands in for instructions",
+                where.scheme,
+                where.netloc.rpartition("@")[2],
+                failure,
             )
         return found
 
@@ -106,10 +119,11 @@ class Instructor:
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get(KEY) or 'none'}"}
         request = Request(f"{self.base_url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)
         try:
-            with urlopen(request, timeout=self.timeout) as response:
+            with build_opener(_NoRedirects).open(request, timeout=self.timeout) as response:
                 answer = json.load(response)
             sentence = " ".join(str(answer["choices"][0]["message"]["content"] or "").split())
-        except (HTTPException, LookupError, TypeError, ValueError) as error:
+            sentence.encode()
+        except (HTTPException, LookupError, TypeError, ValueError, RecursionError) as error:
             raise OSError(f"its answer cannot be read: {first_line(error)}") from None
         if not sentence:
             raise OSError("the answer is empty")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from moesaic.errors import ConfigError, MissingDependency
-from moesaic.lora.config import MixtureConfig
+from moesaic.lora.config import LARGEST, MixtureConfig
 from moesaic.routing import Gate, Router, Routing, RoutingContext, Site
 
 BOUND = 1.5
@@ -59,6 +59,7 @@ class LoraHubConfig(MixtureConfig):
     summary: ClassVar[str] = "weights for the adapters' factors, searched without gradients on a few examples"
     learns_routing: ClassVar[bool] = False
     needs_adapters: ClassVar[bool] = True
+    is_searched: ClassVar[bool] = True
     is_static: ClassVar[bool] = True
     merges_factors: ClassVar[bool] = True
 
@@ -72,6 +73,8 @@ class LoraHubConfig(MixtureConfig):
         super().__post_init__()
         if self.budget < 1:
             raise ConfigError(f"budget={self.budget} must be at least 1")
+        if self.weights is not None and not all(abs(weight) <= LARGEST for weight in self.weights):
+            raise ConfigError(f"weights={self.weights} must be finite numbers, of at most {LARGEST:g}")
         if self.weights is not None and len(self.weights) != self.num_experts:
             raise ConfigError(f"weights has {len(self.weights)} entries for {self.num_experts} adapters")
 

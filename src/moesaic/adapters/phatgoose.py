@@ -62,6 +62,7 @@ class PhatgooseConfig(MixtureConfig):
     paper: ClassVar[str] = "PHATGOOSE (ICML 2024, arXiv 2402.05859)"
     summary: ClassVar[str] = "a gate for each adapter, trained on its own data in minutes; correlations route"
     needs_adapters: ClassVar[bool] = True
+    needs_own_task: ClassVar[bool] = True
 
     top_k: int | None = field(default=None, metadata={"help": "experts a token; two where left out"})
 

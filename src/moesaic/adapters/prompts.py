@@ -62,9 +62,11 @@ def routing_prompts(model: nn.Module, prompts: Sequence[str]) -> Iterator[None]:
     Raises:
         ConfigError: the active mixture does not route by prompts.
     """
+    if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ConfigError("prompts must be texts, one a row")
     peft = next((m for m in model.modules() if hasattr(m, "peft_config") and hasattr(m, "active_adapter")), None)
     config: Any = None if peft is None else peft.peft_config[peft.active_adapter]  # type: ignore[index]
-    scores = None if config is None else config.scores(list(prompts))
+    scores = config.scores(list(prompts)) if isinstance(config, MixtureConfig) else None
     if scores is None:
         raise ConfigError("this mixture does not route by prompts: only glider and retrieval do")
     with routing_scores(model, scores):
@@ -127,6 +129,7 @@ class PromptConfig(MixtureConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._vectors: Tensor | None = None
+        self._check_texts()
         texts = self.expert_texts()
         if self.store is None or not texts:
             return
@@ -148,6 +151,18 @@ class PromptConfig(MixtureConfig):
         rows = [list(islice(cycle(texts[name]), most)) for name in self.experts or ()]
         vectors = encoder_of(self.encoder)([text for row in rows for text in row]).view(len(rows), most, -1)
         return F.normalize(vectors.mean(dim=1, keepdim=True), dim=-1) if self.by_mean else vectors
+
+    def _check_texts(self) -> None:
+        """Raise ConfigError where texts are not lists of texts by expert."""
+        given = self.texts
+        if given is not None and not (
+            isinstance(given, dict)
+            and given
+            and all(
+                isinstance(rows, (list, tuple)) and all(isinstance(row, str) for row in rows) for rows in given.values()
+            )
+        ):
+            raise ConfigError("texts must hold lists of texts by expert, {NAME: [TEXT, …], …}")
 
     def expert_texts(self) -> dict[str, list[str]]:
         return self.texts or {}

@@ -58,6 +58,10 @@ class MixtureConfig(PeftConfig):
     """Whether weights are the same for every input, so that the mixture is one LoRA in another shape."""
     unsaved: ClassVar[tuple[str, ...]] = ("adapters", "subtract")
     """Settings that an adapter is made by and does not need any more."""
+    is_searched: ClassVar[bool] = False
+    """Whether `fit` finds its weights, and there are none before."""
+    needs_own_task: ClassVar[bool] = False
+    """Whether each expert is trained or chosen by its own task's rows."""
     needs_targets: ClassVar[bool] = False
     """Whether its auxiliary loss compares with `routing_targets` of the batch."""
 
@@ -165,6 +169,12 @@ class MixtureConfig(PeftConfig):
     def _take_adapters(self) -> None:
         """Read what the adapters are: their number, names, modules and ranks are the mixture's."""
         self.store: Store | None = None
+        for key in ("adapters", "subtract"):
+            given = getattr(self, key)
+            if isinstance(given, str):
+                setattr(self, key, [given])
+            elif given is not None and not _are_folders(given, named=key == "adapters"):
+                raise ConfigError(f"{key}={given!r} must be folders{', or folders by name' * (key == 'adapters')}")
         if self.adapters is None:
             return
         if self.target_modules is not None or self.lora_target_modules is not None:
@@ -260,6 +270,12 @@ def _check_kinds(config: MixtureConfig) -> None:
         kinds = (hint,) if hint in _KINDS else get_args(hint)
         if kinds and all(kind in _KINDS for kind in kinds) and not any(_is(value, kind) for kind in kinds):
             raise ConfigError(f"{f.name}={value!r} must be {' or '.join(_KINDS[kind] for kind in kinds)}")
+
+
+def _are_folders(given: Any, *, named: bool) -> bool:
+    if isinstance(given, dict):
+        return named and all(isinstance(part, str) for pair in given.items() for part in pair)
+    return isinstance(given, (list, tuple)) and all(isinstance(folder, str) for folder in given)
 
 
 def _is_ranks(pattern: Any) -> bool:

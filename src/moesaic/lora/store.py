@@ -21,11 +21,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moesaic.errors import AdapterError, ConfigError, first_line
+from moesaic.errors import AdapterError, ConfigError, first_line, path_of
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
 _PREFIX = "base_model.model."
+_HEADS = f"{_PREFIX}task_heads."
+"""Of encoders: the only thing beside LoRA that an expert may bring along."""
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 _REFUSED = {
     "use_dora": "DoRA rescales by the norm of the whole updated weight, so it is no sum of experts",
@@ -110,6 +112,12 @@ def read_expert(folder: str | Path, name: str | None = None) -> StoredExpert:
     for key, why in _REFUSED.items():
         if config.get(key):
             raise AdapterError(f"{path} cannot be an expert: {key}={config[key]!r}, and {why}")
+    start = str(config.get("init_lora_weights", True)).lower()
+    if start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+        raise AdapterError(
+            f"{path} cannot be an expert: init_lora_weights={start!r} changed the base model's own weights; convert it "
+            "to plain LoRA (path_initial_model_for_weight_conversion of PEFT)"
+        )
     if config.get("bias", "none") != "none":
         raise AdapterError(f"{path} cannot be an expert: bias={config['bias']!r}, and a trained bias is not routed")
     shapes = _shapes(path)
@@ -125,6 +133,9 @@ def read_expert(folder: str | Path, name: str | None = None) -> StoredExpert:
             extras.append(key)
     if not sides:
         raise AdapterError(f"{path} holds no LoRA of a linear layer")
+    whole = next((key for key in extras if not key.startswith(_HEADS)), None)
+    if whole is not None:
+        raise AdapterError(f"{path} cannot be an expert: it also trained {whole} as a whole, which is not routed")
     factors = {module: _factor(path, config, module, keys, shapes) for module, keys in sorted(sides.items())}
     base = str(config.get("base_model_name_or_path") or "")
     return StoredExpert(called, path, base, config, factors, tuple(extras))
@@ -140,7 +151,7 @@ def _place(folder: str | Path) -> Path:
     """A local folder, or the folder that a hub id was fetched to."""
     if not isinstance(folder, (str, Path)) or not str(folder):
         raise AdapterError(f"{folder!r} must be the path of an adapter's folder, or a hub id")
-    path = Path(folder).expanduser()
+    path = path_of(folder)
     if path.is_dir():
         return path
     if path.exists():
@@ -201,6 +212,8 @@ def _factor(
     a, b = shapes[keys["A"]], shapes[keys["B"]]
     if len(a) != 2 or len(b) != 2:
         raise AdapterError(f"{path} cannot be an expert: {module} is a convolution, not a linear layer")
+    if not a[0]:
+        raise AdapterError(f"{path} is damaged: {module} has rank 0")
     rank, alpha = (
         _by_pattern(config, module, *names) for names in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
     )
