@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from moesaic.adapters.glider import THRESHOLD, GliderConfig, calibrated
 from moesaic.adapters.instructions import Instructor
@@ -127,8 +127,6 @@ def test_one_expert_changes_and_the_rest_stays_bit_for_bit(place: Path, tmp_path
     file = tmp_path / "a" / "adapter" / "adapter_model.safetensors"
     stored = load_file(file)
     torch.manual_seed(3)
-    from safetensors.torch import save_file
-
     trained = {k: torch.randn_like(v) if k.endswith("router.gates") else v for k, v in stored.items()}
     save_file(trained, file, metadata={"format": "pt"})
     extend = ["compose", f"extend={tmp_path / 'a'}", "adapter.ignore_base=true"]
@@ -289,6 +287,8 @@ def test_a_router_trained_over_adapters_is_evaluated_without_them(place: Path, t
         "adapter.alpha=1e300",
         "adapter.num_experts=9",
         "adapter.adapters=/nope",
+        "adapter.task_of=7,8",
+        "adapter.modules_to_save=lm_head",
     ],
 )
 def test_settings_of_the_wrong_kind_are_one_line(place: Path, tmp_path: Path, capsys: Any, setting: str) -> None:
@@ -298,6 +298,34 @@ def test_settings_of_the_wrong_kind_are_one_line(place: Path, tmp_path: Path, ca
     assert said.count("\n") == 1
     assert setting.partition("=")[0].split(".")[1] in said
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_the_output_layer_is_composed(place: Path, tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False, task_type="CAUSAL_LM")
+    source = get_peft_model(load_model("nano").model, config)
+    source.save_pretrained(str(tmp_path / "head"), save_embedding_layers=False)
+    given = [f"adapters={tmp_path / 'head'}", "model=nano", "method=uniform", f"out={tmp_path / 'out'}"]
+    assert main(["compose", *given]) == 0
+    ids = torch.arange(5, 25)[None]
+    made = PeftModel.from_pretrained(load_model("nano").model, str(tmp_path / "out" / "adapter")).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(made(input_ids=ids).logits, source.eval()(input_ids=ids).logits, rtol=0, atol=1e-5)
+
+
+def test_a_router_that_lost_a_tensor_is_not_extended(place: Path, tmp_path: Path, capsys: Any) -> None:
+    assert main(asked(place, tmp_path / "a", "method=phatgoose")) == 0
+    file = tmp_path / "a" / "adapter" / "adapter_model.safetensors"
+    kept = {k: v for k, v in load_file(file).items() if not ("layers.0." in k and k.endswith("gates"))}
+    save_file(kept, file, metadata={"format": "pt"})
+    assert main(["compose", f"extend={tmp_path / 'a'}", "drop=up", f"out={tmp_path / 'b'}"]) == 2
+    assert "is damaged: it lacks" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_cache_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match="is no folder"):
+        Instructor("http://127.0.0.1:9/v1", "m", tmp_path / "file")
 
 
 def test_weights_of_lorahub_are_searched_before_anything_is_exported(

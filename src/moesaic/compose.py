@@ -10,7 +10,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moesaic.checkpoints import STAGING, RunFolder, atomic_folder, check_writable, run_path, write_json, write_text
+from moesaic.checkpoints import (
+    STAGING,
+    RunFolder,
+    atomic_folder,
+    check_writable,
+    read_json,
+    run_path,
+    write_json,
+    write_text,
+)
 from moesaic.embedded import load_outline, resolve
 from moesaic.errors import AdapterError, ConfigError, path_of
 from moesaic.recipe import Recipe, adapter_config, adapter_settings, all_adapter_settings, dump, is_routed, load_recipe
@@ -95,11 +104,12 @@ def run_compose(arguments: Sequence[str], *, as_json: bool = False) -> None:
     if kept:
         source = adapter_of(path_of(settings.extend))
         names_now, before = model.peft_config["default"].experts, check_folder(source).experts or []
-        carried = carry_over(source, model, before, {names_now.index(name): name for name in kept})
+        again = check_folder(source).method == recipe.method
+        carried = carry_over(source, model, before, {names_now.index(name): name for name in kept}, whole=again)
     rows = [_row(expert) for expert in experts]
     with atomic_folder(out) as staging:
         run = RunFolder(staging)
-        model.save_pretrained(str(run.adapter))
+        model.save_pretrained(str(run.adapter), save_embedding_layers=False)
         kept_settings = {k: v for k, v in recipe.adapter.items() if not k.startswith("instruct_")}
         told = command_line(but="adapter.instruct_")
         write_text(run.adapter / "README.md", model_card(recipe, base.tasks, told))
@@ -138,6 +148,9 @@ def _check_kinds(adapter: dict[str, Any]) -> None:
     for key in _OF_ADAPTERS:
         if key in adapter:
             raise ConfigError(f"adapter.{key} follows from adapters=…: leave it out")
+    for key in ("modules_to_save", "trainable_token_indices"):
+        if key in adapter:
+            raise ConfigError(f"adapter.{key} names what is trained, and compose trains nothing: `moesaic train` does")
 
 
 def _place(settings: ComposeSettings, folders: dict[str, str]) -> Path:
@@ -198,7 +211,7 @@ def _extended(
     method = given.get("method", recipe.method)
     stored = dict(recipe.adapter)
     sources = _folders(stored.pop("adapters", None))
-    if set(sources) != set(before.experts) or len(before.experts) != len(sources):
+    if set(sources) != set(before.experts) or not len(sources) == len(before.experts) == before.num_experts:
         raise AdapterError(f"{path} is damaged: its recipe names other adapters than its adapter has experts")
     if "subtract" in settings.adapter and settings.adapter["subtract"] != stored.get("subtract"):
         raise ConfigError("subtract changes every expert, so that none could stay as it is: compose anew")
@@ -208,6 +221,10 @@ def _extended(
     kept = [name for name in before.experts if name in names_after and name not in new]
     for name in kept:
         if "/" in sources[name] and not path_of(sources[name]).is_dir():
+            if (path / "layout.json").is_file() and "labels" in read_json(path / "layout.json"):
+                raise ConfigError(
+                    f"the folder of expert {name}, {sources[name]}, is gone, and with it its task's head: restore it"
+                )
             raise ConfigError(
                 f"the folder of expert {name}, {sources[name]}, is gone: `moesaic export {settings.extend} "
                 f"expert={name} out=NEW` writes it anew, and adapters={{{name}: NEW, …}} names it"
@@ -275,6 +292,9 @@ def run_export(folder: str, arguments: Sequence[str], *, as_json: bool = False) 
             f"{max(lost):.1%} at most"
         )
     print(f"written: {out}, a LoRA adapter of {facts['modules']} modules for stock PEFT")
+    layout = path_of(folder) / "layout.json"
+    if layout.is_file() and "labels" in read_json(layout):
+        logger.warning("the tasks' heads stay in %s: what is written is the LoRA of its encoder", folder)
 
 
 def _span(numbers: Sequence[float]) -> str:

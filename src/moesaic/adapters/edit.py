@@ -42,7 +42,9 @@ def experts_after(before: Sequence[str], add: Sequence[str], drop: Sequence[str]
 
 
 @torch.no_grad()
-def carry_over(folder: Path, model: nn.Module, before: Sequence[str], kept: Mapping[int, str]) -> int:
+def carry_over(
+    folder: Path, model: nn.Module, before: Sequence[str], kept: Mapping[int, str], *, whole: bool = False
+) -> int:
     """Give experts of `model` what they are in a saved mixture: factors, scalings and their part of every router.
 
     Of routers, what both have by the same name and size: all of it in one method, PHATGOOSE's gates in GLIDER.
@@ -51,6 +53,7 @@ def carry_over(folder: Path, model: nn.Module, before: Sequence[str], kept: Mapp
         folder: the saved adapter. before: its experts' names.
         model: a model of the same base; method, ranks, modules and other experts may differ.
         kept: position in `model` to name in `folder`, of the experts that stay.
+        whole: the methods are one, so that nothing of a router may be missing.
     Returns:
         How many of the routers' tensors were carried over.
     Raises:
@@ -80,7 +83,11 @@ def carry_over(folder: Path, model: nn.Module, before: Sequence[str], kept: Mapp
                 layer.moe_lora_scaling["default"][to] = opened.get_tensor(f"{path}.moe_lora_scaling")[of]
                 for name, values in (*router.named_parameters(), *router.named_buffers()):
                     key = f"{path}.moe_lora_router.{name}"
-                    if key not in keys or name.startswith("library.") or name == "task_of":
+                    if name.startswith("library.") or name == "task_of":
+                        continue
+                    if key not in keys:
+                        if whole:
+                            raise AdapterError(f"{folder} is damaged: it lacks {key}; restore it, or compose anew")
                         continue
                     rows = opened.get_tensor(key)
                     if name in router.shared and rows.shape == values.shape:

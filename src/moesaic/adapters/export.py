@@ -9,6 +9,7 @@ What is written is a standard PEFT adapter: stock PEFT and vLLM serve it, and mo
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -183,10 +184,10 @@ def _write(pairs: dict[str, Pair], config: MixtureConfig, out: Path) -> None:
         base_model_name_or_path=config.base_model_name_or_path,
         inference_mode=True,
     )
-    part = out.with_name(f".{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
-        part.mkdir(parents=True)
+        part.chmod(0o755)
         made.save_pretrained(str(part))
         tensors = {}
         for module, pair in pairs.items():

@@ -12,6 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 KEY = "OPENAI_API_KEY"
 """Environment variable that holds the endpoint's key, where it asks for one. It is sent, and neither kept nor shown."""
+_ANSWERS: dict[str, str] = {}
+"""Of this process, by digest: a config may be built more than once."""
 EXAMPLES = 3
 MAX_TOKENS = 64
 _ASKED = (
@@ -63,6 +66,8 @@ class Instructor:
     def __post_init__(self) -> None:
         if not self.base_url.startswith(("http://", "https://")):
             raise ConfigError(f"instruct_url={self.base_url} must begin with http:// or https://")
+        if self.cache is not None and self.cache.exists() and not self.cache.is_dir():
+            raise ConfigError(f"instruct_cache={self.cache} is no folder")
         if not self.model:
             raise ConfigError("instruct_model is missing: the model's name at the endpoint")
 
@@ -96,7 +101,10 @@ class Instructor:
         digest = hashlib.sha256("\0".join((self.base_url, self.model, asked)).encode()).hexdigest()
         kept = self.cache / f"{digest}.txt" if self.cache else None
         if kept is not None and kept.is_file():
-            return kept.read_text(encoding="utf-8")
+            with suppress(UnicodeDecodeError):
+                return kept.read_text(encoding="utf-8")
+        if digest in _ANSWERS:
+            return _ANSWERS[digest]
         for tried in range(self.retries + 1):
             try:
                 sentence = self._complete(asked)
@@ -105,6 +113,7 @@ class Instructor:
                 if tried == self.retries:
                     raise
                 time.sleep(self.wait * 2**tried)
+        _ANSWERS[digest] = sentence
         if kept is not None:
             kept.parent.mkdir(parents=True, exist_ok=True)
             part = kept.with_suffix(".part")

@@ -185,6 +185,8 @@ class MixtureConfig(PeftConfig):
             raise ConfigError(f"adapters cannot go with method {self.method}, whose experts share one A")
         self.store = Store.read(self.adapters, self.subtract or (), ignore_base=self.ignore_base)
         self.experts, self.num_experts = self.store.names, len(self.store.names)
+        if self.task_of is not None and (len(self.task_of) != self.num_experts or min(self.task_of) < 0):
+            raise ConfigError(f"task_of={self.task_of} must hold a task id for each of {self.num_experts} adapters")
         self.target_modules = list(self.store.modules)
         ranks = {module: self.store.rank(module) for module in self.store.modules}
         self.r = max(ranks.values())
