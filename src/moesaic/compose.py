@@ -22,7 +22,16 @@ from moesaic.checkpoints import (
 )
 from moesaic.embedded import load_outline, resolve
 from moesaic.errors import AdapterError, ConfigError, path_of
-from moesaic.recipe import Recipe, adapter_config, adapter_settings, all_adapter_settings, dump, is_routed, load_recipe
+from moesaic.recipe import (
+    Recipe,
+    adapter_config,
+    adapter_settings,
+    all_adapter_settings,
+    check_follows,
+    dump,
+    is_routed,
+    load_recipe,
+)
 from moesaic.results import command_line, model_card
 from moesaic.settings import build, check_keys, lists, names, parse_overrides, texts
 
@@ -80,6 +89,8 @@ def run_compose(arguments: Sequence[str], *, as_json: bool = False) -> None:
     if not folders:
         raise ConfigError("adapters is missing: adapters=a/,b/ names the folders of at least one LoRA adapter")
     _check_kinds(settings.adapter)
+    if settings.adapter.get("instruct_url") and not settings.data and not settings.adapter.get("texts"):
+        raise ConfigError("adapter.instruct_url writes instructions from rows of each task: data=… names them")
     out = _place(settings, folders)
     adapter = {**settings.adapter, "adapters": folders}
     recipe = Recipe(method=settings.method, model=settings.model, data=settings.data, adapter=adapter)
@@ -112,7 +123,8 @@ def run_compose(arguments: Sequence[str], *, as_json: bool = False) -> None:
         model.save_pretrained(str(run.adapter), save_embedding_layers=False)
         kept_settings = {k: v for k, v in recipe.adapter.items() if not k.startswith("instruct_")}
         told = command_line(but="adapter.instruct_")
-        write_text(run.adapter / "README.md", model_card(recipe, base.tasks, told))
+        how = f"Experts: {', '.join(expert.name for expert in experts)}, put together and not trained any further."
+        write_text(run.adapter / "README.md", model_card(recipe, told, how))
         write_text(run.recipe, dump(replace(recipe, adapter=kept_settings)))
         layout = {} if base.layout is None else base.layout.to_dict()
         write_json(run.layout, {"tasks": list(base.tasks), **layout})
@@ -140,14 +152,11 @@ def run_compose(arguments: Sequence[str], *, as_json: bool = False) -> None:
     console.print(f"next: moesaic eval {out}{'' if recipe.data else ' data=HELD_OUT_ROWS'}", soft_wrap=True)
 
 
-_OF_ADAPTERS = ("adapters", "experts", "num_experts")
-
-
 def _check_kinds(adapter: dict[str, Any]) -> None:
     """Raise ConfigError for settings of the method that compose finds itself."""
-    for key in _OF_ADAPTERS:
-        if key in adapter:
-            raise ConfigError(f"adapter.{key} follows from adapters=…: leave it out")
+    if "adapters" in adapter:
+        raise ConfigError("adapter.adapters follows from adapters=…: leave it out")
+    check_follows(adapter)
     for key in ("modules_to_save", "trainable_token_indices"):
         if key in adapter:
             raise ConfigError(f"adapter.{key} names what is trained, and compose trains nothing: `moesaic train` does")

@@ -16,7 +16,7 @@ from moesaic.embedded import load_model, resolve
 from moesaic.encoder import HEADS, EncoderForTasks, Layout
 from moesaic.errors import AdapterError, ConfigError, first_line, path_of
 from moesaic.precision import numerics
-from moesaic.recipe import PLAIN, Recipe, adapter_config, load_recipe
+from moesaic.recipe import OF_ADAPTERS, PLAIN, Recipe, adapter_config, load_recipe
 from moesaic.results import command_line, versions
 from moesaic.routing import RoutingTrace
 from moesaic.training import Prepared
@@ -193,16 +193,16 @@ def _check_adapter(run: RunFolder, recipe: Recipe) -> None:
     _check_settings(run, recipe, config)
 
 
-_OF_ADAPTERS = ("r", "rank_pattern", "lora_alpha", "use_rslora", "target_modules", "layers_to_transform")
-"""Settings that a recipe may have, and that adapters bring along themselves."""
-
-
 def _without_sources(recipe: Recipe, config: Any) -> Recipe:
     """A composed run's recipe as its adapter is by itself: the adapters that it was made of are not asked for."""
     experts = getattr(config, "experts", None)
     if experts is None:
         return recipe
-    kept = {k: v for k, v in recipe.adapter.items() if k not in (*config.unsaved, *_OF_ADAPTERS)}
+    kept = {
+        k: v
+        for k, v in recipe.adapter.items()
+        if k not in (*config.unsaved, *OF_ADAPTERS, "target_modules", "layers_to_transform")
+    }
     return replace(recipe, adapter={**kept, "experts": experts, "num_experts": len(experts)})
 
 
@@ -250,6 +250,8 @@ def _check_tensors(run: RunFolder, model: Any) -> None:
 
 def _examples(recipe: Recipe, settings: EvalSettings) -> list[Example]:
     source = settings.data or recipe.data
+    if not source:
+        raise ConfigError("data is missing: data=FOLDER holds the rows to score, which the run itself does not name")
     if settings.data is None and Path(source).is_file():
         raise ConfigError(f"the run was trained on one file, {source}: say which rows to score with data=FILE.jsonl")
     examples = data.load(source, settings.split, tasks=settings.tasks or recipe.tasks, on_bad_lines=recipe.on_bad_lines)  # type: ignore[arg-type]

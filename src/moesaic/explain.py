@@ -63,6 +63,7 @@ def explain(prepared: Prepared, prompt: str, *, task: str = "") -> dict[str, Any
     """
     import torch
 
+    from moesaic.answers import check_known
     from moesaic.host import find_host, routing_scores, routing_tasks
 
     if not prepared.routed:
@@ -76,6 +77,7 @@ def explain(prepared: Prepared, prompt: str, *, task: str = "") -> dict[str, Any
     scores = config.scores([prompt])
     seen = _Collector()
     host = find_host(prepared.model)
+    check_known(prepared, [task] if task else [])
     with ExitStack() as stack, torch.no_grad():
         if task:
             if task not in prepared.tasks:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from moesaic.errors import ConfigError, first_line, path_of, suggest
+from moesaic.errors import ConfigError, MoesaicError, first_line, path_of, suggest
 from moesaic.settings import build, check_keys, lists, names, parse_overrides, read_yaml, texts
 
 if TYPE_CHECKING:
@@ -156,10 +156,24 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         stored.pop("adapter", None)  # another method's settings
     for source, values in ((str(file), stored), ("settings", given)):
         check_keys(source, values, names(Recipe), of_adapters=all_adapter_settings)
-    adapter = {**(stored.pop("adapter", None) or {}), **(given.pop("adapter", None) or {})}
+    asked = given.pop("adapter", None) or {}
+    adapter = {**(stored.pop("adapter", None) or {}), **asked}
+    if adapter.get("adapters"):
+        check_follows(asked)
     recipe = build(Recipe, stored, given, {"adapter": adapter})
     check(recipe)
     return recipe
+
+
+OF_ADAPTERS = ("r", "rank_pattern", "lora_alpha", "use_rslora", "num_experts", "experts")
+"""Settings that adapters which become experts bring along."""
+
+
+def check_follows(adapter: dict[str, Any]) -> None:
+    """Raise ConfigError for settings that would be asked of experts that are trained already."""
+    for key in OF_ADAPTERS:
+        if key in adapter:
+            raise ConfigError(f"adapter.{key} follows from the adapters, which are what they are: leave it out")
 
 
 def parse_settings(cls: type[T], overrides: Sequence[str]) -> T:
@@ -269,7 +283,7 @@ def adapter_config(recipe: Recipe, **defaults: Any) -> "PeftConfig":
         settings["modules_to_save"] = sorted({*(settings["modules_to_save"] or ()), *heads})
     try:
         config: PeftConfig = cls(**settings)
-    except ConfigError:
+    except MoesaicError:
         raise
     except (TypeError, ValueError, re.error) as error:
         raise ConfigError(f"adapter settings of {recipe.method}: {first_line(error)}") from None

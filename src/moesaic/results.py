@@ -3,7 +3,6 @@
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -89,7 +88,7 @@ tags: [{tags}]
 
 Made with moesaic {version}: `{command}`
 
-Tasks: {tasks}. Seed {seed}, {steps} steps, learning rate {lr:g}.
+{how}
 
 ```python
 import moesaic  # makes PEFT know the method
@@ -100,8 +99,8 @@ model = PeftModel.from_pretrained(base_model, "this/folder")
 """
 
 
-def model_card(recipe: Any, tasks: Sequence[str], command: str) -> str:
-    """README.md of an adapter folder: what it is and how it is loaded."""
+def model_card(recipe: Any, command: str, how: str) -> str:
+    """README.md of an adapter folder: what it is, how it was made and how it is loaded."""
     tags = ["moesaic", recipe.method, *(["mixture-of-lora"] if is_routed(recipe.method) else [])]
     return _CARD.format(
         model=recipe.model,
@@ -109,8 +108,5 @@ def model_card(recipe: Any, tasks: Sequence[str], command: str) -> str:
         method=recipe.method,
         version=version("moesaic"),
         command=command,
-        tasks=", ".join(tasks),
-        seed=recipe.seed,
-        steps=recipe.steps,
-        lr=recipe.lr,
+        how=how,
     )

@@ -75,9 +75,17 @@ def _parsed(text: str) -> Any:
     import yaml
 
     try:
-        return yaml.safe_load(text) if text else ""
+        found = yaml.safe_load(text) if text else ""
     except (yaml.YAMLError, ValueError, RecursionError):
         return text
+    if isinstance(found, dict):
+        from omegaconf import OmegaConf
+
+        try:
+            OmegaConf.create(text)
+        except yaml.constructor.ConstructorError as error:
+            raise ConfigError(f"{text}: {error.problem}: each key may stand there once") from None
+    return found
 
 
 def _text(value: str) -> str | None:

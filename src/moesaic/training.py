@@ -82,7 +82,8 @@ def train(recipe: Recipe, *, command: str | None = None, progress: bool | None =
             logger.warning("%s: method %s has nothing to train here: no step is made", folder.path, recipe.method)
         with atomic_folder(folder.adapter) as staging:
             prepared.model.save_pretrained(str(staging))
-            write_text(staging / "README.md", model_card(recipe, prepared.tasks, command))
+            how = f"Seed {recipe.seed}, {recipe.steps} steps, learning rate {recipe.lr:g}."
+            write_text(staging / "README.md", model_card(recipe, command, f"Tasks: {', '.join(prepared.tasks)}. {how}"))
         results = _results(trainer, prepared, step, command)
         write_json(folder.results, results)
     return results

@@ -15,7 +15,7 @@ from moesaic import heads
 from moesaic.data import Example
 from moesaic.embedded import LoadedModel, load_outline
 from moesaic.encoder import HEADS, EncoderForTasks, Layout
-from moesaic.errors import ConfigError, first_line
+from moesaic.errors import ConfigError, MoesaicError, first_line
 from moesaic.lora import targets
 from moesaic.lora.store import StoredExpert
 from moesaic.recipe import Recipe, adapter_config, is_routed
@@ -52,10 +52,11 @@ def with_heads(base: LoadedModel, examples: Sequence[Example], recipe: Recipe) -
         model = EncoderForTasks(base.model, layout)
         if not model.task_heads.weight.is_meta:
             heads.load(model, stored)
-        own = {"num_tasks": len(layout.tasks), "task_of": heads.task_ids(stored, layout.tasks)}
+        own = {"num_tasks": len(layout.tasks), "task_of": _task_of(stored, layout.tasks, recipe)}
         return Base(model, layout.tasks, layout, {"modules_to_save": [HEADS], **own, **told})
     if stored:
-        ids = heads.task_ids(stored, tasks)
+        tasks = tuple(sorted({*tasks, *(task for expert in stored for task in heads.tasks_of(expert))}))
+        ids = _task_of(stored, tasks, recipe)
         return Base(
             base.model, tasks, None, {"num_tasks": len(tasks), "task_of": ids, "task_type": "CAUSAL_LM", **told}
         )
@@ -64,6 +65,19 @@ def with_heads(base: LoadedModel, examples: Sequence[Example], recipe: Recipe) -
         return Base(base.model, tasks, None, {**defaults, "task_type": "CAUSAL_LM"})
     layout = Layout.of(examples)
     return Base(EncoderForTasks(base.model, layout), tasks, layout, {**defaults, "modules_to_save": [HEADS]})
+
+
+def _task_of(stored: Sequence[StoredExpert], tasks: Sequence[str], recipe: Recipe) -> list[int] | None:
+    """Each expert's task. Raises ConfigError where the method needs it, and an expert has several."""
+    ids = heads.task_ids(stored, tasks)
+    config: Any = adapter_config(recipe)
+    if ids is None and config.task_of is None and (config.needs_own_task or config.needs_tasks):
+        mixed = next(expert for expert in stored if len(heads.tasks_of(expert)) != 1)
+        raise ConfigError(
+            f"method {recipe.method} has an adapter for a task, and {mixed.name} was trained on "
+            f"{', '.join(heads.tasks_of(mixed)) or 'none'}: name adapters of one task each"
+        )
+    return ids
 
 
 def experts_of(recipe: Recipe) -> tuple[StoredExpert, ...]:
@@ -121,7 +135,7 @@ def wrap(base: Base, recipe: Recipe, *, hollow: bool = False) -> Any:
             if f".{HEADS}." in name and experts_of(recipe):
                 parameter.requires_grad_(False)  # experts answer with the heads that they were trained with
         return wrapped
-    except ConfigError:
+    except MoesaicError:
         raise
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, re.error) as error:
         wanted = recipe.adapter.get("target_modules")

@@ -169,7 +169,7 @@ def _read_modules(folder: Path, config: MixtureConfig) -> Iterator[tuple[str, Te
 
 def _write(pairs: dict[str, Pair], config: MixtureConfig, out: Path) -> None:
     """A PEFT adapter's folder, whole or not at all."""
-    if out.exists():
+    if out.exists() or out.is_symlink():
         raise ConfigError(f"out={out} is already there: name another folder")
     ranks = {module: len(pair.A) for module, pair in pairs.items()}
     alphas = {module: pair.scaling * len(pair.A) for module, pair in pairs.items()}

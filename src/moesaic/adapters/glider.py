@@ -34,8 +34,6 @@ from moesaic.routing import Gate, Router, RoutingContext, Site, TopK
 
 THRESHOLD = 0.8
 """Where nothing is known to calibrate it on."""
-PROBES = 10
-"""Prompts of an expert that an endpoint writes instructions of, to calibrate on."""
 
 
 class GliderRouter(GateRouter):
@@ -131,14 +129,12 @@ class GliderConfig(PromptConfig):
             self.threshold = THRESHOLD if probes is None else self._calibrated(probes)
 
     def _calibrated(self, texts: dict[str, list[str]]) -> float:
-        """`calibrated` on texts of the experts' tasks."""
+        """`calibrated` on texts of the experts' tasks, as they are: a saved adapter has no endpoint to rewrite them."""
         assert self._vectors is not None
         own = [list(dict.fromkeys(texts[name])) for name in self.experts or ()]
         if self.instructions is None and min(map(len, own)) < 2:
             return THRESHOLD
-        if self.instruct_url:
-            own = [found[:PROBES] for found in own]
-        queries = encoder_of(self.encoder)(self.written([text for found in own for text in found]))
+        queries = encoder_of(self.encoder)([text for found in own for text in found])
         owners = torch.repeat_interleave(torch.tensor([len(found) for found in own]))
         return calibrated(queries @ self._vectors[:, 0].t(), owners)
 

@@ -30,6 +30,8 @@ _ANSWERS: dict[str, str] = {}
 """Of this process, by digest: a config may be built more than once."""
 EXAMPLES = 3
 MAX_TOKENS = 64
+LONGEST = 2**20
+"""Bytes of an answer."""
 _ASKED = (
     "Below are up to three examples of one task, or a single input of it. Say in one sentence, in the imperative, what "
     "the task is in general: what is given, what is to be made of it, and the skill that this takes. Name nothing that "
@@ -42,6 +44,16 @@ class _NoRedirects(HTTPRedirectHandler):
 
     def redirect_request(self, *args: Any, **kwargs: Any) -> None:
         return None
+
+
+def _read(response: Any, until: float) -> bytes:
+    """A body that is no larger than `LONGEST` and there in time. Raises OSError otherwise."""
+    found = b""
+    while part := response.read1():
+        found += part
+        if len(found) > LONGEST or time.monotonic() > until:
+            raise OSError("its answer is too long, or takes too long")
+    return found
 
 
 @dataclass
@@ -129,7 +141,7 @@ class Instructor:
         request = Request(f"{self.base_url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)
         try:
             with build_opener(_NoRedirects).open(request, timeout=self.timeout) as response:
-                answer = json.load(response)
+                answer = json.loads(_read(response, time.monotonic() + self.timeout))
             sentence = " ".join(str(answer["choices"][0]["message"]["content"] or "").split())
             sentence.encode()
         except (HTTPException, LookupError, TypeError, ValueError, RecursionError) as error:

@@ -257,6 +257,7 @@ _KINDS = {
     bool: "true or false",
     str: "a text",
     list[int]: "a list of whole numbers",
+    list[float]: "a list of finite numbers",
     dict[str, list[int]]: "lists of whole numbers by module name",
     type(None): "null",
 }
@@ -290,8 +291,8 @@ def _is(value: Any, kind: Any) -> bool:
     """Whether a value is of a kind in `_KINDS`; a switch is no number."""
     if kind == dict[str, list[int]]:
         return isinstance(value, dict) and all(_is(k, str) and _is(v, list[int]) for k, v in value.items())
-    if kind == list[int]:
-        return isinstance(value, (list, tuple)) and all(_is(v, int) for v in value)
+    if kind in (list[int], list[float]):
+        return isinstance(value, (list, tuple)) and all(_is(v, get_args(kind)[0]) for v in value)
     if kind is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))

@@ -44,6 +44,9 @@ _REFUSED = {
     "arrow_config": "it is a router over other adapters: name those",
 }
 """Settings of a LoRA adapter that make it something else than s B A x, and why they cannot be had."""
+_DTYPES = ("F32", "BF16", "F16", "F64")
+_LARGEST = 1e6
+"""Of a scaling: float32 has no digits left for the base beside more."""
 
 
 @dataclass(frozen=True)
@@ -199,7 +202,14 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
         raise AdapterError(f"{path} has no {WEIGHTS}{hint if (path / PICKLE).is_file() else ''}")
     try:
         with safe_open(file, framework="pt") as opened:
-            return {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
+            slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
+            strange = next((key for key, found in slices.items() if found.get_dtype() not in _DTYPES), None)
+            if strange is not None:
+                raise AdapterError(
+                    f"{file} cannot be an expert: {strange} is of {slices[strange].get_dtype()}, and factors are of "
+                    f"{', '.join(_DTYPES)}"
+                )
+            return {key: tuple(found.get_shape()) for key, found in slices.items()}
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{file} is damaged or truncated ({first_line(error)}): restore it from a copy") from None
 
@@ -220,6 +230,8 @@ def _factor(
     if a[0] != b[1] or a[0] != rank:
         raise AdapterError(f"{path} is damaged: {module} has rank {rank:g} by its config, and A {a}, B {b}")
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    if abs(scaling) > _LARGEST:
+        raise AdapterError(f"{path} is damaged: {module} is scaled by {scaling:g}, above {_LARGEST:g}")
     return Factor(a[0], a[1], b[0], scaling, (keys["A"], keys["B"]))
 
 
@@ -309,11 +321,11 @@ class Store:
             factor = expert.factors.get(module)
             if factor is None:
                 continue
-            scaling[number], start = factor.scaling, 0
+            whole, start = factor.scaling or 1.0, 0
+            scaling[number] = whole
             for part in (expert, *(g for g in self.general if module in g.factors)):
-                own, share = part.factors[module], 1.0
-                if part is not expert:
-                    share = -own.scaling / (len(self.general) * factor.scaling)
+                own = part.factors[module]
+                share = own.scaling / (whole if part is expert else -whole * len(self.general))
                 a, b = part.read(module)
                 rows = slice(start, start + own.rank)
                 A[number, rows], B[number, rows] = a.float(), share * b.t().float()
