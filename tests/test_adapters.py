@@ -26,7 +26,8 @@ from moesaic.adapters.prompts import routing_prompts
 from moesaic.errors import AdapterError, ConfigError
 from moesaic.host import find_host, routing_scores, routing_tasks
 from moesaic.lora import METHODS
-from moesaic.lora.store import WEIGHTS, Store, read_expert
+from moesaic.lora.store import Store
+from moesaic.lora.stored import WEIGHTS, read_expert
 from moesaic.routing import RoutingContext
 from tests import tiny
 

@@ -177,7 +177,7 @@ def _compose_epilog() -> str:
 
 
 def _export_epilog() -> str:
-    from moesaic.compose import ExportSettings
+    from moesaic.export import ExportSettings
 
     return _settings_of(ExportSettings)
 
@@ -298,7 +298,7 @@ def _compose(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from moesaic.compose import run_export
+    from moesaic.export import run_export
 
     run_export(args.folder, args.settings, as_json=args.json)
 

@@ -1,4 +1,4 @@
-"""`moesaic compose` and `moesaic export`: adapters to one routed mixture, and out of it again."""
+"""`moesaic compose`: adapters to one routed mixture."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from moesaic.results import command_line, model_card
 from moesaic.settings import build, check_keys, lists, names, parse_overrides, texts
 
 if TYPE_CHECKING:
-    from moesaic.lora.store import StoredExpert
+    from moesaic.lora.stored import StoredExpert
 
 logger = logging.getLogger(__name__)
 
@@ -60,15 +60,6 @@ class ComposeSettings:
     out: str = field(default="composed", metadata={"help": "folder to write"})
     overwrite: bool = field(default=False, metadata={"help": "replace it if it is there"})
     adapter: dict[str, Any] = field(default_factory=dict, metadata={"help": "the method's settings: adapter.top_k=2 …"})
-
-
-@dataclass
-class ExportSettings:
-    """Settings of `moesaic export`."""
-
-    out: str = field(default="exported", metadata={"help": "folder to write"})
-    expert: str = field(default="", metadata={"help": "the expert to write; all of a static mixture where left out"})
-    rank: int | None = field(default=None, metadata={"help": "the largest rank of a collapsed mixture's modules"})
 
 
 def run_compose(arguments: Sequence[str], *, as_json: bool = False) -> None:
@@ -193,7 +184,7 @@ def _folders(adapters: Any) -> dict[str, str]:
     if not isinstance(adapters, (str, list)):
         raise ConfigError(f"adapters={adapters} must be folders, comma-separated, or {{NAME: FOLDER, …}}")
     listed = [adapters] if isinstance(adapters, str) else list(map(str, adapters))
-    from moesaic.lora.store import name_of
+    from moesaic.lora.stored import name_of
 
     names = [name_of(folder) for folder in listed]
     doubled = next((name for name in names if names.count(name) > 1), None)
@@ -273,37 +264,6 @@ def _row(expert: StoredExpert) -> dict[str, Any]:
         "modules": len(expert.factors),
         "folder": str(expert.folder),
     }
-
-
-def run_export(folder: str, arguments: Sequence[str], *, as_json: bool = False) -> None:
-    """Raises MoesaicError of the kind that fits; nothing is written then."""
-    from moesaic.adapters.export import collapse, export_expert
-    from moesaic.recipe import parse_settings
-
-    settings = parse_settings(ExportSettings, arguments)
-    out = path_of(settings.out)
-    check_writable(out, f"out={settings.out}")
-    if settings.expert and settings.rank is not None:
-        raise ConfigError("expert and rank disagree: an expert is written as it came; rank is of a collapsed mixture")
-    if settings.expert:
-        pairs = export_expert(path_of(folder), settings.expert, out)
-        facts: dict[str, Any] = {"folder": str(out), "modules": len(pairs)}
-    else:
-        errors = collapse(path_of(folder), out, rank=settings.rank)
-        facts = {"folder": str(out), "modules": len(errors), "relative_error": errors}
-    if as_json:
-        print(json.dumps(facts, indent=2, ensure_ascii=False))
-        return
-    if settings.rank is not None:
-        lost = facts["relative_error"].values()
-        print(
-            f"left out at rank {settings.rank}: {sum(lost) / len(lost):.1%} of a module's change on average, "
-            f"{max(lost):.1%} at most"
-        )
-    print(f"written: {out}, a LoRA adapter of {facts['modules']} modules for stock PEFT")
-    layout = path_of(folder) / "layout.json"
-    if layout.is_file() and "labels" in read_json(layout):
-        logger.warning("the tasks' heads stay in %s: what is written is the LoRA of its encoder", folder)
 
 
 def _span(numbers: Sequence[float]) -> str:

@@ -18,7 +18,7 @@ from moesaic.checkpoints import read_json
 from moesaic.data import Example
 from moesaic.encoder import HEADS, EncoderForTasks, Layout
 from moesaic.errors import AdapterError
-from moesaic.lora.store import StoredExpert
+from moesaic.lora.stored import StoredExpert
 
 TEXTS = 100
 """Prompts that stand for an expert."""

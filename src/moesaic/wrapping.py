@@ -17,7 +17,7 @@ from moesaic.embedded import LoadedModel, load_outline
 from moesaic.encoder import HEADS, EncoderForTasks, Layout
 from moesaic.errors import ConfigError, MoesaicError, first_line
 from moesaic.lora import targets
-from moesaic.lora.store import StoredExpert
+from moesaic.lora.stored import StoredExpert
 from moesaic.recipe import Recipe, adapter_config, is_routed
 from moesaic.results import count_trainable
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from moesaic.errors import ConfigError
-from moesaic.lora.config import LARGEST, MixtureConfig
+from moesaic.lora.config import MixtureConfig
+from moesaic.lora.stored import LARGEST
 from moesaic.routing import Gate, Router, RoutingContext, Site, TopK
 
 

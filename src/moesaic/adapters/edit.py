@@ -15,7 +15,7 @@ from torch import nn
 
 from moesaic.errors import AdapterError, ConfigError, first_line, suggest
 from moesaic.lora.layer import MixtureLinear
-from moesaic.lora.store import WEIGHTS
+from moesaic.lora.stored import WEIGHTS
 
 _CHANGED = (
     "the adapters that {folder} was made of have other ranks or modules now, so that its experts cannot stay as they "

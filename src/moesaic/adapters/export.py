@@ -25,7 +25,7 @@ from torch import Tensor
 from moesaic.errors import AdapterError, ConfigError, first_line, suggest
 from moesaic.lora.config import MixtureConfig
 from moesaic.lora.loading import check_folder
-from moesaic.lora.store import WEIGHTS
+from moesaic.lora.stored import WEIGHTS
 from moesaic.routing import Site
 
 _PREFIX = "base_model.model."

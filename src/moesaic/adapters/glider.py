@@ -29,7 +29,7 @@ from moesaic.adapters.instructions import Instructor
 from moesaic.adapters.phatgoose import GateRouter, OwnSigmoid
 from moesaic.adapters.prompts import PromptConfig, encoder_of, scores_of
 from moesaic.errors import ConfigError
-from moesaic.lora.config import LARGEST
+from moesaic.lora.stored import LARGEST
 from moesaic.routing import Gate, Router, RoutingContext, Site, TopK
 
 THRESHOLD = 0.8

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from moesaic.errors import ConfigError, MissingDependency
-from moesaic.lora.config import LARGEST, MixtureConfig
+from moesaic.lora.config import MixtureConfig
+from moesaic.lora.stored import LARGEST
 from moesaic.routing import Gate, Router, Routing, RoutingContext, Site
 
 BOUND = 1.5

@@ -23,11 +23,10 @@ from moesaic.errors import ConfigError, first_line
 from moesaic.host.hooks import Reader
 from moesaic.lora.mix import Backend
 from moesaic.lora.store import Store
+from moesaic.lora.stored import LARGEST
 from moesaic.routing import AuxiliaryLoss, Gate, Router, Site
 
 METHODS: dict[str, type[MixtureConfig]] = {}
-LARGEST = 1e6
-"""Of factors that scale what is added: beyond it float32 has no digits left for the rest."""
 
 
 @dataclass
