@@ -158,6 +158,14 @@ def test_impossible_changes_are_refused(
         ),
         (["adapters=PLACE/up", "method=glider", "adapter.instruct_url=http://127.0.0.1:9"], "data=… names them"),
         (["adapters={a: PLACE/up, a: PLACE/down}"], "found duplicate key a"),
+        (
+            ["adapters=PLACE/up,PLACE/down", "method=glider", "adapter.instructions.up=x"],
+            "every adapter needs instructions, by its name: 'down' has none",
+        ),
+        (
+            ["adapters=PLACE/up,PLACE/down", "method=glider", "adapter.instructions.dwn=x"],
+            "no adapter 'dwn' to have instructions; did you mean 'down'?",
+        ),
         (["adapters=PLACE/up", "adapter.r=4"], "adapter.r follows from the adapters"),
         (["adapters=PLACE/up", "adapter.lora_alpha=4"], "adapter.lora_alpha follows from the adapters"),
         (["adapters=PLACE/up,PLACE/down", "method=lorahub", "adapter.weights=1"], "a list of finite numbers"),
@@ -275,6 +283,52 @@ def test_a_link_that_leads_nowhere_is_not_written_through(place: Path, tmp_path:
     for settings in ([], ["expert=up"]):
         assert main(["export", str(tmp_path / "out"), *settings, f"out={tmp_path / 'link'}"]) == 2
         assert "is already there" in capsys.readouterr().err
+
+
+def test_what_was_trained_is_extended_and_what_was_not_is_named(
+    place: Path, tmp_path: Path, capsys: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = [f"data={place / 'data'}", "tasks=up,down", "max_length=40", "adapter.top_k=2", "adapter.ignore_base=true"]
+    folders = f"adapter.adapters={place / 'up'},{place / 'down'}"
+    assert main(["train", "lora-mixer", *given, folders, "steps=2", f"out={tmp_path / 'a'}"]) == 0
+    recipe = (tmp_path / "a" / "recipe.yaml").read_text()
+    assert "model: nano" in recipe, "the base model of the adapters"
+    assert "num_experts" not in recipe, "it follows from the adapters"
+    extend = ["compose", f"extend={tmp_path / 'a'}"]
+    with caplog.at_level("WARNING"):
+        assert main([*extend, f"adapters={place / 'max'}", f"out={tmp_path / 'b'}"]) == 0
+    assert "the routing of max is as it was drawn" in caplog.text
+    caplog.clear()
+    with caplog.at_level("WARNING"):
+        assert main([*extend, "drop=down", "adapter.top_k=1", f"out={tmp_path / 'c'}"]) == 0
+    assert "drawn" not in caplog.text
+    composed = (tmp_path / "c" / "recipe.yaml").read_text()
+    assert "max_length: 40" in composed
+    assert "steps" not in composed
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "b"), "base=false", "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)[0]["tasks"]) == {"up", "down"}
+
+
+def test_a_plain_line_names_the_experts_of_tokens(place: Path, tmp_path: Path, capsys: Any) -> None:
+    settings = ("method=retrieval", f"data={place / 'data'}", "tasks=up,down,max", "adapter.encoder=hashing")
+    assert main(asked(place, tmp_path / "out", *settings)) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "out"), "prompt=3 4 down ="]) == 0
+    assert "[down] 3" in capsys.readouterr().out
+    assert main(["eval", str(tmp_path / "out"), "base=false", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["routing"]["entropy"] == 0.0, "an expert is chosen, or is not"
+
+
+def test_weights_of_lorahub_are_searched_and_told(place: Path, tmp_path: Path, capsys: Any) -> None:
+    pytest.importorskip("cma", reason="the search is its")
+    given = [f"data={place / 'data'}", f"adapter.adapters={place / 'up'},{place / 'down'}", "adapter.budget=3"]
+    assert main(["train", "lorahub", *given, "adapter.ignore_base=true", f"out={tmp_path / 'a'}"]) == 0
+    said = capsys.readouterr()
+    assert "by at most 3 tries, weights up " in said.out
+    assert "warmup" not in said.err
+    assert main(["inspect", str(tmp_path / "a"), "prompt=3 4 down ="]) == 0
+    assert "%" not in capsys.readouterr().out, "weights of any sign are no shares"
 
 
 def test_a_kept_expert_whose_source_changed_is_noticed(place: Path, tmp_path: Path, capsys: Any) -> None:

@@ -15,6 +15,7 @@ SCRIPT = Path(__file__).parents[1] / "scripts" / "results.py"
     ("program", "said"),
     [
         (str(Path(moesaic.__file__).with_name("cli.py")), "moesaic"),
+        (str(Path(moesaic.__file__).with_name("__main__.py")), "moesaic"),
         ("/somewhere/bin/moesaic", "moesaic"),
         ("/somewhere/mine.py", "mine.py"),
     ],

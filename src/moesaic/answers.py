@@ -60,13 +60,14 @@ def answer(
 
 def check_known(prepared: Prepared, tasks: Sequence[str]) -> None:
     """Raise ConfigError where a method that is told the task would be told none, or one that it does not know."""
-    if not prepared.routed or not prepared.model.peft_config["default"].needs_tasks:
+    config: Any = prepared.model.peft_config["default"] if prepared.routed else None
+    if config is None or not config.needs_tasks:
         return
-    stray = [task for task in tasks if task not in prepared.tasks]
+    known = prepared.tasks if config.task_of is None else [prepared.tasks[i] for i in sorted(set(config.task_of))]
+    stray = [task for task in tasks if task not in known]
     if stray or not tasks:
-        known = ", ".join(prepared.tasks) or "none"
-        what = f"does not know {stray[0]!r}" if stray else "is told none: task=NAME says it"
-        raise ConfigError(f"method {prepared.recipe.method} routes by task, and {what}; its tasks: {known}")
+        what = f"does not know {stray[0]!r}: tasks=… picks rows" if stray else "is told none: task=NAME says it"
+        raise ConfigError(f"method {config.method} routes by task, and {what}; its tasks: {', '.join(known) or 'none'}")
 
 
 def by_task(examples: Sequence[Example]) -> dict[str, list[Example]]:

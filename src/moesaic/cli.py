@@ -258,6 +258,8 @@ def _train(args: argparse.Namespace) -> None:
             f"({results['tokens_per_second']:.0f} tokens/s), {results['trainable_parameters']:,} trainable parameters, "
             f"last loss {'unknown' if loss is None else f'{loss:.3f}'}"
         )
+    if results.get("found"):
+        print(f"{folder}: {results['found']}")
     rows = "" if Path(recipe.data).is_dir() else " data=HELD_OUT_ROWS"
     print(f"next: moesaic eval {folder}{rows}")
 

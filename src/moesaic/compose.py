@@ -34,6 +34,7 @@ from moesaic.recipe import (
 )
 from moesaic.results import command_line, model_card
 from moesaic.settings import build, check_keys, lists, names, parse_overrides, texts
+from moesaic.sources import base_of, folders_of
 
 if TYPE_CHECKING:
     from moesaic.lora.stored import StoredExpert
@@ -52,6 +53,7 @@ class ComposeSettings:
     method: str = field(default="arrow", metadata={"help": "how they are routed (see `moesaic methods`)"})
     model: str = field(default="", metadata={"help": "the base model; the one that the adapters name where left out"})
     data: str = field(default="", metadata={"help": "rows of the adapters' tasks, for methods that compare prompts"})
+    tasks: list[str] | None = field(default=None, metadata={"help": "which tasks of data, comma-separated"})
     extend: str = field(
         default="",
         metadata={"help": "a composed folder to start from: adapters come in, or replace those of their name"},
@@ -71,10 +73,12 @@ def run_compose(arguments: Sequence[str], *, as_json: bool = False) -> None:
     given = parse_overrides(arguments, lists=lists(ComposeSettings), texts=texts(ComposeSettings))
     check_keys("settings", given, names(ComposeSettings), of_adapters=all_adapter_settings)
     settings = build(ComposeSettings, given)
-    folders = _folders(settings.adapters)
+    folders = folders_of(settings.adapters)
     kept: list[str] = []
+    before = Recipe()
     if settings.extend:
-        settings, folders, kept = _extended(settings, given, folders)
+        before = load_recipe(str(run_path(path_of(settings.extend)).recipe))
+        settings, folders, kept = _extended(settings, before, given, folders)
     elif settings.drop:
         raise ConfigError("drop leaves experts out of a composed folder: extend=FOLDER names it")
     if not folders:
@@ -84,7 +88,14 @@ def run_compose(arguments: Sequence[str], *, as_json: bool = False) -> None:
         raise ConfigError("adapter.instruct_url writes instructions from rows of each task: data=… names them")
     out = _place(settings, folders)
     adapter = {**settings.adapter, "adapters": folders}
-    recipe = Recipe(method=settings.method, model=settings.model, data=settings.data, adapter=adapter)
+    recipe = replace(
+        before,
+        method=settings.method,
+        model=settings.model,
+        data=settings.data,
+        tasks=settings.tasks if given.get("tasks") or given.get("data") else before.tasks,
+        adapter=adapter,
+    )
     if not is_routed(settings.method):
         raise ConfigError(f"method={settings.method} routes nothing: name a mixture (see `moesaic methods`)")
     config: Any = adapter_config(recipe)
@@ -95,19 +106,22 @@ def run_compose(arguments: Sequence[str], *, as_json: bool = False) -> None:
     from moesaic.wrapping import with_heads, wrap
 
     experts = config.store.experts
-    recipe = replace(recipe, model=settings.model or _base_of(experts))
+    recipe = replace(recipe, model=settings.model or base_of(experts))
+    if not recipe.model:
+        raise ConfigError("model is missing: the adapters do not say which base model they are for")
     if not config.ignore_base:
         config.store.check_base(resolve(recipe.model))
     examples = load_examples(recipe) if recipe.data else []
     base = with_heads(load_outline(recipe.model), examples, recipe)
     model = wrap(base, recipe)
     model.peft_config["default"].base_model_name_or_path = resolve(recipe.model)
-    carried = 0
+    fresh = [expert.name for expert in experts]
     if kept:
         source = adapter_of(path_of(settings.extend))
-        names_now, before = model.peft_config["default"].experts, check_folder(source).experts or []
-        again = check_folder(source).method == recipe.method
-        carried = carry_over(source, model, before, {names_now.index(name): name for name in kept}, whole=again)
+        stored, positions = check_folder(source), {fresh.index(name): name for name in kept}
+        again = stored.method == recipe.method
+        if carry_over(source, model, stored.experts or [], positions, whole=again):
+            fresh = [name for name in fresh if name not in kept]
     rows = [_row(expert) for expert in experts]
     with atomic_folder(out) as staging:
         run = RunFolder(staging)
@@ -116,7 +130,7 @@ def run_compose(arguments: Sequence[str], *, as_json: bool = False) -> None:
         told = command_line(but="adapter.instruct_")
         how = f"Experts: {', '.join(expert.name for expert in experts)}, put together and not trained any further."
         write_text(run.adapter / "README.md", model_card(recipe, told, how))
-        write_text(run.recipe, dump(replace(recipe, adapter=kept_settings)))
+        write_text(run.recipe, dump({key: getattr(recipe, key) for key in _KEPT} | {"adapter": kept_settings}))
         layout = {} if base.layout is None else base.layout.to_dict()
         write_json(run.layout, {"tasks": list(base.tasks), **layout})
     with suppress(OSError):
@@ -126,21 +140,26 @@ def run_compose(arguments: Sequence[str], *, as_json: bool = False) -> None:
         print(json.dumps(facts, indent=2, ensure_ascii=False))
         return
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table(*rows[0], title=f"{recipe.method} on {recipe.model}")
+    columns = [Column(name, overflow="fold") for name in rows[0]]
+    table = Table(*columns, title=f"{recipe.method} on {recipe.model}")
     for row in rows:
-        table.add_row(*map(str, row.values()))
+        table.add_row(*(_span(value) if isinstance(value, list) else str(value) for value in row.values()))
     console = Console(highlight=False)
     console.print(table)
-    if (config.learns_routing or config.is_searched) and not carried:
+    if (config.learns_routing or config.is_searched) and fresh:
         logger.warning(
-            "the router of method %s is as it was drawn: `moesaic train %s adapter.adapters=… data=…` trains it",
-            recipe.method,
+            "the routing of %s is as it was drawn: `moesaic train %s adapter.adapters=… data=…` trains it",
+            ", ".join(fresh),
             recipe.method,
         )
     console.print(f'written: {out}; PeftModel.from_pretrained(model, "{out}/adapter") loads it', soft_wrap=True)
     console.print(f"next: moesaic eval {out}{'' if recipe.data else ' data=HELD_OUT_ROWS'}", soft_wrap=True)
+
+
+_KEPT = ("method", "model", "data", "tasks", "max_length", "seed", "precision", "on_bad_lines")
+"""Settings of a recipe that are of use without training."""
 
 
 def _check_kinds(adapter: dict[str, Any]) -> None:
@@ -175,26 +194,8 @@ def _place(settings: ComposeSettings, folders: dict[str, str]) -> Path:
     return out
 
 
-def _folders(adapters: Any) -> dict[str, str]:
-    """Expert name -> folder; its own name for one that is not given another."""
-    if not adapters:
-        return {}
-    if isinstance(adapters, dict):
-        return {str(name): str(folder) for name, folder in adapters.items()}
-    if not isinstance(adapters, (str, list)):
-        raise ConfigError(f"adapters={adapters} must be folders, comma-separated, or {{NAME: FOLDER, …}}")
-    listed = [adapters] if isinstance(adapters, str) else list(map(str, adapters))
-    from moesaic.lora.stored import name_of
-
-    names = [name_of(folder) for folder in listed]
-    doubled = next((name for name in names if names.count(name) > 1), None)
-    if doubled:
-        raise ConfigError(f"two adapters are called {doubled!r}: give them names, adapters={{NAME: FOLDER, …}}")
-    return dict(zip(names, listed, strict=True))
-
-
 def _extended(
-    settings: ComposeSettings, given: dict[str, Any], new: dict[str, str]
+    settings: ComposeSettings, recipe: Recipe, given: dict[str, Any], new: dict[str, str]
 ) -> tuple[ComposeSettings, dict[str, str], list[str]]:
     """The settings of the folder that is started from, all experts' folders, and the names of those that stay."""
     from moesaic.adapters.edit import experts_after
@@ -203,14 +204,13 @@ def _extended(
 
     path = path_of(settings.extend)
     before: Any = check_folder(adapter_of(path))
-    recipe = load_recipe(str(run_path(path).recipe))
     if before.experts is None:
         raise ConfigError(
             f"extend={settings.extend} holds a mixture that was trained as one: its experts are no adapters"
         )
     method = given.get("method", recipe.method)
     stored = dict(recipe.adapter)
-    sources = _folders(stored.pop("adapters", None))
+    sources = folders_of(stored.pop("adapters", None))
     if set(sources) != set(before.experts) or not len(sources) == len(before.experts) == before.num_experts:
         raise AdapterError(f"{path} is damaged: its recipe names other adapters than its adapter has experts")
     if "subtract" in settings.adapter and settings.adapter["subtract"] != stored.get("subtract"):
@@ -244,28 +244,17 @@ def _extended(
     return changed, {name: new.get(name, sources.get(name, "")) for name in names_after}, kept
 
 
-def _base_of(experts: Sequence[StoredExpert]) -> str:
-    """The base model that the adapters name, or the runs that they lie in."""
-    for expert in experts:
-        recipe = expert.folder.parent / "recipe.yaml"
-        if recipe.is_file():
-            return load_recipe(str(recipe)).model
-        if expert.base:
-            return expert.base
-    raise ConfigError("model is missing: the adapters do not say which base model they are for")
-
-
 def _row(expert: StoredExpert) -> dict[str, Any]:
     ranks, scalings = ([getattr(f, key) for f in expert.factors.values()] for key in ("rank", "scaling"))
     return {
         "expert": expert.name,
-        "rank": _span(ranks),
-        "scaling": _span(scalings),
+        "rank": [min(ranks), max(ranks)],
+        "scaling": [min(scalings), max(scalings)],
         "modules": len(expert.factors),
         "folder": str(expert.folder),
     }
 
 
-def _span(numbers: Sequence[float]) -> str:
-    low, high = min(numbers), max(numbers)
+def _span(span: Sequence[float]) -> str:
+    low, high = span
     return f"{low:g}" if low == high else f"{low:g} to {high:g}"

@@ -16,7 +16,7 @@ from moesaic.embedded import load_model, resolve
 from moesaic.encoder import HEADS, EncoderForTasks, Layout
 from moesaic.errors import AdapterError, ConfigError, first_line, path_of
 from moesaic.precision import numerics
-from moesaic.recipe import OF_ADAPTERS, PLAIN, Recipe, adapter_config, load_recipe
+from moesaic.recipe import PLAIN, Recipe, adapter_config, load_recipe
 from moesaic.results import command_line, versions
 from moesaic.routing import RoutingTrace
 from moesaic.training import Prepared
@@ -198,11 +198,8 @@ def _without_sources(recipe: Recipe, config: Any) -> Recipe:
     experts = getattr(config, "experts", None)
     if experts is None:
         return recipe
-    kept = {
-        k: v
-        for k, v in recipe.adapter.items()
-        if k not in (*config.unsaved, *OF_ADAPTERS, "target_modules", "layers_to_transform")
-    }
+    gone = (*config.unsaved, "target_modules", "layers_to_transform")
+    kept = {key: value for key, value in recipe.adapter.items() if key not in gone}
     return replace(recipe, adapter={**kept, "experts": experts, "num_experts": len(experts)})
 
 

@@ -46,7 +46,8 @@ def run(folder: str, arguments: Sequence[str], *, as_json: bool = False) -> None
         return
     from rich.console import Console
 
-    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(shown(found))
+    terminal = sys.stdout.isatty()
+    Console(highlight=False, width=None if terminal else 160).print(shown(found, named=not terminal))
 
 
 def explain(prepared: Prepared, prompt: str, *, task: str = "") -> dict[str, Any]:
@@ -130,8 +131,8 @@ class _Collector:
         self.records += records
 
 
-def shown(found: dict[str, Any]) -> RenderableType:
-    """What `explain` found, for a terminal."""
+def shown(found: dict[str, Any], *, named: bool = False) -> RenderableType:
+    """What `explain` found, for a terminal; `named` where there are no colours to tell experts apart."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -142,20 +143,29 @@ def shown(found: dict[str, Any]) -> RenderableType:
     table = Table(
         *header, *[f"layer {layer}" for layer in found["by_layer"]], title=f"{found['method']} routes the prompt"
     )
+    are_shares = min(found["weights"]) >= 0 and 0 < sum(found["weights"]) < 1.01
     for e, name in enumerate(found["experts"]):
-        row = [f"{found['weights'][e]:.0%}", f"{found['logits'][e]:+.2f}"]
+        weight = found["weights"][e]
+        row = [f"{weight:.0%}" if are_shares else f"{weight:+.2f}", f"{found['logits'][e]:+.2f}"]
         if added:
             row += [f"{found['logits'][e] - added[e]:+.2f}", f"{added[e]:+.2f}"]
         if told:
             row.append(f"{told[e]:.2f}")
         shares = [layer[e] for layer in found["by_layer"].values()]
-        bars = [f"{_BLOCKS[round(min(max(share, 0), 1) * (len(_BLOCKS) - 1))]} {share:.0%}" for share in shares]
+        bars = [_bar(share) if are_shares else f"{share:+.2f}" for share in shares]
         table.add_row(Text(name, style=_colour(e)), *row, *bars)
-    line = Text()
+    line, last = Text(), None
     for token, row in zip(found["tokens"], found["by_token"], strict=True):
         best = max(range(len(row)), key=row.__getitem__)
+        if named and best != last:
+            line.append(f"[{found['experts'][best]}] ")
         line.append(token.replace("Ġ", " ").replace("▁", " ") + " ", style=_colour(best))
+        last = best
     return Group(table, Text("tokens by their first expert:"), line)
+
+
+def _bar(share: float) -> str:
+    return f"{_BLOCKS[round(min(max(share, 0), 1) * (len(_BLOCKS) - 1))]} {share:.0%}"
 
 
 def _colour(expert: int) -> str:

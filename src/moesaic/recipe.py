@@ -156,13 +156,25 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         stored.pop("adapter", None)  # another method's settings
     for source, values in ((str(file), stored), ("settings", given)):
         check_keys(source, values, names(Recipe), of_adapters=all_adapter_settings)
-    asked = given.pop("adapter", None) or {}
-    adapter = {**(stored.pop("adapter", None) or {}), **asked}
-    if adapter.get("adapters"):
+    asked, own = given.pop("adapter", None) or {}, stored.pop("adapter", None) or {}
+    if asked.get("adapters") or own.get("adapters"):
         check_follows(asked)
-    recipe = build(Recipe, stored, given, {"adapter": adapter})
+        own = {key: value for key, value in own.items() if key not in OF_ADAPTERS}
+        if "model" not in {**stored, **given}:
+            given["model"] = _base_of_adapters(asked.get("adapters") or own["adapters"])
+    recipe = build(Recipe, stored, given, {"adapter": {**own, **asked}})
     check(recipe)
+    used = recipe.used_warmup()
+    if used != recipe.warmup and "warmup" in (given if file.is_relative_to(PACKAGED) else {**stored, **given}):
+        logger.warning("warmup=%d is too long for steps=%d: taking %d", recipe.warmup, recipe.steps, used)
     return recipe
+
+
+def _base_of_adapters(adapters: Any) -> str:
+    from moesaic.lora.stored import read_expert
+    from moesaic.sources import base_of, folders_of
+
+    return base_of(map(read_expert, folders_of(adapters).values())) or Recipe.model
 
 
 OF_ADAPTERS = ("r", "rank_pattern", "lora_alpha", "use_rslora", "num_experts", "experts")
@@ -212,11 +224,8 @@ def check(recipe: Recipe) -> None:
 
 
 def as_used(recipe: Recipe) -> Recipe:
-    """The recipe with the warm-up that it is trained with; a shorter one than was asked for is told of."""
-    used = recipe.used_warmup()
-    if used != recipe.warmup:
-        logger.warning("warmup=%d is too long for steps=%d: taking %d", recipe.warmup, recipe.steps, used)
-    return replace(recipe, warmup=used)
+    """The recipe with the warm-up that it is trained with."""
+    return replace(recipe, warmup=recipe.used_warmup())
 
 
 def dump(settings: Any) -> str:

@@ -30,7 +30,8 @@ def command_line(*, but: str | None = None) -> str:
         but: arguments that start so are left out.
     """
     program = Path(sys.argv[0])
-    name = "moesaic" if program.resolve() == Path(__file__).with_name("cli.py") else program.name
+    own = [Path(__file__).with_name(name) for name in ("cli.py", "__main__.py")]
+    name = "moesaic" if program.resolve() in own else program.name
     return shlex.join([name, *[a for a in sys.argv[1:] if but is None or not a.startswith(but)]])
 
 

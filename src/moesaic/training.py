@@ -76,15 +76,18 @@ def train(recipe: Recipe, *, command: str | None = None, progress: bool | None =
         if step:
             logger.warning("%s: going on from step %d", folder.path, step)
             trainer.last_loss = folder.last_loss()
+        found = ""
         if learns:
             _fit(trainer, folder, step)
-        elif not _search(trainer, prepared):
+        else:
+            found = _search(trainer, prepared)
+        if not learns and not found:
             logger.warning("%s: method %s has nothing to train here: no step is made", folder.path, recipe.method)
         with atomic_folder(folder.adapter) as staging:
             prepared.model.save_pretrained(str(staging))
             how = f"Seed {recipe.seed}, {recipe.steps} steps, learning rate {recipe.lr:g}."
             write_text(staging / "README.md", model_card(recipe, command, f"Tasks: {', '.join(prepared.tasks)}. {how}"))
-        results = _results(trainer, prepared, step, command)
+        results = _results(trainer, prepared, step, command) | ({"found": found} if found else {})
         write_json(folder.results, results)
     return results
 
@@ -264,11 +267,11 @@ def _fit(trainer: Any, folder: RunFolder, step: int) -> None:
         )
 
 
-def _search(trainer: Any, prepared: Prepared) -> bool:
-    """Fit what has no gradients on the rows of the run's first step; whether the method has such a thing."""
+def _search(trainer: Any, prepared: Prepared) -> str:
+    """Fit what has no gradients on the rows of the run's first step; what was found, empty where there is nothing."""
     config = prepared.model.peft_config["default"]
     if not prepared.routed:
-        return False
+        return ""
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
 
     def loss() -> float:
@@ -276,7 +279,7 @@ def _search(trainer: Any, prepared: Prepared) -> bool:
             return float(prepared.model(**batch).loss)
 
     prepared.model.eval()
-    return bool(config.fit(prepared.model, loss))
+    return str(config.fit(prepared.model, loss))
 
 
 def _results(trainer: Any, prepared: Prepared, resumed: int, command: str) -> dict[str, Any]:

@@ -159,6 +159,10 @@ class GliderConfig(PromptConfig):
         return self.texts or {}
 
     @property
+    def told_by(self) -> str:
+        return "texts" if self.instructions is None else "instructions"
+
+    @property
     def instructor(self) -> Instructor:
         cache = None if self.instruct_cache is None else Path(self.instruct_cache)
         return Instructor(self.instruct_url or "", self.instruct_model or "", cache)

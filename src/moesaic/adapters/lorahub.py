@@ -85,7 +85,7 @@ class LoraHubConfig(MixtureConfig):
     def gate(self) -> Gate:
         return AsTheyAre()
 
-    def fit(self, model: Any, loss: Callable[[], float]) -> bool:
+    def fit(self, model: Any, loss: Callable[[], float]) -> str:
         routers = [m for m in model.modules() if isinstance(m, FixedRouter)]
 
         def with_weights(weights: list[float]) -> float:
@@ -95,8 +95,9 @@ class LoraHubConfig(MixtureConfig):
 
         with torch.no_grad():
             self.weights = search(with_weights, self.num_experts, budget=self.budget)
-            with_weights(self.weights)
-        return True
+            least = with_weights(self.weights)
+        found = ", ".join(f"{name} {weight:.2f}" for name, weight in zip(self.experts or (), self.weights, strict=True))
+        return f"loss {least:.3f} by at most {self.budget} tries, weights {found}"
 
 
 def search(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moesaic.errors import ConfigError, TrainingError
+from moesaic.errors import ConfigError, TrainingError, suggest
 from moesaic.host import routing_scores
 from moesaic.lora.config import MixtureConfig
 from moesaic.lora.topics import encoders
@@ -143,14 +143,20 @@ class PromptConfig(MixtureConfig):
             ConfigError: an expert has none, or there is no such expert.
         """
         lacking = [name for name in self.experts or () if not texts.get(name)]
-        strange = [name for name in texts if name not in (self.experts or ())]
-        if lacking or strange:
-            what = f"{lacking[0]!r} has none" if lacking else f"there is no adapter {strange[0]!r}"
-            raise ConfigError(f"every adapter needs texts, by its name: {what}")
+        strange = next((name for name in texts if name not in (self.experts or ())), None)
+        if strange is not None:
+            raise ConfigError(f"there is no adapter {strange!r} to have {self.told_by}; {suggest(strange, lacking)}")
+        if lacking:
+            raise ConfigError(f"every adapter needs {self.told_by}, by its name: {lacking[0]!r} has none")
         most = max(map(len, texts.values()))
         rows = [list(islice(cycle(texts[name]), most)) for name in self.experts or ()]
         vectors = encoder_of(self.encoder)([text for row in rows for text in row]).view(len(rows), most, -1)
         return F.normalize(vectors.mean(dim=1, keepdim=True), dim=-1) if self.by_mean else vectors
+
+    @property
+    def told_by(self) -> str:
+        """The setting that texts of experts come from."""
+        return "texts"
 
     def _check_texts(self) -> None:
         """Raise ConfigError where texts are not lists of texts by expert."""

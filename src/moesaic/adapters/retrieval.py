@@ -8,13 +8,13 @@ The baseline of PHATGOOSE (Muqeeth et al. 2024, arXiv 2402.05859) and, with mean
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from torch import Tensor
 
 from moesaic.adapters.prompts import PromptConfig, scores_of
-from moesaic.routing import Gate, Router, RoutingContext, Site, TopK
+from moesaic.routing import Gate, Router, Routing, RoutingContext, Site, TopK
 
 
 class ScoreRouter(Router):
@@ -22,6 +22,14 @@ class ScoreRouter(Router):
 
     def score(self, h: Tensor, context: RoutingContext | None = None) -> Tensor:
         return scores_of(context, h, self.num_experts).expand(*h.shape[:-1], self.num_experts)
+
+
+class Chosen(TopK):
+    """Scores are compared, and no logits: what is not chosen has no probability."""
+
+    def __call__(self, logits: Tensor) -> Routing:
+        found = super().__call__(logits)
+        return replace(found, probs=found.weights)
 
 
 @dataclass
@@ -39,4 +47,4 @@ class RetrievalConfig(PromptConfig):
         return ScoreRouter(self.num_experts)
 
     def gate(self) -> Gate:
-        return TopK(self.top_k, normalize="sum")
+        return Chosen(self.top_k)

@@ -241,9 +241,13 @@ class MixtureConfig(PeftConfig):
         """For such methods: what reads these scores off the tokens of `model`, where nobody gives them."""
         return None
 
-    def fit(self, model: Any, loss: Callable[[], float]) -> bool:
-        """Find without gradients what has none, by `loss` of the model on a few rows; whether there is such a thing."""
-        return False
+    def fit(self, model: Any, loss: Callable[[], float]) -> str:
+        """Find without gradients what has none, by `loss` of the model on a few rows.
+
+        Returns:
+            What was found, in a line; empty where there is nothing to find.
+        """
+        return ""
 
     def losses(self) -> list[AuxiliaryLoss]:
         """The auxiliary losses; built once for each adapter."""

@@ -40,6 +40,12 @@ def reads_the_encoder(name: str) -> bool:
     return bool(_CROSS_ATTENTION.search(name)) and bool(_KEY_OR_VALUE.match(leaf))
 
 
+NOT_MERGED = (
+    "a mixture cannot be merged into the base weights: routed, its change differs by token, and unload() gives the "
+    "base back; a static one of adapters is written as one LoRA by `moesaic export`"
+)
+
+
 class MixtureLinear(nn.Module, BaseTunerLayer):
     """`base(x) + scaling * sum_e w_e(x) B_e A_e dropout(x)`, with w from a router and a gate.
 
@@ -241,7 +247,7 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         return routing
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise ConfigError("a token-routed mixture cannot be merged into the base weight: its delta differs by token")
+        raise ConfigError(NOT_MERGED)
 
     def unmerge(self) -> None:
         """Nothing is ever merged."""

@@ -117,7 +117,7 @@ def read_config(path: Path) -> MixtureConfig:
     known = sorted(str(cls.type.value) for cls in METHODS.values())
     if not isinstance(values, dict) or values.get("peft_type") not in known:
         found = values.get("peft_type") if isinstance(values, dict) else type(values).__name__
-        raise AdapterError(f"{path} holds an adapter of type {found!r}, not a moesaic mixture ({', '.join(known)})")
+        raise AdapterError(f"{path} holds an adapter of type {found!r}, which is no mixture of moesaic")
     try:
         config = PeftConfig.from_pretrained(str(path))
     except MoesaicError as error:

@@ -65,7 +65,7 @@ class Store:
             if expert.base and model and Path(expert.base).name != Path(model).name:
                 raise AdapterError(
                     f"{expert.folder} was trained on {expert.base!r}, and this model is {model!r}; if they are the "
-                    "same, ignore_base=True says so"
+                    "same, ignore_base=true (adapter.ignore_base=true in a command) says so"
                 )
 
     @property
@@ -111,8 +111,8 @@ def _check_names(names: Sequence[str], modules: Sequence[str]) -> None:
         if not re.fullmatch(r"\w[\w-]*", name) or name.isdigit() or name in parts | {"default", "weight", "bias"}:
             raise ConfigError(
                 f"adapter name {name!r} cannot be kept: use letters, digits, - and _, and no number alone or name of a "
-                "module, which PEFT would drop on save; give another, adapters={NAME: FOLDER}"
+                "module, which PEFT would drop on save; give another, 'adapters={NAME: FOLDER}'"
             )
     doubled = next((name for name in names if names.count(name) > 1), None)
     if doubled:
-        raise ConfigError(f"two adapters are called {doubled!r}: give them names, adapters={{NAME: FOLDER}}")
+        raise ConfigError(f"two adapters are called {doubled!r}: give them names, 'adapters={{NAME: FOLDER}}'")

@@ -15,7 +15,7 @@ from torch import nn
 from moesaic.errors import AdapterError, ConfigError, MissingRouterWeights, MoesaicError, first_line
 from moesaic.host import Host, optimizer_steps
 from moesaic.lora import targets
-from moesaic.lora.layer import MixtureLinear, features
+from moesaic.lora.layer import NOT_MERGED, MixtureLinear, features
 from moesaic.routing import Site
 
 if TYPE_CHECKING:
@@ -168,9 +168,7 @@ class MixtureModel(BaseTuner):
         self, merge: bool = True, *args: Any, **kwargs: Any
     ) -> nn.Module:
         if merge:
-            raise ConfigError(
-                "a token-routed mixture cannot be merged into the base weights: use unload() to get the base back"
-            )
+            raise ConfigError(NOT_MERGED)
         self.host.detach()
         super()._unload_and_optionally_merge(False, *args, **kwargs)
         return self.model
