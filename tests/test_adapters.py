@@ -242,7 +242,7 @@ def write_adapter_of(model: Any, folder: Path) -> str:
         ("hydralora", {}, "whose experts share one A"),
         ("arrow", {"top_k": 4}, "top_k=4 must be between 1 and num_experts=3"),
         ("arrow", {"router_temperature": 0.0}, "must be above 0"),
-        ("glider", {"instructions": {"speak": "x"}}, "every adapter needs texts, by its name: 'sort' has none"),
+        ("glider", {"instructions": {"speak": "x"}}, "every adapter needs instructions, by its name: 'sort' has none"),
         ("glider", {"instructions": {**INSTRUCTIONS, "x": "y"}}, "there is no adapter 'x'"),
         ("lorahub", {"weights": [1.0]}, "weights has 1 entries for 3 adapters"),
     ],

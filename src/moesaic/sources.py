@@ -1,7 +1,6 @@
 """Where adapters that become experts lie, and which base model they are of."""
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moesaic.errors import ConfigError
@@ -23,17 +22,13 @@ def folders_of(adapters: Any) -> dict[str, str]:
     if not isinstance(adapters, (str, list)):
         raise ConfigError(f"adapters={adapters} must be folders, comma-separated, or 'adapters={{NAME: FOLDER, …}}'")
     listed = [adapters] if isinstance(adapters, str) else list(map(str, adapters))
+    from moesaic.lora.stored import name_of
+
     names = [name_of(folder) for folder in listed]
     doubled = next((name for name in names if names.count(name) > 1), None)
     if doubled:
         raise ConfigError(f"two adapters are called {doubled!r}: give them names, 'adapters={{NAME: FOLDER, …}}'")
     return dict(zip(names, listed, strict=True))
-
-
-def name_of(folder: str | Path) -> str:
-    """What an adapter is called where nobody names it: as its folder, or as the run whose `adapter/` it is."""
-    path = Path(folder).expanduser()
-    return path.parent.name if path.name == "adapter" else path.name
 
 
 def base_of(experts: Iterable["StoredExpert"]) -> str:

@@ -19,7 +19,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moesaic.errors import AdapterError, first_line, path_of
-from moesaic.sources import name_of
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
@@ -140,6 +139,12 @@ def read_expert(folder: str | Path, name: str | None = None) -> StoredExpert:
     factors = {module: _factor(path, config, module, keys, shapes) for module, keys in sorted(sides.items())}
     base = str(config.get("base_model_name_or_path") or "")
     return StoredExpert(called, path, base, config, factors, tuple(extras))
+
+
+def name_of(folder: str | Path) -> str:
+    """What an adapter is called where nobody names it: as its folder, or as the run whose `adapter/` it is."""
+    path = Path(folder).expanduser()
+    return path.parent.name if path.name == "adapter" else path.name
 
 
 def _place(folder: str | Path) -> Path:
