@@ -98,8 +98,12 @@ def routing_table(results: Sequence[dict[str, Any]]) -> Table | None:
 
 
 def number(value: float | None, form: str) -> str:
-    """A figure as it is shown, empty where there is none: 12 %, −3."""
-    return "" if value is None else form.format(value).replace("%", " %").replace("-", MINUS)
+    """A figure as it is shown, empty where there is none: 12 %, −3; thousands have no decimals."""
+    if value is None:
+        return ""
+    if abs(value) >= 1000:
+        form = form.replace(".2f", ".0f")
+    return form.format(value).replace("%", " %").replace("-", MINUS)
 
 
 def _percent(share: float | None) -> str:
