@@ -277,6 +277,16 @@ def test_the_oracle_refuses_adapters_of_several_tasks(place: Path, tmp_path: Pat
     assert "both was trained on down, up" in capsys.readouterr().err
 
 
+def test_a_base_that_is_gone_is_asked_for(place: Path, tmp_path: Path, capsys: Any) -> None:
+    shutil.copytree(place / "up", tmp_path / "moved")
+    file = tmp_path / "moved" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": "/gone/nano"}))
+    given = ["compose", f"adapters={tmp_path / 'moved'}", "method=uniform", f"out={tmp_path / 'out'}"]
+    assert main(given) == 2
+    assert "is of /gone/nano, which is not there: model=… says where it is" in capsys.readouterr().err
+    assert main([*given, "model=nano", "adapter.ignore_base=true"]) == 0
+
+
 def test_a_link_that_leads_nowhere_is_not_written_through(place: Path, tmp_path: Path, capsys: Any) -> None:
     assert main(asked(place, tmp_path / "out", "method=uniform")) == 0
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")

@@ -1,6 +1,7 @@
 """Where adapters that become experts lie, and which base model they are of."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moesaic.errors import ConfigError
@@ -32,7 +33,11 @@ def folders_of(adapters: Any) -> dict[str, str]:
 
 
 def base_of(experts: Iterable["StoredExpert"]) -> str:
-    """The base model of the runs that adapters lie in, or that they name; empty where neither says."""
+    """The base model of the runs that adapters lie in, or that they name; empty where neither says.
+
+    Raises:
+        ConfigError: it is a folder that is gone.
+    """
     from moesaic.recipe import load_recipe
 
     for expert in experts:
@@ -40,5 +45,7 @@ def base_of(experts: Iterable["StoredExpert"]) -> str:
         if recipe.is_file():
             return load_recipe(str(recipe)).model
         if expert.base:
+            if Path(expert.base).is_absolute() and not Path(expert.base).is_dir():
+                raise ConfigError(f"{expert.folder} is of {expert.base}, which is not there: model=… says where it is")
             return expert.base
     return ""

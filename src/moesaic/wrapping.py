@@ -103,7 +103,7 @@ def check_tasks(recipe: Recipe, tasks: Sequence[str]) -> None:
             what = f"no adapter is of task {without[0]!r}" if without else f"no row is of adapter {idle[0]!r}"
             raise ConfigError(
                 f"method={recipe.method} takes each row by its own adapter, and {what}: name adapters as their tasks, "
-                "adapters={TASK: FOLDER, …}, and tasks=… picks the rows"
+                "'adapters={TASK: FOLDER, …}', and tasks=… picks the rows"
             )
         return
     if getattr(config, "needs_tasks", False) and len(tasks) < 2:
