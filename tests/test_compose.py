@@ -166,6 +166,9 @@ def test_impossible_changes_are_refused(
             ["adapters=PLACE/up,PLACE/down", "method=glider", "adapter.instructions.dwn=x"],
             "no adapter 'dwn' to have instructions; did you mean 'down'?",
         ),
+        (["adapters=PLACE/up", "adapter.layers_to_transform=0"], "layers_to_transform disagree"),
+        (["adapters=PLACE/up", "adapter.exclude_modules=up_proj"], "exclude_modules disagree"),
+        (["adapters={up: }"], "must name a folder for each"),
         (["adapters=PLACE/up", "adapter.r=4"], "adapter.r follows from the adapters"),
         (["adapters=PLACE/up", "adapter.lora_alpha=4"], "adapter.lora_alpha follows from the adapters"),
         (["adapters=PLACE/up,PLACE/down", "method=lorahub", "adapter.weights=1"], "a list of finite numbers"),
@@ -339,6 +342,70 @@ def test_weights_of_lorahub_are_searched_and_told(place: Path, tmp_path: Path, c
     assert "warmup" not in said.err
     assert main(["inspect", str(tmp_path / "a"), "prompt=3 4 down ="]) == 0
     assert "%" not in capsys.readouterr().out, "weights of any sign are no shares"
+
+
+def test_instructions_stay_with_the_experts_that_they_are_of(place: Path, tmp_path: Path, capsys: Any) -> None:
+    given = ["method=glider", "adapter.encoder=hashing", "adapter.instructions={up: Sort, down: Turn, max: Take}"]
+    assert main(asked(place, tmp_path / "a", *given)) == 0
+    extend = ["compose", f"extend={tmp_path / 'a'}", f"out={tmp_path / 'b'}"]
+    for settings, message in (
+        ([f"adapters={{max: {place / 'up'}}}"], "every adapter needs instructions, by its name: 'max' has none"),
+        (["adapter.instructions={nope: x}"], "no adapter 'nope' to have instructions"),
+        (["adapter.instructions=foo"], "instructions must be one text by expert"),
+        (["drop=max", "adapter.instructions.max=x"], "no adapter 'max' to have instructions"),
+    ):
+        assert main([*extend, *settings]) == 2
+        said = capsys.readouterr().err
+        assert message in said
+        assert said.count("\n") == 1
+        assert not (tmp_path / "b").exists()
+    assert main([*extend, "drop=max", "adapter.instructions.up=Order"]) == 0
+    config = json.loads((tmp_path / "b" / "adapter" / "adapter_config.json").read_text())
+    assert config["instructions"] == {"up": "Order", "down": "Turn"}
+
+
+def test_texts_that_were_given_are_extended(place: Path, tmp_path: Path) -> None:
+    given = ["compose", "method=retrieval", "model=nano", "adapter.ignore_base=true", "adapter.encoder=hashing"]
+    texts = "adapter.texts={up: [x], down: [y]}"
+    assert main([*given, f"adapters={place / 'up'},{place / 'down'}", texts, f"out={tmp_path / 'a'}"]) == 0
+    extend = ["compose", f"extend={tmp_path / 'a'}"]
+    assert main([*extend, f"adapters={place / 'max'}", "adapter.texts={max: [z]}", f"out={tmp_path / 'b'}"]) == 0
+    assert main([*extend, "drop=up", f"out={tmp_path / 'c'}"]) == 0
+
+
+def test_tasks_follow_the_experts(place: Path, tmp_path: Path) -> None:
+    given = ["method=retrieval", f"data={place / 'data'}", "tasks=up,down,max", "adapter.encoder=hashing"]
+    assert main(asked(place, tmp_path / "a", *given)) == 0
+    assert main(["compose", f"extend={tmp_path / 'a'}", "drop=max", f"out={tmp_path / 'b'}"]) == 0
+    assert main(["eval", str(tmp_path / "b"), "base=false"]) == 0
+    assert set(json.loads((tmp_path / "b" / "eval-validation.json").read_text())["tasks"]) == {"up", "down"}
+    again = ["compose", f"extend={tmp_path / 'b'}", f"adapters={place / 'max'}", f"out={tmp_path / 'c'}"]
+    assert main(again) == 0
+    assert main(["eval", str(tmp_path / "c"), "base=false"]) == 0
+    assert set(json.loads((tmp_path / "c" / "eval-validation.json").read_text())["tasks"]) == set(TASKS)
+
+
+def test_folders_that_were_changed_by_hand_are_noticed(place: Path, tmp_path: Path, capsys: Any) -> None:
+    assert main(asked(place, tmp_path / "a", "method=oracle")) == 0
+    capsys.readouterr()
+    file = tmp_path / "a" / "adapter" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    for experts in ([1, 2, 3], "abc", ["up"]):
+        file.write_text(json.dumps({**config, "experts": experts}))
+        assert main(["export", str(tmp_path / "a"), "expert=up", f"out={tmp_path / 'up'}"]) == 2
+        assert "must be the names of 3 adapters" in capsys.readouterr().err
+    file.write_text(json.dumps({**config, "experts": ["down", "up", "max"]}))
+    assert main(["compose", f"extend={tmp_path / 'a'}", "drop=max", f"out={tmp_path / 'b'}"]) == 2
+    assert "names other adapters" in capsys.readouterr().err
+    file.write_text(json.dumps(config))
+    (tmp_path / "a" / "layout.json").write_text('{"tasks": ["up"]}')
+    assert main(["inspect", str(tmp_path / "a"), "prompt=3 4 up =", "task=up"]) == 2
+    assert "layout.json is damaged" in capsys.readouterr().err
+    (tmp_path / "a" / "layout.json").write_text("{")
+    for out in (tmp_path / "up", tmp_path / "a" / "adapter" / "up"):
+        assert main(["export", str(tmp_path / "a"), "expert=up", f"out={out}"]) == 2
+        assert not out.exists()
+    assert main(["inspect", str(tmp_path / "a"), "prompt=\udcff"]) == 2
 
 
 def test_a_kept_expert_whose_source_changed_is_noticed(place: Path, tmp_path: Path, capsys: Any) -> None:

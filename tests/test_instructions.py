@@ -175,6 +175,42 @@ def test_a_threshold_is_calibrated_unless_it_is_given(place: Path) -> None:
     assert GliderConfig(**given, instructions=dict.fromkeys(TASKS, "x")).threshold == THRESHOLD
 
 
+def test_a_new_experts_instruction_is_written_beside_those_that_are_there(
+    place: Path, tmp_path: Path, endpoint: str
+) -> None:
+    told = (f"adapter.instruct_url={endpoint}", "adapter.instruct_model=m", f"data={place / 'data'}")
+    given = ["adapter.encoder=hashing", "adapter.instructions={up: Sort, down: Turn}", *told]
+    assert main(asked(place, tmp_path / "out", "method=glider", *given)) == 0
+    config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert config["instructions"] == {"up": "Sort", "down": "Turn", "max": "Do max."}
+    assert len(_Endpoint.asked) == 1
+
+
+@pytest.mark.parametrize("url", ["http://", "http://[::1/v1", "http://a b/v1", "127.0.0.1:8000", "file:///etc/passwd"])
+def test_what_is_no_address_is_refused(url: str) -> None:
+    with pytest.raises(ConfigError, match="must be an address"):
+        Instructor(url, "m")
+
+
+@pytest.mark.parametrize("content", ["x" * 2000, "", None, ["a"], {"text": "a"}, 5])
+def test_what_is_no_sentence_is_not_taken(content: Any, endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = {"choices": [{"message": {"content": content}}]}
+    monkeypatch.setattr(instructions.json, "loads", lambda _: answer)
+    monkeypatch.setattr(_Endpoint, "do_POST", _plain)
+    assert Instructor(endpoint, "m", retries=0)([["3 up ="]]) == ["3 up ="]
+
+
+def _plain(handler: Any) -> None:
+    handler.send_response(200)
+    handler.end_headers()
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, endpoint: str) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        Instructor(endpoint, "m", tmp_path / "file" / "cache")([["9 up ="]])
+
+
 def test_a_cache_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(ConfigError, match="is no folder"):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from moesaic import causal, metrics
 from moesaic.data import Example
 from moesaic.encoder import EncoderCollator
-from moesaic.errors import ConfigError, DataError
+from moesaic.errors import AdapterError, ConfigError, DataError
 from moesaic.precision import numerics
 from moesaic.training import Prepared
 
@@ -63,6 +63,10 @@ def check_known(prepared: Prepared, tasks: Sequence[str]) -> None:
     config: Any = prepared.model.peft_config["default"] if prepared.routed else None
     if config is None or not config.needs_tasks:
         return
+    if max(config.task_of or [0]) >= max(len(prepared.tasks), 1):
+        raise AdapterError(
+            f"the run's layout.json is damaged: it names {len(prepared.tasks)} tasks, too few for its experts"
+        )
     known = prepared.tasks if config.task_of is None else [prepared.tasks[i] for i in sorted(set(config.task_of))]
     stray = [task for task in tasks if task not in known]
     if stray or not tasks:

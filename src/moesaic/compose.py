@@ -93,7 +93,7 @@ def run_compose(arguments: Sequence[str], *, as_json: bool = False) -> None:
         method=settings.method,
         model=settings.model,
         data=settings.data,
-        tasks=settings.tasks if given.get("tasks") or given.get("data") else before.tasks,
+        tasks=settings.tasks if settings.tasks or given.get("data") else before.tasks,
         adapter=adapter,
     )
     if not is_routed(settings.method):
@@ -101,6 +101,7 @@ def run_compose(arguments: Sequence[str], *, as_json: bool = False) -> None:
     config: Any = adapter_config(recipe)
     from moesaic.adapters.edit import carry_over
     from moesaic.adapters.export import adapter_of
+    from moesaic.heads import tasks_of
     from moesaic.lora.loading import check_folder
     from moesaic.training import load_examples
     from moesaic.wrapping import with_heads, wrap
@@ -109,8 +110,9 @@ def run_compose(arguments: Sequence[str], *, as_json: bool = False) -> None:
     recipe = replace(recipe, model=settings.model or base_of(experts))
     if not recipe.model:
         raise ConfigError("model is missing: the adapters do not say which base model they are for")
-    if not config.ignore_base:
-        config.store.check_base(resolve(recipe.model))
+    by_task = config.needs_tasks or config.needs_own_task or "texts" in adapter_settings(recipe.method)
+    if by_task and before.tasks and recipe.tasks is before.tasks:
+        recipe = replace(recipe, tasks=sorted({task for expert in experts for task in tasks_of(expert)}))
     examples = load_examples(recipe) if recipe.data else []
     base = with_heads(load_outline(recipe.model), examples, recipe)
     model = wrap(base, recipe)
@@ -211,7 +213,7 @@ def _extended(
     method = given.get("method", recipe.method)
     stored = dict(recipe.adapter)
     sources = folders_of(stored.pop("adapters", None))
-    if set(sources) != set(before.experts) or not len(sources) == len(before.experts) == before.num_experts:
+    if list(sources) != before.experts or len(sources) != before.num_experts:
         raise AdapterError(f"{path} is damaged: its recipe names other adapters than its adapter has experts")
     if "subtract" in settings.adapter and settings.adapter["subtract"] != stored.get("subtract"):
         raise ConfigError("subtract changes every expert, so that none could stay as it is: compose anew")
@@ -227,19 +229,23 @@ def _extended(
                 )
             raise ConfigError(
                 f"the folder of expert {name}, {sources[name]}, is gone: `moesaic export {settings.extend} "
-                f"expert={name} out=NEW` writes it anew, and adapters={{{name}: NEW, …}} names it"
+                f"expert={name} out=NEW` writes it anew; name NEW in its place in {path / 'recipe.yaml'}"
             )
-    told = {**(getattr(before, "instructions", None) or {}), **(settings.adapter.get("instructions") or {})}
-    if settings.adapter.get("instructions") and "instructions" not in adapter_settings(method):
-        raise ConfigError(f"method {method} has no instructions")
-    if told and "instructions" in adapter_settings(method):
-        stored["instructions"] = {name: text for name, text in told.items() if name in names_after}
+    asked = dict(settings.adapter)
+    stored["instructions"] = getattr(before, "instructions", None)
+    for key in ("instructions", "texts"):  # of experts that stay, and those that are given
+        own = stored.pop(key, None) or {}
+        if key in asked and not isinstance(asked[key], dict):
+            continue
+        told = {name: text for name, text in own.items() if name in kept} | asked.pop(key, {})
+        if told and (key in adapter_settings(method) or not own):
+            stored[key] = told
     changed = replace(
         settings,
         method=method,
         model=settings.model or recipe.model,
         data=settings.data or recipe.data,
-        adapter={**stored, **{k: v for k, v in settings.adapter.items() if k != "instructions"}},
+        adapter={**stored, **asked},
     )
     return changed, {name: new.get(name, sources.get(name, "")) for name in names_after}, kept
 

@@ -38,6 +38,10 @@ def run(folder: str, arguments: Sequence[str], *, as_json: bool = False) -> None
     settings = parse_settings(InspectSettings, arguments)
     if not settings.prompt.strip():
         raise ConfigError("prompt is missing: prompt='…' is the text to route")
+    try:
+        settings.prompt.encode()
+    except UnicodeEncodeError:
+        raise ConfigError("prompt is no text in UTF-8") from None
     from moesaic.evaluation import load_run
 
     found = explain(load_run(folder), settings.prompt, task=settings.task)

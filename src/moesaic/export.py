@@ -31,6 +31,11 @@ def run_export(folder: str, arguments: Sequence[str], *, as_json: bool = False) 
     settings = parse_settings(ExportSettings, arguments)
     out = path_of(settings.out)
     check_writable(out, f"out={settings.out}")
+    source = path_of(folder).resolve()
+    if source == out.resolve() or source in out.resolve().parents:
+        raise ConfigError(f"out={out} lies in {folder}, which is read: write somewhere else")
+    layout = path_of(folder) / "layout.json"
+    has_heads = layout.is_file() and "labels" in read_json(layout)
     if settings.expert and settings.rank is not None:
         raise ConfigError("expert and rank disagree: an expert is written as it came; rank is of a collapsed mixture")
     if settings.expert:
@@ -49,6 +54,5 @@ def run_export(folder: str, arguments: Sequence[str], *, as_json: bool = False) 
             f"{max(lost):.1%} at most"
         )
     print(f"written: {out}, a LoRA adapter of {facts['modules']} modules for stock PEFT")
-    layout = path_of(folder) / "layout.json"
-    if layout.is_file() and "labels" in read_json(layout):
+    if has_heads:
         logger.warning("the tasks' heads stay in %s: what is written is the LoRA of its encoder", folder)

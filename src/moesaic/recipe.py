@@ -174,7 +174,10 @@ def _base_of_adapters(adapters: Any) -> str:
     from moesaic.lora.stored import read_expert
     from moesaic.sources import base_of, folders_of
 
-    return base_of(map(read_expert, folders_of(adapters).values())) or Recipe.model
+    found = base_of(map(read_expert, folders_of(adapters).values()))
+    if not found:
+        raise ConfigError("model is missing: the adapters do not say which base model they are for")
+    return found
 
 
 OF_ADAPTERS = ("r", "rank_pattern", "lora_alpha", "use_rslora", "num_experts", "experts")

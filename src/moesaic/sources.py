@@ -19,6 +19,8 @@ def folders_of(adapters: Any) -> dict[str, str]:
     if not adapters:
         return {}
     if isinstance(adapters, dict):
+        if not all(isinstance(folder, str) for folder in adapters.values()):
+            raise ConfigError(f"adapters={adapters} must name a folder for each, 'adapters={{NAME: FOLDER, …}}'")
         return {str(name): str(folder) for name, folder in adapters.items()}
     if not isinstance(adapters, (str, list)):
         raise ConfigError(f"adapters={adapters} must be folders, comma-separated, or 'adapters={{NAME: FOLDER, …}}'")

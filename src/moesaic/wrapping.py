@@ -13,7 +13,7 @@ from torch import nn
 
 from moesaic import heads
 from moesaic.data import Example
-from moesaic.embedded import LoadedModel, load_outline
+from moesaic.embedded import LoadedModel, load_outline, resolve
 from moesaic.encoder import HEADS, EncoderForTasks, Layout
 from moesaic.errors import ConfigError, MoesaicError, first_line
 from moesaic.lora import targets
@@ -42,6 +42,8 @@ def with_heads(base: LoadedModel, examples: Sequence[Example], recipe: Recipe) -
     """
     tasks = tuple(sorted({e.task for e in examples}))
     stored = experts_of(recipe)
+    if stored and not recipe.adapter.get("ignore_base"):
+        adapter_config(recipe).store.check_base(resolve(recipe.model))  # type: ignore[attr-defined]
     told = (
         {}
         if recipe.adapter.get("texts") or not stored

@@ -150,10 +150,13 @@ class GliderConfig(PromptConfig):
             )
 
     def expert_texts(self) -> dict[str, list[str]]:
-        if self.instructions is None and self.texts and self.instruct_url and self.store is not None:
-            names = list(self.texts)
-            written = self.instructor([self.texts[name] for name in names])
-            self.instructions = dict(zip(names, written, strict=True))
+        if self.instruct_url and self.store is not None:
+            given = self.instructions or {}
+            lacking = [name for name in self.experts or () if name not in given]
+            if lacking and not self.texts:
+                return {}  # to be written once there are rows
+            written = self.instructor([(self.texts or {}).get(name, []) for name in lacking])
+            self.instructions = {**given, **dict(zip(lacking, written, strict=True))}
         if self.instructions is not None:
             return {name: [text] for name, text in self.instructions.items()}
         return self.texts or {}

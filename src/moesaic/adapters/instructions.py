@@ -30,6 +30,7 @@ _ANSWERS: dict[str, str] = {}
 """Of this process, by digest: a config may be built more than once."""
 EXAMPLES = 3
 MAX_TOKENS = 64
+LONGEST_SENTENCE = 1000
 LONGEST = 2**20
 """Bytes of an answer."""
 _ASKED = (
@@ -76,8 +77,12 @@ class Instructor:
     wait: float = 0.5
 
     def __post_init__(self) -> None:
-        if not self.base_url.startswith(("http://", "https://")):
-            raise ConfigError(f"instruct_url={self.base_url} must begin with http:// or https://")
+        try:
+            host = urlsplit(self.base_url).hostname if self.base_url.startswith(("http://", "https://")) else None
+        except ValueError:
+            host = None
+        if not host or any(character.isspace() for character in self.base_url):
+            raise ConfigError(f"instruct_url={self.base_url} must be an address such as http://127.0.0.1:8000/v1")
         if self.cache is not None and self.cache.exists() and not self.cache.is_dir():
             raise ConfigError(f"instruct_cache={self.cache} is no folder")
         if not self.model:
@@ -127,10 +132,13 @@ class Instructor:
                 time.sleep(self.wait * 2**tried)
         _ANSWERS[digest] = sentence
         if kept is not None:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            part = kept.with_suffix(".part")
-            part.write_text(sentence, encoding="utf-8")
-            part.replace(kept)
+            try:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                part = kept.with_suffix(".part")
+                part.write_text(sentence, encoding="utf-8")
+                part.replace(kept)
+            except OSError as error:
+                raise ConfigError(f"instruct_cache={self.cache} cannot be written: {first_line(error)}") from None
         return sentence
 
     def _complete(self, asked: str) -> str:
@@ -142,10 +150,10 @@ class Instructor:
         try:
             with build_opener(_NoRedirects).open(request, timeout=self.timeout) as response:
                 answer = json.loads(_read(response, time.monotonic() + self.timeout))
-            sentence = " ".join(str(answer["choices"][0]["message"]["content"] or "").split())
+            sentence = " ".join((answer["choices"][0]["message"]["content"] or "").split())
             sentence.encode()
-        except (HTTPException, LookupError, TypeError, ValueError, RecursionError) as error:
+        except (HTTPException, LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise OSError(f"its answer cannot be read: {first_line(error)}") from None
-        if not sentence:
-            raise OSError("the answer is empty")
+        if not sentence or len(sentence) > LONGEST_SENTENCE:
+            raise OSError(f"its answer of {len(sentence)} characters is no sentence")
         return sentence

@@ -162,6 +162,12 @@ class MixtureConfig(PeftConfig):
             )
         for gate in (self.gate(), self.eval_gate()):
             gate.check(self.num_experts)
+        if self.experts is not None and not (
+            isinstance(self.experts, list)
+            and len(self.experts) == self.num_experts
+            and all(isinstance(name, str) for name in self.experts)
+        ):
+            raise ConfigError(f"experts={self.experts!r} must be the names of {self.num_experts} adapters")
         if self.needs_adapters and self.adapters is None and self.experts is None:
             raise ConfigError(f"method {self.method} routes to adapters that are trained already: adapters=a/,b/,…")
 
@@ -176,8 +182,9 @@ class MixtureConfig(PeftConfig):
                 raise ConfigError(f"{key}={given!r} must be folders{', or folders by name' * (key == 'adapters')}")
         if self.adapters is None:
             return
-        if self.target_modules is not None or self.lora_target_modules is not None:
-            raise ConfigError("adapters and target_modules disagree: experts are where the adapters have them")
+        for key in ("target_modules", "lora_target_modules", "exclude_modules", "layers_to_transform"):
+            if getattr(self, key) is not None:
+                raise ConfigError(f"adapters and {key} disagree: experts are where the adapters have them")
         if self.level == "block":
             raise ConfigError(f"adapters cannot go with method {self.method}, whose experts are whole FFNs")
         if self.shares_down:

@@ -118,7 +118,7 @@ def read_expert(folder: str | Path, name: str | None = None) -> StoredExpert:
             f"{path} cannot be an expert: init_lora_weights={start!r} changed the base model's own weights; convert it "
             "to plain LoRA (path_initial_model_for_weight_conversion of PEFT)"
         )
-    if config.get("bias", "none") != "none":
+    if (config.get("bias") or "none") != "none":
         raise AdapterError(f"{path} cannot be an expert: bias={config['bias']!r}, and a trained bias is not routed")
     shapes = _shapes(path)
     sides: dict[str, dict[str, str]] = {}
@@ -222,7 +222,7 @@ def _factor(
     if not a[0]:
         raise AdapterError(f"{path} is damaged: {module} has rank 0")
     rank, alpha = (
-        _by_pattern(config, module, *names) for names in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
+        _by_pattern(path, config, module, *names) for names in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
     )
     if a[0] != b[1] or a[0] != rank:
         raise AdapterError(f"{path} is damaged: {module} has rank {rank:g} by its config, and A {a}, B {b}")
@@ -232,7 +232,7 @@ def _factor(
     return Factor(a[0], a[1], b[0], scaling, (keys["A"], keys["B"]))
 
 
-def _by_pattern(config: dict[str, Any], module: str, pattern: str, plain: str) -> float:
+def _by_pattern(path: Path, config: dict[str, Any], module: str, pattern: str, plain: str) -> float:
     """What PEFT takes for a module: its pattern's first fitting entry, else the plain setting."""
     from peft.utils.other import get_pattern_key
 
@@ -240,4 +240,4 @@ def _by_pattern(config: dict[str, Any], module: str, pattern: str, plain: str) -
     try:
         return float(entries.get(get_pattern_key(list(entries), module), config.get(plain, 8)))
     except re.error as error:
-        raise AdapterError(f"{pattern} of {module} is no regular expression: {first_line(error)}") from None
+        raise AdapterError(f"{path} is damaged: {pattern} is no regular expression: {first_line(error)}") from None
