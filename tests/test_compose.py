@@ -353,6 +353,7 @@ def test_instructions_stay_with_the_experts_that_they_are_of(place: Path, tmp_pa
         (["adapter.instructions={nope: x}"], "no adapter 'nope' to have instructions"),
         (["adapter.instructions=foo"], "instructions must be one text by expert"),
         (["drop=max", "adapter.instructions.max=x"], "no adapter 'max' to have instructions"),
+        (["method=arrow", "adapter.instructions.max=x"], "method arrow has no setting adapter.instructions"),
     ):
         assert main([*extend, *settings]) == 2
         said = capsys.readouterr().err

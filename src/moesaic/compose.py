@@ -237,8 +237,9 @@ def _extended(
         own = stored.pop(key, None) or {}
         if key in asked and not isinstance(asked[key], dict):
             continue
-        told = {name: text for name, text in own.items() if name in kept} | asked.pop(key, {})
-        if told and (key in adapter_settings(method) or not own):
+        now = asked.pop(key, {})
+        told = {name: text for name, text in own.items() if name in kept} | now
+        if told and (now or key in adapter_settings(method)):
             stored[key] = told
     changed = replace(
         settings,
