@@ -435,7 +435,7 @@ def test_gates_are_trained_on_their_adapters_own_rows_or_not_at_all(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("method", ["hotmoe", "lora-mixer", "oracle", "phatgoose"])
+@pytest.mark.parametrize("method", ["hotmoe", "lora-mixer", "oracle", "phatgoose", "custom"])
 def test_a_router_trained_over_adapters_is_evaluated_without_them(place: Path, tmp_path: Path, method: str) -> None:
     for task in TASKS:
         shutil.copytree(place / task, tmp_path / "in" / task)

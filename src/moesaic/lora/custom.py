@@ -141,6 +141,11 @@ class CustomConfig(MixtureConfig):
             raise ConfigError(f"top_k={self.top_k} has no effect: none of {', '.join(used)} has one; leave it out")
         super().__post_init__()
 
+    def _take_adapters(self) -> None:
+        super()._take_adapters()
+        if self.adapters is not None:
+            self._parts = {name: self._build(name) for name in self._parts}  # with the adapters' number of experts
+
     @property
     def routers_of(self) -> list[str]:
         return [self.router_of] if isinstance(self.router_of, str) else list(self.router_of)
