@@ -116,8 +116,8 @@ class Job:
 
 
 def train_adapter(setting: str, task: str, seed: int) -> None:
-    from moesaic.recipe import load_recipe
-    from moesaic.training import train
+    from moesaic.runs.recipe import load_recipe
+    from moesaic.training.run import train
 
     chosen, out = SETTINGS[setting], Job(setting, task, seed).folder
     if (out / "results.json").is_file():
@@ -137,7 +137,7 @@ def run(job: Job) -> None:
         found = _merged(job, chosen, tasks)
     else:
         _make(job, chosen)
-        from moesaic.evaluation import EvalSettings, evaluate_run
+        from moesaic.evaluation.run import EvalSettings, evaluate_run
 
         ask = EvalSettings(split=chosen.split, data=chosen.data, tasks=tasks, base=job.arm == "uniform")
         found = evaluate_run(job.folder, ask)["tasks"]
@@ -149,9 +149,9 @@ def run(job: Job) -> None:
 
 def _make(job: Job, chosen: Setting) -> None:
     """The run folder of an arm: trained, composed, or made of one that is."""
-    from moesaic.compose import run_compose
-    from moesaic.recipe import load_recipe
-    from moesaic.training import train
+    from moesaic.cli.compose import run_compose
+    from moesaic.runs.recipe import load_recipe
+    from moesaic.training.run import train
 
     if (job.folder / "recipe.yaml").is_file() and (job.folder / "adapter").is_dir():
         return
@@ -189,12 +189,12 @@ def _merged(job: Job, chosen: Setting, tasks: list[str]) -> dict[str, Any]:
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    from moesaic import data
-    from moesaic.embedded import load_model
-    from moesaic.evaluation import score
-    from moesaic.recipe import load_recipe
-    from moesaic.training import Prepared, load_examples
-    from moesaic.wrapping import with_heads
+    from moesaic.data import examples as data
+    from moesaic.evaluation.run import score
+    from moesaic.models.embedded import load_model
+    from moesaic.runs.recipe import load_recipe
+    from moesaic.training.run import Prepared, load_examples
+    from moesaic.training.wrapping import with_heads
 
     kept = [task for task in chosen.tasks if task != job.left_out]
     folders = {task: str(Job(job.setting, task, job.seed).folder) for task in kept}

@@ -190,7 +190,7 @@ def main() -> None:
 def trained(adapters: list[Path]) -> dict[str, list[float]]:
     from peft import ArrowConfig, create_arrow_model
 
-    from moesaic.embedded import load_model
+    from moesaic.models.embedded import load_model
 
     paths = [str(path) for path in adapters]
     theirs = create_arrow_model(load_model("nano").model, paths, ArrowConfig(top_k=3)).eval()

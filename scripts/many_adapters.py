@@ -17,8 +17,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from moesaic.bench import measure
-from moesaic.embedded import load_model
 from moesaic.lora import METHODS
+from moesaic.models.embedded import load_model
 
 TOKENS = 256
 
@@ -71,7 +71,7 @@ _PEAK = """
 import torch
 from peft import get_peft_model
 from moesaic.bench import measure
-from moesaic.embedded import load_model
+from moesaic.models.embedded import load_model
 from moesaic.lora import METHODS
 
 model = get_peft_model(load_model("nano").model, METHODS["arrow"](adapters={folders})).eval()

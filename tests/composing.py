@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
-from moesaic.embedded import load_model
+from moesaic.models.embedded import load_model
 
 TASKS = ("up", "down", "max")
 

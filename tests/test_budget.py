@@ -9,14 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft.tuners.lora import LoraLayer
 
-from moesaic import data
-from moesaic.budget import TOLERANCE, _spread, at_rank, solve
-from moesaic.embedded import load_model
+from moesaic.data import examples as data
 from moesaic.errors import ConfigError
-from moesaic.recipe import PLAIN, Recipe, adapter_config, load_recipe, packaged
-from moesaic.results import count_trainable
-from moesaic.training import prepare, resolved
-from moesaic.wrapping import count, outline, with_heads
+from moesaic.models.embedded import load_model
+from moesaic.runs.recipe import PLAIN, Recipe, adapter_config, load_recipe, packaged
+from moesaic.runs.results import count_trainable
+from moesaic.training.budget import TOLERANCE, _spread, at_rank, solve
+from moesaic.training.run import prepare, resolved
+from moesaic.training.wrapping import count, outline, with_heads
 from tests.tiny import FROM_SCRATCH
 from tests.tiny_folders import save_model, write_tasks
 

@@ -9,13 +9,17 @@ from importlib import metadata
 import pytest
 import yaml
 
-from moesaic.cli import main
+from moesaic.cli.main import main
 from tests.tiny_folders import save_model, write_tasks
 
 
 def moesaic(*args, **kwargs):
     return subprocess.run(
-        [sys.executable, "-m", "moesaic.cli", *map(str, args)], capture_output=True, text=True, check=False, **kwargs
+        [sys.executable, "-m", "moesaic", *map(str, args)],
+        capture_output=True,
+        text=True,
+        check=False,
+        **kwargs,
     )
 
 
@@ -34,7 +38,7 @@ def settings(world, out, *more):
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["train", "--help"], ["eval", "--help"], ["compare", "--help"]])
 def test_help_teaches_without_importing_torch(arguments):
     code = (
-        "import sys\nfrom moesaic.cli import main\n"
+        "import sys\nfrom moesaic.cli.main import main\n"
         f"try:\n    main({arguments!r})\nexcept SystemExit:\n    pass\n"
         "heavy = {'torch', 'transformers', 'peft', 'trl', 'datasets', 'rich', 'omegaconf'} & set(sys.modules)\n"
         "print('heavy:', heavy)"
@@ -155,12 +159,12 @@ def test_methods_lists_every_registered_one(capsys):
 
 
 def test_an_interrupt_is_exit_code_130(monkeypatch, capsys):
-    import moesaic.training
+    import moesaic.training.run
 
     def interrupted(recipe):
         raise KeyboardInterrupt("stopped at step 3 of 6, saved; the same command goes on from there")
 
-    monkeypatch.setattr(moesaic.training, "train", interrupted)
+    monkeypatch.setattr(moesaic.training.run, "train", interrupted)
     assert main(["train", "lora", "data=x"]) == 130
     assert capsys.readouterr().err.startswith("moesaic: stopped at step 3")
 

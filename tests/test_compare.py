@@ -19,15 +19,15 @@ import pytest
 import torch
 import yaml
 
-from moesaic import embedded
-from moesaic.cli import main
+from moesaic.cli.main import main
 from moesaic.compare import cells
 from moesaic.compare.arms import plan
 from moesaic.compare.run import run
 from moesaic.compare.settings import load
 from moesaic.errors import ConfigError, MissingDependency, MoesaicError
-from moesaic.recipe import Recipe, adapter_config, load_recipe
-from moesaic.training import build_trainer, load_examples, prepare, training_rows
+from moesaic.models import embedded
+from moesaic.runs.recipe import Recipe, adapter_config, load_recipe
+from moesaic.training.run import build_trainer, load_examples, prepare, training_rows
 from tests.tiny import FROM_SCRATCH
 from tests.tiny_folders import save_model, write_tasks
 

@@ -8,12 +8,13 @@ import math
 import pytest
 from rich.console import Console
 
-from moesaic import comparison, verdicts
-from moesaic.comparison import Cell, summarise
+from moesaic.compare import figures as comparison
+from moesaic.compare import verdicts
+from moesaic.compare.figures import Cell, summarise
 from moesaic.errors import ConfigError
 from moesaic.lora import METHODS
-from moesaic.recipe import PLAIN, methods
 from moesaic.report import markdown
+from moesaic.runs.recipe import PLAIN, methods
 from tests.tiny import FROM_SCRATCH
 
 ROUTING = {

@@ -14,9 +14,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from moesaic.cli import main
-from moesaic.embedded import load_model
+from moesaic.cli.main import main
 from moesaic.errors import ConfigError
+from moesaic.models.embedded import load_model
 from tests.composing import TASKS, asked, make, tensors, tree
 
 
@@ -36,7 +36,7 @@ def test_adapters_become_a_run_that_loads_in_a_fresh_process(
     said = capsys.readouterr().out
     assert all(task in said for task in TASKS)
     code = (
-        "import moesaic, torch; from peft import PeftModel; from moesaic.embedded import load_model\n"
+        "import moesaic, torch; from peft import PeftModel; from moesaic.models.embedded import load_model\n"
         f"m = PeftModel.from_pretrained(load_model('nano').model, {str(tmp_path / 'out' / 'adapter')!r}).eval()\n"
         "print(m.peft_config['default'].experts, float(m(input_ids=torch.arange(5, 25)[None]).logits.sum()))"
     )
@@ -506,7 +506,7 @@ def test_weights_of_lorahub_are_searched_before_anything_is_exported(
 def test_another_encoder_than_the_stored_one_is_refused(place: Path, tmp_path: Path) -> None:
     settings = ("method=retrieval", f"data={place / 'data'}", "adapter.encoder=hashing")
     assert main(asked(place, tmp_path / "out", *settings)) == 0
-    from moesaic.evaluation import load_run
+    from moesaic.evaluation.run import load_run
 
     model = load_run(tmp_path / "out").model
     config = model.peft_config["default"]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from moesaic.recipe import PLAIN, Recipe, adapter_config
+from moesaic.runs.recipe import PLAIN, Recipe, adapter_config
 from tests import tiny
 from tests.test_contract import DTYPES, TOLERANCE, backward, close, every_base, every_model, frozen, ragged
 

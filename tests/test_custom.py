@@ -10,7 +10,7 @@ import torch
 
 from moesaic.errors import ConfigError
 from moesaic.lora import METHODS
-from moesaic.lora.custom import CustomConfig, SumRouter
+from moesaic.lora.methods.custom import CustomConfig, SumRouter
 from tests import tiny
 
 PARTS = sorted(

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moesaic import data
+from moesaic.data import examples as data
 from moesaic.errors import DataError
 
 CHOICE = {"task": "t", "prompt": "p", "choices": ["a", "b"], "answer": 1}

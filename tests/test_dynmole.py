@@ -13,7 +13,7 @@ from torch import Tensor
 
 import moesaic
 from moesaic.errors import ConfigError
-from moesaic.lora.dynmole import DynMoLEConfig, MassBalance, RouterEntropy
+from moesaic.lora.methods.dynmole import DynMoLEConfig, MassBalance, RouterEntropy
 from moesaic.routing import (
     EntropyHybrid,
     Gate,

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from moesaic import embedded
 from moesaic.errors import ConfigError, MissingDependency
 from moesaic.lora import targets
+from moesaic.models import embedded
 from tests.tiny_folders import save_model
 
 

@@ -11,14 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from moesaic import causal, data, metrics
-from moesaic.answers import answer
-from moesaic.embedded import load_model
+from moesaic.data import causal
+from moesaic.data import examples as data
 from moesaic.errors import ConfigError, DataError
-from moesaic.evaluation import EvalSettings, evaluate_run, generate, load_run, score
-from moesaic.recipe import load_recipe
-from moesaic.tables import eval_table, routing_table
-from moesaic.training import Prepared, train
+from moesaic.evaluation import metrics
+from moesaic.evaluation.answers import answer
+from moesaic.evaluation.run import EvalSettings, evaluate_run, generate, load_run, score
+from moesaic.models.embedded import load_model
+from moesaic.report.tables import eval_table, routing_table
+from moesaic.runs.recipe import load_recipe
+from moesaic.training.run import Prepared, train
 from tests.tiny_folders import save_model, write_tasks
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 import moesaic
 from moesaic.errors import ConfigError
 from moesaic.host import find_host
-from moesaic.lora.hotmoe import ExpertExpertRouter, HotMoEConfig, HotMoERouter, TokenExpertRouter
-from moesaic.lora.hotmoe_kernels import TokenAttention
+from moesaic.lora.methods.hotmoe import ExpertExpertRouter, HotMoEConfig, HotMoERouter, TokenExpertRouter
+from moesaic.lora.methods.hotmoe_kernels import TokenAttention
 from moesaic.routing import LinearRouter, MutualInformation, Record, Routing, RoutingContext, Similarity, Site
 from tests import naive_hotmoe as naive
 from tests import tiny

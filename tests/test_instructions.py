@@ -17,9 +17,9 @@ import torch
 from moesaic.adapters import instructions
 from moesaic.adapters.glider import THRESHOLD, GliderConfig, calibrated
 from moesaic.adapters.instructions import Instructor
-from moesaic.cli import main
+from moesaic.cli.main import main
 from moesaic.errors import ConfigError
-from moesaic.evaluation import load_run
+from moesaic.evaluation.run import load_run
 from tests.composing import TASKS, asked, make
 
 

@@ -15,7 +15,7 @@ import moesaic
 from moesaic import RoutedTrainerMixin
 from moesaic.errors import ConfigError
 from moesaic.host import find_host
-from moesaic.lora.lora_mixer import LoRAMixerConfig, Preserve, RoutingSpecialization
+from moesaic.lora.methods.lora_mixer import LoRAMixerConfig, Preserve, RoutingSpecialization
 from moesaic.routing import Record, Routing, Site
 from tests import loops, tiny
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import moesaic
 from moesaic.errors import ConfigError
-from moesaic.lora.loramoe import LocalizedBalance, LoRAMoEConfig
+from moesaic.lora.methods.loramoe import LocalizedBalance, LoRAMoEConfig
 from moesaic.routing import Record, Routing, Site, Softmax
 from tests import tiny
 

@@ -6,10 +6,10 @@ from dataclasses import fields
 import pytest
 
 import moesaic
-from moesaic.cli import main
+from moesaic.cli.main import main
+from moesaic.cli.methods import describe
 from moesaic.lora import METHODS
-from moesaic.methods import describe
-from moesaic.recipe import PLAIN, load_recipe
+from moesaic.runs.recipe import PLAIN, load_recipe
 
 
 @pytest.mark.parametrize("name", [*METHODS, *PLAIN])

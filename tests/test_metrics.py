@@ -6,7 +6,7 @@ import statistics
 
 import pytest
 
-from moesaic import metrics
+from moesaic.evaluation import metrics
 
 
 def test_spread_is_of_a_sample_and_unknown_for_one_value():

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import moesaic
 from moesaic.errors import ConfigError, TrainingError
-from moesaic.lora.mixlora import MixLoRAConfig
+from moesaic.lora.methods.mixlora import MixLoRAConfig
 from tests import tiny
 
 F64 = torch.float64

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import moesaic
 from moesaic.errors import ConfigError
-from moesaic.lora.mola import MoLAConfig
+from moesaic.lora.methods.mola import MoLAConfig
 from moesaic.routing import Site
 from tests import tiny
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from moesaic.nano import corpus, pretrain
+from moesaic.nano.tasks import CUES, MOST, TASKS, list_of, make_examples, make_split
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moesaic import nano
 from moesaic.errors import ConfigError
-from moesaic.nano import corpus, pretrain
-from moesaic.nano.tasks import CUES, MOST, TASKS, list_of, make_examples, make_split
 
 SEEDS = st.integers(min_value=0, max_value=2**31)
 

@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 
 from moesaic.lora import METHODS
-from moesaic.recipe import adapter_config, load_recipe, methods
+from moesaic.runs.recipe import adapter_config, load_recipe, methods
 from tests import tiny
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -34,7 +34,7 @@ def test_the_first_example_runs_as_written(tmp_path: Path) -> None:
 def test_task_ids_reach_the_routers_through_the_trainer_and_in_generate(tmp_path: Path) -> None:
     _, example = blocks("python")
     seen = """
-from moesaic.lora import moelora
+from moesaic.lora.methods import moelora
 score = moelora.TaskRouter.score
 def spy(self, h, context=None):
     print("ids", sorted(context.task_ids.tolist()), h.requires_grad)

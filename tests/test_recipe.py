@@ -6,8 +6,8 @@ import pytest
 
 from moesaic.compare.settings import CompareSettings
 from moesaic.errors import ConfigError
-from moesaic.evaluation import EvalSettings
-from moesaic.recipe import (
+from moesaic.evaluation.run import EvalSettings
+from moesaic.runs.recipe import (
     PLAIN,
     adapter_config,
     as_used,
@@ -18,7 +18,7 @@ from moesaic.recipe import (
     packaged,
     parse_settings,
 )
-from moesaic.settings import differences, parse_overrides, read_yaml
+from moesaic.runs.settings import differences, parse_overrides, read_yaml
 
 
 def test_parts_that_custom_is_not_told_follow_the_first_router() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import moesaic
-from moesaic import results
+from moesaic.runs import results
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "results.py"
 
@@ -14,7 +14,7 @@ SCRIPT = Path(__file__).parents[1] / "scripts" / "results.py"
 @pytest.mark.parametrize(
     ("program", "said"),
     [
-        (str(Path(moesaic.__file__).with_name("cli.py")), "moesaic"),
+        (str(Path(moesaic.__file__).with_name("cli") / "main.py"), "moesaic"),
         (str(Path(moesaic.__file__).with_name("__main__.py")), "moesaic"),
         ("/somewhere/bin/moesaic", "moesaic"),
         ("/somewhere/mine.py", "mine.py"),

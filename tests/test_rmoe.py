@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import moesaic
 from moesaic.errors import ConfigError
-from moesaic.lora.rmoe import RecurrentRouter, RMoEConfig, _GRUStep, chain_of, joined
+from moesaic.lora.methods.rmoe import RecurrentRouter, RMoEConfig, _GRUStep, chain_of, joined
 from moesaic.routing import RoutingContext, Site
 from tests import tiny
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moesaic.data.sampling import InterleavedSampler, interleave, quotas
 from moesaic.errors import ConfigError, DataError
-from moesaic.sampling import InterleavedSampler, interleave, quotas
 
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=6)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import moesaic
 from moesaic.errors import ConfigError
-from moesaic.lora.sequence import SequenceRouter
+from moesaic.lora.methods.sequence import SequenceRouter
 from moesaic.routing import RoutingContext
 from tests import tiny
 

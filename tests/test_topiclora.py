@@ -17,16 +17,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import moesaic
-from moesaic import data
-from moesaic.causal import CausalCollator, question
-from moesaic.encoder import EncoderCollator, Layout
+from moesaic.data import examples as data
+from moesaic.data.causal import CausalCollator, question
 from moesaic.errors import ConfigError
 from moesaic.host import TARGETS
-from moesaic.lora.topiclora import PrototypeRouter, TopicAlignment, TopicLoRAConfig, divergence
-from moesaic.lora.topics import TopicSettings, build, encoders
-from moesaic.recipe import load_recipe
+from moesaic.lora.methods.topiclora import PrototypeRouter, TopicAlignment, TopicLoRAConfig, divergence
+from moesaic.lora.methods.topics import TopicSettings, build, encoders
+from moesaic.models.encoder import EncoderCollator, Layout
 from moesaic.routing import LinearRouter, Record, Routing, Site, TopK
-from moesaic.training import build_trainer, prepare, train
+from moesaic.runs.recipe import load_recipe
+from moesaic.training.run import build_trainer, prepare, train
 from tests import tiny
 from tests.tiny_folders import save_model, tokenizer, write_tasks
 
@@ -321,9 +321,9 @@ def test_prototypes_stay_float32_on_a_bf16_base_and_follow_to_float64() -> None:
 _LOAD = """
 import sys, warnings
 warnings.simplefilter("ignore")
-import torch, moesaic, moesaic.lora.topics
-from moesaic.lora import topiclora
-from moesaic.lora.topics import artefact, encoders
+import torch, moesaic, moesaic.lora.methods.topics
+from moesaic.lora.methods import topiclora
+from moesaic.lora.methods.topics import artefact, encoders
 def refuse(*args, **kwargs):
     raise RuntimeError("asked for")
 encoders.encoder = encoders.TransformerEncoder = artefact.build = topiclora.build = topiclora.Topics.load = refuse
@@ -497,8 +497,8 @@ def test_training_encodes_each_prompt_that_it_draws_once_and_logs_the_kl(
 
 @pytest.mark.parametrize("kind", ["causal", "encoder"])
 def test_a_batch_of_the_trainer_carries_each_rows_own_targets(tmp_path: Path, kind: str) -> None:
-    from moesaic.checkpoints import RunFolder
-    from moesaic.training import training_rows
+    from moesaic.runs.folder import RunFolder
+    from moesaic.training.run import training_rows
 
     recipe = load_recipe("topiclora", settings_of(tmp_path, kind))
     examples = data.load(recipe.data)

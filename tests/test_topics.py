@@ -17,9 +17,9 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn import functional as F
 
-from moesaic.cli import main
+from moesaic.cli.main import main
 from moesaic.errors import ConfigError, DataError
-from moesaic.lora.topics import Topics, TopicSettings, build, encoders, features, graph, vocabulary
+from moesaic.lora.methods.topics import Topics, TopicSettings, build, encoders, features, graph, vocabulary
 from moesaic.report import topics as drawing
 from tests.tiny_folders import save_model
 
@@ -363,7 +363,7 @@ def test_a_transformers_encoder_averages_real_tokens_whatever_the_batch(tmp_path
 def test_the_kept_features_are_minilms() -> None:
     texts = features.packaged_texts()
     kept = features.of(texts, "minilm")
-    assert features._kept(), "run python -m moesaic.lora.topics.features"
+    assert features._kept(), "run python -m moesaic.lora.methods.topics.features"
     chosen = list(range(0, len(texts), 9))
     fresh = encoders.encoder("minilm")([texts[i] for i in chosen])
     assert (kept[chosen] * fresh).sum(dim=1).min() > 0.99999
@@ -641,7 +641,7 @@ def test_a_graph_without_an_edge_is_doubted_unless_it_was_asked_for(
 
 
 def test_a_name_too_long_is_refused_before_anything_is_built(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr("moesaic.topics.build", None)
+    monkeypatch.setattr("moesaic.cli.topics.build", None)
     assert main(["topics", "build", f"out={tmp_path / ('a' * 240)}.safetensors", "encoder=hashing"]) == 2
     assert "cannot be written: File name too long" in capsys.readouterr().err
 
@@ -757,7 +757,8 @@ def test_mistakes_are_one_line_and_exit_with_two(
 def test_a_place_that_cannot_be_written_is_told_before_topics_are_made(
     action: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from moesaic import checkpoints, topics
+    from moesaic.cli import topics
+    from moesaic.runs import folder as checkpoints
 
     def refuse(**_: Any) -> None:
         raise PermissionError(13, "Permission denied")
@@ -786,7 +787,7 @@ def test_weights_too_large_to_compute_with_are_refused(
 def test_help_teaches_both_actions_and_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
     from dataclasses import fields
 
-    from moesaic.topics import BuildSettings
+    from moesaic.cli.topics import BuildSettings
 
     with pytest.raises(SystemExit) as stop:
         main(["topics", "--help"])

@@ -14,15 +14,15 @@ import psutil
 import pytest
 import torch
 
-from moesaic import data
-from moesaic.causal import CausalCollator, fit, tokenize
-from moesaic.checkpoints import RunFolder, atomic_folder, discard, locked, read_json, write_text
-from moesaic.encoder import EncoderCollator, EncoderForTasks, Layout
+from moesaic.data import examples as data
+from moesaic.data.causal import CausalCollator, fit, tokenize
+from moesaic.data.sampling import InterleavedSampler
 from moesaic.errors import AdapterError, ConfigError, DataError, TrainingError
-from moesaic.evaluation import check_run, load_run
-from moesaic.recipe import is_routed, load_recipe
-from moesaic.sampling import InterleavedSampler
-from moesaic.training import prepare, train
+from moesaic.evaluation.run import check_run, load_run
+from moesaic.models.encoder import EncoderCollator, EncoderForTasks, Layout
+from moesaic.runs.folder import RunFolder, atomic_folder, discard, locked, read_json, write_text
+from moesaic.runs.recipe import is_routed, load_recipe
+from moesaic.training.run import prepare, train
 from tests.tiny_folders import save_model, tokenizer, write_tasks
 
 STEPS = 6
@@ -110,8 +110,8 @@ def test_a_killed_run_resumes_to_the_same_losses_bit_for_bit(world, tmp_path):
     run(recipe, world, kind, whole)
     script = (
         "import sys, time, torch; torch.set_num_threads(1)\n"
-        "from moesaic.trainer import RunMixin\n"
-        "from moesaic.cli import main\n"
+        "from moesaic.training.trainer import RunMixin\n"
+        "from moesaic.cli.main import main\n"
         "step = RunMixin.compute_loss\n"
         "def slow(self, *a, **k):\n"
         "    if self.state.global_step == 5: time.sleep(60)\n"
@@ -159,7 +159,7 @@ def test_going_back_to_a_checkpoint_repeats_the_losses_bit_for_bit(world, tmp_pa
 def test_interrupting_saves_after_the_step_and_the_same_command_goes_on(world, tmp_path, monkeypatch):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     run("lora", world, "encoder", whole)
-    from moesaic.trainer import RunMixin
+    from moesaic.training.trainer import RunMixin
 
     original, handler = RunMixin.compute_loss, signal.getsignal(signal.SIGINT)
 
@@ -181,7 +181,7 @@ def test_interrupting_saves_after_the_step_and_the_same_command_goes_on(world, t
 
 @pytest.mark.parametrize("where", ["loss", "gradient norm"])
 def test_a_non_finite_step_is_named_and_the_last_good_checkpoint_stays(world, tmp_path, monkeypatch, where):
-    from moesaic.trainer import RunMixin
+    from moesaic.training.trainer import RunMixin
 
     out = tmp_path / "run"
     original = RunMixin.compute_loss
@@ -416,7 +416,7 @@ def test_encoder_rows_hold_question_and_choices_in_parts():
 
 
 def test_an_untrained_scorer_is_the_cosine_and_padding_does_not_count(world):
-    from moesaic.embedded import load_model
+    from moesaic.models.embedded import load_model
 
     loaded = load_model(str(world / "encoder"))
     rows = data.load(world / "encoder-data", tasks=["pick"])[:3]

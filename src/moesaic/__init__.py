@@ -6,9 +6,11 @@ Importing it makes PEFT know the methods: `PeftModel.from_pretrained` and `get_p
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import Any
 
 from moesaic import _registration
+from moesaic.models import nano
 
 __version__ = "0.1.0"
 
@@ -26,6 +28,7 @@ _HOMES = {
 }
 
 _registration.when_peft_is_imported()
+sys.modules[f"{__name__}.nano"] = nano
 
 
 def __getattr__(name: str) -> Any:

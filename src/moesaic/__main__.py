@@ -2,6 +2,6 @@
 
 import sys
 
-from moesaic.cli import main
+from moesaic.cli.main import main
 
 sys.exit(main())

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from moesaic.errors import ConfigError, TrainingError, suggest
 from moesaic.host import routing_scores
 from moesaic.lora.config import MixtureConfig
-from moesaic.lora.topics import encoders
+from moesaic.lora.methods.topics import encoders
 from moesaic.routing import Router, RoutingContext
 
 

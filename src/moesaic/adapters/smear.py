@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from moesaic.lora.config import MixtureConfig
-from moesaic.lora.sequence import SequenceRouter
+from moesaic.lora.methods.sequence import SequenceRouter
 from moesaic.routing import Gate, Router, Site, Softmax
 
 

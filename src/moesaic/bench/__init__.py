@@ -28,9 +28,9 @@ def main(overrides: list[str], *, as_json: bool = False) -> None:
     from rich.console import Console
 
     from moesaic.bench import arms, measure, suite
-    from moesaic.checkpoints import check_writable, write_json
     from moesaic.errors import ConfigError, path_of, suggest
-    from moesaic.recipe import parse_settings
+    from moesaic.runs.folder import check_writable, write_json
+    from moesaic.runs.recipe import parse_settings
 
     settings = parse_settings(BenchSettings, overrides)
     if settings.rounds < 2:

@@ -18,10 +18,10 @@ from typing import Any
 
 from moesaic.compare.matching import budget_of, match_arm, mixtures
 from moesaic.compare.settings import CompareSettings
+from moesaic.compare.verdicts import Kind, kind_of
 from moesaic.errors import ConfigError, path_of, suggest
-from moesaic.recipe import Recipe, adapter_config, adapter_settings, is_routed, load_recipe, methods, packaged
-from moesaic.settings import names
-from moesaic.verdicts import Kind, kind_of
+from moesaic.runs.recipe import Recipe, adapter_config, adapter_settings, is_routed, load_recipe, methods, packaged
+from moesaic.runs.settings import names
 
 _RANKS = ("r", "rank_pattern", "alpha_pattern")
 
@@ -86,10 +86,10 @@ def plan(settings: CompareSettings, shared: Recipe) -> Plan:
         with _of(arm):
             adapter_config(recipe)
 
-    from moesaic import data
-    from moesaic.answers import by_task
-    from moesaic.training import load_examples, require_extras
-    from moesaic.wrapping import check_tasks, check_teacher, count, outline
+    from moesaic.data import examples as data
+    from moesaic.evaluation.answers import by_task
+    from moesaic.training.run import load_examples, require_extras
+    from moesaic.training.wrapping import check_tasks, check_teacher, count, outline
 
     require_extras()
     examples = load_examples(shared)
@@ -202,8 +202,8 @@ def _scored(
     Raises:
         DataError, ConfigError: rows are not there, or are not as those trained on.
     """
-    from moesaic import data
-    from moesaic.answers import by_task
+    from moesaic.data import examples as data
+    from moesaic.evaluation.answers import by_task
 
     if path_of(shared.data).is_file():
         raise ConfigError(f"data={shared.data} is one file: name a folder with train.jsonl and {settings.split}.jsonl")

@@ -21,11 +21,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from moesaic.checkpoints import RunFolder, claim, locked, read_json, write_json, write_text, writing
 from moesaic.compare import scores
 from moesaic.errors import ConfigError, MissingDependency
-from moesaic.recipe import Recipe, dump, load_recipe
-from moesaic.settings import differences
+from moesaic.runs.folder import RunFolder, claim, locked, read_json, write_json, write_text, writing
+from moesaic.runs.recipe import Recipe, dump, load_recipe
+from moesaic.runs.settings import differences
 
 Status = Literal["done", "failed", "pending"]
 
@@ -192,7 +192,7 @@ def _reason(log: Path, code: int) -> str:
 
 def main(commands: Sequence[Sequence[str]]) -> int:
     """Run commands of moesaic's command line one after the other in this process: libraries are loaded once."""
-    from moesaic.cli import main as moesaic
+    from moesaic.cli.main import main as moesaic
 
     for command in commands:
         sys.argv = ["moesaic", *command]  # what a run's results call the command it was made with

@@ -7,13 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from moesaic.checkpoints import check_writable, discard, locked, read_json, reading, write_json, write_text, writing
 from moesaic.compare.arms import Plan
 from moesaic.compare.settings import BY_CELL, FILE
 from moesaic.errors import ConfigError
-from moesaic.recipe import dump
-from moesaic.results import command_line
-from moesaic.settings import differences, read_yaml
+from moesaic.runs.folder import check_writable, discard, locked, read_json, reading, write_json, write_text, writing
+from moesaic.runs.recipe import dump
+from moesaic.runs.results import command_line
+from moesaic.runs.settings import differences, read_yaml
 
 ARMS = "arms.json"
 _FREE = {"out", "overwrite", "engine", "workers", "threads", "gpus", "keep", "save_every", "budget", "controls"}

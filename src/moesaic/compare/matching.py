@@ -3,9 +3,9 @@
 from typing import Any
 
 from moesaic.compare.settings import CompareSettings
+from moesaic.compare.verdicts import kind_of
 from moesaic.errors import ConfigError, suggest
-from moesaic.recipe import Recipe, adapter_config, is_routed
-from moesaic.verdicts import kind_of
+from moesaic.runs.recipe import Recipe, adapter_config, is_routed
 
 MOST = 10
 """How many times its base's parameters an adapter may have."""
@@ -45,7 +45,7 @@ def budget_of(settings: CompareSettings, recipes: dict[str, Recipe], base: Any) 
 
 def match_arm(settings: CompareSettings, arm: str, recipe: Recipe, budget: int, base: Any) -> Recipe:
     """The arm at the rank that has the budget."""
-    from moesaic.budget import at_rank, check_rank, solve
+    from moesaic.training.budget import at_rank, check_rank, solve
 
     if settings.match == "rank":
         solved = at_rank(recipe, base, max(1, round(budget / _experts(recipe, base))))
@@ -70,7 +70,7 @@ def _whole(text: str | None) -> int | None:
 
 def _size(settings: CompareSettings, recipe: Recipe, base: Any) -> int:
     """What `match` compares: trainable parameters, or the rank of all experts together."""
-    from moesaic.wrapping import count
+    from moesaic.training.wrapping import count
 
     if settings.match == "trainable_params":
         return count(base, recipe)[0]

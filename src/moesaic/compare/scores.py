@@ -5,8 +5,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from moesaic.checkpoints import read_json, reading
 from moesaic.errors import ConfigError
+from moesaic.runs.folder import read_json, reading
 
 
 def is_of(file: Path, rows_sha256: str, *, base: bool) -> bool:

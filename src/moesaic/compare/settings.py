@@ -7,10 +7,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from moesaic.data import SPLITS
+from moesaic.data.examples import SPLITS
 from moesaic.errors import ConfigError, MissingDependency, path_of, suggest
-from moesaic.recipe import Recipe, all_adapter_settings, check
-from moesaic.settings import build, check_keys, lists, names, parse_overrides, read_yaml, texts
+from moesaic.runs.recipe import Recipe, all_adapter_settings, check
+from moesaic.runs.settings import build, check_keys, lists, names, parse_overrides, read_yaml, texts
 
 FILE = "compare.yaml"
 """A comparison's settings in its folder."""

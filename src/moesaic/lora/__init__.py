@@ -1,9 +1,8 @@
-"""Experts are LoRA pairs beside a frozen linear, trained here. Every module of this folder may define a method."""
+"""Experts are LoRA pairs beside a frozen linear, trained here: the machine. Its methods are in `methods/`."""
 
 from __future__ import annotations
 
 import importlib
-import pkgutil
 from typing import Any
 
 import peft  # noqa: F401  first: with it, the methods of every room are registered (moesaic/_registration.py)
@@ -12,8 +11,7 @@ from moesaic.lora.config import METHODS, MixtureConfig
 from moesaic.lora.layer import MixtureLinear
 from moesaic.lora.mix import mix
 
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
+importlib.import_module(f"{__name__}.methods")
 
 __all__ = ["METHODS", "MixtureConfig", "MixtureLinear", "mix"]
 

@@ -26,8 +26,8 @@ from moesaic.report.svg import (
     text,
     ticks,
 )
+from moesaic.report.tables import number
 from moesaic.report.text import percent, points
-from moesaic.tables import number
 
 WIDTH = 1100.0
 ROW = 26.0

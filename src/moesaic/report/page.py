@@ -11,8 +11,8 @@ from typing import Any
 from markupsafe import Markup
 
 from moesaic.report import charts
+from moesaic.report.tables import MATCHED
 from moesaic.report.text import facts, grids, missing
-from moesaic.verdicts import MATCHED
 
 HERE = Path(__file__).parent
 

@@ -7,7 +7,7 @@ import io
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from moesaic.tables import ROUTING, number
+from moesaic.report.tables import ROUTING, number
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -8,7 +8,7 @@ import torch
 from markupsafe import Markup
 from torch import Tensor
 
-from moesaic.lora.topics import Topics
+from moesaic.lora.methods.topics import Topics
 from moesaic.report.svg import beside, circle, drawing, line, tag, text
 
 if TYPE_CHECKING:

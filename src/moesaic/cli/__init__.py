@@ -1,0 +1,1 @@
+"""The command line: one file a verb, or a family's verbs. `main` finds them; it knows none by name."""

@@ -1,0 +1,176 @@
+"""`moesaic inspect`: for one prompt, which experts answered where, and why."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from moesaic.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from moesaic.training.run import Prepared
+
+logger = logging.getLogger(__name__)
+
+_COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red", "bright_black", "bright_cyan")
+_BLOCKS = " ▁▂▃▄▅▆▇█"
+
+
+@dataclass
+class InspectSettings:
+    """Settings of `moesaic inspect`."""
+
+    prompt: str = field(default="", metadata={"help": "the text to route"})
+    task: str = field(default="", metadata={"help": "its task, for methods that are told"})
+
+
+def run(folder: str, arguments: Sequence[str], *, as_json: bool = False) -> None:
+    """Show what the routers of a run do with a prompt. Raises MoesaicError of the kind that fits."""
+    from moesaic.runs.recipe import parse_settings
+
+    settings = parse_settings(InspectSettings, arguments)
+    if not settings.prompt.strip():
+        raise ConfigError("prompt is missing: prompt='…' is the text to route")
+    try:
+        settings.prompt.encode()
+    except UnicodeEncodeError:
+        raise ConfigError("prompt is no text in UTF-8") from None
+    from moesaic.evaluation.run import load_run
+
+    found = explain(load_run(folder), settings.prompt, task=settings.task)
+    if as_json:
+        print(json.dumps(found, indent=2, ensure_ascii=False))
+        return
+    from rich.console import Console
+
+    terminal = sys.stdout.isatty()
+    Console(highlight=False, width=None if terminal else 160).print(shown(found, named=not terminal))
+
+
+def explain(prepared: Prepared, prompt: str, *, task: str = "") -> dict[str, Any]:
+    """What a run's routers do with a prompt.
+
+    Returns:
+        experts: their names. tokens: the prompt's. weights: each expert's mean share over tokens and modules (E,).
+        by_layer: layer -> the same. by_token: the same by token (T, E). logits: the routers' mean scores (E,).
+        global_scores: what the prompt as a whole says (E,), and weighted_global what that adds to the logits; None
+        for methods that do not ask.
+
+    Raises:
+        ConfigError: the run has no routers, or no such task.
+    """
+    import torch
+
+    from moesaic.evaluation.answers import check_known
+    from moesaic.host import find_host, routing_scores, routing_tasks
+
+    if not prepared.routed:
+        raise ConfigError(f"method {prepared.recipe.method} has no routers: there is nothing to inspect")
+    config = prepared.model.peft_config["default"]
+    device = next(prepared.model.parameters()).device
+    longest = prepared.recipe.max_length
+    inputs = prepared.base.tokenizer(prompt, return_tensors="pt", truncation=True, max_length=longest).to(device)
+    if inputs["input_ids"].shape[1] == longest:
+        logger.warning("the prompt may be cut: the run has max_length=%d tokens", longest)
+    scores = config.scores([prompt])
+    seen = _Collector()
+    host = find_host(prepared.model)
+    check_known(prepared, [task] if task else [])
+    with ExitStack() as stack, torch.no_grad():
+        if task:
+            if task not in prepared.tasks:
+                raise ConfigError(f"no task '{task}' in this run; known: {', '.join(prepared.tasks)}")
+            stack.enter_context(routing_tasks(prepared.model, task_ids=[prepared.tasks.index(task)]))
+        if scores is not None:
+            stack.enter_context(routing_scores(prepared.model, scores.to(device)))
+        traces: list[Any] = host.traces
+        traces.append(seen)
+        stack.callback(traces.remove, seen)
+        model = prepared.model.base_model.model
+        (model.encoder if prepared.layout is not None else model)(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
+        )
+    number = config.num_experts
+    records = [r for r in seen.records if r.routing.weights.shape[-1] == number]
+    if not records:
+        raise ConfigError("the routers of this run have differing numbers of experts: they share no table")
+    weights = torch.stack([r.routing.weights.reshape(-1, number) for r in records])
+    logits = torch.stack([r.routing.logits.reshape(-1, number) for r in records])
+    layers = sorted({r.site.layer for r in records})
+    by_layer = {
+        str(layer): weights[[i for i, r in enumerate(records) if r.site.layer == layer]].mean(dim=(0, 1)).tolist()
+        for layer in layers
+    }
+    weighed = getattr(records[0].router, "weighed", None)
+    return {
+        "prompt": prompt,
+        "method": config.method,
+        "experts": list(config.experts or map(str, range(number))),
+        "tokens": prepared.base.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0].tolist()),
+        "weights": weights.mean(dim=(0, 1)).tolist(),
+        "logits": logits.mean(dim=(0, 1)).tolist(),
+        "global_scores": None if scores is None else scores[0].tolist(),
+        "weighted_global": None if scores is None or weighed is None else weighed(scores)[0].tolist(),
+        "by_layer": by_layer,
+        "by_token": weights.mean(dim=0).tolist(),
+    }
+
+
+class _Collector:
+    """Stands where a trace does, and keeps the records as they are."""
+
+    keep_weights = False
+
+    def __init__(self) -> None:
+        self.records: list[Any] = []
+
+    def update(self, records: Sequence[Any]) -> None:
+        self.records += records
+
+
+def shown(found: dict[str, Any], *, named: bool = False) -> RenderableType:
+    """What `explain` found, for a terminal; `named` where there are no colours to tell experts apart."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    told, added = found["global_scores"], found["weighted_global"]
+    header = ["expert", "weight", "score"]
+    header += ["local", "global", "cosine"] if added else ["cosine"] if told else []
+    table = Table(
+        *header, *[f"layer {layer}" for layer in found["by_layer"]], title=f"{found['method']} routes the prompt"
+    )
+    are_shares = min(found["weights"]) >= 0 and 0 < sum(found["weights"]) < 1.01
+    for e, name in enumerate(found["experts"]):
+        weight = found["weights"][e]
+        row = [f"{weight:.0%}" if are_shares else f"{weight:+.2f}", f"{found['logits'][e]:+.2f}"]
+        if added:
+            row += [f"{found['logits'][e] - added[e]:+.2f}", f"{added[e]:+.2f}"]
+        if told:
+            row.append(f"{told[e]:.2f}")
+        shares = [layer[e] for layer in found["by_layer"].values()]
+        bars = [_bar(share) if are_shares else f"{share:+.2f}" for share in shares]
+        table.add_row(Text(name, style=_colour(e)), *row, *bars)
+    line, last = Text(), None
+    for token, row in zip(found["tokens"], found["by_token"], strict=True):
+        best = max(range(len(row)), key=row.__getitem__)
+        if named and best != last:
+            line.append(f"[{found['experts'][best]}] ")
+        line.append(token.replace("Ġ", " ").replace("▁", " ") + " ", style=_colour(best))
+        last = best
+    return Group(table, Text("tokens by their first expert:"), line)
+
+
+def _bar(share: float) -> str:
+    return f"{_BLOCKS[round(min(max(share, 0), 1) * (len(_BLOCKS) - 1))]} {share:.0%}"
+
+
+def _colour(expert: int) -> str:
+    return _COLOURS[expert % len(_COLOURS)]

@@ -1,0 +1,113 @@
+"""What `moesaic methods` tells, all of it read from the methods' own configs, docstrings and recipes."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import MISSING, Field, fields
+from inspect import get_annotations
+from typing import TYPE_CHECKING, Any
+
+from moesaic.errors import ConfigError, suggest
+from moesaic.lora import MixtureConfig
+from moesaic.runs.recipe import PACKAGED, PLAIN, adapter_settings, load_recipe, methods, packaged
+from moesaic.runs.settings import read_yaml
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+_USE = """in a recipe or on the command line: adapter.{setting}=…
+in Python: {config}({setting}=…)"""
+
+
+def overview() -> list[dict[str, Any]]:
+    """Every method in a line: {"method", "summary", "paper", "recipe"}, the last None where none comes along."""
+    known = packaged()
+    return [
+        {"method": name, "summary": about.summary, "paper": about.paper, "recipe": name if name in known else None}
+        for name, about in sorted((name, _about(name)) for name in methods())
+    ]
+
+
+def describe(name: str) -> dict[str, Any]:
+    """One method: paper, equations, recipes, and every setting with its default, its recipe's value and its meaning.
+
+    `recipe` of a setting is what the recipe of the method's own name sets it to, None where that is silent.
+
+
+    Raises:
+        ConfigError: no such method (naming the nearest).
+    """
+    known = methods()
+    if name not in known:
+        raise ConfigError(f"no method '{name}'; {suggest(name, known)}")
+    config, about = known[name], _about(name)
+    shared = {f.name for f in fields(MixtureConfig)} - get_annotations(config).keys()
+    allowed = adapter_settings(name)
+    set_by_recipe = load_recipe(name).adapter if name in packaged() else {}
+    settings = [f for f in fields(config) if f.name in allowed]
+    return {
+        "method": name,
+        "summary": about.summary,
+        "paper": about.paper,
+        "about": None if name in PLAIN else (sys.modules[config.__module__].__doc__ or "").strip(),
+        "config": config.__name__ if name in PLAIN else f"moesaic.{config.__name__}",
+        "recipes": [r for r in packaged() if read_yaml(PACKAGED / f"{r}.yaml").get("method") == name],
+        "settings": [
+            {
+                "name": f.name,
+                "default": _default(name, f),
+                "recipe": set_by_recipe.get(f.name),
+                "help": _line(f),
+                "shared": f.name in shared,
+            }
+            for f in sorted(settings, key=lambda f: f.name in shared)
+        ],
+    }
+
+
+def shown(about: dict[str, Any]) -> RenderableType:
+    """What `describe` found, for a terminal."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    parts: list[Any] = [Text.assemble((about["method"], "bold"), f": {about['summary']}")]
+    parts.append(Text(f"paper: {about['paper']}\nrecipes: {', '.join(about['recipes']) or 'none'}"))
+    if about["about"]:
+        parts.append(Text(f"\n{about['about']}\n"))
+    for title, shared in (("settings", False), ("settings of every mixture", True)):
+        rows = [s for s in about["settings"] if s["shared"] is shared]
+        if rows:
+            table = Table("setting", "default", "recipe", "meaning", title=title, title_justify="left", box=None)
+            for row in rows:
+                recipe = "" if row["recipe"] is None else _plain(row["recipe"])
+                table.add_row(*map(Text, (row["name"], _plain(row["default"]), recipe, row["help"])))
+            parts.append(table)
+    first = about["settings"][0]["name"]
+    return Group(*parts, Text(f"\n{_USE.format(setting=first, config=about['config'])}"))
+
+
+def _about(name: str) -> Any:
+    return PLAIN.get(name) or methods()[name]
+
+
+def _default(method: str, field: Field[Any]) -> Any:
+    """As JSON can have it: PEFT's own kinds of LoRA fix some, and nested configs are said by name."""
+    if method in PLAIN and field.name in PLAIN[method].settings:
+        return PLAIN[method].settings[field.name]
+    value = field.default_factory() if field.default_factory is not MISSING else field.default
+    return value if isinstance(value, (str, int, float, list, dict, type(None))) else type(value).__name__
+
+
+def _line(field: Field[Any]) -> str:
+    """The first sentence of a setting's help: PEFT's run on."""
+    text = re.sub(r"<[^>]+>", "", " ".join(str(field.metadata.get("help", "")).split()))
+    return re.split(r"(?<=[a-z)`'])\.\s+(?=[A-Z])", text)[0].rstrip(".")
+
+
+def _plain(value: Any) -> str:
+    """A default as it is written in a setting; "-" where there is none."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "-" if value is None or value in ([], {}, "") else str(value)

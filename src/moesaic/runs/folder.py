@@ -1,0 +1,297 @@
+"""The run folder: nothing half-written is ever seen under its final name, and nothing finished is lost.
+
+recipe.yaml  layout.json  metrics.jsonl  checkpoints/checkpoint-N/  adapter/  results.json (last: the run is finished)
+"""
+
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO, Any
+
+try:
+    import fcntl
+except ImportError:  # no such locks on Windows
+    fcntl = None  # type: ignore[assignment]
+
+from safetensors import SafetensorError
+
+from moesaic.errors import ConfigError, first_line
+from moesaic.runs.recipe import load_recipe
+from moesaic.runs.settings import differences
+
+logger = logging.getLogger(__name__)
+
+_PREFIX = "checkpoint-"
+STAGING = ".staging"
+
+
+@contextmanager
+def atomic_folder(final: Path) -> Iterator[Path]:
+    """Write into the folder that is yielded; on leaving it appears as `final`, complete, or not at all."""
+    staging = final.parent / STAGING / final.name
+    discard(staging)
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    for file in staging.rglob("*"):
+        _sync(file)
+    _sync(staging)
+    discard(final)
+    os.replace(staging, final)
+    _sync(final.parent)
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    part = _part(file)
+    with writing(file):
+        try:
+            part.write_text(text, encoding="utf-8")
+            _sync(part)
+            os.replace(part, file)
+        except BaseException:
+            with suppress(OSError):
+                part.unlink()
+            raise
+
+
+def _part(file: Path) -> Path:
+    """Where a file is written before it takes its name."""
+    return file.with_name(f".{file.name}.part")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object of a run. Raises ConfigError where it is missing or damaged."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{file} is missing or damaged: {first_line(error)}; restore it, or train again") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file} is damaged: it holds no object; restore it, or train again")
+    return content
+
+
+@contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Turn what a file that was edited by hand lacks, or has of another kind, into a ConfigError."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{file} is damaged: {type(error).__name__} {first_line(error)}; remove it") from None
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a folder to this process for as long; a process that ends, however, gives it free.
+
+    Raises:
+        ConfigError: another process has it.
+    """
+    with writing(folder):
+        file = (folder / ".lock").open("a")
+    with file:
+        first = int(os.environ.get("RANK", "0")) == 0  # the ranks of a distributed run share a folder
+        if first and not claim(file):
+            raise ConfigError(f"another process is writing {folder}: wait for it, or another out=")
+        yield
+
+
+def claim(file: IO[Any]) -> bool:
+    """Lock an open file for as long as it is open here or in a child process; False where another process has it."""
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+    return True
+
+
+def check_writable(place: Path, asked: str) -> None:
+    """Raise ConfigError where no file or folder can be made at `place`, which the setting `asked` names.
+
+    Tried in the nearest folder there is, where nothing is left.
+    """
+    place = place.absolute()
+    if not place.name:
+        raise ConfigError(f"{asked} is the root of the file system; name another")
+    try:
+        _part(place).exists()  # refuses a name that is too long
+        near = next(p for p in (place, *place.parents) if p.exists())
+        with TemporaryFile(dir=near if near.is_dir() or near != place else near.parent):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{asked} cannot be written: {error.strerror or first_line(error)}; name another") from None
+
+
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Turn what the file system refuses (no space, no permission, no such folder) into a ConfigError."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+            raise  # torch.save has no better sign of a full disk than the name of its own source file
+        place = getattr(error, "filename2", None) or getattr(error, "filename", None) or place
+        raise ConfigError(
+            f"cannot write {place}: {getattr(error, 'strerror', None) or first_line(error)}; "
+            "what was written before is kept: make room or name another folder"
+        ) from None
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder so that, stopped half-way, its remains do not bear its name.
+
+    What a link leads to, and the folder that this process is in, are emptied and stay. Raises ConfigError for `..`.
+    """
+    if not folder.exists():
+        return
+    place = folder.resolve()
+    if not folder.is_absolute() and place in Path.cwd().parents:
+        raise ConfigError(f"cannot replace {folder} from inside it: change to another folder")
+    trash = place.with_name(f".trash-{place.name}-{os.getpid()}")
+    if folder.is_symlink() or place.samefile("."):
+        trash.mkdir()
+        for entry in list(place.iterdir()):
+            os.replace(entry, trash / entry.name)
+    else:
+        os.replace(place, trash)
+    shutil.rmtree(trash)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class RunFolder:
+    """A run's files. Creating the object touches nothing; `prepared` does."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe = path / "recipe.yaml"
+        self.layout = path / "layout.json"
+        self.metrics = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.adapter = path / "adapter"
+        self.results = path / "results.json"
+
+    @property
+    def finished(self) -> bool:
+        return self.results.is_file()
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"{_PREFIX}{step}"
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
+        names = [p.name.removeprefix(_PREFIX) for p in self.checkpoints.glob(f"{_PREFIX}*") if p.is_dir()]
+        return sorted(int(n) for n in names if n.isdecimal() and n == str(int(n)))
+
+    def last_loss(self) -> float:
+        """The task's loss that was logged last; NaN where none was."""
+        lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.is_file() else []
+        entry = json.loads(lines[-1]) if lines else {}
+        return float(entry.get("loss", math.nan)) - float(entry.get("router_aux_loss", 0.0))
+
+    def prune(self, keep: int) -> None:
+        """Remove all but the newest `keep` checkpoints."""
+        for step in self.steps()[:-keep]:
+            discard(self.checkpoint(step))
+
+    @contextmanager
+    def prepared(
+        self, *, overwrite: bool, resume: str, description: dict[str, Any], layout: dict[str, Any]
+    ) -> Iterator[int]:
+        """Make the folder ready, keep it to this process, and yield the step to go on from (0: from the start).
+
+        Args:
+            description: the settings that make it the same run, compared with those of an unfinished one.
+            layout: what was read off the data, compared likewise.
+        Raises:
+            ConfigError: the folder holds a finished run, another run, or something that is no run at all; or another
+                process writes it.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"out={self.path} is a file; name a folder")
+        there = self.path.is_dir() and any(self.path.iterdir())
+        if there and not self.recipe.is_file():
+            raise ConfigError(f"out={self.path} holds files that are not a run's; name another folder")
+        if there and overwrite:
+            with locked(self.path), writing(self.path):
+                discard(self.path)
+        with writing(self.path):
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        with locked(self.path):
+            if there and not overwrite:
+                self._check_unfinished(resume, description, layout)
+            for remains in (*self.path.glob(".*"), *self.checkpoints.glob(".*")):
+                if remains.is_dir():
+                    shutil.rmtree(remains, ignore_errors=True)
+            step = max(self.steps(), default=0)
+            self._truncate_metrics(step)
+            yield step
+
+    def _check_unfinished(self, resume: str, description: dict[str, Any], layout: dict[str, Any]) -> None:
+        if self.finished:
+            raise ConfigError(f"{self.path} holds a finished run; overwrite=true replaces it, out=… goes elsewhere")
+        if resume == "never":
+            raise ConfigError(
+                f"{self.path} holds an unfinished run; resume=auto continues it, overwrite=true replaces it"
+            )
+        self._compare(description, layout)
+
+    def _compare(self, description: dict[str, Any], layout: dict[str, Any]) -> None:
+        try:
+            before = load_recipe(str(self.recipe)).describes()
+        except ConfigError as error:
+            raise ConfigError(f"{error}; overwrite=true or another out=") from None
+        changed = differences(before, description)
+        if changed:
+            raise ConfigError(
+                f"{self.path} holds an unfinished run with {changed}: set it back to continue, or overwrite=true, or "
+                "another out="
+            )
+        if self.layout.is_file() and read_json(self.layout) != layout:
+            raise ConfigError(f"{self.path} holds an unfinished run on other data; overwrite=true or another out=")
+
+    def _truncate_metrics(self, step: int) -> None:
+        """Drop what was logged after the step that is gone back to, and a last line cut short."""
+        if not self.metrics.is_file():
+            return
+        kept = []
+        for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, TypeError, KeyError):
+                break
+        write_text(self.metrics, "".join(kept))
+
+
+def run_path(folder: Path) -> RunFolder:
+    """A run folder that can be evaluated: finished, or at least with an adapter. Raises ConfigError."""
+    run = RunFolder(folder)
+    if not run.recipe.is_file():
+        raise ConfigError(f"{folder} is not a run folder: it has no recipe.yaml; `moesaic train` and compose make one")
+    if not run.adapter.is_dir():
+        raise ConfigError(f"{folder} is an unfinished run: run its `moesaic train` command again to finish it")
+    return run

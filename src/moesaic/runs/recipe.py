@@ -1,0 +1,323 @@
+"""Recipes: every run is a YAML file parsed into one dataclass, with `key=value` on top.
+
+A name is a packaged recipe (`hotmoe`), a path a file (`my.yaml`). Settings of the adapter go under `adapter.`, and are
+checked against the method's own config. An unknown key is an error that names the nearest valid one.
+"""
+
+import logging
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from moesaic.errors import ConfigError, MoesaicError, first_line, path_of, suggest
+from moesaic.runs.settings import build, check_keys, lists, names, parse_overrides, read_yaml, texts
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+PACKAGED = Path(__file__).parents[1] / "recipes"
+
+
+@dataclass
+class Recipe:
+    """One training run. `out`, `overwrite` and `resume` say where and how; the rest says what, and is kept with it."""
+
+    method: str = field(default="lora", metadata={"help": "lora, dora, rslora or a mixture (see `moesaic methods`)"})
+    model: str = field(default="minilm", metadata={"help": "nano, minilm, a local folder or a hub id"})
+    data: str = field(default="", metadata={"help": "a JSONL file, a folder of tasks, or a hub id"})
+    tasks: list[str] | None = field(default=None, metadata={"help": "which tasks, comma-separated; all where left out"})
+    steps: int = field(default=800, metadata={"help": "optimizer steps"})
+    batch_size: int = field(default=16, metadata={"help": "examples in a forward"})
+    accumulation: int = field(default=1, metadata={"help": "forwards in a step"})
+    lr: float = field(default=1e-3, metadata={"help": "peak learning rate"})
+    schedule: str = field(default="linear", metadata={"help": "linear, cosine, constant or constant_with_warmup"})
+    warmup: int = field(default=50, metadata={"help": "steps from 0 to the peak, below half of all"})
+    weight_decay: float = field(default=0.0, metadata={"help": "AdamW's weight decay"})
+    clip: float = field(default=1.0, metadata={"help": "largest gradient norm; 0 for no clipping"})
+    temperature: float = field(
+        default=float("inf"), metadata={"help": "task sampling n^(1/t): 1 proportional to size, inf equal"}
+    )
+    max_length: int = field(default=128, metadata={"help": "tokens a row, longer ones are cut"})
+    seed: int = field(default=0, metadata={"help": "of weights, order and dropout"})
+    precision: str = field(default="auto", metadata={"help": "auto, bf16 (autocast) or fp32"})
+    checkpointing: bool = field(
+        default=False, metadata={"help": "recompute activations (non-reentrant): slower, less memory"}
+    )
+    save_every: int = field(default=200, metadata={"help": "steps between checkpoints"})
+    keep: int = field(default=2, metadata={"help": "checkpoints kept"})
+    on_bad_lines: str = field(default="error", metadata={"help": "error or skip"})
+    match: str | None = field(
+        default=None, metadata={"help": "solve the rank for as many trainable parameters as this recipe's"}
+    )
+    out: str = field(default="", metadata={"help": "run folder; runs/<method>-<model>-s<seed> where left out"})
+    overwrite: bool = field(default=False, metadata={"help": "replace a finished run"})
+    resume: str = field(default="auto", metadata={"help": "auto continues an unfinished run, never refuses to"})
+    adapter: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "settings of the method's config: adapter.r=8 adapter.num_experts=4 …"}
+    )
+
+    def run_folder(self) -> Path:
+        if self.out:
+            return path_of(self.out)
+        return Path("runs") / f"{self.method}-{Path(self.model).name}-s{self.seed}"
+
+    def describes(self) -> dict[str, Any]:
+        """What makes two runs the same run: all settings as they are used, but where and how."""
+        how = ("out", "overwrite", "resume", "keep", "save_every")
+        return {k: v for k, v in asdict(self).items() if k not in how} | {"warmup": self.used_warmup()}
+
+    def used_warmup(self) -> int:
+        """The warm-up; a tenth of a run so short that it would be half of it or more."""
+        return self.warmup if 2 * self.warmup < self.steps else self.steps // 10
+
+
+_CHOICES = {
+    "schedule": ("linear", "cosine", "constant", "constant_with_warmup"),
+    "precision": ("auto", "bf16", "fp32"),
+    "on_bad_lines": ("error", "skip"),
+    "resume": ("auto", "never"),
+}
+_AT_LEAST = {"steps": 1, "batch_size": 1, "accumulation": 1, "warmup": 0, "max_length": 8, "save_every": 1, "keep": 1}
+_AT_MOST = {"steps": 100_000_000, "batch_size": 1_000_000, "accumulation": 1_000_000}
+_MOST_ROWS = 10**15
+
+
+@dataclass(frozen=True)
+class Plain:
+    """One of PEFT's own kinds of LoRA, without a router; `settings` are what makes it that kind."""
+
+    summary: str
+    paper: str
+    settings: dict[str, bool]
+
+
+PLAIN = {
+    "lora": Plain("one LoRA pair a layer, no router (PEFT's own)", "Hu et al., ICLR 2022", {}),
+    "rslora": Plain(
+        "LoRA scaled by alpha/sqrt(r) instead of alpha/r (PEFT's own)",
+        "rsLoRA, Kalajdzievski 2023 (arXiv 2312.03732)",
+        {"use_rslora": True},
+    ),
+    "dora": Plain(
+        "LoRA turns the weights, their norms are trained beside it (PEFT's own)",
+        "DoRA, Liu et al., ICML 2024 (arXiv 2402.09353)",
+        {"use_dora": True},
+    ),
+}
+
+_SET_BY_PEFT = {
+    "task_type",
+    "peft_type",
+    "peft_version",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+}
+"""Fields of a PEFT config that record what a run found; set by hand they would belie it."""
+
+
+def packaged() -> list[str]:
+    """Names of the recipes that come with the package: a method's, or `papers/` and the method as its paper set it."""
+    return sorted(p.relative_to(PACKAGED).with_suffix("").as_posix() for p in PACKAGED.rglob("*.yaml"))
+
+
+def recipe_file(name: str) -> Path:
+    """A recipe's name or path, or a run folder, to its YAML file."""
+    path = path_of(name)
+    if (path / "recipe.yaml").is_file():
+        return path / "recipe.yaml"
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise ConfigError(f"no recipe file {path}")
+        return path
+    if name not in packaged():
+        raise ConfigError(f"no recipe '{name}'; {suggest(name, packaged())}; or give the path of a .yaml file")
+    return PACKAGED / f"{name}.yaml"
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and put `key=value` settings on top.
+
+    Raises:
+        ConfigError: an unknown recipe or key (naming the nearest), or a value that cannot be.
+    """
+    file = recipe_file(name)
+    stored = read_yaml(file)
+    given = parse_overrides(overrides, lists=lists(Recipe), texts=texts(Recipe))
+    if "method" in given and given["method"] != stored.get("method"):
+        stored.pop("adapter", None)  # another method's settings
+    for source, values in ((str(file), stored), ("settings", given)):
+        check_keys(source, values, names(Recipe), of_adapters=all_adapter_settings)
+    asked, own = given.pop("adapter", None) or {}, stored.pop("adapter", None) or {}
+    if asked.get("adapters") or own.get("adapters"):
+        check_follows(asked)
+        own = {key: value for key, value in own.items() if key not in OF_ADAPTERS}
+        if "model" not in {**stored, **given}:
+            given["model"] = _base_of_adapters(asked.get("adapters") or own["adapters"])
+    recipe = build(Recipe, stored, given, {"adapter": {**own, **asked}})
+    check(recipe)
+    used = recipe.used_warmup()
+    if used != recipe.warmup and "warmup" in (given if file.is_relative_to(PACKAGED) else {**stored, **given}):
+        logger.warning("warmup=%d is too long for steps=%d: taking %d", recipe.warmup, recipe.steps, used)
+    return recipe
+
+
+def _base_of_adapters(adapters: Any) -> str:
+    from moesaic.lora.stored import read_expert
+    from moesaic.runs.sources import base_of, folders_of
+
+    found = base_of(map(read_expert, folders_of(adapters).values()))
+    if not found:
+        raise ConfigError("model is missing: the adapters do not say which base model they are for")
+    return found
+
+
+OF_ADAPTERS = ("r", "rank_pattern", "lora_alpha", "use_rslora", "num_experts", "experts")
+"""Settings that adapters which become experts bring along."""
+
+
+def check_follows(adapter: dict[str, Any]) -> None:
+    """Raise ConfigError for settings that would be asked of experts that are trained already."""
+    for key in OF_ADAPTERS:
+        if key in adapter:
+            raise ConfigError(f"adapter.{key} follows from the adapters, which are what they are: leave it out")
+
+
+def parse_settings(cls: type[T], overrides: Sequence[str]) -> T:
+    """`key=value` settings to a dataclass of plain fields. Raises ConfigError as `load_recipe` does."""
+    given = parse_overrides(overrides, lists=lists(cls), texts=texts(cls))
+    check_keys("settings", given, names(cls))
+    return build(cls, given)
+
+
+def check(recipe: Recipe) -> None:
+    """Raise ConfigError for a value that cannot be; the adapter's settings are checked by `adapter_config`."""
+    for key, options in _CHOICES.items():
+        if getattr(recipe, key) not in options:
+            raise ConfigError(f"{key}={getattr(recipe, key)}; {suggest(str(getattr(recipe, key)), options)}")
+    for key, least in _AT_LEAST.items():
+        if getattr(recipe, key) < least:
+            raise ConfigError(f"{key}={getattr(recipe, key)} must be at least {least}")
+    for key, most in _AT_MOST.items():
+        if getattr(recipe, key) > most:
+            raise ConfigError(f"{key}={getattr(recipe, key)} must be at most {most:,}")
+    rows = recipe.steps * recipe.batch_size * recipe.accumulation
+    if rows > _MOST_ROWS:
+        raise ConfigError(f"steps, batch_size and accumulation make {rows:,} rows, above {_MOST_ROWS:,}: lower one")
+    for key in ("lr", "clip", "weight_decay"):
+        if not math.isfinite(getattr(recipe, key)):
+            raise ConfigError(f"{key}={getattr(recipe, key)} must be a finite number")
+    if not 0 <= recipe.seed < 2**32:
+        raise ConfigError(f"seed={recipe.seed} must be between 0 and {2**32 - 1}")
+    if "\0" in recipe.out:
+        raise ConfigError("out holds a NUL character, which no path can")
+    for key in ("lr", "temperature"):
+        if not getattr(recipe, key) > 0:
+            raise ConfigError(f"{key}={getattr(recipe, key)} must be above 0")
+    if recipe.clip < 0 or recipe.weight_decay < 0:
+        raise ConfigError("clip and weight_decay cannot be negative")
+
+
+def as_used(recipe: Recipe) -> Recipe:
+    """The recipe with the warm-up that it is trained with."""
+    return replace(recipe, warmup=recipe.used_warmup())
+
+
+def dump(settings: Any) -> str:
+    """A resolved recipe, or another dataclass or dict of settings, as YAML."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(settings if isinstance(settings, dict) else asdict(settings)))
+
+
+def methods() -> dict[str, type]:
+    """Name -> PEFT config class: PEFT's own kinds of LoRA and every registered mixture."""
+    from peft import LoraConfig
+
+    from moesaic.lora import METHODS
+
+    return {**dict.fromkeys(PLAIN, LoraConfig), **METHODS}
+
+
+def is_routed(method: str) -> bool:
+    """Whether a method has routers; PEFT's own kinds of LoRA have none."""
+    return method not in PLAIN
+
+
+def adapter_settings(method: str) -> list[str]:
+    """What may be set under `adapter.` for a method that is known."""
+    return [f.name for f in fields(methods()[method]) if f.init and f.name not in _SET_BY_PEFT]
+
+
+def all_adapter_settings() -> set[str]:
+    """What may be set under `adapter.` for any method."""
+    return {key for method in methods() for key in adapter_settings(method)}
+
+
+def adapter_config(recipe: Recipe, **defaults: Any) -> "PeftConfig":
+    """Build the method's PEFT config from `adapter.*`; `defaults` are used where the recipe is silent and
+    the method knows them. Modules to save are those of both.
+
+    Raises:
+        ConfigError: an unknown method or key (naming the nearest), or a value the config refuses.
+    """
+    known = methods()
+    if recipe.method not in known:
+        raise ConfigError(f"no method '{recipe.method}'; {suggest(recipe.method, known)}")
+    cls = known[recipe.method]
+    valid = adapter_settings(recipe.method)
+    _check_kind(recipe)
+    for key in recipe.adapter:
+        if key not in valid:
+            raise ConfigError(f"method {recipe.method} has no setting adapter.{key}; {suggest(key, valid)}")
+    settings = {k: v for k, v in defaults.items() if k in names(cls)} | recipe.adapter
+    if recipe.method in PLAIN:
+        settings |= PLAIN[recipe.method].settings
+    for key in ("target_modules", "modules_to_save"):
+        if isinstance(settings.get(key), str) and settings[key].isidentifier():
+            settings[key] = [settings[key]]  # PEFT takes a bare text for a regular expression on whole paths
+    for key in [f.name for f in fields(cls) if "list[str]" in str(f.type)]:
+        if isinstance(settings.get(key), list):
+            settings[key] = [str(v) if type(v) is int else v for v in settings[key]]  # names such as 0,1
+    for key in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(settings.get(key) or {}, dict):
+            raise ConfigError(f"adapter.{key}={settings[key]} must hold numbers by module name, {key}.NAME=4")
+    heads = defaults.get("modules_to_save") or ()
+    if isinstance(settings.get("modules_to_save"), list) or (heads and settings["modules_to_save"] is None):
+        settings["modules_to_save"] = sorted({*(settings["modules_to_save"] or ()), *heads})
+    try:
+        config: PeftConfig = cls(**settings)
+    except MoesaicError:
+        raise
+    except (TypeError, ValueError, re.error) as error:
+        raise ConfigError(f"adapter settings of {recipe.method}: {first_line(error)}") from None
+    return config
+
+
+def _check_kind(recipe: Recipe) -> None:
+    """Raise ConfigError for settings that would make the method another kind than its name says."""
+    if is_routed(recipe.method):
+        if recipe.adapter.get("use_dora"):
+            raise ConfigError(
+                f"adapter.use_dora=true cannot go with method={recipe.method}: DoRA rescales by the norm of the whole "
+                "updated weight, which a gate changes at each token"
+            )
+        return
+    for other, plain in PLAIN.items() if recipe.method == "lora" else ():
+        for key in plain.settings:
+            if recipe.adapter.get(key):
+                raise ConfigError(f"adapter.{key}=true makes method=lora another one: method={other} is LoRA with it")
+    for key, value in PLAIN[recipe.method].settings.items():
+        if recipe.adapter.get(key, value) != value:
+            raise ConfigError(
+                f"adapter.{key}={str(recipe.adapter[key]).lower()} cannot go with method={recipe.method}, which is "
+                "LoRA with it: leave it out, or method=lora"
+            )

@@ -1,0 +1,113 @@
+"""What a run says of itself: versions, device, parameters, the command."""
+
+import platform
+import shlex
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from moesaic.runs.recipe import is_routed
+
+PACKAGES = ("moesaic", "torch", "transformers", "peft", "trl", "datasets", "accelerate")
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what a result depends on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def command_line(*, but: str | None = None) -> str:
+    """The command this process was started with, the program by its bare name, as a user types it.
+
+    Args:
+        but: arguments that start so are left out.
+    """
+    program = Path(sys.argv[0])
+    own = [Path(__file__).parents[1] / name for name in ("cli/main.py", "__main__.py")]
+    name = "moesaic" if program.resolve() in own else program.name
+    return shlex.join([name, *[a for a in sys.argv[1:] if but is None or not a.startswith(but)]])
+
+
+def device_name(device: Any) -> str:
+    """A device in words: the GPU's name, or the processor's kind and the threads used."""
+    import torch
+
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def peak_memory(device: Any) -> dict[str, Any]:
+    """The most memory held at once, in MiB, and whose it is: a GPU's allocations since the run began, or the process.
+
+    A process counts from its start, libraries, base model and earlier runs included. It is read from /proc where there
+    is one: `getrusage` gives a child what its parent held when it was started.
+    """
+    if device.type == "cuda":
+        import torch
+
+        return {"peak_memory_mib": round(torch.cuda.max_memory_allocated(device) / 2**20, 1), "peak_memory_of": "gpu"}
+    return {"peak_memory_mib": round(_resident_peak() / 2**20, 1), "peak_memory_of": "process"}
+
+
+def _resident_peak() -> int:
+    """Bytes."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
+    except (OSError, StopIteration):
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def count_trainable(model: Any) -> int:
+    """Number of trainable parameters."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def count_total(model: Any) -> int:
+    """Number of all parameters, a shared one counted once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+_CARD = """---
+library_name: peft
+base_model: {model}
+tags: [{tags}]
+---
+
+# {method} on {model}
+
+Made with moesaic {version}: `{command}`
+
+{how}
+
+```python
+import moesaic  # makes PEFT know the method
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "this/folder")
+```
+"""
+
+
+def model_card(recipe: Any, command: str, how: str) -> str:
+    """README.md of an adapter folder: what it is, how it was made and how it is loaded."""
+    tags = ["moesaic", recipe.method, *(["mixture-of-lora"] if is_routed(recipe.method) else [])]
+    return _CARD.format(
+        model=recipe.model,
+        tags=", ".join(tags),
+        method=recipe.method,
+        version=version("moesaic"),
+        command=command,
+        how=how,
+    )

@@ -1,0 +1,53 @@
+"""Where adapters that become experts lie, and which base model they are of."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moesaic.errors import ConfigError
+
+if TYPE_CHECKING:
+    from moesaic.lora.stored import StoredExpert
+
+
+def folders_of(adapters: Any) -> dict[str, str]:
+    """Expert name -> folder, of `adapters=…` as people write it; its own name for one that is not given another.
+
+    Raises:
+        ConfigError: it is no such thing, or two have one name.
+    """
+    if not adapters:
+        return {}
+    if isinstance(adapters, dict):
+        if not all(isinstance(folder, str) for folder in adapters.values()):
+            raise ConfigError(f"adapters={adapters} must name a folder for each, 'adapters={{NAME: FOLDER, …}}'")
+        return {str(name): str(folder) for name, folder in adapters.items()}
+    if not isinstance(adapters, (str, list)):
+        raise ConfigError(f"adapters={adapters} must be folders, comma-separated, or 'adapters={{NAME: FOLDER, …}}'")
+    listed = [adapters] if isinstance(adapters, str) else list(map(str, adapters))
+    from moesaic.lora.stored import name_of
+
+    names = [name_of(folder) for folder in listed]
+    doubled = next((name for name in names if names.count(name) > 1), None)
+    if doubled:
+        raise ConfigError(f"two adapters are called {doubled!r}: give them names, 'adapters={{NAME: FOLDER, …}}'")
+    return dict(zip(names, listed, strict=True))
+
+
+def base_of(experts: Iterable["StoredExpert"]) -> str:
+    """The base model of the runs that adapters lie in, or that they name; empty where neither says.
+
+    Raises:
+        ConfigError: it is a folder that is gone.
+    """
+    from moesaic.runs.recipe import load_recipe
+
+    for expert in experts:
+        recipe = expert.folder.parent / "recipe.yaml"
+        if recipe.is_file():
+            return load_recipe(str(recipe)).model
+        if expert.base:
+            if Path(expert.base).is_absolute() and not Path(expert.base).is_dir():
+                raise ConfigError(f"{expert.folder} is of {expert.base}, which is not there: model=… says where it is")
+            return expert.base
+    return ""

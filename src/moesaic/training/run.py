@@ -1,0 +1,321 @@
+"""From a recipe to a run folder: HF Trainer for encoders, TRL's SFTTrainer for causal models."""
+
+import logging
+import math
+import sys
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from moesaic.data import examples as data
+from moesaic.data.sampling import InterleavedSampler
+from moesaic.errors import ConfigError, MissingDependency, MoesaicError, TrainingError, first_line
+from moesaic.models.embedded import LoadedModel, load_model
+from moesaic.models.encoder import EncoderCollator, Layout
+from moesaic.models.precision import numerics
+from moesaic.runs.folder import RunFolder, atomic_folder, check_writable, write_json, write_text, writing
+from moesaic.runs.recipe import Recipe, adapter_config, as_used, dump, is_routed
+from moesaic.runs.results import (
+    command_line,
+    count_total,
+    count_trainable,
+    device_name,
+    model_card,
+    peak_memory,
+    versions,
+)
+from moesaic.training.budget import matched
+from moesaic.training.trainer import RunMixin, training_arguments
+from moesaic.training.wrapping import check_tasks, outline, with_heads, wrap
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Prepared:
+    """A model ready to train or to evaluate, and what belongs to it. `tasks` gives a task its id by position."""
+
+    model: Any
+    base: LoadedModel
+    tasks: tuple[str, ...]
+    layout: Layout | None
+    recipe: Recipe
+
+    @property
+    def routed(self) -> bool:
+        return is_routed(self.recipe.method)
+
+
+def train(recipe: Recipe, *, command: str | None = None, progress: bool | None = None) -> dict[str, Any]:
+    """Run a recipe, or continue it where it was interrupted; returns what is written to results.json.
+
+    Args:
+        command: recorded with the results; this process's where None.
+        progress: a bar on stderr; where None, if that is a terminal.
+    Raises:
+        MoesaicError: of the kind that fits; nothing already written is lost.
+        KeyboardInterrupt: after a checkpoint, when interrupted.
+    """
+    require_extras()
+    command = command or command_line()
+    adapter_config(recipe)  # a setting that cannot be is refused before anything is read
+    folder = RunFolder(recipe.run_folder())
+    _check_place(folder, overwrite=recipe.overwrite)
+    examples = load_examples(recipe)
+    prepared = prepare(recipe, examples)
+    recipe = as_used(prepared.recipe)
+    digest = data.digest(examples)
+    stored: dict[str, Any] = {"tasks": list(prepared.tasks), "data_sha256": digest}
+    if prepared.layout is not None:
+        stored["labels"] = {t: list(v) for t, v in prepared.layout.labels.items()}
+        stored |= {"scorers": prepared.layout.scorers} if prepared.layout.scorers else {}
+    rows = training_rows(prepared, examples)
+    described = _plain(recipe)
+    with (
+        folder.prepared(overwrite=recipe.overwrite, resume=recipe.resume, description=described, layout=stored) as step,
+        writing(folder.path),
+    ):
+        write_json(folder.layout, stored)
+        write_text(folder.recipe, dump(recipe))
+        trainer = build_trainer(prepared, examples, rows, folder, progress=progress)
+        learns = count_trainable(prepared.model) > 0
+        if step:
+            logger.warning("%s: going on from step %d", folder.path, step)
+            trainer.last_loss = folder.last_loss()
+        found = ""
+        if learns:
+            _fit(trainer, folder, step)
+        else:
+            found = _search(trainer, prepared)
+        if not learns and not found:
+            logger.warning("%s: method %s has nothing to train here: no step is made", folder.path, recipe.method)
+        with atomic_folder(folder.adapter) as staging:
+            prepared.model.save_pretrained(str(staging))
+            how = f"Seed {recipe.seed}, {recipe.steps} steps, learning rate {recipe.lr:g}."
+            write_text(staging / "README.md", model_card(recipe, command, f"Tasks: {', '.join(prepared.tasks)}. {how}"))
+        results = _results(trainer, prepared, step, command) | ({"found": found} if found else {})
+        write_json(folder.results, results)
+    return results
+
+
+def _check_place(folder: RunFolder, *, overwrite: bool) -> None:
+    """Refuse, before anything is read, a place that `RunFolder.prepared` would refuse in the end."""
+    path = folder.path
+    check_writable(path.absolute(), f"out={path}")
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"out={path} is a file; name a folder")
+    if path.is_dir() and any(path.iterdir()) and not folder.recipe.is_file():
+        raise ConfigError(f"out={path} holds files that are not a run's; name another folder")
+    if folder.finished and not overwrite:
+        raise ConfigError(f"{path} holds a finished run; overwrite=true replaces it, out=… goes elsewhere")
+
+
+def require_extras() -> None:
+    """Raise MissingDependency where the `train` extra is not installed."""
+    for package in ("trl", "datasets", "accelerate"):
+        if find_spec(package) is None:
+            raise MissingDependency(package, "train")
+
+
+def load_examples(recipe: Recipe) -> list[data.Example]:
+    """The training rows of a recipe."""
+    if not recipe.data:
+        raise ConfigError("data is missing: data=FILE.jsonl, a folder of tasks, or a hub id")
+    return data.load(recipe.data, "train", tasks=recipe.tasks, on_bad_lines=recipe.on_bad_lines)  # type: ignore[arg-type]
+
+
+def prepare(recipe: Recipe, examples: list[data.Example]) -> Prepared:
+    """Load the base model, put heads on an encoder, wrap it with the recipe's adapter (its rank solved, if asked)."""
+    from transformers import set_seed
+
+    check_tasks(recipe, sorted({e.task for e in examples}))
+    plan = numerics(recipe.precision)
+    loaded = load_model(recipe.model, dtype=plan.weights, attention=plan.attention)
+    set_seed(recipe.seed)
+    base = with_heads(loaded, examples, recipe)
+    if recipe.match:
+        recipe = matched(recipe, base)
+    return Prepared(wrap(base, recipe), loaded, base.tasks, base.layout, recipe)
+
+
+def resolved(recipe: Recipe) -> Recipe:
+    """The recipe as it would be trained, its rank solved if asked; no weights are loaded."""
+    adapter_config(recipe)
+    return matched(recipe, outline(recipe, load_examples(recipe))) if recipe.match else recipe
+
+
+def training_rows(prepared: Prepared, examples: list[data.Example]) -> list[Any]:
+    """What the collator is given: an encoder's examples as they are, a causal model's as tokens.
+
+    Raises:
+        DataError, ConfigError: rows that this model cannot be trained on.
+    """
+    recipe, tokenizer = prepared.recipe, prepared.base.tokenizer
+    if prepared.layout is None:
+        from moesaic.data.causal import tokenize
+
+        return tokenize(examples, tokenizer, prepared.tasks, max_length=recipe.max_length)
+    collate = EncoderCollator(tokenizer, prepared.layout, max_length=recipe.max_length)
+    collate([max(examples, key=lambda e: len(e.choices))])  # the row with most parts is the one that may not fit
+    return list(examples)
+
+
+def build_trainer(
+    prepared: Prepared, examples: list[data.Example], rows: list[Any], folder: RunFolder, *, progress: bool | None
+) -> Any:
+    """The trainer of a prepared model and its `training_rows`; `moesaic.host`'s mixin adds the auxiliary loss."""
+    recipe, tokenizer = prepared.recipe, prepared.base.tokenizer
+    args = _arguments(prepared, folder)
+    length = recipe.steps * recipe.batch_size * recipe.accumulation * args.world_size
+    sampler = InterleavedSampler([e.task for e in examples], length, seed=recipe.seed, temperature=recipe.temperature)
+    taught = taught_routing(prepared, examples, sampler)
+    trainer: Any
+    if prepared.layout is not None:
+        from transformers import Trainer
+
+        trainer = _class(Trainer, prepared.routed)(
+            model=prepared.model,
+            args=args,
+            train_dataset=rows,
+            data_collator=EncoderCollator(
+                tokenizer, prepared.layout, max_length=recipe.max_length, task_ids=prepared.routed, targets=taught
+            ),
+        )
+    else:
+        from datasets import Dataset
+        from trl import SFTTrainer
+
+        from moesaic.data.causal import CausalCollator, question
+
+        if taught is not None:
+            rows = [{**row, "targets": taught.get(question(e))} for row, e in zip(rows, examples, strict=True)]
+        trainer = _class(SFTTrainer, prepared.routed)(
+            model=prepared.model,
+            args=args,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            data_collator=CausalCollator(tokenizer.pad_token_id, task_ids=prepared.routed),
+        )
+    shown = sys.stderr.isatty() if progress is None else progress
+    trainer.attach(folder, sampler, keep=recipe.keep, progress=shown)
+    return trainer
+
+
+def _arguments(prepared: Prepared, folder: RunFolder) -> Any:
+    """The arguments of HF Trainer, or of SFTTrainer for a causal model."""
+    shared = training_arguments(prepared.recipe, folder)
+    if prepared.layout is not None:
+        from transformers import TrainingArguments
+
+        return TrainingArguments(**shared)
+    from trl import SFTConfig
+
+    dataset = {"skip_prepare_dataset": True}
+    return SFTConfig(**shared, max_length=prepared.recipe.max_length, dataset_kwargs=dataset)
+
+
+def taught_routing(
+    prepared: Prepared, examples: list[data.Example], sampler: InterleavedSampler
+) -> dict[str, list[float]] | None:
+    """By prompt, what its routing should be like: `MixtureConfig.targets`; None for a method without a teacher.
+
+    Asked for the rows that a run draws, since a teacher may have to encode each.
+    """
+    config = prepared.model.peft_config["default"]
+    if not prepared.routed or config.targets([]) is None:
+        return None
+    from moesaic.data.causal import question
+
+    questions = list(dict.fromkeys(question(examples[i]) for i in sampler.drawn()))
+    targets = config.targets(questions)
+    shares = " ".join(f"{share:.2f}" for share in targets.mean(dim=0).tolist())
+    logger.info("the teacher wants these shares of the experts: %s", shares)
+    return dict(zip(questions, targets.tolist(), strict=True))
+
+
+def _class(trainer: type, routed: bool) -> type:
+    bases: tuple[type, ...] = (RunMixin, trainer)
+    if routed:
+        from moesaic.host import RoutedTrainerMixin
+
+        bases = (RunMixin, RoutedTrainerMixin, trainer)
+    return type(f"Run{trainer.__name__}", bases, {})
+
+
+_RESUMED_FROM = ("adapter_model.safetensors", "trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state*.pth")
+"""Files of a checkpoint; where one is missing, HF Trainer would silently start that part anew."""
+
+
+def _fit(trainer: Any, folder: RunFolder, step: int) -> None:
+    lost = [f for f in _RESUMED_FROM if not any(folder.checkpoint(step).glob(f))] if step else []
+    if lost:
+        raise TrainingError(
+            f"{folder.checkpoint(step)} is damaged (no {lost[0]}): remove it to go on from the one before it"
+        )
+    try:
+        trainer.train(resume_from_checkpoint=str(folder.checkpoint(step)) if step else None)
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"out of memory: lower batch_size or max_length, or checkpointing=true ({first_line(error)})"
+        ) from None
+    except MoesaicError:
+        raise
+    except Exception as error:
+        if not step or trainer.tokens:
+            raise
+        raise TrainingError(
+            f"{folder.checkpoint(step)} is damaged ({first_line(error)}): remove it to go on from the one before it"
+        ) from None
+    if trainer.state.global_step < trainer.state.max_steps:
+        raise KeyboardInterrupt(
+            f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, saved; "
+            "the same command goes on from there"
+        )
+
+
+def _search(trainer: Any, prepared: Prepared) -> str:
+    """Fit what has no gradients on the rows of the run's first step; what was found, empty where there is nothing."""
+    config = prepared.model.peft_config["default"]
+    if not prepared.routed:
+        return ""
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+
+    def loss() -> float:
+        with torch.no_grad(), trainer.compute_loss_context_manager():
+            return float(prepared.model(**batch).loss)
+
+    prepared.model.eval()
+    return str(config.fit(prepared.model, loss))
+
+
+def _results(trainer: Any, prepared: Prepared, resumed: int, command: str) -> dict[str, Any]:
+    seconds = trainer.seconds
+    return {
+        "method": prepared.recipe.method,
+        "model": prepared.recipe.model,
+        "tasks": list(prepared.tasks),
+        "seed": prepared.recipe.seed,
+        "steps": trainer.state.global_step,
+        "resumed_from_step": resumed,
+        "final_loss": None if math.isnan(trainer.last_loss) else trainer.last_loss,
+        "trainable_parameters": count_trainable(prepared.model),
+        "total_parameters": count_total(prepared.model),
+        **peak_memory(trainer.args.device),
+        "train_seconds": round(seconds, 2),
+        "tokens_per_second": round(trainer.tokens / seconds, 1) if seconds else None,
+        "bf16_autocast": bool(trainer.args.bf16),
+        "device": device_name(trainer.args.device),
+        "command": command,
+        "versions": versions(),
+    }
+
+
+def _plain(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's description as it reads after a trip through YAML."""
+    from omegaconf import OmegaConf
+
+    described = OmegaConf.to_container(OmegaConf.create(recipe.describes()))
+    assert isinstance(described, dict)
+    return {str(k): v for k, v in described.items()}
