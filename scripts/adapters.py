@@ -137,7 +137,8 @@ def run(job: Job) -> None:
         found = _merged(job, chosen, tasks)
     else:
         _make(job, chosen)
-        from moesaic.evaluation.run import EvalSettings, evaluate_run
+        from moesaic.evaluation.run import evaluate_run
+        from moesaic.evaluation.settings import EvalSettings
 
         ask = EvalSettings(split=chosen.split, data=chosen.data, tasks=tasks, base=job.arm == "uniform")
         found = evaluate_run(job.folder, ask)["tasks"]

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from moesaic.cli.main import main
+from moesaic.cli.verbs import find
 from tests.tiny_folders import save_model, write_tasks
 
 
@@ -35,7 +36,7 @@ def settings(world, out, *more):
     return [f"model={world / 'model'}", f"data={world / 'data'}", f"out={out}", "steps=3", "batch_size=4", *more]
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["train", "--help"], ["eval", "--help"], ["compare", "--help"]])
+@pytest.mark.parametrize("arguments", [[], ["--help"], *([name, "--help"] for name in find())])
 def test_help_teaches_without_importing_torch(arguments):
     code = (
         "import sys\nfrom moesaic.cli.main import main\n"
@@ -45,7 +46,37 @@ def test_help_teaches_without_importing_torch(arguments):
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "heavy: set()" in out
-    assert "key=value" in out
+    assert "key=value" in out or arguments[0] == "methods"
+
+
+def test_help_groups_the_verbs_and_each_tells_all_its_settings(capsys):
+    assert main([]) == 0
+    overview = capsys.readouterr().out
+    groups = ["mixtures:", "adapters:", "what it costs:"]
+    assert [line for line in overview.splitlines() if line in groups] == groups
+    for name, known in find().items():
+        assert f"  {name:<10} {known.summary}" in overview
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+        told = capsys.readouterr().out
+        assert all(f.name in told for section in known.settings for f in section.fields())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian", "lora"], "no verb 'trian'; did you mean 'train'? known: demo, methods, "),
+        (["--json", "inspekt"], "no verb 'inspekt'; did you mean 'inspect'?"),
+        (["demo", "batch_size=4"], "batch_size is a setting of `moesaic train` and `moesaic eval`"),
+        (["inspect", "nowhere", "methods=lora"], "methods is a setting of `moesaic compare` and `moesaic bench`"),
+        (["train", "lora", "prompt=x"], "prompt is a setting of `moesaic inspect`"),
+    ],
+)
+def test_a_stray_verb_or_setting_is_led_home(arguments, message, capsys):
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
 
 
 def test_the_version_is_the_packages(capsys):

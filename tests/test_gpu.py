@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moesaic.lora import mix
+from moesaic.lora.mix import mix
 from tests import tiny
 
 pytestmark = [

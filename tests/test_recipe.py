@@ -6,7 +6,7 @@ import pytest
 
 from moesaic.compare.settings import CompareSettings
 from moesaic.errors import ConfigError
-from moesaic.evaluation.run import EvalSettings
+from moesaic.evaluation.settings import EvalSettings
 from moesaic.runs.recipe import (
     PLAIN,
     adapter_config,

@@ -22,7 +22,9 @@ from moesaic.data.causal import CausalCollator, question
 from moesaic.errors import ConfigError
 from moesaic.host import TARGETS
 from moesaic.lora.methods.topiclora import PrototypeRouter, TopicAlignment, TopicLoRAConfig, divergence
-from moesaic.lora.methods.topics import TopicSettings, build, encoders
+from moesaic.lora.methods.topics import encoders
+from moesaic.lora.methods.topics.artefact import build
+from moesaic.lora.methods.topics.settings import TopicSettings
 from moesaic.models.encoder import EncoderCollator, Layout
 from moesaic.routing import LinearRouter, Record, Routing, Site, TopK
 from moesaic.runs.recipe import load_recipe

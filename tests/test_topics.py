@@ -19,7 +19,9 @@ from torch.nn import functional as F
 
 from moesaic.cli.main import main
 from moesaic.errors import ConfigError, DataError
-from moesaic.lora.methods.topics import Topics, TopicSettings, build, encoders, features, graph, vocabulary
+from moesaic.lora.methods.topics import encoders, features, graph, vocabulary
+from moesaic.lora.methods.topics.artefact import Topics, build
+from moesaic.lora.methods.topics.settings import TopicSettings
 from moesaic.report import topics as drawing
 from tests.tiny_folders import save_model
 
@@ -641,7 +643,7 @@ def test_a_graph_without_an_edge_is_doubted_unless_it_was_asked_for(
 
 
 def test_a_name_too_long_is_refused_before_anything_is_built(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr("moesaic.cli.topics.build", None)
+    monkeypatch.setattr("moesaic.lora.methods.topics.artefact.build", None)
     assert main(["topics", "build", f"out={tmp_path / ('a' * 240)}.safetensors", "encoder=hashing"]) == 2
     assert "cannot be written: File name too long" in capsys.readouterr().err
 
@@ -757,13 +759,13 @@ def test_mistakes_are_one_line_and_exit_with_two(
 def test_a_place_that_cannot_be_written_is_told_before_topics_are_made(
     action: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from moesaic.cli import topics
+    from moesaic.lora.methods.topics import artefact
     from moesaic.runs import folder as checkpoints
 
     def refuse(**_: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(topics, "build", lambda *_: pytest.fail("built"))
+    monkeypatch.setattr(artefact, "build", lambda *_: pytest.fail("built"))
     monkeypatch.setattr(checkpoints, "TemporaryFile", refuse)
     file = tmp_path / "x.svg"
     assert main(["topics", action, f"out={file}"]) == 2

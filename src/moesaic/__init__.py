@@ -9,7 +9,7 @@ import importlib
 import sys
 from typing import Any
 
-from moesaic import _registration
+from moesaic.lora.registration import register_with_peft
 from moesaic.models import nano
 
 __version__ = "0.1.0"
@@ -23,12 +23,12 @@ _HOMES = {
     "router_aux_loss": "moesaic.host",
     "RoutedTrainerMixin": "moesaic.host",
     "RoutingTrace": "moesaic.routing",
-    "mix": "moesaic.lora",
+    "mix": "moesaic.lora.mix",
     "from_pretrained": "moesaic.lora.loading",
 }
 
-_registration.when_peft_is_imported()
 sys.modules[f"{__name__}.nano"] = nano
+register_with_peft("moesaic.lora.methods", "moesaic.adapters")
 
 
 def __getattr__(name: str) -> Any:
@@ -36,7 +36,6 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     if name.endswith("Config"):
-        importlib.import_module("moesaic.adapters")
         return getattr(importlib.import_module("moesaic.lora"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

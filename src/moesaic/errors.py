@@ -13,6 +13,14 @@ class ConfigError(MoesaicError):
     """A setting is unknown, impossible, or contradicts another one."""
 
 
+class UnknownSetting(ConfigError):
+    """There is no setting of that name; `key` is the name."""
+
+    def __init__(self, message: str, key: str) -> None:
+        super().__init__(message)
+        self.key = key
+
+
 class DataError(MoesaicError):
     """A data file is missing, empty or has a line that cannot be read."""
 

@@ -3,11 +3,3 @@
 Any mixture can take `adapters=[...]`: its experts are theirs then, and its router is trained. The methods here need
 them: they read the router off the adapters, off what these were trained on, or train it for them.
 """
-
-from __future__ import annotations
-
-import importlib
-import pkgutil
-
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")

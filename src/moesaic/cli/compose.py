@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moesaic.cli.verbs import Section, verb
 from moesaic.errors import AdapterError, ConfigError, path_of
 from moesaic.models.embedded import load_outline, resolve
 from moesaic.runs.folder import (
@@ -64,6 +65,13 @@ class ComposeSettings:
     adapter: dict[str, Any] = field(default_factory=dict, metadata={"help": "the method's settings: adapter.top_k=2 …"})
 
 
+@verb(
+    "compose",
+    "route LoRA adapters that are trained already",
+    group="adapters",
+    place=60,
+    settings=[Section(ComposeSettings)],
+)
 def run_compose(arguments: Sequence[str], *, as_json: bool = False) -> None:
     """Write a run folder of adapters and a router over them, which was trained for no step.
 
@@ -102,7 +110,7 @@ def run_compose(arguments: Sequence[str], *, as_json: bool = False) -> None:
     from moesaic.adapters.edit import carry_over
     from moesaic.adapters.export import adapter_of
     from moesaic.lora.loading import check_folder
-    from moesaic.models.heads import tasks_of
+    from moesaic.training.heads import tasks_of
     from moesaic.training.run import load_examples
     from moesaic.training.wrapping import with_heads, wrap
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from moesaic.cli.verbs import Section, verb
 from moesaic.errors import ConfigError, path_of
 from moesaic.runs.folder import check_writable, read_json
 
@@ -23,6 +24,14 @@ class ExportSettings:
     rank: int | None = field(default=None, metadata={"help": "the largest rank of a collapsed mixture's modules"})
 
 
+@verb(
+    "export",
+    "write one expert, or a static mixture, as a plain LoRA adapter",
+    group="adapters",
+    place=80,
+    settings=[Section(ExportSettings)],
+    operands={"folder": "a folder of `moesaic compose`"},
+)
 def run_export(folder: str, arguments: Sequence[str], *, as_json: bool = False) -> None:
     """Raises MoesaicError of the kind that fits; nothing is written then."""
     from moesaic.adapters.export import collapse, export_expert

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from moesaic.cli.verbs import Section, verb
 from moesaic.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -31,6 +32,14 @@ class InspectSettings:
     task: str = field(default="", metadata={"help": "its task, for methods that are told"})
 
 
+@verb(
+    "inspect",
+    "show which experts answer a prompt, and why",
+    group="adapters",
+    place=70,
+    settings=[Section(InspectSettings)],
+    operands={"folder": "a run folder"},
+)
 def run(folder: str, arguments: Sequence[str], *, as_json: bool = False) -> None:
     """Show what the routers of a run do with a prompt. Raises MoesaicError of the kind that fits."""
     from moesaic.runs.recipe import parse_settings

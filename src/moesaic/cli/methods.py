@@ -8,8 +8,9 @@ from dataclasses import MISSING, Field, fields
 from inspect import get_annotations
 from typing import TYPE_CHECKING, Any
 
+from moesaic.cli.show import print_json, show
+from moesaic.cli.verbs import verb
 from moesaic.errors import ConfigError, suggest
-from moesaic.lora import MixtureConfig
 from moesaic.runs.recipe import PACKAGED, PLAIN, adapter_settings, load_recipe, methods, packaged
 from moesaic.runs.settings import read_yaml
 
@@ -18,6 +19,25 @@ if TYPE_CHECKING:
 
 _USE = """in a recipe or on the command line: adapter.{setting}=…
 in Python: {config}({setting}=…)"""
+
+
+@verb(
+    "methods",
+    "list the methods that can be trained, or tell all of one",
+    group="mixtures",
+    place=20,
+    operands={"name?": "a method: its paper, equations, recipes and settings"},
+    takes="",
+)
+def run(name: str | None, *, as_json: bool = False) -> None:
+    if name:
+        about = describe(name)
+        print_json(about) if as_json else show(shown(about))
+        return
+    from moesaic.report.tables import methods_table
+
+    rows = overview()
+    print_json(rows) if as_json else show(methods_table(rows))
 
 
 def overview() -> list[dict[str, Any]]:
@@ -38,6 +58,8 @@ def describe(name: str) -> dict[str, Any]:
     Raises:
         ConfigError: no such method (naming the nearest).
     """
+    from moesaic.lora import MixtureConfig
+
     known = methods()
     if name not in known:
         raise ConfigError(f"no method '{name}'; {suggest(name, known)}")

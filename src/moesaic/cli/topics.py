@@ -1,18 +1,31 @@
 """`moesaic topics build | show`: TopicLoRA's first stage from the command line."""
 
+from __future__ import annotations
+
 import json
 import logging
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from moesaic.cli.verbs import Section, verb
 from moesaic.errors import ConfigError, path_of, suggest
-from moesaic.lora.methods.topics import Topics, TopicSettings, build, vocabulary
-from moesaic.report import topics as drawing
+from moesaic.lora.methods.topics.settings import TopicSettings
 from moesaic.runs.folder import check_writable, write_text
+
+if TYPE_CHECKING:
+    from moesaic.lora.methods.topics.artefact import Topics
 
 logger = logging.getLogger(__name__)
 
 ACTIONS = ("build", "show")
+
+_ABOUT = """A topic is what a task is about; the graph of topics says which experts a prompt calls for.
+
+  moesaic topics show                                            the topics that come along, and their experts
+  moesaic topics show out=graph.svg                              the graph as a picture
+  moesaic topics build tasks=mine.json out=mine.safetensors      your own tasks: {"task": ["keyword", ...], ...}
+  moesaic train topiclora data=tasks/ adapter.topics=mine.safetensors"""
 
 
 @dataclass
@@ -30,6 +43,19 @@ class ShowSettings:
     out: str = field(default="", metadata={"help": "an .svg file to draw the graph into"})
 
 
+@verb(
+    "topics",
+    "TopicLoRA's topics: build a file of your own, or look at one",
+    group="mixtures",
+    place=55,
+    settings=[
+        Section(BuildSettings, "settings of build (key=value):"),
+        Section(ShowSettings, "settings of show (key=value):"),
+    ],
+    operands={"action": "build or show"},
+    takes="FILE | key=value",
+    about=lambda: _ABOUT,
+)
 def run(action: str, arguments: list[str], *, as_json: bool = False) -> None:
     """Raises ConfigError or DataError, and nothing is written then."""
     if action not in ACTIONS:
@@ -40,6 +66,8 @@ def run(action: str, arguments: list[str], *, as_json: bool = False) -> None:
     if len(names) > 1:
         raise ConfigError(f"one topics file at a time, not {len(names)}: {' '.join(names)}")
     topics, written = _build(settings) if action == "build" else _show(names[0] if names else None, settings)
+    from moesaic.report import topics as drawing
+
     if as_json:
         facts = {
             **topics.facts,
@@ -77,6 +105,9 @@ def _build(arguments: list[str]) -> tuple[Topics, str]:
     file = _to_write(given.out)
     if file.exists() and not given.overwrite:
         raise ConfigError(f"out={file} is already there; overwrite=true replaces it")
+    from moesaic.lora.methods.topics import vocabulary
+    from moesaic.lora.methods.topics.artefact import build
+
     settings = TopicSettings(**{f.name: getattr(given, f.name) for f in fields(TopicSettings)})
     topics = build(settings)
     topics.save(file)
@@ -94,8 +125,12 @@ def _show(file: str | None, arguments: list[str]) -> tuple[Topics, str]:
     if out and Path(out).suffix != ".svg":
         raise ConfigError(f"out={out} must end in .svg")
     place = _to_write(out) if out else None
+    from moesaic.lora.methods.topics.artefact import Topics, build
+
     topics = Topics.load(file) if file else build()
     if place:
+        from moesaic.report import topics as drawing
+
         write_text(place, drawing.svg(topics))
     return topics, out
 

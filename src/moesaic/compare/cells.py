@@ -23,8 +23,10 @@ from typing import Any, Literal
 
 from moesaic.compare import scores
 from moesaic.errors import ConfigError, MissingDependency
+from moesaic.evaluation.settings import EvalSettings
 from moesaic.runs.folder import RunFolder, claim, locked, read_json, write_json, write_text, writing
-from moesaic.runs.recipe import Recipe, dump, load_recipe
+from moesaic.runs.process import exit_code
+from moesaic.runs.recipe import Recipe, dump, load_recipe, parse_settings
 from moesaic.runs.settings import differences
 
 Status = Literal["done", "failed", "pending"]
@@ -191,15 +193,24 @@ def _reason(log: Path, code: int) -> str:
 
 
 def main(commands: Sequence[Sequence[str]]) -> int:
-    """Run commands of moesaic's command line one after the other in this process: libraries are loaded once."""
-    from moesaic.cli.main import main as moesaic
+    """Do what of `moesaic train` and `moesaic eval` is left, in this process: libraries are loaded once.
 
-    for command in commands:
-        sys.argv = ["moesaic", *command]  # what a run's results call the command it was made with
-        code = moesaic(command)
-        if code:
-            return code
-    return 0
+    Returns the exit code.
+    """
+
+    def run() -> None:
+        from moesaic.evaluation.run import evaluate_run
+        from moesaic.training.run import train
+
+        for command in commands:
+            sys.argv = ["moesaic", *command]  # what a run's results call the command it was made with
+            verb, folder, *settings = command
+            if verb == "train":
+                train(load_recipe(folder, settings))
+            else:
+                evaluate_run(folder, parse_settings(EvalSettings, settings))
+
+    return exit_code(run)
 
 
 def end_with_parent() -> None:

@@ -4,7 +4,7 @@ import json
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from moesaic.data import examples as data
 from moesaic.data.examples import Example
 from moesaic.errors import AdapterError, ConfigError, first_line, path_of
 from moesaic.evaluation.answers import answer, by_task, figures, generate
+from moesaic.evaluation.settings import EvalSettings
 from moesaic.models.embedded import load_model, resolve
 from moesaic.models.encoder import HEADS, EncoderForTasks, Layout
 from moesaic.models.precision import numerics
@@ -21,21 +22,9 @@ from moesaic.runs.recipe import PLAIN, Recipe, adapter_config, load_recipe
 from moesaic.runs.results import command_line, versions
 from moesaic.training.run import Prepared
 
-__all__ = ["EvalSettings", "check_run", "evaluate_run", "generate", "load_run", "routing_figures", "score"]
+__all__ = ["check_run", "evaluate_run", "generate", "load_run", "routing_figures", "score"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class EvalSettings:
-    """Settings of `moesaic eval`; what is left out is the run's own."""
-
-    split: str = "validation"
-    data: str | None = None
-    tasks: list[str] | None = None
-    limit: int | None = None
-    batch_size: int = 32
-    base: bool = True
 
 
 def evaluate_run(folder: str | Path, settings: EvalSettings | None = None, *, progress: bool = False) -> dict[str, Any]:

@@ -13,9 +13,9 @@ Always reported as `output.router_aux_loss`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
@@ -23,8 +23,7 @@ from transformers.utils import ModelOutput
 
 from moesaic.host.frames import Frame
 
-if TYPE_CHECKING:
-    from moesaic.host.hooks import Host
+Warn = Callable[[str], None]
 
 
 @lru_cache(maxsize=64)
@@ -36,23 +35,23 @@ def with_router_aux_loss(cls: type[ModelOutput]) -> type[ModelOutput]:
     return made
 
 
-def carry(host: Host, frame: Frame, output: Any, aux: Tensor) -> Any:
-    """The base model's output with the auxiliary loss in it; see the table above."""
+def carry(frame: Frame, output: Any, aux: Tensor, *, external: bool, warn: Warn) -> Any:
+    """The base model's output with the auxiliary loss in it; see the table above. `external`: the loop adds it."""
     if isinstance(output, tuple):
-        if not frame.labelled or host.external or not isinstance(output[0], Tensor) or output[0].dim() != 0:
+        if not frame.labelled or external or not isinstance(output[0], Tensor) or output[0].dim() != 0:
             return None
         return (output[0] + aux * frame.share, *output[1:])
     if not isinstance(output, ModelOutput):
         return None
     fields = dataclasses.fields(output)  # type: ignore[arg-type]
     values: dict[str, Any] = {f.name: getattr(output, f.name, None) for f in fields}
-    if not host.external:
+    if not external:
         if isinstance(values.get("log_probs"), Tensor):
-            values["log_probs"] = into_log_probs(host, values["log_probs"], values["label_mask"], aux)
+            values["log_probs"] = into_log_probs(values["log_probs"], values["label_mask"], aux, warn)
         elif isinstance(values.get("loss"), Tensor):
             values["loss"] = values["loss"] + aux * frame.share
         else:
-            host.warn_once(
+            warn(
                 "the training loss is computed from logits, where the routers' auxiliary loss cannot be added: train "
                 "with moesaic.RoutedTrainerMixin, or add output.router_aux_loss to your loss"
             )
@@ -72,7 +71,7 @@ def share_of_step(model: nn.Module, arguments: Mapping[str, Any]) -> Tensor | fl
     return ((labels[..., 1:] if shifts else labels) != -100).sum() / num_items
 
 
-def into_log_probs(host: Host, log_probs: Tensor, label_mask: Tensor, aux: Tensor) -> Tensor:
+def into_log_probs(log_probs: Tensor, label_mask: Tensor, aux: Tensor, warn: Warn) -> Tensor:
     """Subtract `aux` from each labelled log-prob without changing its value.
 
     The loop's `-sum(log_probs) / num_items` then weighs it by the share of labelled tokens. That holds only while
@@ -83,7 +82,7 @@ def into_log_probs(host: Host, log_probs: Tensor, label_mask: Tensor, aux: Tenso
     def even(grad: Tensor) -> None:
         labelled = grad[mask]
         if labelled.numel() and (labelled.max() - labelled.min()) > 1e-4 * labelled.abs().max():
-            host.warn_once(
+            warn(
                 "this loss is not a plain sum of log-probs, so the routers' auxiliary loss enters it at the wrong "
                 "weight: train with moesaic.RoutedTrainerMixin"
             )
@@ -100,11 +99,11 @@ class Delivery:
         self._expected: tuple[str, Hashable] = ("", None)
         self._arrived = True
 
-    def expect(self, host: Host, aux: Tensor, *, adapter: str, step: Hashable) -> None:
+    def expect(self, aux: Tensor, *, adapter: str, step: Hashable, warn: Warn) -> None:
         """Warn when the optimizer stepped since the last forward and no auxiliary loss of that step had a backward."""
         if (adapter, step) != self._expected:
             if self._expected[0] == adapter and not self._arrived:
-                host.warn_once(
+                warn(
                     "the optimizer stepped, but the routers' auxiliary loss was not in the loss: train with "
                     "moesaic.RoutedTrainerMixin, or add output.router_aux_loss to your loss"
                 )

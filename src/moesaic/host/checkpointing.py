@@ -9,27 +9,33 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch import nn
 
 from moesaic.errors import TrainingError
+from moesaic.host.frames import Frame
 
-if TYPE_CHECKING:
-    from moesaic.host.hooks import Host
+
+class Frames(Protocol):
+    """Whoever has the frame of the running forward, and can put another in its place."""
+
+    frame: Frame | None
+
+    def use(self, frame: Frame | None) -> AbstractContextManager[None]: ...
 
 
 class FrameContext:
     """`context_fn` of torch.utils.checkpoint: nothing around the first run, the first run's frame around the second."""
 
-    def __init__(self, host: Host) -> None:
-        self.host = host
+    def __init__(self, frames: Frames) -> None:
+        self.frames = frames
 
     def __call__(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        return nullcontext(), self.host.use(self.host.frame)
+        return nullcontext(), self.frames.use(self.frames.frame)
 
 
-def bind_frames(model: nn.Module, host: Host) -> None:
+def bind_frames(model: nn.Module, frames: Frames) -> None:
     """Bind frames to every checkpointed module of `model` that is not bound yet (trainers switch it on late)."""
     for module in model.modules():
         if not getattr(module, "gradient_checkpointing", False):
@@ -44,5 +50,5 @@ def bind_frames(model: nn.Module, host: Host) -> None:
                 "gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
         bound = keywords.get("context_fn")
-        if not (isinstance(bound, FrameContext) and bound.host is host):
-            module._gradient_checkpointing_func = partial(function, context_fn=FrameContext(host))  # type: ignore[assignment]
+        if not (isinstance(bound, FrameContext) and bound.frames is frames):
+            module._gradient_checkpointing_func = partial(function, context_fn=FrameContext(frames))  # type: ignore[assignment]

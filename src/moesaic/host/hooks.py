@@ -24,6 +24,7 @@ from moesaic.host.carrier import Delivery, carry, share_of_step
 from moesaic.host.checkpointing import bind_frames
 from moesaic.host.fitting import by_row, by_token, checked_ids, checked_scores, checked_targets
 from moesaic.host.frames import Frame, StackView
+from moesaic.host.unused import Unused
 from moesaic.routing import AuxiliaryLoss, Record, Records, RoutingContext, RoutingTrace, Site, pool
 
 logger = logging.getLogger(__name__)
@@ -65,9 +66,8 @@ class Host:
         self.pinned_tasks: Tensor | None = None
         self.pinned_scores: Tensor | None = None
         self.frame: Frame | None = None
-        self.wrapped: set[str] = set()
+        self.unused = Unused()
         self._recomputing = False
-        self._checked: set[bool] = set()
         self._warned = False
         self._delivery = Delivery()
         self._handles: list[Any] = []
@@ -78,7 +78,7 @@ class Host:
     def attach(self, model: nn.Module, wrapped: set[str]) -> dict[str, str]:
         """Hook `model`. Returns, for each wrapped module's name, the name of the stack whose mask it sees."""
         self.detach()
-        self.wrapped, self._checked = set(wrapped), set()
+        self.unused = Unused(wrapped)
         names = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
         stack_of = {name: max((s for s in names if _inside(name, s)), key=len, default="") for name in wrapped}
         # always_call closes the frame when the forward raises; the frame opens first and closes last.
@@ -170,9 +170,8 @@ class Host:
             self.frame.records[record.site.name, adapter] = record
 
     def called(self, name: str) -> None:
-        frame = self.frame
-        if frame is not None and frame.complete and len(self._checked) < 2 and not torch.compiler.is_compiling():
-            frame.called.add(name)
+        if self.frame is not None:
+            self.unused.called(self.frame, name)
 
     @contextmanager
     def use(self, frame: Frame | None) -> Iterator[None]:
@@ -218,7 +217,7 @@ class Host:
         frame, self.frame = self.frame, None
         if frame is None or output is None:
             return None
-        self._check_dead_modules(frame)
+        self.unused.check(frame)
         self._show_traces(frame)
         made = masks.cache_of(output) if frame.memory and isinstance(output, Mapping) else None
         if made is not None:  # a cache that the model made within this forward
@@ -230,9 +229,10 @@ class Host:
         self.aux = self.aux + aux if self.external and self.aux is not None else aux
         if aux.requires_grad and not torch.compiler.is_compiling():
             adapter = next(iter(frame.records))[1]
-            self._delivery.expect(self, aux, adapter=adapter, step=self.step_of(adapter) if self.step_of else None)
+            step = self.step_of(adapter) if self.step_of else None
+            self._delivery.expect(aux, adapter=adapter, step=step, warn=self.warn_once)
         frame.release()
-        return carry(self, frame, output, aux)
+        return carry(frame, output, aux, external=self.external, warn=self.warn_once)
 
     def _new_frame(self, module: nn.Module, arguments: Mapping[str, Any], *, whole: bool) -> Frame:
         frame = Frame(training=module.training, grad=torch.is_grad_enabled(), task_ids=self.pinned_tasks)
@@ -273,21 +273,6 @@ class Host:
         """The auxiliary loss, once: the next call gives None until another training forward."""
         aux, self.aux = self.aux, None
         return aux
-
-    def _check_dead_modules(self, frame: Frame) -> None:
-        """After the first whole forward in each mode: a wrapped module that was never called trains nothing."""
-        if not frame.complete or frame.training in self._checked or torch.compiler.is_compiling():
-            return
-        self._checked.add(frame.training)
-        dead = sorted(self.wrapped - frame.called)
-        if dead and len(dead) < len(self.wrapped):
-            shown = ", ".join(dead[:3]) + (f" and {len(dead) - 3} more" if len(dead) > 3 else "")
-            warnings.warn(
-                f"wrapped but never called in {'training' if frame.training else 'evaluation'}: {shown}. The model "
-                "reads their weight directly (a fused kernel, or an attention module), so their experts have no "
-                "effect: leave them out of target_modules",
-                stacklevel=2,
-            )
 
     def warn_once(self, message: str) -> None:
         if not self._warned:

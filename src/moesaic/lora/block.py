@@ -13,17 +13,31 @@ its frozen product is made once, of the weighted sum: fewer products than k sepa
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moesaic.errors import ConfigError, TrainingError
+from moesaic.host import Host
 from moesaic.lora.mix import choose
 from moesaic.lora.pairs import Pairs, down, kernel_for, spread, weighted_sum
+from moesaic.routing import Gate
 
-if TYPE_CHECKING:
-    from moesaic.lora.layer import MixtureLinear
+
+class Linear(Protocol):
+    """What a block needs of the adapted linears it is handed."""
+
+    name: str
+    base_layer: nn.Module
+    host: Host
+    scaling: dict[str, float]
+    backends: dict[str, Any]
+    moe_lora_B: nn.ParameterDict
+
+    def route(self, adapter: str, x: Tensor) -> tuple[Gate, Tensor]: ...
+
+    def expert_operands(self, adapter: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 @dataclass
@@ -52,14 +66,14 @@ class FeedForward:
     name: str
     first: tuple[str, ...]
     last: str
-    owner: MixtureLinear | None = None
+    owner: Linear | None = None
 
-    def forward(self, layer: MixtureLinear, adapter: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, layer: Linear, adapter: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if layer.name == self.last:
             return self._combine(layer, adapter, x, *args, **kwargs)
         return self._expand(layer, adapter, x, *args, **kwargs)
 
-    def _expand(self, layer: MixtureLinear, adapter: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _expand(self, layer: Linear, adapter: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (..., d_in) -> (1, ..., P, d_out), one row a pair, as many axes as x."""
         passes, key = self._passes(layer), (self.name, adapter)
         if key not in passes or layer.name in passes[key].expanded:
@@ -77,7 +91,7 @@ class FeedForward:
         rows = spread(base.reshape(-1, base.shape[-1]), low * layer.scaling[adapter], m, pairs, kernel)
         return rows.view(*[1] * (x.dim() - 2), *rows.shape)
 
-    def _combine(self, layer: MixtureLinear, adapter: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _combine(self, layer: Linear, adapter: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (1, ..., P, d_in) -> (..., d_out)."""
         run = self._passes(layer).pop((self.name, adapter), None)
         if run is None or run.expanded != set(self.first):
@@ -113,7 +127,7 @@ class FeedForward:
         pairs, chosen = Pairs.of(flat, gate.top_k)
         return Pass(pairs, chosen, x.shape[:-1], total)
 
-    def _passes(self, layer: MixtureLinear) -> dict[Any, Pass]:
+    def _passes(self, layer: Linear) -> dict[Any, Pass]:
         frame = layer.host.frame
         if frame is None:
             raise TrainingError(
@@ -128,7 +142,7 @@ def _by_expert(m: Tensor, pairs: Pairs) -> Tensor:
     return m.unflatten(0, (len(pairs.ends), -1))
 
 
-def _in_rank_space(layer: MixtureLinear, adapter: str, z: Tensor, pairs: Pairs) -> bool:
+def _in_rank_space(layer: Linear, adapter: str, z: Tensor, pairs: Pairs) -> bool:
     """Whether every expert's low-rank product is made for every token, on the side where rows are tokens."""
     backend = layer.backends[adapter]
     B = layer.moe_lora_B[adapter]

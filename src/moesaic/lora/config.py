@@ -14,6 +14,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from enum import Enum
+from functools import partial
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from peft import PeftConfig
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from moesaic.errors import ConfigError, first_line
 from moesaic.host.hooks import Reader
+from moesaic.lora.layer import LayerSettings
 from moesaic.lora.mix import Backend
 from moesaic.lora.store import Store
 from moesaic.lora.stored import LARGEST
@@ -220,6 +222,28 @@ class MixtureConfig(PeftConfig):
         """Rank of one expert of the layer at `site`."""
         fitting = [name for name in self.rank_pattern or () if f".{site.name}".endswith(f".{name}")]
         return (self.rank_pattern or {})[max(fitting, key=len)] if fitting else self.r
+
+    def layer(self, site: Site, *, routed: bool) -> LayerSettings:
+        """All that it says of the layer at `site`, which has experts and a router, or else one plain LoRA.
+
+        Raises:
+            AdapterError: the experts are adapters, which are of another size there.
+        """
+        return LayerSettings(
+            site=site,
+            num_experts=self.experts_at(site) if routed else 1,
+            rank=self.rank_at(site),
+            shares_down=routed and self.shares_down,
+            make_router=partial(self.router, site) if routed else None,
+            make_gates=lambda: (self.gate(), self.eval_gate()),
+            scaling=self.scaling,
+            dropout=self.lora_dropout,
+            backend=self.backend,
+            merges_factors=self.merges_factors,
+            are_trained=self.experts is not None,
+            trained=None if self.store is None else self.store.stacked(site.name, size=(site.d_in, site.d_out)),
+            inference_mode=self.inference_mode,
+        )
 
     @abstractmethod
     def router(self, site: Site) -> Router:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -11,14 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from moesaic.errors import AdapterError, ConfigError
+from moesaic.errors import ConfigError
 from moesaic.host import Host
 from moesaic.lora.block import FeedForward
-from moesaic.lora.mix import choose, merge_and_expand, mix, read_and_reduce, weigh_and_expand
+from moesaic.lora.mix import Backend, choose, merge_and_expand, mix, read_and_reduce, weigh_and_expand
 from moesaic.routing import Gate, Record, Router, Routing, RoutingContext, Site
-
-if TYPE_CHECKING:
-    from moesaic.lora.config import MixtureConfig
 
 _CROSS_ATTENTION = re.compile(r"cross_?att|EncDecAttention|encoder_attn", re.IGNORECASE)
 _KEY_OR_VALUE = re.compile(r"^(k|v|key|value|k_proj|v_proj|key_proj|value_proj|kv_proj|c_attn)$")
@@ -38,6 +37,30 @@ def reads_the_encoder(name: str) -> bool:
     """Whether a module makes keys or values of cross-attention: its tokens are the encoder's."""
     leaf = name.rpartition(".")[2]
     return bool(_CROSS_ATTENTION.search(name)) and bool(_KEY_OR_VALUE.match(leaf))
+
+
+@dataclass(frozen=True)
+class LayerSettings:
+    """What a config says of the layer at one site."""
+
+    site: Site
+    num_experts: int
+    rank: int
+    """Of one expert."""
+    shares_down: bool
+    make_router: Callable[[], Router] | None
+    """None where the layer gets one plain LoRA. Called after A is drawn, for runs with one seed to draw alike."""
+    make_gates: Callable[[], tuple[Gate, Gate]]
+    """The gates of training and of evaluation."""
+    scaling: float
+    dropout: float
+    backend: Backend
+    merges_factors: bool
+    are_trained: bool
+    """The experts are trained already: frozen, with a scaling each."""
+    trained: tuple[Tensor, Tensor, Tensor] | None
+    """Then their A, B and scalings, where they are at hand; else they are loaded later."""
+    inference_mode: bool
 
 
 NOT_MERGED = (
@@ -79,13 +102,10 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
 
-    def update_layer(
-        self, adapter: str, config: MixtureConfig, site: Site, *, routed: bool, block: FeedForward | None = None
-    ) -> None:
+    def update_layer(self, adapter: str, settings: LayerSettings, *, block: FeedForward | None = None) -> None:
         """Add an adapter. A is kaiming-uniform over the stacked matrix, B zero: the mixture starts as the base."""
-        num_experts = config.experts_at(site) if routed else 1
-        rank = config.rank_at(site)
-        down_rows = rank if routed and config.shares_down else num_experts * rank
+        site, num_experts, rank = settings.site, settings.num_experts, settings.rank
+        down_rows = rank if settings.shares_down else num_experts * rank
         self.moe_lora_A[adapter] = nn.Parameter(torch.empty(down_rows, site.d_in))
         self.moe_lora_B[adapter] = nn.Parameter(torch.zeros(num_experts * rank, site.d_out))
         nn.init.kaiming_uniform_(self.moe_lora_A[adapter], a=5**0.5)
@@ -93,28 +113,28 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
             self.blocks[adapter] = block
             if site.name == block.first[0]:
                 block.owner = self
-        if routed and (block is None or block.owner is self):
-            router = config.router(site)
+        if settings.make_router is not None and (block is None or block.owner is self):
+            router = settings.make_router()
             if router.num_experts != num_experts:
                 raise ConfigError(f"the router of {site.name} scores {router.num_experts} experts, not {num_experts}")
             self.moe_lora_router[adapter] = router
-            self.gates[adapter], self.eval_gates[adapter] = config.gate(), config.eval_gate()
+            self.gates[adapter], self.eval_gates[adapter] = settings.make_gates()
             for gate in (self.gates[adapter], self.eval_gates[adapter]):
                 gate.check(num_experts)
-        if config.merges_factors:
+        if settings.merges_factors:
             self.merging.add(adapter)
-        if config.experts is not None:
-            self._freeze_experts(adapter, config, site)
+        if settings.are_trained:
+            self._freeze_experts(adapter, settings)
         self.name = site.name
         self.sites[adapter] = site
-        self.scaling[adapter] = config.scaling
-        self.dropout[adapter] = config.lora_dropout
-        self.backends[adapter] = config.backend
+        self.scaling[adapter] = settings.scaling
+        self.dropout[adapter] = settings.dropout
+        self.backends[adapter] = settings.backend
         self.cross = reads_the_encoder(site.name)
         self._move_adapter_to_device_of_base_layer(adapter)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        self.set_adapter(self.active_adapters, inference_mode=settings.inference_mode)
 
-    def _freeze_experts(self, adapter: str, config: MixtureConfig, site: Site) -> None:
+    def _freeze_experts(self, adapter: str, settings: LayerSettings) -> None:
         """Experts that are trained already: read from their adapters, or loaded later, with a scaling each."""
         router = self.router(adapter)
         assert router is not None
@@ -123,14 +143,9 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
             **self.frozen_peft_weight_names,
             adapter: ("moe_lora_A", "moe_lora_B", "moe_lora_scaling"),
         }
-        if config.store is None:
+        if settings.trained is None:
             return
-        A, B, scaling = config.store.stacked(site.name)
-        if (A.shape[1], B.shape[1]) != (site.d_in, site.d_out):
-            raise AdapterError(
-                f"{site.name} is {site.d_in} x {site.d_out} here, and {A.shape[1]} x {B.shape[1]} in "
-                f"{config.store.experts[0].folder}: the adapters are of another base model"
-            )
+        A, B, scaling = settings.trained
         with torch.no_grad():
             for own, read in zip(
                 (self.moe_lora_A, self.moe_lora_B, self.moe_lora_scaling), (A, B, scaling), strict=True

@@ -82,10 +82,19 @@ class Store:
         taken_off = sum(g.factors[module].rank for g in self.general if module in g.factors)
         return max(e.factors[module].rank for e in self.experts if module in e.factors) + taken_off
 
-    def stacked(self, module: str) -> tuple[Tensor, Tensor, Tensor]:
-        """A (E*r, d_in), B (E*r, d_out) and scalings (E,), float32; zeros where an expert lacks the module or rank."""
+    def stacked(self, module: str, *, size: tuple[int, int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """A (E*r, d_in), B (E*r, d_out) and scalings (E,), float32; zeros where an expert lacks the module or rank.
+
+        Raises:
+            AdapterError: `size`, the model's (d_in, d_out), is another.
+        """
         rank = self.rank(module)
         first = next(e.factors[module] for e in self.experts if module in e.factors)
+        if size is not None and (first.d_in, first.d_out) != size:
+            raise AdapterError(
+                f"{module} is {size[0]} x {size[1]} here, and {first.d_in} x {first.d_out} in "
+                f"{self.experts[0].folder}: the adapters are of another base model"
+            )
         A = torch.zeros(len(self.experts), rank, first.d_in)
         B = torch.zeros(len(self.experts), rank, first.d_out)
         scaling = torch.ones(len(self.experts))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
 from peft import PeftConfig
@@ -17,9 +17,6 @@ from moesaic.host import Host, optimizer_steps
 from moesaic.lora import targets
 from moesaic.lora.layer import NOT_MERGED, MixtureLinear, features
 from moesaic.routing import Site
-
-if TYPE_CHECKING:
-    from moesaic.lora.config import MixtureConfig
 
 
 class MixtureModel(BaseTuner):
@@ -51,7 +48,7 @@ class MixtureModel(BaseTuner):
             raise
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        config = cast("MixtureConfig", self.peft_config[adapter_name])
+        config: Any = self.peft_config[adapter_name]
         targets.check_adapter_name(model, adapter_name, reserved=_reserved_names())
         targets.check(model, config)
         if config.store is not None and not config.ignore_base:
@@ -114,11 +111,11 @@ class MixtureModel(BaseTuner):
         whole = peft_config.level == "block"
         routed = block is not None if whole else not targets.is_plain_lora(peft_config, current_key)
         if isinstance(target, MixtureLinear):
-            target.update_layer(adapter_name, peft_config, site, routed=routed, block=block)
+            target.update_layer(adapter_name, peft_config.layer(site, routed=routed), block=block)
             return
         wrapped = MixtureLinear(target, self.host)
         wrapped._active_adapter = adapter_name
-        wrapped.update_layer(adapter_name, peft_config, site, routed=routed, block=block)
+        wrapped.update_layer(adapter_name, peft_config.layer(site, routed=routed), block=block)
         if adapter_name not in self.active_adapters:
             wrapped.requires_grad_(False)
         self._replace_module(parent, target_name, wrapped, target)

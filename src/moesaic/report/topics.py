@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from markupsafe import Markup
 from torch import Tensor
 
-from moesaic.lora.methods.topics import Topics
 from moesaic.report.svg import beside, circle, drawing, line, tag, text
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+
+class _Settings(Protocol):
+    encoder: str
+    seed: int
+
+
+class Topics(Protocol):
+    """What is drawn: Nt topics in a graph, and E experts among them."""
+
+    names: tuple[str, ...]
+    groups: tuple[str, ...]
+    prototypes: Tensor
+    assignment: Tensor
+    adjacency: Tensor
+    facts: dict[str, float | None]
+
+    @property
+    def settings(self) -> _Settings: ...
+
 
 _WIDTH, _HEIGHT, _MARGIN, _LEGEND = 1200, 900, 70, 190
 _STYLE = """

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from moesaic.errors import ConfigError, MoesaicError, first_line, path_of, suggest
+from moesaic.runs.sources import base_of, folders_of
 from moesaic.runs.settings import build, check_keys, lists, names, parse_overrides, read_yaml, texts
 
 if TYPE_CHECKING:
@@ -172,7 +173,6 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
 
 def _base_of_adapters(adapters: Any) -> str:
     from moesaic.lora.stored import read_expert
-    from moesaic.runs.sources import base_of, folders_of
 
     found = base_of(map(read_expert, folders_of(adapters).values()))
     if not found:

@@ -6,7 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from moesaic.errors import ConfigError, first_line, suggest
+from moesaic.errors import ConfigError, UnknownSetting, first_line, suggest
 
 T = TypeVar("T")
 
@@ -144,7 +144,7 @@ def check_keys(
             if key in of_adapters():
                 raise ConfigError(f"{source}: {key} is a setting of the method: write adapter.{key}")
             hint = "settings of the method go under adapter.; " if "." in str(key) else ""
-            raise ConfigError(f"{source}: unknown key '{key}'; {hint}{suggest(str(key), valid)}")
+            raise UnknownSetting(f"{source}: unknown key '{key}'; {hint}{suggest(str(key), valid)}", str(key))
     if not isinstance(values.get("adapter") or {}, dict):
         raise ConfigError(f"{source}: adapter must hold settings, such as adapter.r=8")
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moesaic.errors import ConfigError
+from moesaic.runs.settings import read_yaml
 
 if TYPE_CHECKING:
     from moesaic.lora.stored import StoredExpert
@@ -40,12 +41,10 @@ def base_of(experts: Iterable["StoredExpert"]) -> str:
     Raises:
         ConfigError: it is a folder that is gone.
     """
-    from moesaic.runs.recipe import load_recipe
-
     for expert in experts:
         recipe = expert.folder.parent / "recipe.yaml"
-        if recipe.is_file():
-            return load_recipe(str(recipe)).model
+        if recipe.is_file() and (model := read_yaml(recipe).get("model")):
+            return str(model)
         if expert.base:
             if Path(expert.base).is_absolute() and not Path(expert.base).is_dir():
                 raise ConfigError(f"{expert.folder} is of {expert.base}, which is not there: model=… says where it is")

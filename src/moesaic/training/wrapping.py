@@ -15,11 +15,11 @@ from moesaic.data.examples import Example
 from moesaic.errors import ConfigError, MoesaicError, first_line
 from moesaic.lora import targets
 from moesaic.lora.stored import StoredExpert
-from moesaic.models import heads
 from moesaic.models.embedded import LoadedModel, load_outline, resolve
 from moesaic.models.encoder import HEADS, EncoderForTasks, Layout
 from moesaic.runs.recipe import Recipe, adapter_config, is_routed
 from moesaic.runs.results import count_trainable
+from moesaic.training import heads
 
 
 @dataclass

@@ -31,7 +31,8 @@ from torch.nn import functional as F
 
 from moesaic.errors import ConfigError
 from moesaic.lora.config import MixtureConfig
-from moesaic.lora.methods.topics import PACKAGED, Topics, TopicSettings, build
+from moesaic.lora.methods.topics.artefact import Topics, build
+from moesaic.lora.methods.topics.settings import PACKAGED, TopicSettings
 from moesaic.routing import (
     AuxiliaryLoss,
     Gate,

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from moesaic.errors import ConfigError, DataError, first_line, path_of, suggest
+from moesaic.lora.methods.topics.settings import PACKAGED
 
-PACKAGED = "bigbench"
 LEVELS = ("keyword", "group")
 SECTIONS = ("groups", "keywords", "tasks")
 

@@ -1,0 +1,39 @@
+"""`moesaic eval`."""
+
+from __future__ import annotations
+
+import sys
+
+from moesaic.cli.show import print_json, show
+from moesaic.cli.verbs import Section, verb
+from moesaic.errors import ConfigError
+from moesaic.evaluation.settings import EvalSettings
+
+
+@verb(
+    "eval",
+    "score finished runs on held-out rows",
+    group="mixtures",
+    place=40,
+    settings=[Section(EvalSettings, "settings (key=value), the run's own where left out:")],
+    takes="RUN | key=value",
+    about=lambda: "takes run folders, then settings",
+)
+def run(arguments: list[str], *, as_json: bool = False) -> None:
+    from moesaic.runs.recipe import parse_settings
+
+    runs = [a for a in arguments if "=" not in a]
+    if not runs:
+        raise ConfigError("name at least one run folder, such as runs/hotmoe-minilm-s0")
+    settings = parse_settings(EvalSettings, [a for a in arguments if "=" in a])
+    from moesaic.evaluation.run import check_run, evaluate_run
+
+    for folder in runs:
+        check_run(folder)
+    results = [evaluate_run(folder, settings, progress=sys.stderr.isatty()) for folder in runs]
+    if as_json:
+        print_json(results)
+        return
+    from moesaic.report.tables import eval_table, routing_table
+
+    show(*filter(None, [eval_table(results), routing_table(results)]))

@@ -1,0 +1,39 @@
+"""A command as a process: what it says on stderr, and its exit code."""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+
+from moesaic.errors import MoesaicError, first_line
+
+
+def exit_code(command: Callable[[], int | None], *, verbose: bool = False) -> int:
+    """Run a command: what it returns; 2 for a mistake that can be mended, told in one line; 130 if interrupted."""
+    _set_up_stderr(verbose)
+    try:
+        return command() or 0
+    except MoesaicError as error:
+        return _told(" ".join(str(error).split()), 2)
+    except KeyboardInterrupt as error:
+        return _told(str(error) or "interrupted", 130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+    except OSError as error:
+        return _told(first_line(error), 2)
+
+
+def _told(message: str, code: int) -> int:
+    print(f"moesaic: {message}", file=sys.stderr)
+    return code
+
+
+def _set_up_stderr(verbose: bool) -> None:
+    """Our warnings as plain lines; other libraries' bars are for terminals, and their deprecation notices for us."""
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", stream=sys.stderr)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    if not verbose:
+        warnings.filterwarnings("ignore", category=FutureWarning)
