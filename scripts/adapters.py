@@ -193,8 +193,8 @@ def _merged(job: Job, chosen: Setting, tasks: list[str]) -> dict[str, Any]:
     from moesaic.data import examples as data
     from moesaic.evaluation.run import score
     from moesaic.models.embedded import load_model
-    from moesaic.runs.recipe import load_recipe
-    from moesaic.training.run import Prepared, load_examples
+    from moesaic.runs.recipe import adapter_config, load_recipe
+    from moesaic.training.prepared import Prepared, load_examples
     from moesaic.training.wrapping import with_heads
 
     kept = [task for task in chosen.tasks if task != job.left_out]
@@ -202,7 +202,7 @@ def _merged(job: Job, chosen: Setting, tasks: list[str]) -> dict[str, Any]:
     recipe = load_recipe("arrow", [f"model={chosen.model}", f"data={chosen.data}", *chosen.routers])
     recipe.adapter["adapters"] = folders
     loaded = load_model(recipe.model)
-    base = with_heads(loaded, load_examples(recipe), recipe)
+    base = with_heads(loaded, load_examples(recipe), recipe, adapter_config(recipe))
     model: Any = base.model
     for task, folder in folders.items():
         config: Any = LoraConfig.from_pretrained(f"{folder}/adapter")

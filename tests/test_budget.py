@@ -12,10 +12,11 @@ from peft.tuners.lora import LoraLayer
 from moesaic.data import examples as data
 from moesaic.errors import ConfigError
 from moesaic.models.embedded import load_model
-from moesaic.runs.recipe import PLAIN, Recipe, adapter_config, load_recipe, packaged
+from moesaic.runs.method import PLAIN
+from moesaic.runs.recipe import Recipe, adapter_config, load_recipe, packaged
 from moesaic.runs.results import count_trainable
 from moesaic.training.budget import TOLERANCE, _spread, at_rank, solve
-from moesaic.training.run import prepare, resolved
+from moesaic.training.prepared import prepare, resolved
 from moesaic.training.wrapping import count, outline, with_heads
 from tests.tiny import FROM_SCRATCH
 from tests.tiny_folders import save_model, write_tasks
@@ -40,13 +41,13 @@ def recipe_of(world, kind: str, method: str, *settings: str) -> Recipe:
 
 
 def outlined(recipe: Recipe):
-    return outline(recipe, data.load(recipe.data))
+    return outline(recipe, data.load(recipe.data), adapter_config(recipe))
 
 
 def check_solved(world, kind: str, method: str) -> None:
     recipe = recipe_of(world, kind, method)
     base = outlined(recipe)
-    fewest, most = (count(base, at_rank(recipe, base, r))[0] for r in (1, 9))
+    fewest, most = (count(base, at_rank(recipe, adapter_config(recipe, **base.defaults), r))[0] for r in (1, 9))
     budget = (2 * fewest + most) // 3
     solved = solve(recipe, base, budget, "match=trainable_params")
     real = prepare(solved, data.load(recipe.data))
@@ -92,7 +93,7 @@ def test_an_outline_needs_no_weights_and_counts_as_the_model_does(world, tmp_pat
     bare = recipe_of(tmp_path, "causal", "mola", f"data={world / 'causal-data'}")
     base = outlined(bare)
     assert {p.device.type for p in base.model.parameters()} == {"meta"}
-    loaded = with_heads(load_model(str(world / "causal")), data.load(bare.data), bare)
+    loaded = with_heads(load_model(str(world / "causal")), data.load(bare.data), bare, adapter_config(bare))
     assert count(base, bare) == count(loaded, bare)
     with pytest.raises(ConfigError, match="cannot load model"):
         prepare(bare, data.load(bare.data))
@@ -100,7 +101,7 @@ def test_an_outline_needs_no_weights_and_counts_as_the_model_does(world, tmp_pat
 
 def test_counting_and_solving_leave_the_model_as_it_was(world):
     recipe = recipe_of(world, "causal", "mola")
-    base = with_heads(load_model(recipe.model), data.load(recipe.data), recipe)
+    base = with_heads(load_model(recipe.model), data.load(recipe.data), recipe, adapter_config(recipe))
     before = {k: v.clone() for k, v in base.model.state_dict().items()}
     solve(recipe, base, BUDGET, "match=trainable_params")
     after = base.model.state_dict()
@@ -112,7 +113,7 @@ def test_counting_and_solving_leave_the_model_as_it_was(world):
 def test_solving_is_closer_than_any_whole_rank(world):
     recipe = recipe_of(world, "causal", "mola")
     base = outlined(recipe)
-    lower, upper = (count(base, at_rank(recipe, base, r))[0] for r in (3, 4))
+    lower, upper = (count(base, at_rank(recipe, adapter_config(recipe, **base.defaults), r))[0] for r in (3, 4))
     budget = lower + (upper - lower) // 3
     solved = solve(recipe, base, budget, "match=x")
     found = count(base, solved)[0]
@@ -120,14 +121,17 @@ def test_solving_is_closer_than_any_whole_rank(world):
     pattern = solved.adapter["rank_pattern"]
     assert solved.adapter["r"] == 3
     assert set(pattern.values()) == {4}
-    assert solve(recipe, base, upper, "match=x").adapter == at_rank(recipe, base, 4).adapter
+    assert (
+        solve(recipe, base, upper, "match=x").adapter
+        == at_rank(recipe, adapter_config(recipe, **base.defaults), 4).adapter
+    )
 
 
 @pytest.mark.parametrize("name", ["lora", "mola"])
 def test_a_module_that_gets_more_rank_has_it_in_training_at_the_same_scale(world, name):
     recipe = recipe_of(world, "causal", name)
     base = outlined(recipe)
-    lower, upper = (count(base, at_rank(recipe, base, r))[0] for r in (3, 4))
+    lower, upper = (count(base, at_rank(recipe, adapter_config(recipe, **base.defaults), r))[0] for r in (3, 4))
     solved = solve(recipe, base, (lower + upper) // 2, "match=x")
     raised = set(solved.adapter["rank_pattern"])
     model = prepare(solved, data.load(recipe.data)).model.base_model.model
@@ -164,7 +168,7 @@ def test_match_takes_the_targets_of_its_recipe(world, tmp_path):
 def test_a_budget_below_the_routers_is_one_line_that_names_both_settings(world):
     recipe = recipe_of(world, "causal", "hotmoe")
     base = outlined(recipe)
-    fewest = count(base, at_rank(recipe, base, 1))[0]
+    fewest = count(base, at_rank(recipe, adapter_config(recipe, **base.defaults), 1))[0]
     with pytest.raises(ConfigError) as caught:
         solve(recipe, base, fewest // 2, "match=trainable_params")
     text = str(caught.value)

@@ -27,7 +27,8 @@ from moesaic.compare.settings import load
 from moesaic.errors import ConfigError, MissingDependency, MoesaicError
 from moesaic.models import embedded
 from moesaic.runs.recipe import Recipe, adapter_config, load_recipe
-from moesaic.training.run import build_trainer, load_examples, prepare, training_rows
+from moesaic.training.prepared import load_examples, prepare, training_rows
+from moesaic.training.run import build_trainer
 from tests.tiny import FROM_SCRATCH
 from tests.tiny_folders import save_model, write_tasks
 

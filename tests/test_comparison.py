@@ -10,11 +10,12 @@ from rich.console import Console
 
 from moesaic.compare import figures as comparison
 from moesaic.compare import verdicts
-from moesaic.compare.figures import Cell, summarise
+from moesaic.compare.figures import summarise
+from moesaic.compare.finished import Cell
 from moesaic.errors import ConfigError
 from moesaic.lora import METHODS
 from moesaic.report import markdown
-from moesaic.runs.recipe import PLAIN, methods
+from moesaic.runs.method import PLAIN, methods
 from tests.tiny import FROM_SCRATCH
 
 ROUTING = {

@@ -31,8 +31,8 @@ TOLERANCE = {"fp32": 1e-5, "bf16": 3e-2}
 
 EVERY = [*sorted(METHODS), *tiny.COMBINATIONS]
 WITH_LOSSES = [name for name in EVERY if tiny.small(name).losses()]
-FROM_SCRATCH = [name for name in EVERY if not tiny.config_class(name).needs_adapters]
-LEARNERS = [name for name in EVERY if name in FROM_SCRATCH or tiny.config_class(name).learns_routing]
+FROM_SCRATCH = [name for name in EVERY if not tiny.config_class(name).kind.needs_adapters]
+LEARNERS = [name for name in EVERY if name in FROM_SCRATCH or tiny.config_class(name).kind.learns_routing]
 LINEAR_LEVEL = [name for name in EVERY if tiny.small(name).level == "linear"]
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)

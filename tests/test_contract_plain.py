@@ -14,7 +14,8 @@ import pytest
 import torch
 from peft import PeftModel
 
-from moesaic.runs.recipe import PLAIN, Recipe, adapter_config
+from moesaic.runs.method import PLAIN
+from moesaic.runs.recipe import Recipe, adapter_config
 from tests import tiny
 from tests.test_contract import DTYPES, TOLERANCE, backward, close, every_base, every_model, frozen, ragged
 

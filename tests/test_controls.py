@@ -116,7 +116,7 @@ def test_a_batch_of_several_tasks_equals_each_alone(method: str) -> None:
         torch.testing.assert_close(alone[0], together[row], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", sorted(m for m in METHODS if tiny.small(m).needs_tasks))
+@pytest.mark.parametrize("method", sorted(m for m in METHODS if tiny.small(m).kind.needs_tasks))
 @pytest.mark.parametrize(
     ("ids", "message"), [(None, "give routing_task_ids in the batch"), ([99], "task id 99 is not below num_")]
 )

@@ -14,7 +14,7 @@ from moesaic.lora.methods.custom import CustomConfig, SumRouter
 from tests import tiny
 
 PARTS = sorted(
-    name for name, cls in METHODS.items() if not cls.shares_down and name in tiny.FROM_SCRATCH and name != "custom"
+    name for name, cls in METHODS.items() if not cls.kind.shares_down and name in tiny.FROM_SCRATCH and name != "custom"
 )
 
 
@@ -94,10 +94,10 @@ def test_losses_come_from_their_own_methods_with_their_own_weights() -> None:
 
 
 def test_needs_are_those_of_the_parts() -> None:
-    assert custom(router_of="moelora", gate_of="moelora").needs_tasks
-    assert not custom(router_of="mola").needs_tasks
-    assert custom(router_of="topiclora").needs_targets
-    assert not custom(router_of="topiclora", losses_of=["mola"]).needs_targets
+    assert custom(router_of="moelora", gate_of="moelora").kind.needs_tasks
+    assert not custom(router_of="mola").kind.needs_tasks
+    assert custom(router_of="topiclora").kind.needs_targets
+    assert not custom(router_of="topiclora", losses_of=["mola"]).kind.needs_targets
 
 
 def test_a_saved_recombination_is_read_back(tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ from moesaic.evaluation.settings import EvalSettings
 from moesaic.models.embedded import load_model
 from moesaic.report.tables import eval_table, routing_table
 from moesaic.runs.recipe import load_recipe
-from moesaic.training.run import Prepared, train
+from moesaic.training.prepared import Prepared
+from moesaic.training.run import train
 from tests.tiny_folders import save_model, write_tasks
 
 

@@ -293,5 +293,5 @@ def test_loaded_for_inference_trains_nothing(method, dtype, tmp_path):
     loaded.add_adapter("second", small(method))
     loaded.set_adapter("second")
     trained = {name for name, p in loaded.named_parameters() if p.requires_grad}
-    assert trained or (METHODS[method].needs_adapters and not METHODS[method].learns_routing)
+    assert trained or (METHODS[method].kind.needs_adapters and not METHODS[method].kind.learns_routing)
     assert all(".second" in name for name in trained)

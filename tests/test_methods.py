@@ -9,7 +9,8 @@ import moesaic
 from moesaic.cli.main import main
 from moesaic.cli.methods import describe
 from moesaic.lora import METHODS
-from moesaic.runs.recipe import PLAIN, load_recipe
+from moesaic.runs.method import PLAIN
+from moesaic.runs.recipe import load_recipe
 
 
 @pytest.mark.parametrize("name", [*METHODS, *PLAIN])

@@ -9,7 +9,8 @@ from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 
 from moesaic.lora import METHODS
-from moesaic.runs.recipe import adapter_config, load_recipe, methods
+from moesaic.runs.method import methods
+from moesaic.runs.recipe import adapter_config, load_recipe
 from tests import tiny
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")

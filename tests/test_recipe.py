@@ -7,17 +7,8 @@ import pytest
 from moesaic.compare.settings import CompareSettings
 from moesaic.errors import ConfigError
 from moesaic.evaluation.settings import EvalSettings
-from moesaic.runs.recipe import (
-    PLAIN,
-    adapter_config,
-    as_used,
-    dump,
-    is_routed,
-    load_recipe,
-    methods,
-    packaged,
-    parse_settings,
-)
+from moesaic.runs.method import PLAIN, is_routed, methods
+from moesaic.runs.recipe import adapter_config, as_used, dump, load_recipe, packaged, parse_settings
 from moesaic.runs.settings import differences, parse_overrides, read_yaml
 
 
@@ -51,7 +42,7 @@ def test_the_default_temperature_survives_yaml(tmp_path):
 def test_every_packaged_recipe_makes_a_config_of_a_registered_method(name):
     recipe = load_recipe(name)
     assert recipe.method in methods()
-    if getattr(methods()[recipe.method], "needs_adapters", False):
+    if is_routed(recipe.method) and methods()[recipe.method].kind.needs_adapters:
         with pytest.raises(ConfigError, match="adapters that are trained already"):
             adapter_config(recipe)
     else:

@@ -28,7 +28,8 @@ from moesaic.lora.methods.topics.settings import TopicSettings
 from moesaic.models.encoder import EncoderCollator, Layout
 from moesaic.routing import LinearRouter, Record, Routing, Site, TopK
 from moesaic.runs.recipe import load_recipe
-from moesaic.training.run import build_trainer, prepare, train
+from moesaic.training.prepared import prepare
+from moesaic.training.run import build_trainer, train
 from tests import tiny
 from tests.tiny_folders import save_model, tokenizer, write_tasks
 
@@ -500,7 +501,7 @@ def test_training_encodes_each_prompt_that_it_draws_once_and_logs_the_kl(
 @pytest.mark.parametrize("kind", ["causal", "encoder"])
 def test_a_batch_of_the_trainer_carries_each_rows_own_targets(tmp_path: Path, kind: str) -> None:
     from moesaic.runs.folder import RunFolder
-    from moesaic.training.run import training_rows
+    from moesaic.training.prepared import training_rows
 
     recipe = load_recipe("topiclora", settings_of(tmp_path, kind))
     examples = data.load(recipe.data)

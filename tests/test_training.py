@@ -21,8 +21,10 @@ from moesaic.errors import AdapterError, ConfigError, DataError, TrainingError
 from moesaic.evaluation.run import check_run, load_run
 from moesaic.models.encoder import EncoderCollator, EncoderForTasks, Layout
 from moesaic.runs.folder import RunFolder, atomic_folder, discard, locked, read_json, write_text
-from moesaic.runs.recipe import is_routed, load_recipe
-from moesaic.training.run import prepare, train
+from moesaic.runs.method import is_routed
+from moesaic.runs.recipe import load_recipe
+from moesaic.training.prepared import prepare
+from moesaic.training.run import train
 from tests.tiny_folders import save_model, tokenizer, write_tasks
 
 STEPS = 6

@@ -142,7 +142,7 @@ def small(method: str, *, model: str = "llama", **overrides: Any) -> MixtureConf
     """
     cls = config_class(method)
     overrides = {**COMBINATIONS.get(method, {}), **overrides}
-    if cls.needs_adapters:
+    if cls.kind.needs_adapters:
         number, targets = overrides.get("num_experts", 4), overrides.pop("target_modules", None)
         overrides["adapters"] = adapters(model, number, r=overrides.get("r", 4), targets=targets)
     fields = {f.name: f for f in dataclasses.fields(cls)}
@@ -164,7 +164,7 @@ def _folder() -> Path:
     return Path(tempfile.mkdtemp())
 
 
-FROM_SCRATCH = sorted(name for name, cls in METHODS.items() if not cls.needs_adapters)
+FROM_SCRATCH = sorted(name for name, cls in METHODS.items() if not cls.kind.needs_adapters)
 """Methods whose experts are trained with their router."""
 
 
@@ -190,7 +190,7 @@ def wrap(model: nn.Module, config: MixtureConfig, *, seed: int = 1, random_b: bo
         wrapped = get_peft_model(model, config, **kwargs)
         if random_b:
             randomize_b(wrapped)
-        if config.needs_adapters:
+        if config.kind.needs_adapters:
             for parameter in router_parameters(wrapped).values():
                 nn.init.normal_(parameter)
     return pin_task(wrapped).eval()
@@ -199,9 +199,9 @@ def wrap(model: nn.Module, config: MixtureConfig, *, seed: int = 1, random_b: bo
 def pin_task(model: PeftModel) -> PeftModel:
     """Every sequence is of task 1, for methods that cannot route without; a batch's own ids are preferred to it."""
     config = model.peft_config["default"]
-    if isinstance(config, MixtureConfig) and (config.needs_tasks or config.needs_adapters):
+    if isinstance(config, MixtureConfig) and (config.kind.needs_tasks or config.kind.needs_adapters):
         find_host(model).pinned_tasks = torch.tensor([1])
-    if isinstance(config, MixtureConfig) and config.needs_adapters:
+    if isinstance(config, MixtureConfig) and config.kind.needs_adapters:
         find_host(model).pinned_scores = torch.linspace(0.5, 0.1, config.num_experts).unsqueeze(0)
     return model
 
@@ -229,7 +229,7 @@ def batch(model: nn.Module, *, rows: int = 3, tokens: int = 7, seed: int = 0, la
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     config: Any = model.config
     adapter = getattr(model, "peft_config", {}).get("default")
-    if getattr(adapter, "needs_targets", False):
+    if isinstance(adapter, MixtureConfig) and adapter.kind.needs_targets:
         inputs[TARGETS] = torch.randn(rows, adapter.num_experts, generator=generator).softmax(dim=-1)
     if config.is_encoder_decoder:
         targets = torch.randint(3, VOCAB, (rows, tokens - 2), generator=generator)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moesaic.errors import ConfigError
 from moesaic.lora.config import MixtureConfig
+from moesaic.lora.kind import Kind
 from moesaic.lora.stored import LARGEST
 from moesaic.routing import Gate, Router, RoutingContext, Site, TopK
 
@@ -64,8 +65,7 @@ class ArrowConfig(MixtureConfig):
     method: ClassVar[str] = "arrow"
     paper: ClassVar[str] = "Arrow (arXiv 2405.11157)"
     summary: ClassVar[str] = "each adapter's strongest input direction is its prototype: no training, no data"
-    learns_routing: ClassVar[bool] = False
-    needs_adapters: ClassVar[bool] = True
+    kind: ClassVar[Kind] = Kind(experts="adapters", weights="fixed")
 
     top_k: int | None = field(
         default=None, metadata={"help": "experts a token; the three best, or all, where left out"}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.lora.config import MixtureConfig
+from moesaic.lora.kind import Kind
 from moesaic.routing import Gate, Router, RoutingContext, Site, Softmax
 
 
@@ -36,8 +37,7 @@ class CATConfig(MixtureConfig):
     method: ClassVar[str] = "cat"
     paper: ClassVar[str] = "LoRA Soups (arXiv 2410.13025)"
     summary: ClassVar[str] = "one learned weight for each adapter and module, whatever the input"
-    needs_adapters: ClassVar[bool] = True
-    is_static: ClassVar[bool] = True
+    kind: ClassVar[Kind] = Kind(experts="adapters", is_static=True)
 
     def router(self, site: Site) -> Router:
         return StaticRouter(self.num_experts)

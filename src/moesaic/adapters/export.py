@@ -75,7 +75,7 @@ def collapse(folder: Path, out: Path, *, rank: int | None = None) -> dict[str, f
     """
     folder = adapter_of(folder)
     config = _composed(folder)
-    if not config.is_static:
+    if not config.kind.is_static:
         raise ConfigError(
             f"{folder} holds method {config.method}, whose weights differ by token or prompt: no one LoRA does that. "
             "Only static mixtures (uniform, cat, lorahub) collapse; export expert=NAME writes one of its experts"
@@ -85,7 +85,7 @@ def collapse(folder: Path, out: Path, *, rank: int | None = None) -> dict[str, f
     pairs: dict[str, Pair] = {}
     errors: dict[str, float] = {}
     for module, A, B, scaling, weights in _modules(folder, config):
-        if config.merges_factors:
+        if config.kind.merges_factors:
             a, b = (weights[:, None, None] * A).sum(0), ((weights * scaling)[:, None, None] * B).sum(0)
         else:
             kept = [(a, w * s * b) for a, b, w, s in zip(A, B, weights, scaling, strict=True) if bool(b.any())]
@@ -159,7 +159,7 @@ def _read_modules(folder: Path, config: MixtureConfig) -> Iterator[tuple[str, Te
                 raise AdapterError(f"{folder} is damaged: {whole} does not fit its {number} experts; compose anew")
             module = whole.removeprefix(_PREFIX)
             weights = torch.empty(0)
-            if config.is_static:
+            if config.kind.is_static:
                 router = config.router(Site(module, A.shape[-1], B.shape[-1]))
                 own = whole + _ROUTER
                 router.load_state_dict({k.removeprefix(own): opened.get_tensor(k) for k in keys if k.startswith(own)})

@@ -29,6 +29,7 @@ from moesaic.adapters.instructions import Instructor
 from moesaic.adapters.phatgoose import GateRouter, OwnSigmoid
 from moesaic.adapters.prompts import PromptConfig, encoder_of, scores_of
 from moesaic.errors import ConfigError
+from moesaic.lora.kind import Kind
 from moesaic.lora.stored import LARGEST
 from moesaic.routing import Gate, Router, RoutingContext, Site, TopK
 
@@ -95,7 +96,7 @@ class GliderConfig(PromptConfig):
     unsaved: ClassVar[tuple[str, ...]] = (*PromptConfig.unsaved, "instruct_url", "instruct_model", "instruct_cache")
     """The endpoint is not saved, so that an adapter from elsewhere sends nobody's prompts anywhere."""
     by_mean: ClassVar[bool] = True
-    needs_own_task: ClassVar[bool] = True
+    kind: ClassVar[Kind] = Kind(experts="adapters of one task")
 
     top_k: int | None = field(default=None, metadata={"help": "experts a token; two where left out"})
     instructions: dict[str, str] | None = field(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moesaic.errors import ConfigError
 from moesaic.lora.config import MixtureConfig
+from moesaic.lora.kind import Kind
 from moesaic.lora.layer import reads_the_encoder
 from moesaic.routing import Gate, LinearRouter, Router, RoutingContext, Site, Softmax
 
@@ -54,7 +55,7 @@ class LoRAFlowConfig(MixtureConfig):
     method: ClassVar[str] = "lora-flow"
     paper: ClassVar[str] = "LoRA-Flow (ACL 2024, arXiv 2402.11455)"
     summary: ClassVar[str] = "a softmax gate a layer, by token, shared by all modules of the layer"
-    needs_adapters: ClassVar[bool] = True
+    kind: ClassVar[Kind] = Kind(experts="adapters")
 
     def router(self, site: Site) -> Router:
         return FlowRouter(site, self.num_experts)

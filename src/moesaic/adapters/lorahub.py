@@ -20,6 +20,7 @@ from torch import Tensor
 
 from moesaic.errors import ConfigError, MissingDependency
 from moesaic.lora.config import MixtureConfig
+from moesaic.lora.kind import Kind
 from moesaic.lora.stored import LARGEST
 from moesaic.routing import Gate, Router, Routing, RoutingContext, Site
 
@@ -58,11 +59,7 @@ class LoraHubConfig(MixtureConfig):
     method: ClassVar[str] = "lorahub"
     paper: ClassVar[str] = "LoraHub (COLM 2024, arXiv 2307.13269)"
     summary: ClassVar[str] = "weights for the adapters' factors, searched without gradients on a few examples"
-    learns_routing: ClassVar[bool] = False
-    needs_adapters: ClassVar[bool] = True
-    is_searched: ClassVar[bool] = True
-    is_static: ClassVar[bool] = True
-    merges_factors: ClassVar[bool] = True
+    kind: ClassVar[Kind] = Kind(experts="adapters", weights="searched", is_static=True, merges_factors=True)
 
     weights: list[float] | None = field(
         default=None, metadata={"help": "of the adapters, in their order; what the search found, or 0 before it"}

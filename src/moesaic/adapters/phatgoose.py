@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moesaic.lora.config import MixtureConfig
+from moesaic.lora.kind import Kind
 from moesaic.lora.tasks import NEVER, own_expert
 from moesaic.routing import Gate, Router, Routing, RoutingContext, Site, TopK
 
@@ -61,8 +62,7 @@ class PhatgooseConfig(MixtureConfig):
     method: ClassVar[str] = "phatgoose"
     paper: ClassVar[str] = "PHATGOOSE (ICML 2024, arXiv 2402.05859)"
     summary: ClassVar[str] = "a gate for each adapter, trained on its own data in minutes; correlations route"
-    needs_adapters: ClassVar[bool] = True
-    needs_own_task: ClassVar[bool] = True
+    kind: ClassVar[Kind] = Kind(experts="adapters of one task")
 
     top_k: int | None = field(default=None, metadata={"help": "experts a token; two where left out"})
 

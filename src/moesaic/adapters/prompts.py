@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from moesaic.errors import ConfigError, TrainingError, suggest
 from moesaic.host import routing_scores
 from moesaic.lora.config import MixtureConfig
+from moesaic.lora.kind import Kind
 from moesaic.lora.methods.topics import encoders
 from moesaic.routing import Router, RoutingContext
 
@@ -110,7 +111,7 @@ class Library(nn.Module):
 class PromptConfig(MixtureConfig):
     """Settings of methods that compare prompts with texts of each expert."""
 
-    needs_adapters: ClassVar[bool] = True
+    kind: ClassVar[Kind] = Kind(experts="adapters")
     unsaved: ClassVar[tuple[str, ...]] = (*MixtureConfig.unsaved, "texts")
     by_mean: ClassVar[bool] = False
     """Whether an expert is the mean of its texts, and not each of them."""

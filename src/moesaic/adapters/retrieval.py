@@ -14,6 +14,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from moesaic.adapters.prompts import PromptConfig, scores_of
+from moesaic.lora.kind import Kind
 from moesaic.routing import Gate, Router, Routing, RoutingContext, Site, TopK
 
 
@@ -39,7 +40,7 @@ class RetrievalConfig(PromptConfig):
     method: ClassVar[str] = "retrieval"
     paper: ClassVar[str] = "PHATGOOSE's baseline (arXiv 2402.05859)"
     summary: ClassVar[str] = "the adapter whose training inputs are nearest to the prompt, for all of it"
-    learns_routing: ClassVar[bool] = False
+    kind: ClassVar[Kind] = Kind(experts="adapters", weights="fixed")
 
     top_k: int = field(default=1, metadata={"help": "experts a prompt"})
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from moesaic.lora.config import MixtureConfig
+from moesaic.lora.kind import Kind
 from moesaic.lora.methods.sequence import SequenceRouter
 from moesaic.routing import Gate, Router, Site, Softmax
 
@@ -24,8 +25,7 @@ class SMEARConfig(MixtureConfig):
     method: ClassVar[str] = "smear"
     paper: ClassVar[str] = "SMEAR (TMLR 2024, arXiv 2306.03745)"
     summary: ClassVar[str] = "a router by sequence merges the adapters' factors into one LoRA"
-    needs_adapters: ClassVar[bool] = True
-    merges_factors: ClassVar[bool] = True
+    kind: ClassVar[Kind] = Kind(experts="adapters", merges_factors=True)
 
     def router(self, site: Site) -> Router:
         return SequenceRouter(site.d_in, self.num_experts, causal=site.causal)

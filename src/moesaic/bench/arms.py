@@ -116,7 +116,7 @@ def batch_for(config: Any, size: Size) -> dict[str, Tensor]:
     inputs = {"input_ids": ids, "labels": labels}
     if isinstance(config, MixtureConfig):
         inputs[TASK_IDS] = torch.arange(batch) % EXPERTS
-        if config.needs_targets:
+        if config.kind.needs_targets:
             inputs[TARGETS] = torch.rand(batch, EXPERTS).softmax(dim=-1)
     return inputs
 

@@ -23,16 +23,8 @@ from moesaic.runs.folder import (
     write_json,
     write_text,
 )
-from moesaic.runs.recipe import (
-    Recipe,
-    adapter_config,
-    adapter_settings,
-    all_adapter_settings,
-    check_follows,
-    dump,
-    is_routed,
-    load_recipe,
-)
+from moesaic.runs.method import adapter_settings, all_adapter_settings, check_follows, is_routed
+from moesaic.runs.recipe import Recipe, adapter_config, dump, load_recipe
 from moesaic.runs.results import command_line, model_card
 from moesaic.runs.settings import build, check_keys, lists, names, parse_overrides, texts
 from moesaic.runs.sources import base_of, folders_of
@@ -111,18 +103,18 @@ def run_compose(arguments: Sequence[str], *, as_json: bool = False) -> None:
     from moesaic.adapters.export import adapter_of
     from moesaic.lora.loading import check_folder
     from moesaic.training.heads import tasks_of
-    from moesaic.training.run import load_examples
+    from moesaic.training.prepared import load_examples
     from moesaic.training.wrapping import with_heads, wrap
 
     experts = config.store.experts
     recipe = replace(recipe, model=settings.model or base_of(experts))
     if not recipe.model:
         raise ConfigError("model is missing: the adapters do not say which base model they are for")
-    by_task = config.needs_tasks or config.needs_own_task or "texts" in adapter_settings(recipe.method)
+    by_task = config.kind.needs_tasks or config.kind.needs_own_task or "texts" in adapter_settings(recipe.method)
     if by_task and before.tasks and recipe.tasks is before.tasks:
         recipe = replace(recipe, tasks=sorted({task for expert in experts for task in tasks_of(expert)}))
     examples = load_examples(recipe) if recipe.data else []
-    base = with_heads(load_outline(recipe.model), examples, recipe)
+    base = with_heads(load_outline(recipe.model), examples, recipe, config)
     model = wrap(base, recipe)
     model.peft_config["default"].base_model_name_or_path = resolve(recipe.model)
     fresh = [expert.name for expert in experts]
@@ -158,7 +150,7 @@ def run_compose(arguments: Sequence[str], *, as_json: bool = False) -> None:
         table.add_row(*(_span(value) if isinstance(value, list) else str(value) for value in row.values()))
     console = Console(highlight=False)
     console.print(table)
-    if (config.learns_routing or config.is_searched) and fresh:
+    if (config.kind.learns_routing or config.kind.weights == "searched") and fresh:
         logger.warning(
             "the routing of %s is as it was drawn: `moesaic train %s adapter.adapters=… data=…` trains it",
             ", ".join(fresh),

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from moesaic.data.examples import Example
-    from moesaic.training.run import Prepared
+    from moesaic.training.prepared import Prepared
 
 EXPERTS, RANK = 4, 2
 TARGETS = ["gate_proj", "up_proj", "down_proj"]

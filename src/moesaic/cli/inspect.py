@@ -16,7 +16,7 @@ from moesaic.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from moesaic.training.run import Prepared
+    from moesaic.training.prepared import Prepared
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from moesaic.cli.show import print_json, show
 from moesaic.cli.verbs import verb
 from moesaic.errors import ConfigError, suggest
-from moesaic.runs.recipe import PACKAGED, PLAIN, adapter_settings, load_recipe, methods, packaged
+from moesaic.runs.method import PLAIN, adapter_settings, methods
+from moesaic.runs.recipe import PACKAGED, load_recipe, packaged
 from moesaic.runs.settings import read_yaml
 
 if TYPE_CHECKING:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from moesaic.cli.show import print_json
 from moesaic.cli.verbs import Section, verb
-from moesaic.runs.recipe import Recipe, as_used, dump, load_recipe, packaged
+from moesaic.runs.recipe import Recipe, adapter_config, as_used, dump, load_recipe, packaged
+from moesaic.runs.results import trained
 
 
 @verb(
@@ -30,15 +31,8 @@ def run(recipe: str, arguments: list[str], *, dry_run: bool = False, as_json: bo
     if as_json:
         print_json({"run": str(folder), **results})
         return
-    if results["steps"]:
-        loss = results["final_loss"]
-        print(
-            f"{folder}: {results['steps']} steps in {results['train_seconds']:.0f} s "
-            f"({results['tokens_per_second']:.0f} tokens/s), {results['trainable_parameters']:,} trainable parameters, "
-            f"last loss {'unknown' if loss is None else f'{loss:.3f}'}"
-        )
-    if results.get("found"):
-        print(f"{folder}: {results['found']}")
+    for line in trained(results):
+        print(f"{folder}: {line}")
     rows = "" if Path(wanted.data).is_dir() else " data=HELD_OUT_ROWS"
     print(f"next: moesaic eval {folder}{rows}")
 
@@ -47,9 +41,9 @@ def _resolved(recipe: Recipe) -> Recipe:
     """As it would be trained, its rank solved where that is asked."""
     from moesaic.training.wrapping import check_teacher
 
-    check_teacher(recipe)
+    check_teacher(adapter_config(recipe))
     if not recipe.match:
         return recipe
-    from moesaic.training.run import resolved
+    from moesaic.training.prepared import resolved
 
     return resolved(recipe)

@@ -20,7 +20,8 @@ from moesaic.compare.matching import budget_of, match_arm, mixtures
 from moesaic.compare.settings import CompareSettings
 from moesaic.compare.verdicts import Kind, kind_of
 from moesaic.errors import ConfigError, path_of, suggest
-from moesaic.runs.recipe import Recipe, adapter_config, adapter_settings, is_routed, load_recipe, methods, packaged
+from moesaic.runs.method import adapter_settings, is_routed, methods
+from moesaic.runs.recipe import Recipe, adapter_config, load_recipe, packaged
 from moesaic.runs.settings import names
 
 _RANKS = ("r", "rank_pattern", "alpha_pattern")
@@ -82,39 +83,40 @@ def plan(settings: CompareSettings, shared: Recipe) -> Plan:
     """
     named = _named(settings)
     recipes = {arm: _recipe(settings, shared, method, own) for arm, (method, own) in named.items()}
+    configs = {}
     for arm, recipe in recipes.items():
         with _of(arm):
-            adapter_config(recipe)
+            configs[arm] = adapter_config(recipe)
+    routed = mixtures(recipes, configs)
 
     from moesaic.data import examples as data
     from moesaic.evaluation.answers import by_task
-    from moesaic.training.run import load_examples, require_extras
-    from moesaic.training.wrapping import check_tasks, check_teacher, count, outline
+    from moesaic.training.prepared import load_examples, require_extras
+    from moesaic.training.wrapping import check_teacher, config_for, count, outline
 
     require_extras()
     examples = load_examples(shared)
     by_task(examples)
     for arm, recipe in recipes.items():
         with _of(arm):
-            check_tasks(recipe, sorted({e.task for e in examples}))
-            check_teacher(recipe)
-    base = outline(shared, examples)
+            check_teacher(config_for(recipe, sorted({e.task for e in examples})))
+    base = outline(shared, examples, None)
     scored, digests, rows_digests = _scored(settings, shared, base)
-    budget, measure = budget_of(settings, recipes, base)
+    budget, measure = budget_of(settings, recipes, base, routed)
     _check_ranks(settings, measure)
 
     def match(arm: str, recipe: Recipe) -> Recipe:
         return recipe if arm == measure or budget is None else match_arm(settings, arm, recipe, budget, base)
 
     solved = {arm: match(arm, recipe) for arm, recipe in recipes.items()}
-    controls = _controls(settings, shared, solved, base)
+    controls = _controls(settings, shared, solved, base, routed)
     solved |= {arm: match(arm, recipe) for arm, recipe in controls.items()}
-    if settings.controls and mixtures(recipes) and len(base.tasks) > 1 and "bound" not in solved:
+    if settings.controls and routed and len(base.tasks) > 1 and "bound" not in solved:
         solved["bound"] = _bound(settings, shared, solved, budget, base)
     arms = {}
     for name, recipe in solved.items():
         config: Any = adapter_config(recipe, **base.defaults)
-        if getattr(config, "needs_tasks", False):
+        if is_routed(recipe.method) and config.kind.needs_tasks:
             _check_trained(name, base.tasks, scored, control=name not in recipes)
         raised = len(recipe.adapter.get("rank_pattern") or ())
         experts = config.num_experts if is_routed(recipe.method) else 1
@@ -233,9 +235,10 @@ def _check_trained(arm: str, tasks: Sequence[str], scored: dict[str, dict[str, i
             )
 
 
-def _controls(settings: CompareSettings, shared: Recipe, recipes: dict[str, Recipe], base: Any) -> dict[str, Recipe]:
+def _controls(
+    settings: CompareSettings, shared: Recipe, recipes: dict[str, Recipe], base: Any, routed: Sequence[str]
+) -> dict[str, Recipe]:
     """`uniform` and `oracle` after the first mixture, where there is one, at its scale; without those named already."""
-    routed = mixtures(recipes)
     if not routed or not settings.controls:
         return {}
     first = recipes[routed[0]]

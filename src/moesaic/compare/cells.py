@@ -27,6 +27,7 @@ from moesaic.evaluation.settings import EvalSettings
 from moesaic.runs.folder import RunFolder, claim, locked, read_json, write_json, write_text, writing
 from moesaic.runs.process import exit_code
 from moesaic.runs.recipe import Recipe, dump, load_recipe, parse_settings
+from moesaic.runs.results import trained
 from moesaic.runs.settings import differences
 
 Status = Literal["done", "failed", "pending"]
@@ -206,7 +207,7 @@ def main(commands: Sequence[Sequence[str]]) -> int:
             sys.argv = ["moesaic", *command]  # what a run's results call the command it was made with
             verb, folder, *settings = command
             if verb == "train":
-                train(load_recipe(folder, settings))
+                print(*trained(train(load_recipe(folder, settings))), sep="\n")
             else:
                 evaluate_run(folder, parse_settings(EvalSettings, settings))
 

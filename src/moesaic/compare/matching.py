@@ -1,26 +1,28 @@
 """The common budget of a comparison's arms, and each arm at the rank that has it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from moesaic.compare.settings import CompareSettings
 from moesaic.compare.verdicts import kind_of
 from moesaic.errors import ConfigError, suggest
-from moesaic.runs.recipe import Recipe, adapter_config, is_routed
+from moesaic.runs.method import is_routed
+from moesaic.runs.recipe import Recipe, adapter_config
 
 MOST = 10
 """How many times its base's parameters an adapter may have."""
 
 
-def mixtures(recipes: dict[str, Recipe]) -> list[str]:
+def mixtures(recipes: dict[str, Recipe], configs: dict[str, Any]) -> list[str]:
     """The arms with routers: those that learn their routing, if any does."""
     routed = [arm for arm, recipe in recipes.items() if is_routed(recipe.method)]
-    learned = [
-        arm for arm in routed if kind_of(recipes[arm].method, adapter_config(recipes[arm])) in ("learned", "told")
-    ]
+    learned = [arm for arm in routed if kind_of(recipes[arm].method, configs[arm]) in ("learned", "told")]
     return learned or routed
 
 
-def budget_of(settings: CompareSettings, recipes: dict[str, Recipe], base: Any) -> tuple[int | None, str | None]:
+def budget_of(
+    settings: CompareSettings, recipes: dict[str, Recipe], base: Any, routed: Sequence[str]
+) -> tuple[int | None, str | None]:
     """The count that arms are matched to, and the arm it is of: the largest mixture where none is named.
 
     The others can be raised to the largest; a mixture cannot be had at less than its routers.
@@ -38,7 +40,7 @@ def budget_of(settings: CompareSettings, recipes: dict[str, Recipe], base: Any) 
         return number, None
     if wanted is not None and wanted not in recipes:
         raise ConfigError(f"budget={wanted} is neither an arm nor a number; {suggest(wanted, recipes)}")
-    sizes = {arm: _size(settings, recipes[arm], base) for arm in ([wanted] if wanted else mixtures(recipes) or recipes)}
+    sizes = {arm: _size(settings, recipes[arm], base) for arm in ([wanted] if wanted else routed or recipes)}
     largest = max(sizes, key=sizes.__getitem__)
     return sizes[largest], largest
 
@@ -48,7 +50,8 @@ def match_arm(settings: CompareSettings, arm: str, recipe: Recipe, budget: int, 
     from moesaic.training.budget import at_rank, check_rank, solve
 
     if settings.match == "rank":
-        solved = at_rank(recipe, base, max(1, round(budget / _experts(recipe, base))))
+        config: Any = adapter_config(recipe, **base.defaults)
+        solved = at_rank(recipe, config, max(1, round(budget / _experts(config))))
     else:
         try:
             solved = solve(recipe, base, budget, f"match={settings.match}")
@@ -75,8 +78,8 @@ def _size(settings: CompareSettings, recipe: Recipe, base: Any) -> int:
     if settings.match == "trainable_params":
         return count(base, recipe)[0]
     config: Any = adapter_config(recipe, **base.defaults)
-    return int(config.r) * _experts(recipe, base)
+    return int(config.r) * _experts(config)
 
 
-def _experts(recipe: Recipe, base: Any) -> int:
-    return int(getattr(adapter_config(recipe, **base.defaults), "num_experts", 1))
+def _experts(config: Any) -> int:
+    return int(getattr(config, "num_experts", 1))

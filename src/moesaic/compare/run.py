@@ -16,7 +16,7 @@ from moesaic.compare import cells
 from moesaic.compare import figures as comparison
 from moesaic.compare.arms import Plan, plan
 from moesaic.compare.cells import Job, Outcome, Status
-from moesaic.compare.figures import Cell
+from moesaic.compare.finished import Cell
 from moesaic.compare.folder import check_folder, check_same, claimed, command, pinned, resolved
 from moesaic.compare.settings import CompareSettings, load
 from moesaic.compare.show import Report, progress, show_plan

@@ -9,7 +9,8 @@ from typing import Any
 
 from moesaic.data.examples import SPLITS
 from moesaic.errors import ConfigError, MissingDependency, path_of, suggest
-from moesaic.runs.recipe import Recipe, all_adapter_settings, check
+from moesaic.runs.method import all_adapter_settings
+from moesaic.runs.recipe import Recipe, check
 from moesaic.runs.settings import build, check_keys, lists, names, parse_overrides, read_yaml, texts
 
 FILE = "compare.yaml"

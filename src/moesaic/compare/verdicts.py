@@ -34,11 +34,11 @@ def kind_of(method: str, config: Any) -> Kind:
     """The kind of an arm, from its method and config."""
     if method == "oracle":
         return "oracle"
-    if not hasattr(config, "learns_routing"):
+    if not hasattr(config, "kind"):
         return "plain"
-    if not config.learns_routing:
+    if not config.kind.learns_routing:
         return "fixed"
-    return "told" if config.needs_tasks else "learned"
+    return "told" if config.kind.needs_tasks else "learned"
 
 
 def verdicts(arms: Sequence[Mapping[str, Any]], baseline: str, *, row: float = 0.0) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from moesaic.errors import AdapterError, ConfigError, DataError
 from moesaic.evaluation import metrics
 from moesaic.models.encoder import EncoderCollator
 from moesaic.models.precision import numerics
-from moesaic.training.run import Prepared
+from moesaic.training.prepared import Prepared
 
 LONGEST_ANSWER = 512
 
@@ -62,7 +62,7 @@ def answer(
 def check_known(prepared: Prepared, tasks: Sequence[str]) -> None:
     """Raise ConfigError where a method that is told the task would be told none, or one that it does not know."""
     config: Any = prepared.model.peft_config["default"] if prepared.routed else None
-    if config is None or not config.needs_tasks:
+    if config is None or not config.kind.needs_tasks:
         return
     if max(config.task_of or [0]) >= max(len(prepared.tasks), 1):
         raise AdapterError(

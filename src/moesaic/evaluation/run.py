@@ -18,9 +18,10 @@ from moesaic.models.encoder import HEADS, EncoderForTasks, Layout
 from moesaic.models.precision import numerics
 from moesaic.routing import RoutingTrace
 from moesaic.runs.folder import RunFolder, read_json, run_path, write_json, write_text
-from moesaic.runs.recipe import PLAIN, Recipe, adapter_config, load_recipe
+from moesaic.runs.method import PLAIN
+from moesaic.runs.recipe import Recipe, adapter_config, load_recipe
 from moesaic.runs.results import command_line, versions
-from moesaic.training.run import Prepared
+from moesaic.training.prepared import Prepared
 
 __all__ = ["check_run", "evaluate_run", "generate", "load_run", "routing_figures", "score"]
 

@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import difflib
 import math
-import re
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from functools import partial
-from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal
 
 from peft import PeftConfig
 from torch import Tensor
 
 from moesaic.errors import ConfigError, first_line
 from moesaic.host.hooks import Reader
+from moesaic.lora.checks import are_folders, check_kinds, check_names, is_ranks
+from moesaic.lora.kind import Kind
 from moesaic.lora.layer import LayerSettings
 from moesaic.lora.mix import Backend
 from moesaic.lora.store import Store
@@ -43,28 +44,11 @@ class MixtureConfig(PeftConfig):
     paper: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     type: ClassVar[Any] = None
-    shares_down: ClassVar[bool] = False
-    """Whether all experts of a layer share one down projection A (r, d_in)."""
+    kind: ClassVar[Kind] = Kind()
     level: ClassVar[Literal["linear", "block"]] = "linear"
     """What an expert is: a LoRA pair beside each linear, or beside all linears of a feed-forward block together."""
-    learns_routing: ClassVar[bool] = True
-    """Whether a router is trained: only then can a comparison show that routing helps."""
-    needs_tasks: ClassVar[bool] = False
-    """Whether it cannot route without task ids, and has nothing to route with fewer than two tasks."""
-    needs_adapters: ClassVar[bool] = False
-    """Whether its experts must be adapters that are trained already: it says nothing of experts that are not."""
-    merges_factors: ClassVar[bool] = False
-    """Whether weights merge the experts' A and B, each by itself, instead of what the experts answer."""
-    is_static: ClassVar[bool] = False
-    """Whether weights are the same for every input, so that the mixture is one LoRA in another shape."""
     unsaved: ClassVar[tuple[str, ...]] = ("adapters", "subtract")
     """Settings that an adapter is made by and does not need any more."""
-    is_searched: ClassVar[bool] = False
-    """Whether `fit` finds its weights, and there are none before."""
-    needs_own_task: ClassVar[bool] = False
-    """Whether each expert is trained or chosen by its own task's rows."""
-    needs_targets: ClassVar[bool] = False
-    """Whether its auxiliary loss compares with `routing_targets` of the batch."""
 
     r: int = field(default=8, metadata={"help": "rank of one expert"})
     rank_pattern: dict[str, int] | None = field(
@@ -134,13 +118,13 @@ class MixtureConfig(PeftConfig):
             raise ConfigError(first_line(error)) from None
         self.peft_type = type(self).type
         self._take_adapters()
-        _check_kinds(self)
-        _check_names(self)
+        check_kinds(self)
+        check_names(self)
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
-        if not _is_ranks(self.rank_pattern):
+        if not is_ranks(self.rank_pattern):
             raise ConfigError(f"rank_pattern={self.rank_pattern!r} must hold whole numbers by module name")
         for name, value in {"r": self.r, "num_experts": self.num_experts, **(self.rank_pattern or {})}.items():
             if value < 1:
@@ -170,7 +154,7 @@ class MixtureConfig(PeftConfig):
             and all(isinstance(name, str) for name in self.experts)
         ):
             raise ConfigError(f"experts={self.experts!r} must be the names of {self.num_experts} adapters")
-        if self.needs_adapters and self.adapters is None and self.experts is None:
+        if self.kind.needs_adapters and self.adapters is None and self.experts is None:
             raise ConfigError(f"method {self.method} routes to adapters that are trained already: adapters=a/,b/,…")
 
     def _take_adapters(self) -> None:
@@ -180,7 +164,7 @@ class MixtureConfig(PeftConfig):
             given = getattr(self, key)
             if isinstance(given, str):
                 setattr(self, key, [given])
-            elif given is not None and not _are_folders(given, named=key == "adapters"):
+            elif given is not None and not are_folders(given, named=key == "adapters"):
                 raise ConfigError(f"{key}={given!r} must be folders{', or folders by name' * (key == 'adapters')}")
         if self.adapters is None:
             return
@@ -189,7 +173,7 @@ class MixtureConfig(PeftConfig):
                 raise ConfigError(f"adapters and {key} disagree: experts are where the adapters have them")
         if self.level == "block":
             raise ConfigError(f"adapters cannot go with method {self.method}, whose experts are whole FFNs")
-        if self.shares_down:
+        if self.kind.shares_down:
             raise ConfigError(f"adapters cannot go with method {self.method}, whose experts share one A")
         self.store = Store.read(self.adapters, self.subtract or (), ignore_base=self.ignore_base)
         self.experts, self.num_experts = self.store.names, len(self.store.names)
@@ -233,13 +217,13 @@ class MixtureConfig(PeftConfig):
             site=site,
             num_experts=self.experts_at(site) if routed else 1,
             rank=self.rank_at(site),
-            shares_down=routed and self.shares_down,
+            shares_down=routed and self.kind.shares_down,
             make_router=partial(self.router, site) if routed else None,
             make_gates=lambda: (self.gate(), self.eval_gate()),
             scaling=self.scaling,
             dropout=self.lora_dropout,
             backend=self.backend,
-            merges_factors=self.merges_factors,
+            merges_factors=self.kind.merges_factors,
             are_trained=self.experts is not None,
             trained=None if self.store is None else self.store.stacked(site.name, size=(site.d_in, site.d_out)),
             inference_mode=self.inference_mode,
@@ -283,70 +267,6 @@ class MixtureConfig(PeftConfig):
     def losses(self) -> list[AuxiliaryLoss]:
         """The auxiliary losses; built once for each adapter."""
         return []
-
-
-_KINDS = {
-    int: "a whole number",
-    float: "a finite number",
-    bool: "true or false",
-    str: "a text",
-    list[int]: "a list of whole numbers",
-    list[float]: "a list of finite numbers",
-    dict[str, list[int]]: "lists of whole numbers by module name",
-    type(None): "null",
-}
-
-
-def _check_kinds(config: MixtureConfig) -> None:
-    """Raise ConfigError for a setting that is not the number, switch, list or choice its annotation asks for."""
-    hints = get_type_hints(type(config))
-    for f in fields(config):
-        hint, value = hints[f.name], getattr(config, f.name)
-        if get_origin(hint) is Literal and value not in get_args(hint):
-            raise ConfigError(f"{f.name}={value!r} must be one of {', '.join(get_args(hint))}")
-        kinds = (hint,) if hint in _KINDS else get_args(hint)
-        if kinds and all(kind in _KINDS for kind in kinds) and not any(_is(value, kind) for kind in kinds):
-            raise ConfigError(f"{f.name}={value!r} must be {' or '.join(_KINDS[kind] for kind in kinds)}")
-
-
-def _are_folders(given: Any, *, named: bool) -> bool:
-    if isinstance(given, dict):
-        return named and all(isinstance(part, str) for pair in given.items() for part in pair)
-    return isinstance(given, (list, tuple)) and all(isinstance(folder, str) for folder in given)
-
-
-def _is_ranks(pattern: Any) -> bool:
-    if pattern is None:
-        return True
-    return isinstance(pattern, dict) and all(isinstance(k, str) and _is(v, int) for k, v in pattern.items())
-
-
-def _is(value: Any, kind: Any) -> bool:
-    """Whether a value is of a kind in `_KINDS`; a switch is no number."""
-    if kind == dict[str, list[int]]:
-        return isinstance(value, dict) and all(_is(k, str) and _is(v, list[int]) for k, v in value.items())
-    if kind in (list[int], list[float]):
-        return isinstance(value, (list, tuple)) and all(_is(v, get_args(kind)[0]) for v in value)
-    if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-
-
-def _check_names(config: MixtureConfig) -> None:
-    """Raise ConfigError for names of modules that are neither texts nor a pattern that can be read."""
-    for key in ("target_modules", "lora_target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
-        value = getattr(config, key)
-        if isinstance(value, str) and key != "modules_to_save":
-            try:
-                re.compile(value)
-            except re.error as error:
-                raise ConfigError(f"{key}={value!r} is not a regular expression: {first_line(error)}") from None
-        elif value is not None and not (
-            isinstance(value, (list, tuple, set)) and all(isinstance(v, str) for v in value)
-        ):
-            raise ConfigError(f"{key}={value!r} must be a list of names")
-    if config.target_modules is not None and not config.target_modules and not config.lora_target_modules:
-        raise ConfigError("target_modules is empty: leave it out to adapt every linear of the model's blocks")
 
 
 def register_with_peft(cls: type[MixtureConfig]) -> None:

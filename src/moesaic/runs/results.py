@@ -3,11 +3,12 @@
 import platform
 import shlex
 import sys
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from moesaic.runs.recipe import is_routed
+from moesaic.runs.method import is_routed
 
 PACKAGES = ("moesaic", "torch", "transformers", "peft", "trl", "datasets", "accelerate")
 
@@ -77,6 +78,19 @@ def count_trainable(model: Any) -> int:
 def count_total(model: Any) -> int:
     """Number of all parameters, a shared one counted once."""
     return sum(p.numel() for p in model.parameters())
+
+
+def trained(results: Mapping[str, Any]) -> list[str]:
+    """What training came to, a line each: nothing where no step was made and nothing found."""
+    said = []
+    if results["steps"]:
+        loss = results["final_loss"]
+        said.append(
+            f"{results['steps']} steps in {results['train_seconds']:.0f} s "
+            f"({results['tokens_per_second']:.0f} tokens/s), {results['trainable_parameters']:,} trainable parameters, "
+            f"last loss {'unknown' if loss is None else f'{loss:.3f}'}"
+        )
+    return [*said, *filter(None, [results.get("found")])]
 
 
 _CARD = """---

@@ -11,7 +11,8 @@ from dataclasses import replace
 from typing import Any
 
 from moesaic.errors import ConfigError
-from moesaic.runs.recipe import Recipe, adapter_config, is_routed, load_recipe
+from moesaic.runs.method import is_routed
+from moesaic.runs.recipe import Recipe, adapter_config, load_recipe
 from moesaic.training.wrapping import Base, count
 
 logger = logging.getLogger(__name__)
@@ -82,9 +83,9 @@ def check_rank(rank: int, base: Base, asked: str) -> None:
         )
 
 
-def at_rank(recipe: Recipe, base: Base, rank: int) -> Recipe:
-    """`recipe` at another rank of one expert, at the same scale."""
-    return _with_ranks(recipe, adapter_config(recipe, **base.defaults), rank, [])
+def at_rank(recipe: Recipe, config: Any, rank: int) -> Recipe:
+    """`recipe`, whose config it is, at another rank of one expert, at the same scale."""
+    return _with_ranks(recipe, config, rank, [])
 
 
 def _with_ranks(recipe: Recipe, config: Any, rank: int, raised: Sequence[str]) -> Recipe:

@@ -17,7 +17,8 @@ from moesaic.lora import targets
 from moesaic.lora.stored import StoredExpert
 from moesaic.models.embedded import LoadedModel, load_outline, resolve
 from moesaic.models.encoder import HEADS, EncoderForTasks, Layout
-from moesaic.runs.recipe import Recipe, adapter_config, is_routed
+from moesaic.runs.method import is_routed
+from moesaic.runs.recipe import Recipe, adapter_config
 from moesaic.runs.results import count_trainable
 from moesaic.training import heads
 
@@ -26,24 +27,26 @@ from moesaic.training import heads
 class Base:
     """What PEFT wraps: a base model, with heads if it is an encoder.
 
-    `tasks` gives a task its id by position; `defaults` are the adapter settings that follow from model and tasks.
+    `tasks` gives a task its id by position; `defaults` are the adapter settings that follow from model and tasks;
+    `experts` are the adapters that answer, where they are trained already.
     """
 
     model: Any
     tasks: tuple[str, ...]
     layout: Layout | None
     defaults: dict[str, Any]
+    experts: tuple[StoredExpert, ...] = ()
 
 
-def with_heads(base: LoadedModel, examples: Sequence[Example], recipe: Recipe) -> Base:
+def with_heads(base: LoadedModel, examples: Sequence[Example], recipe: Recipe, config: Any) -> Base:
     """Put heads on an encoder for the tasks of `examples`; a causal model stays as it is.
 
     Where experts are adapters that are trained already, their tasks' heads are those they were trained with.
     """
     tasks = tuple(sorted({e.task for e in examples}))
-    stored = experts_of(recipe)
-    if stored and not recipe.adapter.get("ignore_base"):
-        adapter_config(recipe).store.check_base(resolve(recipe.model))  # type: ignore[attr-defined]
+    stored = experts_of(config)
+    if stored and not config.ignore_base:
+        config.store.check_base(resolve(recipe.model))
     told = (
         {}
         if recipe.adapter.get("texts") or not stored
@@ -54,14 +57,12 @@ def with_heads(base: LoadedModel, examples: Sequence[Example], recipe: Recipe) -
         model = EncoderForTasks(base.model, layout)
         if not model.task_heads.weight.is_meta:
             heads.load(model, stored)
-        own = {"num_tasks": len(layout.tasks), "task_of": _task_of(stored, layout.tasks, recipe)}
-        return Base(model, layout.tasks, layout, {"modules_to_save": [HEADS], **own, **told})
+        own = {"num_tasks": len(layout.tasks), "task_of": _task_of(stored, layout.tasks, config)}
+        return Base(model, layout.tasks, layout, {"modules_to_save": [HEADS], **own, **told}, stored)
     if stored:
         tasks = tuple(sorted({*tasks, *(task for expert in stored for task in heads.tasks_of(expert))}))
-        ids = _task_of(stored, tasks, recipe)
-        return Base(
-            base.model, tasks, None, {"num_tasks": len(tasks), "task_of": ids, "task_type": "CAUSAL_LM", **told}
-        )
+        own = {"num_tasks": len(tasks), "task_of": _task_of(stored, tasks, config)}
+        return Base(base.model, tasks, None, {"task_type": "CAUSAL_LM", **own, **told}, stored)
     defaults = {"target_modules": targets.default(base.model), "num_tasks": len(tasks)}
     if base.kind == "causal":
         return Base(base.model, tasks, None, {**defaults, "task_type": "CAUSAL_LM"})
@@ -69,35 +70,38 @@ def with_heads(base: LoadedModel, examples: Sequence[Example], recipe: Recipe) -
     return Base(EncoderForTasks(base.model, layout), tasks, layout, {**defaults, "modules_to_save": [HEADS]})
 
 
-def _task_of(stored: Sequence[StoredExpert], tasks: Sequence[str], recipe: Recipe) -> list[int] | None:
+def _task_of(stored: Sequence[StoredExpert], tasks: Sequence[str], config: Any) -> list[int] | None:
     """Each expert's task. Raises ConfigError where the method needs it, and an expert has several."""
     ids = heads.task_ids(stored, tasks)
-    config: Any = adapter_config(recipe)
-    if ids is None and config.task_of is None and (config.needs_own_task or config.needs_tasks):
+    if ids is None and config.task_of is None and (config.kind.needs_own_task or config.kind.needs_tasks):
         mixed = next(expert for expert in stored if len(heads.tasks_of(expert)) != 1)
         raise ConfigError(
-            f"method {recipe.method} has an adapter for a task, and {mixed.name} was trained on "
+            f"method {config.method} has an adapter for a task, and {mixed.name} was trained on "
             f"{', '.join(heads.tasks_of(mixed)) or 'none'}: name adapters of one task each"
         )
     return ids
 
 
-def experts_of(recipe: Recipe) -> tuple[StoredExpert, ...]:
-    """The adapters that are a recipe's experts, where they are trained already."""
-    store = getattr(adapter_config(recipe), "store", None) if recipe.adapter.get("adapters") else None
-    return store.experts if store else ()
+def experts_of(config: Any) -> tuple[StoredExpert, ...]:
+    """The adapters that are a config's experts, where they are trained already."""
+    store = getattr(config, "store", None)
+    return tuple(store.experts) if store else ()
 
 
-def outline(recipe: Recipe, examples: Sequence[Example]) -> Base:
+def outline(recipe: Recipe, examples: Sequence[Example], config: Any) -> Base:
     """The same on the meta device: nothing is loaded but the model's configuration."""
-    return with_heads(load_outline(recipe.model), examples, recipe)
+    return with_heads(load_outline(recipe.model), examples, recipe, config)
 
 
-def check_tasks(recipe: Recipe, tasks: Sequence[str]) -> None:
-    """Raise ConfigError where the method gates by task id, and there is one task only."""
+def config_for(recipe: Recipe, tasks: Sequence[str]) -> Any:
+    """The config of a recipe that is trained on `tasks`.
+
+    Raises:
+        ConfigError: the method gates by task id, and there is one task only, or one that no adapter is of.
+    """
     config: Any = adapter_config(recipe, num_tasks=len(tasks))
-    stored = experts_of(recipe)
-    if stored and (config.needs_own_task or config.needs_tasks):
+    stored = experts_of(config)
+    if stored and (config.kind.needs_own_task or config.kind.needs_tasks):
         own = {expert.name: heads.tasks_of(expert) for expert in stored}
         without = [task for task in tasks if not any(task in found for found in own.values())]
         idle = [name for name, found in own.items() if not set(found) & set(tasks)]
@@ -107,18 +111,18 @@ def check_tasks(recipe: Recipe, tasks: Sequence[str]) -> None:
                 f"method={recipe.method} takes each row by its own adapter, and {what}: name adapters as their tasks, "
                 "'adapters={TASK: FOLDER, …}', and tasks=… picks the rows"
             )
-        return
-    if getattr(config, "needs_tasks", False) and len(tasks) < 2:
+        return config
+    if is_routed(recipe.method) and config.kind.needs_tasks and len(tasks) < 2:
         raise ConfigError(
             f"method={recipe.method} gates by task id, but tasks={','.join(tasks)} is one task only: add another, or "
             "take another method"
         )
+    return config
 
 
-def check_teacher(recipe: Recipe) -> None:
+def check_teacher(config: Any) -> None:
     """Raise ConfigError or DataError where what the method learns its routing from, such as a topics file, is unfit."""
-    config: Any = adapter_config(recipe)
-    if is_routed(recipe.method):
+    if hasattr(config, "targets"):
         config.targets([])
 
 
@@ -134,7 +138,7 @@ def wrap(base: Base, recipe: Recipe, *, hollow: bool = False) -> Any:
     try:
         wrapped = get_peft_model(base.model, config, low_cpu_mem_usage=hollow)
         for name, parameter in wrapped.named_parameters():
-            if f".{HEADS}." in name and experts_of(recipe):
+            if f".{HEADS}." in name and base.experts:
                 parameter.requires_grad_(False)  # experts answer with the heads that they were trained with
         return wrapped
     except MoesaicError:
@@ -147,7 +151,7 @@ def wrap(base: Base, recipe: Recipe, *, hollow: bool = False) -> Any:
 
 def count(base: Base, recipe: Recipe) -> tuple[int, dict[str, int]]:
     """Trainable parameters of a recipe, in all and in each adapted module by name; `base` is not touched."""
-    hollow = Base(_hollow(base.model), base.tasks, base.layout, base.defaults)
+    hollow = replace(base, model=_hollow(base.model))
     if "init_lora_weights" in recipe.adapter:  # some kinds read the base's weights; none changes a count
         recipe = replace(recipe, adapter={**recipe.adapter, "init_lora_weights": True})
     wrapped = wrap(hollow, recipe, hollow=True)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from moesaic.errors import ConfigError
 from moesaic.lora.config import MixtureConfig
+from moesaic.lora.kind import Kind
 from moesaic.lora.tasks import NEVER, own_expert
 from moesaic.routing import Gate, LinearRouter, Router, RoutingContext, Site, Softmax, TopK
 
@@ -61,8 +62,7 @@ class UniformConfig(MixtureConfig):
     method: ClassVar[str] = "uniform"
     paper: ClassVar[str] = "control"
     summary: ClassVar[str] = "every expert for every token, weighted 1/E: no routing"
-    learns_routing: ClassVar[bool] = False
-    is_static: ClassVar[bool] = True
+    kind: ClassVar[Kind] = Kind(weights="fixed", is_static=True)
 
     def router(self, site: Site) -> Router:
         return UniformRouter(self.experts_at(site))
@@ -93,7 +93,7 @@ class RandomConfig(MixtureConfig):
     method: ClassVar[str] = "random"
     paper: ClassVar[str] = "control; Chen et al. 2023 (SMoE-Dropout)"
     summary: ClassVar[str] = "top-k of a linear router that is drawn once and never trained"
-    learns_routing: ClassVar[bool] = False
+    kind: ClassVar[Kind] = Kind(weights="fixed")
 
     top_k: int = field(default=2, metadata={"help": "experts a token"})
 
@@ -111,8 +111,7 @@ class OracleConfig(MixtureConfig):
     method: ClassVar[str] = "oracle"
     paper: ClassVar[str] = "control"
     summary: ClassVar[str] = "one expert a task, chosen by the task id: routing that cannot be wrong"
-    learns_routing: ClassVar[bool] = False
-    needs_tasks: ClassVar[bool] = True
+    kind: ClassVar[Kind] = Kind(weights="fixed", needs_tasks=True)
 
     num_experts: int = field(  # type: ignore[assignment]
         default=None, metadata={"help": "one a task: leave it out where num_tasks is given"}

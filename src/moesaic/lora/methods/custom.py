@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from moesaic.errors import ConfigError, suggest
 from moesaic.lora.config import METHODS, MixtureConfig
+from moesaic.lora.kind import Kind
 from moesaic.routing import AuxiliaryLoss, Gate, Router, RoutingContext, Site
 
 _COMMON = ("r", "num_experts", "lora_alpha", "use_rslora", "lora_dropout", "top_k", "num_tasks")
@@ -129,6 +130,12 @@ class CustomConfig(MixtureConfig):
                 raise ConfigError(f"settings.{name}: no part is of method {name!r}; the parts are {', '.join(used)}")
         for name in used:
             self.part(name)
+        learns = any(self.part(name).kind.learns_routing for name in self.routers_of)
+        self.kind = Kind(  # type: ignore[misc]
+            weights="learned" if learns else "fixed",
+            needs_tasks=any(part.kind.needs_tasks for part in self._parts.values()),
+            needs_targets=any(self.part(name).kind.needs_targets for name in self.losses_names),
+        )
         for name in self.losses_names:
             if self.routers_of != [name] and any(loss.needs_own_router for loss in self.part(name).losses()):
                 raise ConfigError(
@@ -182,18 +189,6 @@ class CustomConfig(MixtureConfig):
         return cls(**{**common, **own})
 
     @property
-    def learns_routing(self) -> bool:  # type: ignore[override]
-        return any(self.part(name).learns_routing for name in self.routers_of)
-
-    @property
-    def needs_tasks(self) -> bool:  # type: ignore[override]
-        return any(part.needs_tasks for part in self._parts.values())
-
-    @property
-    def needs_targets(self) -> bool:  # type: ignore[override]
-        return any(self.part(name).needs_targets for name in self.losses_names)
-
-    @property
     def files(self) -> list[str]:
         return [file for part in self._parts.values() for file in part.files]
 
@@ -202,7 +197,7 @@ class CustomConfig(MixtureConfig):
 
     def targets(self, prompts: list[str]) -> Tensor | None:
         """Those of the part whose loss compares with them."""
-        taught = [name for name in self.losses_names if self.part(name).needs_targets]
+        taught = [name for name in self.losses_names if self.part(name).kind.needs_targets]
         return self.part(taught[0]).targets(prompts) if taught and self.aux_weight > 0 else None
 
     def router(self, site: Site) -> Router:

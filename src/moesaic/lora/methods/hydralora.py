@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from moesaic.lora.config import MixtureConfig
+from moesaic.lora.kind import Kind
 from moesaic.routing import Gate, LinearRouter, Router, Site, Softmax
 
 
@@ -23,7 +24,7 @@ class HydraLoRAConfig(MixtureConfig):
     method: ClassVar[str] = "hydralora"
     paper: ClassVar[str] = "HydraLoRA (arXiv 2404.19245)"
     summary: ClassVar[str] = "one shared A, an up projection B for each expert, dense weights"
-    shares_down: ClassVar[bool] = True
+    kind: ClassVar[Kind] = Kind(shares_down=True)
 
     r: int = field(default=4, metadata={"help": "rank of the shared down projection and of each head"})
     num_experts: int = field(default=4, metadata={"help": "heads in each adapted layer"})

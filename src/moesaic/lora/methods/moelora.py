@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from moesaic.errors import ConfigError
 from moesaic.lora.config import MixtureConfig
+from moesaic.lora.kind import Kind
 from moesaic.lora.tasks import row_ids
 from moesaic.routing import Gate, Router, RoutingContext, Site, Softmax, float_linear
 
@@ -48,7 +49,7 @@ class MOELoRAConfig(MixtureConfig):
     method: ClassVar[str] = "moelora"
     paper: ClassVar[str] = "MOELoRA (arXiv 2310.18339)"
     summary: ClassVar[str] = "dense weights from an embedding of the task id"
-    needs_tasks: ClassVar[bool] = True
+    kind: ClassVar[Kind] = Kind(needs_tasks=True)
 
     r: int = field(default=2, metadata={"help": "rank of one expert; the paper's r is num_experts times it"})
     lora_dropout: float = field(default=0.1, metadata={"help": "dropout on the experts' input"})

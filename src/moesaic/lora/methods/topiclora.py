@@ -31,6 +31,7 @@ from torch.nn import functional as F
 
 from moesaic.errors import ConfigError
 from moesaic.lora.config import MixtureConfig
+from moesaic.lora.kind import Kind
 from moesaic.lora.methods.topics.artefact import Topics, build
 from moesaic.lora.methods.topics.settings import PACKAGED, TopicSettings
 from moesaic.routing import (
@@ -175,7 +176,7 @@ class TopicLoRAConfig(MixtureConfig):
     method: ClassVar[str] = "topiclora"
     paper: ClassVar[str] = "TopicLoRA (abstract only; our reconstruction)"
     summary: ClassVar[str] = "experts placed in a graph of topics, routing drawn towards a prompt's topics"
-    needs_targets: ClassVar[bool] = True
+    kind: ClassVar[Kind] = Kind(needs_targets=True)
 
     lora_dropout: float = field(default=0.05, metadata={"help": "dropout on the experts' input"})
     top_k: int | None = field(default=2, metadata={"help": "experts a token; null mixes all of them"})

@@ -1,0 +1,80 @@
+"""From a recipe and rows to a model that can be trained or evaluated."""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+from moesaic.data import examples as data
+from moesaic.errors import ConfigError, MissingDependency
+from moesaic.models.embedded import LoadedModel, load_model
+from moesaic.models.encoder import EncoderCollator, Layout
+from moesaic.models.precision import numerics
+from moesaic.runs.method import is_routed
+from moesaic.runs.recipe import Recipe, adapter_config
+from moesaic.training.budget import matched
+from moesaic.training.wrapping import config_for, outline, with_heads, wrap
+
+
+@dataclass
+class Prepared:
+    """A model ready to train or to evaluate, and what belongs to it. `tasks` gives a task its id by position."""
+
+    model: Any
+    base: LoadedModel
+    tasks: tuple[str, ...]
+    layout: Layout | None
+    recipe: Recipe
+
+    @property
+    def routed(self) -> bool:
+        return is_routed(self.recipe.method)
+
+
+def require_extras() -> None:
+    """Raise MissingDependency where the `train` extra is not installed."""
+    for package in ("trl", "datasets", "accelerate"):
+        if find_spec(package) is None:
+            raise MissingDependency(package, "train")
+
+
+def load_examples(recipe: Recipe) -> list[data.Example]:
+    """The training rows of a recipe."""
+    if not recipe.data:
+        raise ConfigError("data is missing: data=FILE.jsonl, a folder of tasks, or a hub id")
+    return data.load(recipe.data, "train", tasks=recipe.tasks, on_bad_lines=recipe.on_bad_lines)  # type: ignore[arg-type]
+
+
+def prepare(recipe: Recipe, examples: list[data.Example]) -> Prepared:
+    """Load the base model, put heads on an encoder, wrap it with the recipe's adapter (its rank solved, if asked)."""
+    from transformers import set_seed
+
+    config = config_for(recipe, sorted({e.task for e in examples}))
+    plan = numerics(recipe.precision)
+    loaded = load_model(recipe.model, dtype=plan.weights, attention=plan.attention)
+    set_seed(recipe.seed)
+    base = with_heads(loaded, examples, recipe, config)
+    if recipe.match:
+        recipe = matched(recipe, base)
+    return Prepared(wrap(base, recipe), loaded, base.tasks, base.layout, recipe)
+
+
+def resolved(recipe: Recipe) -> Recipe:
+    """The recipe as it would be trained, its rank solved if asked; no weights are loaded."""
+    config = adapter_config(recipe)
+    return matched(recipe, outline(recipe, load_examples(recipe), config)) if recipe.match else recipe
+
+
+def training_rows(prepared: Prepared, examples: list[data.Example]) -> list[Any]:
+    """What the collator is given: an encoder's examples as they are, a causal model's as tokens.
+
+    Raises:
+        DataError, ConfigError: rows that this model cannot be trained on.
+    """
+    recipe, tokenizer = prepared.recipe, prepared.base.tokenizer
+    if prepared.layout is None:
+        from moesaic.data.causal import tokenize
+
+        return tokenize(examples, tokenizer, prepared.tasks, max_length=recipe.max_length)
+    collate = EncoderCollator(tokenizer, prepared.layout, max_length=recipe.max_length)
+    collate([max(examples, key=lambda e: len(e.choices))])  # the row with most parts is the one that may not fit
+    return list(examples)
