@@ -18,6 +18,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from moesaic.adapters.merges import MERGES
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -84,14 +86,6 @@ SEEDS = (0, 1, 2)
 UNTRAINED = ("uniform", "oracle", "arrow", "retrieval")
 TRAINED = ("phatgoose", "lora-mixer", "smear", "cat", "lora-flow", "lorahub")
 GLIDER = ("glider", "glider-alpha-100", "glider-instructions", "glider-top-1")
-MERGES: dict[str, dict[str, Any]] = {
-    "merge-linear": {"combination_type": "linear", "weights": "mean"},
-    "merge-svd": {"combination_type": "svd", "weights": "mean"},
-    "merge-sum": {"combination_type": "cat", "weights": "sum"},
-    "merge-ties": {"combination_type": "ties", "weights": "sum", "density": 0.5},
-    "merge-dare-ties": {"combination_type": "dare_ties", "weights": "sum", "density": 0.5},
-}
-"""PEFT's add_weighted_adapter: every adapter at weight 1/E ("mean") or 1 ("sum")."""
 PART = ("uniform", "arrow", "retrieval", "phatgoose", *GLIDER, *MERGES)
 """Arms that can leave an expert out without new training."""
 
@@ -186,10 +180,7 @@ def _make(job: Job, chosen: Setting) -> None:
 
 def _merged(job: Job, chosen: Setting, tasks: list[str]) -> dict[str, Any]:
     """Scores of one of PEFT's merges."""
-    import torch
-    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
-    from safetensors.torch import load_file
-
+    from moesaic.adapters.merges import merge, with_adapters
     from moesaic.data import examples as data
     from moesaic.evaluation.run import score
     from moesaic.models.embedded import load_model
@@ -203,21 +194,8 @@ def _merged(job: Job, chosen: Setting, tasks: list[str]) -> dict[str, Any]:
     recipe.adapter["adapters"] = folders
     loaded = load_model(recipe.model)
     base = with_heads(loaded, load_examples(recipe), recipe, adapter_config(recipe))
-    model: Any = base.model
-    for task, folder in folders.items():
-        config: Any = LoraConfig.from_pretrained(f"{folder}/adapter")
-        config.modules_to_save = None
-        if task == kept[0]:
-            model = get_peft_model(model, config, adapter_name=task)
-        else:
-            model.add_adapter(task, config)
-        stored = load_file(f"{folder}/adapter/adapter_model.safetensors")
-        set_peft_model_state_dict(model, {k: v for k, v in stored.items() if ".lora_" in k}, adapter_name=task)
-    how = dict(MERGES[job.arm])
-    weights = [1.0 / len(kept) if how.pop("weights") == "mean" else 1.0] * len(kept)
-    torch.manual_seed(job.seed)
-    model.add_weighted_adapter(kept, weights, "merged", **how)
-    model.set_adapter("merged")
+    model = with_adapters(base.model, {task: Path(folder) / "adapter" for task, folder in folders.items()})
+    merge(model, job.arm, seed=job.seed)
     plain = load_recipe("lora", [f"model={chosen.model}", *chosen.routers])
     prepared = Prepared(model.eval(), loaded, base.tasks, base.layout, plain)
     rows = data.load(chosen.data, chosen.split, tasks=tasks)

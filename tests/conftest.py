@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 
@@ -22,14 +23,47 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
     Those of the contract also run for some recombinations.
     """
-    marks = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
-    given = {name.strip() for names in marks for name in (names.split(",") if isinstance(names, str) else names)}
+    given = {name for names in _parametrized(metafunc.definition) for name in names}
     if "method" in metafunc.fixturenames and "method" not in given:
         from moesaic.lora import METHODS
         from tests.tiny import COMBINATIONS
 
         contract = metafunc.module.__name__.endswith("test_contract")
         metafunc.parametrize("method", [*sorted(METHODS), *(COMBINATIONS if contract else ())])
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of tests over methods and something else, the default run has each method and each something once.
+
+    The rest of the product only repeats what is told, and is run with `-m slow`. Parameters that
+    `@pytest.mark.full("name", …)` names are not thinned out: each of their values is a fact of its own.
+    """
+    groups: dict[tuple[Any, ...], list[tuple[pytest.Item, list[str]]]] = {}
+    for item in items:
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        if "method" not in params:
+            continue
+        axes = _parametrized(item)
+        axes += [] if ("method",) in axes else [("method",)]
+        full = [name for mark in item.iter_markers("full") for name in mark.args]
+        values = {axis: repr([params[name] for name in axis]) for axis in axes}
+        whole = [values.pop(axis) for axis in axes if set(axis) & set(full)]
+        function = item.nodeid.partition("[")[0]
+        groups.setdefault((function, *whole), []).append((item, list(values.values())))
+    for group in groups.values():
+        columns = [list(dict.fromkeys(column)) for column in zip(*(values for _, values in group), strict=True)]
+        turns = range(max(map(len, columns)))
+        diagonal = {tuple(column[turn % len(column)] for column in columns) for turn in turns}
+        for item, values in group:
+            if tuple(values) not in diagonal:
+                item.add_marker(pytest.mark.slow)
+
+
+def _parametrized(item: Any) -> list[tuple[str, ...]]:
+    """The names that each `parametrize` of a test gives values to."""
+    marks = [mark.args[0] for mark in item.iter_markers("parametrize")]
+    return [tuple(n.strip() for n in names.split(",")) if isinstance(names, str) else tuple(names) for names in marks]
 
 
 @pytest.fixture(autouse=True)

@@ -146,6 +146,7 @@ def test_rows_of_weights_keep_the_gates_promise(method: str, backend: str, base:
             assert ((weights > 0).sum(-1) == gate.top_k).all()
 
 
+@pytest.mark.full("backend", "base")
 @every_base
 @every_backend
 def test_backends_agree_with_the_reference(method: str, backend: str, base: str) -> None:
@@ -531,7 +532,12 @@ def test_a_saved_config_is_read_back_as_it_was(method: str, tmp_path: Path) -> N
     assert tiny.config_class(method).from_pretrained(tmp_path) == config
 
 
+COMPILED = ("hotmoe", "rmoe", "mixlora", "glider")
+"""A router of its own, state between layers, experts that are blocks, and scores of the prompt."""
+
+
 @pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("method", [pytest.param(m, marks=() if m in COMPILED else pytest.mark.slow) for m in EVERY])
 def test_compiled_equals_eager(method: str, mode: str) -> None:
     targets = ["v_proj"] if method in LINEAR_LEVEL else None
     model = tiny.wrap(tiny.llama(layers=2), linear_in_the_batch(method, target_modules=targets, aux_weight=0.5))

@@ -1,23 +1,38 @@
-"""The README is run as written."""
+"""The README is run as written, and so is docs/training.md; what figures it has are those of results/."""
 
+import importlib
+import json
 import re
+import shlex
+import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import pytest
 from datasets import Dataset
-from transformers import Trainer, TrainingArguments
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
+from moesaic import nano
+from moesaic.cli.main import main
 from moesaic.lora import METHODS
 from moesaic.runs.method import methods
 from moesaic.runs.recipe import adapter_config, load_recipe
 from tests import tiny
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TRAINING = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def result(name: str) -> Any:
+    return json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def run(example: str, folder: Path) -> str:
@@ -28,12 +43,46 @@ def run(example: str, folder: Path) -> str:
     return done.stdout
 
 
-def test_the_first_example_runs_as_written(tmp_path: Path) -> None:
-    assert "1 4 8" in run(blocks("python")[0], tmp_path).splitlines()[-1]
+def test_adapters_that_peft_wrote_become_one_model_as_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    compose, example = blocks("sh")[2], blocks("python")[0]
+    for name in ("asc", "max", "reverse"):
+        model = AutoModelForCausalLM.from_pretrained(nano.path())
+        config = LoraConfig(target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+        get_peft_model(model, config).save_pretrained(f"loras/{name}")
+        Path(f"data/{name}").mkdir(parents=True)
+        row = {"prompt": f"4 1 8 2 {name} =", "completion": " 1"}  # in a folder of tasks a row need not name its own
+        Path(f"data/{name}/train.jsonl").write_text(json.dumps(row))
+    for line in compose.splitlines():
+        assert main(shlex.split(line, comments=True)[1:]) == 0, line
+    said = capsys.readouterr().out
+    assert "written: composed" in said
+    assert "retrieval routes the prompt" in said
+    assert "4 1 8 2 top =" in run(example, tmp_path)
+
+
+def test_the_config_is_swapped_as_written(tmp_path: Path) -> None:
+    assert "1 4 8" in run(blocks("python")[1], tmp_path).splitlines()[-1]
+
+
+def test_figures_are_those_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    table = importlib.import_module("results").act_one(result("demo")["adapters"], tasks=False)
+    assert "\n".join(["<!-- act one -->", *table, "<!-- end -->"]) in README
+    assert f"{result('demo')['adapters']['test_lists']} held-out lists" in README
+    mean = {arm: 100 * statistics.mean(found["held_in"]) for arm, found in result("adapters-minilm")["arms"].items()}
+    merges = [mean[arm] for arm in mean if arm.startswith("merge-")]
+    said = f"PEFT's merges have {min(merges):.1f} to {max(merges):.1f}, GLIDER has {mean['glider']:.1f}, and"
+    assert f"{said} each task's own adapter {mean['oracle']:.1f}" in " ".join(README.split())
+    scores = result("demo")["mixture"]["scores"]
+    lost = [100 * statistics.mean(scores[arm].values()) for arm in ("lora", "hotmoe")]
+    assert f"in act two it loses by {lost[0] - lost[1]:.1f} points" in " ".join(README.split())
 
 
 def test_task_ids_reach_the_routers_through_the_trainer_and_in_generate(tmp_path: Path) -> None:
-    _, example = blocks("python")
+    (example,) = blocks("python", TRAINING)
     seen = """
 from moesaic.lora.methods import moelora
 score = moelora.TaskRouter.score
@@ -48,8 +97,8 @@ moelora.TaskRouter.score = spy
 
 
 def test_the_recombination_of_the_command_is_that_of_the_config() -> None:
-    line = next(line for block in blocks("sh") for line in block.splitlines() if "train custom" in line)
-    (config,) = re.findall(r"moesaic\.(CustomConfig\(.*\))`", README)
+    line = next(line for block in blocks("sh", TRAINING) for line in block.splitlines() if "train custom" in line)
+    (config,) = re.findall(r"moesaic\.(CustomConfig\(.*\))`", TRAINING)
     recipe = load_recipe("custom", line.split()[3:])
     made, wanted = adapter_config(recipe), eval(config, {"CustomConfig": METHODS["custom"]})
     for name in ("router_of", "gate_of", "settings"):
@@ -71,6 +120,6 @@ def test_the_table_of_methods_is_complete() -> None:
 
 
 def test_the_two_commands_are_targets_of_the_makefile() -> None:
-    makefile = (Path(__file__).parents[1] / "Makefile").read_text(encoding="utf-8")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"^make (\w+)", blocks("sh")[0], flags=re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE)

@@ -20,6 +20,9 @@ class UnknownSetting(ConfigError):
         super().__init__(message)
         self.key = key
 
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (str(self), self.key)
+
 
 class DataError(MoesaicError):
     """A data file is missing, empty or has a line that cannot be read."""
@@ -42,6 +45,10 @@ class MissingDependency(MoesaicError, ImportError):
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(f"this needs {package}: pip install 'moesaic[{extra}]'")
+        self.lacking = package, extra
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), self.lacking
 
 
 def suggest(name: str, options: Iterable[str]) -> str:

@@ -91,11 +91,15 @@ def digest(examples: Sequence[Example]) -> str:
     return sha.hexdigest()
 
 
-def parse(row: Any, where: str) -> Example:
-    """One decoded JSON value to an `Example`; `where` ("file:line") opens the message of the DataError."""
+def parse(row: Any, where: str, *, of: str | None = None) -> Example:
+    """One decoded JSON value to an `Example`; `where` ("file:line") opens the message of the DataError.
+
+    Args:
+        of: the task of a row that names none.
+    """
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected an object like {{'task': …, 'prompt': …}}, got {type(row).__name__}")
-    task = _text(row, "task", where)
+    task = of if of is not None and "task" not in row else _text(row, "task", where)
     if not task.strip():
         raise DataError(f"{where}: 'task' is empty")
     if row.get("messages") is not None:
@@ -186,7 +190,7 @@ def _folder(folder: Path, split: str, tasks: Sequence[str] | None, on_bad_lines:
         file = folder / task / f"{split}.jsonl"
         if not file.is_file():
             raise DataError(f"task '{task}' has no {split} split: {file} is missing")
-        rows = _read(file, on_bad_lines)
+        rows = _read(file, on_bad_lines, of=task)
         stranger = next((e.task for e in rows if e.task != task), None)
         if stranger is not None:
             raise DataError(f"{file}: a row's task is '{stranger}'; in folder '{task}' it must be '{task}'")
@@ -212,7 +216,7 @@ def _select(examples: list[Example], tasks: Sequence[str] | None, where: str) ->
     return [e for task in _known(tasks, sorted(groups), where) for e in groups[task]]
 
 
-def _read(file: Path, on_bad_lines: str) -> list[Example]:
+def _read(file: Path, on_bad_lines: str, *, of: str | None = None) -> list[Example]:
     def rows() -> Iterator[tuple[str, Any]]:
         try:
             text = file.read_bytes().decode("utf-8-sig")
@@ -224,7 +228,7 @@ def _read(file: Path, on_bad_lines: str) -> list[Example]:
             if line.strip():
                 yield f"{file}:{number}", line
 
-    return _collect(rows(), on_bad_lines, str(file))
+    return _collect(rows(), on_bad_lines, str(file), of=of)
 
 
 def _hub(name: str, split: str, on_bad_lines: str) -> list[Example]:
@@ -241,11 +245,13 @@ def _hub(name: str, split: str, on_bad_lines: str) -> list[Example]:
     return _collect(((f"{name}[{split}]:{i}", row) for i, row in enumerate(table)), on_bad_lines, name)
 
 
-def _collect(rows: Iterable[tuple[str, Any]], on_bad_lines: str, source: str) -> list[Example]:
+def _collect(
+    rows: Iterable[tuple[str, Any]], on_bad_lines: str, source: str, *, of: str | None = None
+) -> list[Example]:
     examples, skipped = [], 0
     for where, row in rows:
         try:
-            examples.append(parse(_decode(row, where), where))
+            examples.append(parse(_decode(row, where), where, of=of))
         except DataError as error:
             if on_bad_lines == "error":
                 raise

@@ -11,7 +11,7 @@ from moesaic.errors import MoesaicError, first_line
 
 def exit_code(command: Callable[[], int | None], *, verbose: bool = False) -> int:
     """Run a command: what it returns; 2 for a mistake that can be mended, told in one line; 130 if interrupted."""
-    _set_up_stderr(verbose)
+    set_up_stderr(verbose)
     try:
         return command() or 0
     except MoesaicError as error:
@@ -30,7 +30,7 @@ def _told(message: str, code: int) -> int:
     return code
 
 
-def _set_up_stderr(verbose: bool) -> None:
+def set_up_stderr(verbose: bool) -> None:
     """Our warnings as plain lines; other libraries' bars are for terminals, and their deprecation notices for us."""
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", stream=sys.stderr)
     if not sys.stderr.isatty():
