@@ -12,7 +12,8 @@ per token) and similarity (sequences with like hidden states route alike), summe
 
 Computed by exact folds. Expert-expert: logits = (S W_v) h + S b, one linear router. Token-expert: D is affine in the
 four ReLU features z, so with z~ = [z, 1] the attention logits are M z~ / std(z~) + c with M (E, E, 5) and c (E, E) made
-from parameters once a forward; the (tokens, E, d) tensor never exists.
+from parameters once a forward; the (tokens, E, d) tensor never exists. The equations as they stand above, unfolded, are
+tests/naive_hotmoe.py, which this file is tested against in values, losses and gradients.
 
 Departures from the authors' code: the two losses switch independently (theirs turns both off with one flag); sequence
 means leave padding out (theirs count it); earlier micro-batches for the similarity loss are kept by the loss, not in

@@ -13,6 +13,9 @@ Departures: the experts are LoRA pairs beside linears, not feed-forward networks
 every up_proj, ...) has its own chain of states over depth, all under the one cell; p is 32 and not 128, for a router at
 each linear; P and G start at N(0, 0.02), which the release leaves uninitialised. `RecurrentRouter` needs nothing
 of the config, so its logits can be added to those of another router.
+
+The GRU's step is written out with its two products joined (`_GRUStep`); the equations gate by gate are `naive_step` and
+`naive_chain` in tests/test_rmoe.py, which it is tested against in values and gradients.
 """
 
 from __future__ import annotations
