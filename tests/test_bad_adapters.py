@@ -119,7 +119,7 @@ def truncate(folder: Path) -> None:
 def poison(folder: Path) -> None:
     file = folder / "adapter_model.safetensors"
     tensors = load_file(file)
-    tensors[min(k for k in tensors if k.endswith("layers.1.mlp.up_proj.moe_lora_B"))][0, 0] = float("nan")
+    tensors[min(k for k in tensors if k.endswith("layers.1.mlp.up_proj.moe_lora_B.weight"))][0, 0] = float("nan")
     save_file(tensors, file, metadata={"format": "pt"})
 
 
@@ -150,7 +150,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], type[MoesaicError], str]] = {
         "adapter_config.json: rank_pat",
     ),
     "a rank_pattern of nothing": (set_config(rank_pattern={"nope": 2}), MoesaicError, "rank_pattern: 'nope'"),
-    "not finite": (poison, AdapterError, "layers.1.mlp.up_proj.moe_lora_B holds numbers that are not finite"),
+    "not finite": (poison, AdapterError, "layers.1.mlp.up_proj.moe_lora_B.weight holds numbers that are not finite"),
     "no routers": (keep_tensors(lambda k: ".moe_lora_router." not in k), MissingRouterWeights, "router"),
     "one router gone": (
         keep_tensors(lambda k: not (".moe_lora_router." in k and "layers.1.mlp.up_proj" in k)),
@@ -159,7 +159,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], type[MoesaicError], str]] = {
     ),
     "no experts": (keep_tensors(lambda k: ".moe_lora_router." in k), AdapterError, "no experts"),
     "one expert gone": (
-        keep_tensors(lambda k: not k.endswith("layers.0.mlp.up_proj.moe_lora_B")),
+        keep_tensors(lambda k: not k.endswith("layers.0.mlp.up_proj.moe_lora_B.weight")),
         AdapterError,
         "moe_lora_B",
     ),

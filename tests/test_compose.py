@@ -105,7 +105,7 @@ def test_one_expert_changes_and_the_rest_stays_bit_for_bit(place: Path, tmp_path
         if key.endswith("router.gates"):
             assert torch.equal(value[0], trained[key][0])
             assert not value[1:].any(), "a new expert's gate is not trained"
-        if key.endswith("moe_lora_A"):
+        if key.endswith("moe_lora_A.weight"):
             rank = value.shape[0] // 3
             old = trained[key].unflatten(0, (3, -1))[0]
             own = value.unflatten(0, (3, -1))[0]
@@ -247,10 +247,10 @@ def test_scalings_of_any_size_but_nonsense_are_taken(
     assert code == (2 if message else 0)
     assert message in capsys.readouterr().err
     if not message:  # an adapter that is scaled by 0 is minus the general one
-        name = next(key for key in tensors(tmp_path / "out") if key.endswith("q_proj.moe_lora_A"))
+        name = next(key for key in tensors(tmp_path / "out") if key.endswith("q_proj.moe_lora_A.weight"))
         A, B = (tensors(tmp_path / "out")[name.replace("_A", side)].unflatten(0, (2, -1))[0] for side in ("_A", "_B"))
         general = load_file(place / "max" / "adapter_model.safetensors")
-        a, b = (general[name.replace("moe_lora_A", f"lora_{side}.weight")] for side in "AB")
+        a, b = (general[name.replace("moe_lora_A", f"lora_{side}")] for side in "AB")
         scaling = tensors(tmp_path / "out")[name.replace("_A", "_scaling")][0]
         torch.testing.assert_close(scaling * B.t() @ A, -8 / 4 * b @ a)
 

@@ -83,7 +83,7 @@ def test_layer_equals_the_equations_in_value_and_gradient(k: int, tau: float) ->
     model = double(top_k=k, router_temperature=tau)
     layer = tiny.mixtures(model)["base_model.model.model.layers.0.mlp.up_proj"]
     router = layer.moe_lora_router["default"]
-    router.prototypes = F.normalize(router.prototypes, dim=-1)  # unit in float32 only
+    router.prototypes.data = F.normalize(router.prototypes, dim=-1)  # unit in float32 only
     parameters = [p for p in layer.parameters() if p.requires_grad]
     x = torch.randn(6, 16, dtype=F64)
     got, wanted = layer(x), by_hand(layer, x, k=k, scaling=8 / 4, tau=tau)

@@ -219,7 +219,9 @@ def mixtures(model: nn.Module) -> dict[str, MixtureLinear]:
 
 
 def router_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if ".moe_lora_router." in name}
+    """Those that are trained: what a router only keeps (`Router.keep`) is left out."""
+    kept = {id(getattr(m, name)) for m in model.modules() for name in getattr(m, "kept", ())}
+    return {n: p for n, p in model.named_parameters() if ".moe_lora_router." in n and id(p) not in kept}
 
 
 def batch(model: nn.Module, *, rows: int = 3, tokens: int = 7, seed: int = 0, labels: bool = True) -> dict[str, Tensor]:

@@ -44,7 +44,7 @@ class ArrowRouter(Router):
     def __init__(self, d_in: int, num_experts: int, *, temperature: float) -> None:
         super().__init__(num_experts)
         self.prototypes: Tensor
-        self.register_buffer("prototypes", torch.zeros(num_experts, d_in))
+        self.keep("prototypes", torch.zeros(num_experts, d_in))
         self.temperature = temperature
 
     def read_experts(self, A: Tensor, B: Tensor) -> None:

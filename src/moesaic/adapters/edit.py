@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 
 from moesaic.errors import AdapterError, ConfigError, first_line, suggest
 from moesaic.lora.layer import MixtureLinear
+from moesaic.lora.loading import saved_tensors
 from moesaic.lora.stored import WEIGHTS
 
 _CHANGED = (
@@ -62,44 +63,43 @@ def carry_over(
     carried = 0
     to, of = list(kept), [before.index(name) for name in kept.values()]
     try:
-        with safe_open(folder / WEIGHTS, framework="pt") as opened:
-            keys = set(opened.keys())
-            gone = {key for key in keys if key.endswith(".moe_lora_B")}
-            for path, layer in model.named_modules():
-                if not isinstance(layer, MixtureLinear) or f"{path}.moe_lora_A" not in keys:
-                    continue
-                gone.discard(f"{path}.moe_lora_B")
-                router = layer.router("default")
-                assert router is not None
-                after = router.num_experts
-                for part in ("moe_lora_A", "moe_lora_B"):
-                    write = getattr(layer, part)["default"].unflatten(0, (after, -1))
-                    read = opened.get_tensor(f"{path}.{part}").unflatten(0, (len(before), -1))
-                    rank = min(read.shape[1], write.shape[1])  # what one has more of the other has zeros for
-                    if bool(read[of][:, rank:].any()):
-                        raise AdapterError(_CHANGED.format(folder=folder))
-                    write[to] = 0.0
-                    write[to, :rank] = read[of][:, :rank]
-                layer.moe_lora_scaling["default"][to] = opened.get_tensor(f"{path}.moe_lora_scaling")[of]
-                for name, values in (*router.named_parameters(), *router.named_buffers()):
-                    key = f"{path}.moe_lora_router.{name}"
-                    if name.startswith("library.") or name == "task_of":
-                        continue
-                    if key not in keys:
-                        if whole:
-                            raise AdapterError(f"{folder} is damaged: it lacks {key}; restore it, or compose anew")
-                        continue
-                    rows = opened.get_tensor(key)
-                    if name in router.shared and rows.shape == values.shape:
-                        values.copy_(rows)
-                    elif name not in router.shared and rows.shape[1:] == values.shape[1:]:
-                        values[to] = rows[of]
-                    else:
-                        continue
-                    carried += 1
-            for key in gone:
-                if bool(opened.get_tensor(key).unflatten(0, (len(before), -1))[of].any()):
+        saved = saved_tensors(folder)
+        gone = {key for key in saved if key.endswith(".moe_lora_B.weight")}
+        for path, layer in model.named_modules():
+            if not isinstance(layer, MixtureLinear) or f"{path}.moe_lora_A.weight" not in saved:
+                continue
+            gone.discard(f"{path}.moe_lora_B.weight")
+            router = layer.router("default")
+            assert router is not None
+            after = router.num_experts
+            for part in ("moe_lora_A", "moe_lora_B"):
+                write = getattr(layer, part)["default"].unflatten(0, (after, -1))
+                read = saved[f"{path}.{part}.weight"].unflatten(0, (len(before), -1))
+                rank = min(read.shape[1], write.shape[1])  # what one has more of the other has zeros for
+                if bool(read[of][:, rank:].any()):
                     raise AdapterError(_CHANGED.format(folder=folder))
+                write[to] = 0.0
+                write[to, :rank] = read[of][:, :rank]
+            layer.moe_lora_scaling["default"][to] = saved[f"{path}.moe_lora_scaling.weight"][of]
+            for name, values in (*router.named_parameters(), *router.named_buffers()):
+                key = f"{path}.moe_lora_router.{name}"
+                if name.startswith("library.") or name == "task_of":
+                    continue
+                if key not in saved:
+                    if whole:
+                        raise AdapterError(f"{folder} is damaged: it lacks {key}; restore it, or compose anew")
+                    continue
+                rows = saved[key]
+                if name in router.shared and rows.shape == values.shape:
+                    values.copy_(rows)
+                elif name not in router.shared and rows.shape[1:] == values.shape[1:]:
+                    values[to] = rows[of]
+                else:
+                    continue
+                carried += 1
+        for key in gone:
+            if bool(saved[key].unflatten(0, (len(before), -1))[of].any()):
+                raise AdapterError(_CHANGED.format(folder=folder))
     except (SafetensorError, OSError, RuntimeError, IndexError) as error:
         raise AdapterError(f"{folder / WEIGHTS} is damaged ({first_line(error)}): restore it from a copy") from None
 

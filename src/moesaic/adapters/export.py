@@ -18,18 +18,19 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from moesaic.errors import AdapterError, ConfigError, first_line, suggest
 from moesaic.lora.config import MixtureConfig
-from moesaic.lora.loading import check_folder
+from moesaic.lora.loading import check_folder, saved_tensors
 from moesaic.lora.stored import WEIGHTS
 from moesaic.routing import Site
 
 _PREFIX = "base_model.model."
-_A, _B, _SCALING, _ROUTER = (f".moe_lora_{part}" for part in ("A", "B", "scaling", "router."))
+_A, _B, _SCALING = (f".moe_lora_{part}.weight" for part in ("A", "B", "scaling"))
+_ROUTER = ".moe_lora_router."
 
 
 @dataclass(frozen=True)
@@ -147,24 +148,23 @@ def _modules(folder: Path, config: MixtureConfig) -> Iterator[tuple[str, Tensor,
 
 def _read_modules(folder: Path, config: MixtureConfig) -> Iterator[tuple[str, Tensor, Tensor, Tensor, Tensor]]:
     number = config.num_experts
-    with safe_open(folder / WEIGHTS, framework="pt") as opened:
-        keys = list(opened.keys())
-        for key in keys:
-            if not key.endswith(_A):
-                continue
-            whole = key.removesuffix(_A)
-            A, B = (opened.get_tensor(whole + part).unflatten(0, (number, -1)) for part in (_A, _B))
-            scaling = opened.get_tensor(whole + _SCALING)
-            if A.shape[1] != B.shape[1] or len(scaling) != number or len(config.experts or ()) != number:
-                raise AdapterError(f"{folder} is damaged: {whole} does not fit its {number} experts; compose anew")
-            module = whole.removeprefix(_PREFIX)
-            weights = torch.empty(0)
-            if config.kind.is_static:
-                router = config.router(Site(module, A.shape[-1], B.shape[-1]))
-                own = whole + _ROUTER
-                router.load_state_dict({k.removeprefix(own): opened.get_tensor(k) for k in keys if k.startswith(own)})
-                weights = config.eval_gate()(router.eval()(A.new_zeros(1, A.shape[-1]))).weights[0]
-            yield module, A, B, scaling, weights.detach()
+    saved = saved_tensors(folder)
+    for key in saved:
+        if not key.endswith(_A):
+            continue
+        whole = key.removesuffix(_A)
+        A, B = (saved[whole + part].unflatten(0, (number, -1)) for part in (_A, _B))
+        scaling = saved[whole + _SCALING]
+        if A.shape[1] != B.shape[1] or len(scaling) != number or len(config.experts or ()) != number:
+            raise AdapterError(f"{folder} is damaged: {whole} does not fit its {number} experts; compose anew")
+        module = whole.removeprefix(_PREFIX)
+        weights = torch.empty(0)
+        if config.kind.is_static:
+            router = config.router(Site(module, A.shape[-1], B.shape[-1]))
+            own = whole + _ROUTER
+            router.load_state_dict({k.removeprefix(own): saved[k] for k in saved if k.startswith(own)})
+            weights = config.eval_gate()(router.eval()(A.new_zeros(1, A.shape[-1]))).weights[0]
+        yield module, A, B, scaling, weights.detach()
 
 
 def _write(pairs: dict[str, Pair], config: MixtureConfig, out: Path) -> None:

@@ -46,7 +46,7 @@ class FixedRouter(Router):
     def __init__(self, weights: Sequence[float]) -> None:
         super().__init__(len(weights))
         self.weights: Tensor
-        self.register_buffer("weights", torch.tensor(weights, dtype=torch.float32))
+        self.keep("weights", torch.tensor(weights, dtype=torch.float32))
 
     def score(self, h: Tensor, context: RoutingContext | None = None) -> Tensor:
         return self.weights.to(h.dtype).expand(*h.shape[:-1], self.num_experts)

@@ -24,6 +24,7 @@ from moesaic.lora.config import MixtureConfig
 from moesaic.lora.kind import Kind
 from moesaic.lora.methods.topics import encoders
 from moesaic.routing import Router, RoutingContext
+from moesaic.routing.router import keep
 
 
 class TokenReader:
@@ -98,7 +99,7 @@ class Library(nn.Module):
     def __init__(self, num_experts: int, per_expert: int, dim: int) -> None:
         super().__init__()
         self.vectors: Tensor
-        self.register_buffer("vectors", torch.zeros(num_experts, per_expert, dim))
+        keep(self, "vectors", torch.zeros(num_experts, per_expert, dim))
 
     def cosines(self, queries: Tensor) -> Tensor:
         """The largest cosine (N, E) of each query (N, m) with an expert's texts."""

@@ -225,9 +225,10 @@ def _is_as_asked(key: str, asked: Any, found: Any, *, tied: bool) -> bool:
 def _check_tensors(run: RunFolder, model: Any) -> None:
     """Raise AdapterError where the file lacks tensors (PEFT would leave them at random) or holds others."""
     from peft import get_peft_model_state_dict
-    from safetensors.torch import load_file
 
-    there, wanted = load_file(run.adapter / "adapter_model.safetensors"), get_peft_model_state_dict(model)
+    from moesaic.lora.loading import saved_tensors
+
+    there, wanted = saved_tensors(run.adapter), get_peft_model_state_dict(model)
     odd = sorted(there.keys() ^ wanted.keys())
     if odd:
         raise AdapterError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import warnings
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,6 +47,7 @@ class Host:
 
     Attributes:
         losses: adapter name -> its auxiliary losses.
+        active: names of the adapters that answer.
         readers: adapter name -> what reads its routing scores off the tokens, where they are not given.
         progress: share of the training that is done; None where no trainer tells.
         external: while True, a trainer adds the auxiliary loss itself and the output's loss is left alone.
@@ -58,6 +59,7 @@ class Host:
         self.losses: dict[str, list[AuxiliaryLoss]] = {}
         self.readers: dict[str, Reader] = {}
         self.step_of: Callable[[str], Hashable] | None = None
+        self.active: Callable[[], Sequence[str]] = list
         self.progress: float | None = None
         self.external = False
         self.aux: Tensor | None = None
@@ -206,10 +208,11 @@ class Host:
         if frame.scores is None:
             frame.scores = frame.memory.get(SCORES)
         ids = arguments.get("input_ids")
-        if frame.scores is None and self.readers and isinstance(ids, Tensor) and not torch.compiler.is_compiling():
+        reader = next((self.readers[name] for name in self.active() if name in self.readers), None)
+        if frame.scores is None and reader and isinstance(ids, Tensor) and not torch.compiler.is_compiling():
             real = masks.two_d(arguments.get("attention_mask"), masks.num_tokens(arguments))
             prompt = real if frame.prompt is None else frame.prompt if real is None else frame.prompt & real
-            frame.scores = next(iter(self.readers.values()))(ids, prompt)
+            frame.scores = reader(ids, prompt)
         if frame.scores is not None:
             frame.memory[SCORES] = frame.scores
 

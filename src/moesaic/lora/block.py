@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from moesaic.errors import ConfigError, TrainingError
 from moesaic.host import Host
+from moesaic.lora.factors import Factors
 from moesaic.lora.mix import choose
 from moesaic.lora.pairs import Pairs, down, kernel_for, spread, weighted_sum
 from moesaic.routing import Gate
@@ -33,7 +34,7 @@ class Linear(Protocol):
     host: Host
     scaling: dict[str, float]
     backends: dict[str, Any]
-    moe_lora_B: nn.ParameterDict
+    moe_lora_B: Factors
 
     def route(self, adapter: str, x: Tensor) -> tuple[Gate, Tensor]: ...
 

@@ -7,6 +7,7 @@ line, the contract tests and the tables are made.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import math
 from abc import abstractmethod
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from peft import PeftConfig
 from torch import Tensor
@@ -117,6 +118,7 @@ class MixtureConfig(PeftConfig):
         except ValueError as error:
             raise ConfigError(first_line(error)) from None
         self.peft_type = type(self).type
+        self._is_taken = False
         self._take_adapters()
         check_kinds(self)
         check_names(self)
@@ -183,6 +185,16 @@ class MixtureConfig(PeftConfig):
         ranks = {module: self.store.rank(module) for module in self.store.modules}
         self.r = max(ranks.values())
         self.rank_pattern = {module: rank for module, rank in ranks.items() if rank != self.r} or None
+
+    def taken(self) -> Self:
+        """This config for one adapter alone: itself the first time, copies for the adapters that it is given to later.
+
+        An adapter keeps things on its config, such as the texts that its prompts are compared with.
+        """
+        if not self._is_taken:
+            self._is_taken = True
+            return self
+        return copy.deepcopy(self, {id(self.store): self.store})
 
     def to_dict(self) -> dict[str, Any]:
         """As PEFT saves it: the adapters' names stay, where they lay does not."""

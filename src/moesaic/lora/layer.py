@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from moesaic.errors import ConfigError
 from moesaic.host import Host
 from moesaic.lora.block import FeedForward
+from moesaic.lora.factors import Factors
 from moesaic.lora.mix import Backend, choose, merge_and_expand, mix, read_and_reduce, weigh_and_expand
 from moesaic.routing import Gate, Record, Router, Routing, RoutingContext, Site
 
@@ -72,7 +73,8 @@ NOT_MERGED = (
 class MixtureLinear(nn.Module, BaseTunerLayer):
     """`base(x) + scaling * sum_e w_e(x) B_e A_e dropout(x)`, with w from a router and a gate.
 
-    Per adapter: `moe_lora_A` (E*r, d_in; r where experts share it), `moe_lora_B` (E*r, d_out), `moe_lora_router`.
+    Per adapter: `moe_lora_A` (E*r, d_in; r where experts share it), `moe_lora_B` (E*r, d_out), `moe_lora_router`,
+    each named `<kind>.<adapter>.…`.
     A target in `lora_target_modules` has one expert and no router: plain LoRA. Where experts are whole FFNs, each
     linear of one does its part in `FeedForward`, and the first of them has the router.
     """
@@ -84,9 +86,9 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.host = host
-        self.moe_lora_A = nn.ParameterDict()
-        self.moe_lora_B = nn.ParameterDict()
-        self.moe_lora_scaling = nn.ParameterDict()
+        self.moe_lora_A = Factors()
+        self.moe_lora_B = Factors()
+        self.moe_lora_scaling = Factors()
         self.moe_lora_router = nn.ModuleDict()
         self.sites: dict[str, Site] = {}
         self.gates: dict[str, Gate] = {}
@@ -101,6 +103,7 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         self.cross = False
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
+        self.train(base_layer.training)
 
     def update_layer(self, adapter: str, settings: LayerSettings, *, block: FeedForward | None = None) -> None:
         """Add an adapter. A is kaiming-uniform over the stacked matrix, B zero: the mixture starts as the base."""
@@ -117,7 +120,7 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
             router = settings.make_router()
             if router.num_experts != num_experts:
                 raise ConfigError(f"the router of {site.name} scores {router.num_experts} experts, not {num_experts}")
-            self.moe_lora_router[adapter] = router
+            self.moe_lora_router[adapter] = router.train(self.training)
             self.gates[adapter], self.eval_gates[adapter] = settings.make_gates()
             for gate in (self.gates[adapter], self.eval_gates[adapter]):
                 gate.check(num_experts)
@@ -158,9 +161,17 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         device = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
         if device is None or device.type == "meta":  # of an outline: what an adapter holds stays
             return
-        for holder in (self.moe_lora_A, self.moe_lora_B, self.moe_lora_scaling, self.moe_lora_router):
-            if adapter_name in holder and not any(p.is_meta for p in holder.parameters()):
-                holder[adapter_name] = holder[adapter_name].to(device)
+        for holder in (self.moe_lora_A, self.moe_lora_B, self.moe_lora_scaling):
+            if adapter_name in holder and not holder[adapter_name].is_meta:
+                holder.move(adapter_name, device=device)
+        router = self.router(adapter_name)
+        if router is not None and not any(t.is_meta for t in (*router.parameters(), *router.buffers())):
+            router.to(device)
+
+    def _freeze_non_trainable_peft_weights(self, adapter_names: str | Sequence[str] | None = None) -> None:
+        super()._freeze_non_trainable_peft_weights(adapter_names)
+        for router in self.moe_lora_router.values():
+            cast(Router, router).freeze_kept()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.host.called(self.name)

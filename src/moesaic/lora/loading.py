@@ -9,10 +9,11 @@ from typing import Any
 
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from moesaic.errors import AdapterError, MissingRouterWeights, MoesaicError, first_line
 from moesaic.lora.config import METHODS, MixtureConfig
+from moesaic.lora.factors import named_now
 from moesaic.routing import Site
 
 
@@ -99,6 +100,17 @@ def check_tensors(path: Path) -> list[str]:
     if broken is not None:
         raise AdapterError(f"{weights} is damaged: {broken} holds numbers that are not finite; train it again")
     return keys
+
+
+def saved_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter folder, by the names that they are saved under now.
+
+    Raises:
+        SafetensorError, OSError: they cannot be read.
+    """
+    from safetensors.torch import load_file
+
+    return {named_now(key): value for key, value in load_file(path / "adapter_model.safetensors").items()}
 
 
 def read_config(path: Path) -> MixtureConfig:

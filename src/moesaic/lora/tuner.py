@@ -15,6 +15,7 @@ from torch import nn
 from moesaic.errors import AdapterError, ConfigError, MissingRouterWeights, MoesaicError, first_line
 from moesaic.host import Host, optimizer_steps
 from moesaic.lora import targets
+from moesaic.lora.factors import named_now
 from moesaic.lora.layer import NOT_MERGED, MixtureLinear, features
 from moesaic.routing import Site
 
@@ -48,7 +49,8 @@ class MixtureModel(BaseTuner):
             raise
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        config: Any = self.peft_config[adapter_name]
+        given: Any = self.peft_config[adapter_name]
+        config = self.peft_config[adapter_name] = given.taken()
         targets.check_adapter_name(model, adapter_name, reserved=_reserved_names())
         targets.check(model, config)
         if config.store is not None and not config.ignore_base:
@@ -76,7 +78,8 @@ class MixtureModel(BaseTuner):
         stack_of = self.host.attach(model, set(layers))
         for name, layer in layers.items():
             layer.stack = stack_of[name]
-        self.host.step_of = StepCounter(next(iter(layers.values())))
+        adapters = Adapters(next(iter(layers.values())))
+        self.host.step_of, self.host.active = adapters.step, adapters.active
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> PeftConfig:
         every = peft_config.target_modules == "all-linear"
@@ -129,16 +132,15 @@ class MixtureModel(BaseTuner):
             super()._replace_module(parent, child_name, new_module, child)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Experts in the base's dtype if autocast is refused, else in float32; routers in float32 either way.
-
-        PEFT turns a frozen bf16 entry of a ParameterDict into a trainable float32 one: that is undone.
-        """
-        if not autocast_adapter_dtype:
-            for layer in (m for m in self.model.modules() if isinstance(m, MixtureLinear)):
-                dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())[1]
-                if dtype is not None and dtype.is_floating_point and adapter_name in layer.moe_lora_A:
-                    for part in (layer.moe_lora_A[adapter_name], layer.moe_lora_B[adapter_name]):
-                        part.data = part.data.to(dtype)
+        """Experts in the base's dtype if autocast is refused, else in float32; routers in float32 either way."""
+        for layer in (m for m in self.model.modules() if isinstance(m, MixtureLinear)):
+            dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())[1]
+            dtype = torch.float32 if autocast_adapter_dtype else dtype
+            for factors in (layer.moe_lora_A, layer.moe_lora_B):
+                if adapter_name in factors and dtype is not None and dtype.is_floating_point:
+                    low = factors[adapter_name].dtype.itemsize < torch.float32.itemsize
+                    if low or not autocast_adapter_dtype:
+                        factors.move(adapter_name, dtype=dtype)
         trained = {name: p.requires_grad for name, p in self.model.named_parameters()}
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for name, p in self.model.named_parameters():
@@ -189,6 +191,7 @@ class MixtureModel(BaseTuner):
         state_dict: dict[str, torch.Tensor],
     ) -> dict[str, torch.Tensor]:
         """As PEFT does, then check that nothing of the mixture is missing or of another shape."""
+        state_dict = {named_now(key): value for key, value in state_dict.items()}
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         own = {
             key: value
@@ -215,17 +218,22 @@ class MixtureModel(BaseTuner):
         return remapped
 
 
-class StepCounter:
-    """Names the optimizer step, so that windows over accumulated micro-batches need no callback from the loop.
-
-    By the count of optimizer steps, and by the version counters of one layer's parameters for those that change them
-    without a `torch.optim.Optimizer`.
-    """
+class Adapters:
+    """What one layer knows of all adapters."""
 
     def __init__(self, layer: MixtureLinear) -> None:
         self.layer = layer
 
-    def __call__(self, adapter: str) -> Hashable:
+    def active(self) -> list[str]:
+        """Those that answer."""
+        return [] if self.layer.disable_adapters else list(self.layer.active_adapters)
+
+    def step(self, adapter: str) -> Hashable:
+        """The optimizer step's name, so that windows over accumulated micro-batches need no callback from the loop.
+
+        By the count of optimizer steps, and by the version counters of the layer's parameters for those that change
+        them without a `torch.optim.Optimizer`.
+        """
         A, B = self.layer.moe_lora_A, self.layer.moe_lora_B
         return (optimizer_steps(), A[adapter]._version, B[adapter]._version) if adapter in A else None
 

@@ -85,6 +85,16 @@ class Router(nn.Module):
         super().__init__()
         self.num_experts = num_experts
 
+    def keep(self, name: str, values: Tensor) -> None:
+        """Hold values that are not trained as a parameter, so that whoever copies an adapter's parameters has them."""
+        keep(self, name, values)
+
+    def freeze_kept(self) -> None:
+        """Turn off what is kept: whoever trains an adapter turns all of it on."""
+        for module in self.modules():
+            for name in getattr(module, "kept", ()):
+                getattr(module, name).requires_grad_(False)
+
     def forward(self, h: Tensor, context: RoutingContext | None = None) -> Tensor:
         with torch.autocast(h.device.type, enabled=False):
             return self.score(h if h.dtype == torch.float64 else h.float(), context)
@@ -114,6 +124,12 @@ class Router(nn.Module):
         for name, values in (*self.named_parameters(), *self.named_buffers()):
             if name not in self.shared:
                 values.copy_(values[order])
+
+
+def keep(module: nn.Module, name: str, values: Tensor) -> None:
+    """What `Router.keep` does, for a module within a router."""
+    module.register_parameter(name, nn.Parameter(values, requires_grad=False))
+    module.kept = (*getattr(module, "kept", ()), name)  # type: ignore[assignment]
 
 
 class LinearRouter(Router):

@@ -36,7 +36,7 @@ class RandomRouter(Router):
     def __init__(self, d_in: int, num_experts: int) -> None:
         super().__init__(num_experts)
         self.weight: Tensor
-        self.register_buffer("weight", nn.Linear(d_in, num_experts, bias=False, dtype=torch.float32).weight.detach())
+        self.keep("weight", nn.Linear(d_in, num_experts, bias=False, dtype=torch.float32).weight.detach())
 
     def projection(self, context: RoutingContext | None = None) -> tuple[Tensor, None]:
         return self.weight, None

@@ -67,7 +67,7 @@ class PrototypeRouter(Router):
         self.read = nn.Linear(d_in, prototypes.shape[1], bias=False, dtype=torch.float32)
         nn.init.normal_(self.read.weight, std=INIT_STD)
         self.prototypes: Tensor
-        self.register_buffer("prototypes", prototypes.clone())
+        self.keep("prototypes", prototypes.clone())
         self.temperature = temperature
         if learn:
             self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature), dtype=torch.float32))
