@@ -54,13 +54,18 @@ def test_adapters_that_peft_wrote_become_one_model_as_written(
         get_peft_model(model, config).save_pretrained(f"loras/{name}")
         Path(f"data/{name}").mkdir(parents=True)
         row = {"prompt": f"4 1 8 2 {name} =", "completion": " 1"}  # in a folder of tasks a row need not name its own
-        Path(f"data/{name}/train.jsonl").write_text(json.dumps(row))
+        for split in ("train", "validation"):
+            Path(f"data/{name}/{split}.jsonl").write_text(json.dumps(row))
     for line in compose.splitlines():
         assert main(shlex.split(line, comments=True)[1:]) == 0, line
     said = capsys.readouterr().out
     assert "written: composed" in said
     assert "retrieval routes the prompt" in said
-    assert "4 1 8 2 top =" in run(example, tmp_path)
+    assert "answer: " in said
+    assert "next: moesaic eval composed\n" in said
+    assert re.search(
+        r"4 1 8 2 top =.*RoutingTrace\(6 routers.*, (asc|max|reverse) 100%", run(example, tmp_path), re.DOTALL
+    )
 
 
 def test_the_config_is_swapped_as_written(tmp_path: Path) -> None:

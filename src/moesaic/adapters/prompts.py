@@ -179,9 +179,9 @@ class PromptConfig(MixtureConfig):
         """One library for all, registered in the first router alone."""
         if self.library is None:
             raise ConfigError(
-                f"method {self.method} compares prompts with texts of each adapter, and some have none: give "
-                "data=… with rows of each one's task (its run's, or the one that it is named as), or "
-                "adapter.texts={NAME: [TEXT, …]}"
+                f"method {self.method} compares prompts with texts of each adapter, and there are none: "
+                "texts={NAME: [TEXT, …]} gives them; in a command, data=… with rows of each adapter's task does "
+                "(its run's, or the one that it is named as)"
             )
         self._library = Library(self.num_experts, *self.library)
         if self._vectors is not None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moesaic.cli.verbs import Section, verb
+from moesaic.data.examples import has_split
 from moesaic.errors import AdapterError, ConfigError, path_of
 from moesaic.models.embedded import load_outline, resolve
 from moesaic.runs.folder import (
@@ -43,7 +44,9 @@ class ComposeSettings:
         default=None,
         metadata={"help": "folders or hub ids of LoRA adapters, comma-separated; {NAME: FOLDER} names them"},
     )
-    method: str = field(default="arrow", metadata={"help": "how they are routed (see `moesaic methods`)"})
+    method: str = field(
+        default="", metadata={"help": "how they are routed (see `moesaic methods`); retrieval with data, arrow without"}
+    )
     model: str = field(default="", metadata={"help": "the base model; the one that the adapters name where left out"})
     data: str = field(default="", metadata={"help": "rows of the adapters' tasks, for methods that compare prompts"})
     tasks: list[str] | None = field(default=None, metadata={"help": "which tasks of data, comma-separated"})
@@ -73,6 +76,7 @@ def run_compose(arguments: Sequence[str], *, as_json: bool = False) -> None:
     given = parse_overrides(arguments, lists=lists(ComposeSettings), texts=texts(ComposeSettings))
     check_keys("settings", given, names(ComposeSettings), of_adapters=all_adapter_settings)
     settings = build(ComposeSettings, given)
+    settings.method = settings.method or ("retrieval" if settings.data else "arrow")
     folders = folders_of(settings.adapters)
     kept: list[str] = []
     before = Recipe()
@@ -156,8 +160,10 @@ def run_compose(arguments: Sequence[str], *, as_json: bool = False) -> None:
             ", ".join(fresh),
             recipe.method,
         )
-    console.print(f'written: {out}; PeftModel.from_pretrained(model, "{out}/adapter") loads it', soft_wrap=True)
-    console.print(f"next: moesaic eval {out}{'' if recipe.data else ' data=HELD_OUT_ROWS'}", soft_wrap=True)
+    loads = f'import moesaic; PeftModel.from_pretrained(model, "{out}/adapter")'
+    console.print(f"written: {out}; `{loads}` loads it", soft_wrap=True)
+    held_out = recipe.data and has_split(recipe.data, "validation", recipe.tasks)
+    console.print(f"next: moesaic eval {out}{'' if held_out else ' data=HELD_OUT_ROWS'}", soft_wrap=True)
 
 
 _KEPT = ("method", "model", "data", "tasks", "max_length", "seed", "precision", "on_bad_lines")

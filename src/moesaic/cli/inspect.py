@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -30,6 +31,7 @@ class InspectSettings:
 
     prompt: str = field(default="", metadata={"help": "the text to route"})
     task: str = field(default="", metadata={"help": "its task, for methods that are told"})
+    answer: int = field(default=32, metadata={"help": "tokens that a language model answers; 0 for none"})
 
 
 @verb(
@@ -39,11 +41,14 @@ class InspectSettings:
     place=70,
     settings=[Section(InspectSettings)],
     operands={"folder": "a run folder"},
+    takes="PROMPT | key=value",
 )
 def run(folder: str, arguments: Sequence[str], *, as_json: bool = False) -> None:
     """Show what the routers of a run do with a prompt. Raises MoesaicError of the kind that fits."""
     from moesaic.runs.recipe import parse_settings
 
+    if arguments and not re.match(r"[\w.]+=", arguments[0]):
+        arguments = [f"prompt={arguments[0]}", *arguments[1:]]
     settings = parse_settings(InspectSettings, arguments)
     if not settings.prompt.strip():
         raise ConfigError("prompt is missing: prompt='…' is the text to route")
@@ -53,7 +58,9 @@ def run(folder: str, arguments: Sequence[str], *, as_json: bool = False) -> None
         raise ConfigError("prompt is no text in UTF-8") from None
     from moesaic.evaluation.run import load_run
 
-    found = explain(load_run(folder), settings.prompt, task=settings.task)
+    if settings.answer < 0:
+        raise ConfigError(f"answer={settings.answer} must be at least 0")
+    found = explain(load_run(folder), settings.prompt, task=settings.task, answer=settings.answer)
     if as_json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
         return
@@ -63,10 +70,14 @@ def run(folder: str, arguments: Sequence[str], *, as_json: bool = False) -> None
     Console(highlight=False, width=None if terminal else 160).print(shown(found, named=not terminal))
 
 
-def explain(prepared: Prepared, prompt: str, *, task: str = "") -> dict[str, Any]:
+def explain(prepared: Prepared, prompt: str, *, task: str = "", answer: int = 0) -> dict[str, Any]:
     """What a run's routers do with a prompt.
 
+    Args:
+        answer: tokens that a language model is let answer.
+
     Returns:
+        answer: its text, without the prompt; None where it was not asked, or is no language model.
         experts: their names. tokens: the prompt's. weights: each expert's mean share over tokens and modules (E,).
         by_layer: layer -> the same. by_token: the same by token (T, E). logits: the routers' mean scores (E,).
         global_scores: what the prompt as a whole says (E,), and weighted_global what that adds to the logits; None
@@ -99,6 +110,10 @@ def explain(prepared: Prepared, prompt: str, *, task: str = "") -> dict[str, Any
             stack.enter_context(routing_tasks(prepared.model, task_ids=[prepared.tasks.index(task)]))
         if scores is not None:
             stack.enter_context(routing_scores(prepared.model, scores.to(device)))
+        text = None
+        if answer and prepared.layout is None:
+            written = prepared.model.generate(**inputs, max_new_tokens=answer, do_sample=False)
+            text = prepared.base.tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         traces: list[Any] = host.traces
         traces.append(seen)
         stack.callback(traces.remove, seen)
@@ -120,6 +135,7 @@ def explain(prepared: Prepared, prompt: str, *, task: str = "") -> dict[str, Any
     weighed = getattr(records[0].router, "weighed", None)
     return {
         "prompt": prompt,
+        "answer": text,
         "method": config.method,
         "experts": list(config.experts or map(str, range(number))),
         "tokens": prepared.base.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0].tolist()),
@@ -174,7 +190,8 @@ def shown(found: dict[str, Any], *, named: bool = False) -> RenderableType:
             line.append(f"[{found['experts'][best]}] ")
         line.append(token.replace("Ġ", " ").replace("▁", " ") + " ", style=_colour(best))
         last = best
-    return Group(table, Text("tokens by their first expert:"), line)
+    said = [] if found["answer"] is None else [Text(f"answer: {found['answer'].strip()}")]
+    return Group(table, Text("tokens by their first expert:"), line, *said)
 
 
 def _bar(share: float) -> str:

@@ -70,6 +70,19 @@ def load(
     return examples
 
 
+def has_split(path: str | Path, split: str, tasks: Sequence[str] | None = None) -> bool:
+    """Whether a folder has rows of a split, of each of its tasks; one file, or a data set of the hub, has none."""
+    folder = path_of(path)
+    if not folder.is_dir():
+        return False
+    inner = [folder / task for task in tasks] if tasks else [p for p in folder.iterdir() if _splits(p)]
+    return (folder / f"{split}.jsonl").is_file() or (bool(inner) and all(split in _splits(p) for p in inner))
+
+
+def _splits(folder: Path) -> list[str]:
+    return [split for split in SPLITS if (folder / f"{split}.jsonl").is_file()]
+
+
 def _is_path(name: str) -> bool:
     """Whether what is not there was meant as a path: a hub id has one slash at most, and no folder is its owner."""
     place = path_of(name)
@@ -182,14 +195,18 @@ def _folder(folder: Path, split: str, tasks: Sequence[str] | None, on_bad_lines:
         if own is not None:
             raise DataError(f"{folder} holds {whole.name} and {own}/{whole.name}: keep one file, or a folder a task")
         return _select(_read(whole, on_bad_lines), tasks, str(whole))
-    there = sorted(p.name for p in folder.iterdir() if any((p / f"{s}.jsonl").is_file() for s in SPLITS))
+    there = sorted(p.name for p in folder.iterdir() if _splits(p))
     if not there:
         raise DataError(f"{folder}: neither {split}.jsonl nor <task>/{split}.jsonl is in it")
     examples: list[Example] = []
     for task in _known(tasks, there, str(folder)):
         file = folder / task / f"{split}.jsonl"
         if not file.is_file():
-            raise DataError(f"task '{task}' has no {split} split: {file} is missing")
+            splits = ", ".join(_splits(folder / task))
+            raise DataError(
+                f"task '{task}' has no {split} split: {file} is missing; data=… names other rows, split=… takes those "
+                f"that there are ({splits})"
+            )
         rows = _read(file, on_bad_lines, of=task)
         stranger = next((e.task for e in rows if e.task != task), None)
         if stranger is not None:

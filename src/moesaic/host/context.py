@@ -25,7 +25,9 @@ def trace(model: nn.Module, *, keep_weights: bool = False) -> Iterator[RoutingTr
     Args:
         keep_weights: also keep every weight tensor (see `RoutingTrace.weights`).
     """
-    host, collected = find_host(model), RoutingTrace(keep_weights=keep_weights)
+    host = find_host(model)
+    names = next((host.names[adapter] for adapter in host.active() if adapter in host.names), [])
+    collected = RoutingTrace(keep_weights=keep_weights, names=names)
     host.traces.append(collected)
     try:
         yield collected

@@ -47,6 +47,7 @@ class Host:
 
     Attributes:
         losses: adapter name -> its auxiliary losses.
+        names: adapter name -> what its experts are called, where they have names.
         active: names of the adapters that answer.
         readers: adapter name -> what reads its routing scores off the tokens, where they are not given.
         progress: share of the training that is done; None where no trainer tells.
@@ -58,6 +59,7 @@ class Host:
     def __init__(self) -> None:
         self.losses: dict[str, list[AuxiliaryLoss]] = {}
         self.readers: dict[str, Reader] = {}
+        self.names: dict[str, list[str]] = {}
         self.step_of: Callable[[str], Hashable] | None = None
         self.active: Callable[[], Sequence[str]] = list
         self.progress: float | None = None

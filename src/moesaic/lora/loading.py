@@ -121,7 +121,8 @@ def read_config(path: Path) -> MixtureConfig:
     """
     file = path / "adapter_config.json"
     if not file.is_file():
-        raise AdapterError(f"{path} is no adapter folder: it has no adapter_config.json")
+        inner = f"; that of this run is {path / 'adapter'}" if (path / "adapter" / file.name).is_file() else ""
+        raise AdapterError(f"{path} is no adapter folder: it has no adapter_config.json{inner}")
     try:
         values = json.loads(file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

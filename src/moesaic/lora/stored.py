@@ -141,6 +141,11 @@ def read_expert(folder: str | Path, name: str | None = None) -> StoredExpert:
     return StoredExpert(called, path, base, config, factors, tuple(extras))
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder is an adapter's, or a run's that holds one."""
+    return (folder / CONFIG).is_file() or (folder / "adapter" / CONFIG).is_file()
+
+
 def name_of(folder: str | Path) -> str:
     """What an adapter is called where nobody names it: as its folder, or as the run whose `adapter/` it is."""
     path = Path(folder).expanduser()

@@ -69,6 +69,7 @@ class MixtureModel(BaseTuner):
         config.connect([router for router in found if router is not None])
         self._attach(model)
         self.host.losses[adapter_name] = config.losses() if config.aux_weight > 0 else []
+        self.host.names[adapter_name] = list(config.experts or ())
         reader = config.reader(model)
         if reader is not None:
             self.host.readers[adapter_name] = reader
@@ -161,6 +162,7 @@ class MixtureModel(BaseTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self.host.losses.pop(adapter_name, None)
+        self.host.names.pop(adapter_name, None)
         self.host.readers.pop(adapter_name, None)
 
     def _unload_and_optionally_merge(  # type: ignore[override]

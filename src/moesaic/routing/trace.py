@@ -18,6 +18,9 @@ from torch import Tensor
 from moesaic.routing.losses import Record, stacks
 from moesaic.routing.tally import ModuleTrace, Sums, TaskIds, shares, wide
 
+_NAMED = 5
+"""Experts that a trace names, those with most weight."""
+
 
 class RoutingTrace:
     """Collects records of every forward while it is attached.
@@ -41,8 +44,8 @@ class RoutingTrace:
     indices, between layers that follow each other among modules that differ in nothing but the layer.
     """
 
-    def __init__(self, *, keep_weights: bool = False) -> None:
-        self.keep_weights = keep_weights
+    def __init__(self, *, keep_weights: bool = False, names: Sequence[str] = ()) -> None:
+        self.keep_weights, self.names = keep_weights, names
         self.layer_of: dict[str, int] = {}
         self._kept: dict[str, list[Tensor]] = {}
         self._groups: dict[tuple[tuple[str, ...], int], Sums] = {}
@@ -100,9 +103,14 @@ class RoutingTrace:
         if not self.modules:
             return "RoutingTrace(nothing routed yet)"
         tokens = max(m.tokens for m in self.modules.values())
+        known = self.names and all(len(m.weight) == len(self.names) for m in self.modules.values())
+        shares = torch.stack([*self.utilisation().values()]).mean(dim=0).tolist() if known else []
+        named = sorted(zip(shares, self.names, strict=False), reverse=True)[:_NAMED]
         return (
             f"RoutingTrace({len(self.modules)} routers, {tokens} tokens, entropy {self.entropy():.2f} of 1, "
-            f"{len(self.dead_experts())} of {self.num_experts()} experts dead)"
+            f"{len(self.dead_experts())} of {self.num_experts()} experts dead"
+            + "".join(f", {name} {share:.0%}" for share, name in named)
+            + ")"
         )
 
     def num_experts(self) -> int:

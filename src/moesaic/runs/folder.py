@@ -291,7 +291,10 @@ def run_path(folder: Path) -> RunFolder:
     """A run folder that can be evaluated: finished, or at least with an adapter. Raises ConfigError."""
     run = RunFolder(folder)
     if not run.recipe.is_file():
-        raise ConfigError(f"{folder} is not a run folder: it has no recipe.yaml; `moesaic train` and compose make one")
+        outer = f"; it lies in one, {folder.parent}" if (folder.parent / "recipe.yaml").is_file() else ""
+        raise ConfigError(
+            f"{folder} is not a run folder: it has no recipe.yaml; `moesaic train` and compose make one{outer}"
+        )
     if not run.adapter.is_dir():
         raise ConfigError(f"{folder} is an unfinished run: run its `moesaic train` command again to finish it")
     return run

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moesaic.errors import ConfigError
+from moesaic.errors import ConfigError, path_of
 from moesaic.runs.settings import read_yaml
 
 if TYPE_CHECKING:
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 def folders_of(adapters: Any) -> dict[str, str]:
     """Expert name -> folder, of `adapters=…` as people write it; its own name for one that is not given another.
+
+    A folder of adapters stands for those in it.
 
     Raises:
         ConfigError: it is no such thing, or two have one name.
@@ -25,7 +27,7 @@ def folders_of(adapters: Any) -> dict[str, str]:
         return {str(name): str(folder) for name, folder in adapters.items()}
     if not isinstance(adapters, (str, list)):
         raise ConfigError(f"adapters={adapters} must be folders, comma-separated, or 'adapters={{NAME: FOLDER, …}}'")
-    listed = [adapters] if isinstance(adapters, str) else list(map(str, adapters))
+    listed = [folder for entry in ([adapters] if isinstance(adapters, str) else adapters) for folder in _within(entry)]
     from moesaic.lora.stored import name_of
 
     names = [name_of(folder) for folder in listed]
@@ -33,6 +35,16 @@ def folders_of(adapters: Any) -> dict[str, str]:
     if doubled:
         raise ConfigError(f"two adapters are called {doubled!r}: give them names, 'adapters={{NAME: FOLDER, …}}'")
     return dict(zip(names, listed, strict=True))
+
+
+def _within(entry: Any) -> list[str]:
+    """An adapter's folder itself; of a folder that holds several, each of them."""
+    from moesaic.lora.stored import is_adapter
+
+    folder = path_of(str(entry))
+    if not folder.is_dir() or is_adapter(folder):
+        return [str(entry)]
+    return sorted(str(inner) for inner in folder.iterdir() if is_adapter(inner)) or [str(entry)]
 
 
 def base_of(experts: Iterable["StoredExpert"]) -> str:

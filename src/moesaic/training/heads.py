@@ -15,7 +15,7 @@ import torch
 
 from moesaic.data.causal import question
 from moesaic.data.examples import Example
-from moesaic.errors import AdapterError
+from moesaic.errors import AdapterError, ConfigError
 from moesaic.lora.stored import StoredExpert
 from moesaic.models.encoder import HEADS, EncoderForTasks, Layout
 from moesaic.runs.folder import read_json
@@ -81,13 +81,26 @@ def task_ids(experts: Sequence[StoredExpert], tasks: Sequence[str]) -> list[int]
 
 
 def texts_of(experts: Sequence[StoredExpert], examples: Sequence[Example], *, seed: int) -> dict[str, list[str]] | None:
-    """Prompts of each expert's tasks, `TEXTS` of them at most, by its name; None unless every expert has some."""
+    """Prompts of each expert's tasks, `TEXTS` of them at most, by its name; None where there are no rows at all.
+
+    Raises:
+        ConfigError: some experts have rows, and another has none.
+    """
+    if not examples:
+        return None
     found = {}
     for expert in experts:
         own = set(tasks_of(expert))
         prompts = sorted({question(e) for e in examples if e.task in own})
         found[expert.name] = random.Random(seed).sample(prompts, min(TEXTS, len(prompts)))
-    return found if all(found.values()) else None
+    lacking = next((name for name, prompts in found.items() if not prompts), None)
+    if lacking is not None:
+        tasks = ", ".join(sorted({e.task for e in examples}))
+        raise ConfigError(
+            f"there are no rows of adapter {lacking!r}: those of data are of {tasks}; an adapter is named as its task, "
+            "'adapters={TASK: FOLDER, …}'"
+        )
+    return found
 
 
 @torch.no_grad()

@@ -47,11 +47,9 @@ def with_heads(base: LoadedModel, examples: Sequence[Example], recipe: Recipe, c
     stored = experts_of(config)
     if stored and not config.ignore_base:
         config.store.check_base(resolve(recipe.model))
-    told = (
-        {}
-        if recipe.adapter.get("texts") or not stored
-        else {"texts": heads.texts_of(stored, examples, seed=recipe.seed)}
-    )
+    told = {}
+    if stored and hasattr(config, "expert_texts") and not config.expert_texts():
+        told = {"texts": heads.texts_of(stored, examples, seed=recipe.seed)}
     if base.kind == "encoder" and stored:
         layout = heads.united(stored, tasks)
         model = EncoderForTasks(base.model, layout)
