@@ -77,7 +77,7 @@ def test_an_interrupted_act_keeps_what_is_trained(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "moesaic", "demo", f"out={out}", "act=adapters"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         logs = [out / "adapters" / task / "metrics.jsonl" for task in ("asc", "desc")]
-        for _ in range(600):
+        for _ in range(3000):
             if all(log.is_file() and log.read_text().count("\n") > 3 for log in logs):
                 break
             time.sleep(0.1)

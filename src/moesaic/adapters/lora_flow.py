@@ -38,9 +38,9 @@ class FlowRouter(LinearRouter):
         state = {} if context is None else context.state
         if self.owner is None:
             logits = super().score(h, context)
-            state.setdefault((self, "logits"), logits)
+            state.setdefault((self.identity, "logits"), logits)
             return logits
-        found = state.get((self.owner, "logits"))
+        found = state.get((self.owner.identity, "logits"))
         if found is None or found.shape[:-1] != h.shape[:-1]:
             raise ConfigError(
                 f"lora-flow: layer {self.place[1]} runs {h.shape[:-1]} tokens that its first module did not"

@@ -30,6 +30,8 @@ class Frame:
 
     training: bool = False
     grad: bool = False
+    stack: str | None = None
+    """The stack that was called on its own, for which the frame is; None for a forward of the model."""
     complete: bool = False
     """A full forward over the whole model: not one stack alone, not a decoding step."""
     share: Tensor | float = 1.0

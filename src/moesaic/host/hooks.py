@@ -8,6 +8,7 @@ own forward.
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -24,8 +25,9 @@ from moesaic.host.carrier import Delivery, carry, share_of_step
 from moesaic.host.checkpointing import bind_frames
 from moesaic.host.fitting import by_row, by_token, checked_ids, checked_scores, checked_targets
 from moesaic.host.frames import Frame, StackView
+from moesaic.host.running import Threads, of_thread
 from moesaic.host.unused import Unused
-from moesaic.routing import AuxiliaryLoss, Record, Records, RoutingContext, RoutingTrace, Site, pool
+from moesaic.routing import AuxiliaryLoss, Record, Records, RoutingContext, Site, pool
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +54,16 @@ class Host:
         readers: adapter name -> what reads its routing scores off the tokens, where they are not given.
         progress: share of the training that is done; None where no trainer tells.
         external: while True, a trainer adds the auxiliary loss itself and the output's loss is left alone.
-        aux: auxiliary loss of the training forwards with gradients: of the last one, or, while `external`, the sum of
-            all since it was last taken; None before any.
+        threads: what belongs to each thread; what is the current one's are attributes of the host too.
+        aux: auxiliary loss of the thread's last training forward with gradients; None before any.
     """
+
+    frame: Any = of_thread("frame")
+    aux: Any = of_thread("aux")
+    loss_values: Any = of_thread("loss_values")
+    traces: Any = of_thread("traces")
+    pinned_tasks: Any = of_thread("pinned_tasks")
+    pinned_scores: Any = of_thread("pinned_scores")
 
     def __init__(self) -> None:
         self.losses: dict[str, list[AuxiliaryLoss]] = {}
@@ -64,14 +73,9 @@ class Host:
         self.active: Callable[[], Sequence[str]] = list
         self.progress: float | None = None
         self.external = False
-        self.aux: Tensor | None = None
-        self.loss_values: dict[str, Tensor] = {}
-        self.traces: list[RoutingTrace] = []
-        self.pinned_tasks: Tensor | None = None
-        self.pinned_scores: Tensor | None = None
-        self.frame: Frame | None = None
+        self.threads = Threads()
         self.unused = Unused()
-        self._recomputing = False
+        self._collected: dict[int, Tensor] = {}
         self._warned = False
         self._delivery = Delivery()
         self._handles: list[Any] = []
@@ -106,7 +110,7 @@ class Host:
     def __getstate__(self) -> dict[str, Any]:
         """Copies take the hooks and settings along, not what belongs to a running forward."""
         state = self.__dict__.copy()
-        state.update(frame=None, aux=None, loss_values={}, traces=[], _recomputing=False)
+        state.update(_collected={})
         del state["_memory"]
         return state
 
@@ -140,7 +144,7 @@ class Host:
     @property
     def recomputing(self) -> bool:
         """Inside checkpointing's second run of a layer: records were already written by the first."""
-        if self._recomputing:
+        if self.threads.current().recomputing:
             return True
         return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
@@ -180,11 +184,12 @@ class Host:
     @contextmanager
     def use(self, frame: Frame | None) -> Iterator[None]:
         """Recompute under `frame`: what non-reentrant checkpointing enters before it runs a layer again."""
-        previous, self.frame, self._recomputing = self.frame, frame, True
+        running = self.threads.current()
+        previous, running.frame, running.recomputing = running.frame, frame, True
         try:
             yield
         finally:
-            self.frame, self._recomputing = previous, False
+            running.frame, running.recomputing = previous, False
 
     # -- hooks ---------------------------------------------------------------------------------------------------
 
@@ -231,7 +236,10 @@ class Host:
         if aux is None:
             frame.release()
             return None
-        self.aux = self.aux + aux if self.external and self.aux is not None else aux
+        self.aux = aux
+        if self.external:
+            thread = threading.get_ident()
+            self._collected[thread] = self._collected[thread] + aux if thread in self._collected else aux
         if aux.requires_grad and not torch.compiler.is_compiling():
             adapter = next(iter(frame.records))[1]
             step = self.step_of(adapter) if self.step_of else None
@@ -279,6 +287,11 @@ class Host:
         aux, self.aux = self.aux, None
         return aux
 
+    def take_collected(self) -> Tensor | None:
+        """The sum of all forwards' since it was last taken, while `external`; of replicas in threads, their mean."""
+        found, self._collected = [*self._collected.values()], {}
+        return torch.stack([aux.to(found[0].device) for aux in found]).mean() if found else None
+
     def warn_once(self, message: str) -> None:
         if not self._warned:
             self._warned = True
@@ -289,21 +302,23 @@ class _StackHook:
     """Reads a stack's masks into the frame. A stack called on its own (T5's encoder in `generate`) opens a frame."""
 
     def __init__(self, host: Host, name: str) -> None:
-        self.host, self.name, self.own = host, name, False
+        self.host, self.name = host, name
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         host, arguments = self.host, masks.bind(module, args, kwargs)
         if host.frame is None:
-            host.frame, self.own = host._new_frame(module, arguments, whole=False), True
+            host.frame = host._new_frame(module, arguments, whole=False)
+            host.frame.stack = self.name
         own, cross = masks.view_of(arguments, training=host.frame.training or bool(host.traces))
         host.frame.stacks[self.name] = own
         host.frame.stacks[f"{self.name}/cross"] = cross
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not self.own:
+        frame = self.host.frame
+        if frame is None or frame.stack != self.name:
             return
-        frame, self.host.frame, self.own = self.host.frame, None, False
-        if frame is not None and output is not None:
+        self.host.frame = None
+        if output is not None:
             self.host._show_traces(frame)
 
 

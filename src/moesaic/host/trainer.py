@@ -37,14 +37,14 @@ class RoutedTrainerMixin(_Base):
         host = self._host()
         if host is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        host.take_aux()
+        host.take_collected()
         host.progress = self.state.global_step / max(self.state.max_steps, 1)
         host.external = True
         try:
             result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         finally:
             host.external = False
-            aux = host.take_aux()
+            aux = host.take_collected()
         if aux is None or not torch.is_grad_enabled():
             return result
         self._aux_values.append(aux.detach())

@@ -78,7 +78,7 @@ class FeedForward:
         """x (..., d_in) -> (1, ..., P, d_out), one row a pair, as many axes as x."""
         passes, key = self._passes(layer), (self.name, adapter)
         if key not in passes or layer.name in passes[key].expanded:
-            passes[key] = self._route(adapter, x)
+            passes[key] = self._route(layer, adapter, x)
         passes[key].expanded.add(layer.name)
         pairs = passes[key].pairs
         base = layer.base_layer(x, *args, **kwargs)
@@ -120,9 +120,10 @@ class FeedForward:
             delta = pairs.collect(spread(None, low, _by_expert(B, pairs), pairs, kernel))
         return (flat + delta.to(flat.dtype)).view(out.shape)
 
-    def _route(self, adapter: str, x: Tensor) -> Pass:
+    def _route(self, layer: Linear, adapter: str, x: Tensor) -> Pass:
         assert self.owner is not None
-        gate, weights = self.owner.route(adapter, x)
+        owner = layer if layer.name == self.owner.name else self.owner  # the layer at hand may be the owner's replica
+        gate, weights = owner.route(adapter, x)
         flat = weights.reshape(-1, weights.shape[-1])
         total = None if gate.sums_to_one else flat.sum(dim=-1, keepdim=True)
         pairs, chosen = Pairs.of(flat, gate.top_k)

@@ -32,7 +32,7 @@ class Factors(nn.Module):
         self.add_module(adapter, _Holder(weight))
 
     def __getitem__(self, adapter: str) -> nn.Parameter:
-        return cast(nn.Parameter, cast(nn.Module, self._modules[adapter])._parameters["weight"])
+        return cast(nn.Parameter, cast(nn.Module, self._modules[adapter]).weight)
 
     def __delitem__(self, adapter: str) -> None:
         del self._modules[adapter]

@@ -84,6 +84,8 @@ class Router(nn.Module):
     def __init__(self, num_experts: int) -> None:
         super().__init__()
         self.num_experts = num_experts
+        self.identity = object()
+        """Which router it is: the replicas that `nn.DataParallel` makes of one share it, deep copies do not."""
 
     def keep(self, name: str, values: Tensor) -> None:
         """Hold values that are not trained as a parameter, so that whoever copies an adapter's parameters has them."""

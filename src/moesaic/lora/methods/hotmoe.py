@@ -98,7 +98,7 @@ class HotMoERouter(Router, ABC):
             return self.fold()
         if self.training or torch.is_grad_enabled():
             self._cache = None
-            if context is None or not context.whole:
+            if context is None or not context.whole or getattr(self, "_is_replica", False):
                 return self.fold()
             if _key(self) not in context.state:
                 self.fold_group(context.state)

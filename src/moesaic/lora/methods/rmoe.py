@@ -77,6 +77,7 @@ class RecurrentRouter(Router):
     ) -> None:
         super().__init__(num_experts)
         self.layer, self.chain = site.layer, chain_of(site)
+        self.owners: dict[str, object] = {}
         self.kind, self.recurrence = cell, recurrence
         self.residual_alpha, self.residual_detach = residual_alpha, residual_detach
         self.projector = nn.Linear(site.d_in, state_dim, bias=False)
@@ -89,9 +90,17 @@ class RecurrentRouter(Router):
         """Take `owner`'s module `name` instead of one's own, unregistered: its owner alone counts and saves it."""
         delattr(self, name)
         object.__setattr__(self, name, getattr(owner, name))
+        self.owners[name] = owner.identity
+
+    def module(self, name: str, passed: MutableMapping[Any, Any]) -> Any:
+        """One's own module, or that of the owner as it runs in this forward, where it may be a replica."""
+        own = getattr(self, name)
+        if name not in self.owners:
+            return passed.setdefault((self.identity, name), own)
+        return passed.get((self.owners[name], name), own)
 
     def projection(self, context: RoutingContext | None = None) -> tuple[Tensor, None]:
-        return self.projector.weight, None
+        return self.module("projector", {} if context is None else context.state).weight, None
 
     def from_projection(self, read: Tensor, context: RoutingContext | None = None) -> Tensor:
         passed: MutableMapping[Any, Any] = {} if context is None else context.state
@@ -101,7 +110,7 @@ class RecurrentRouter(Router):
         if below is not None and self.residual_alpha:
             handed = below.logits.detach() if self.residual_detach else below.logits
             logits = logits + self.residual_alpha * handed.to(logits)
-        passed.setdefault((self.cell, self.chain, self.layer), State(state, logits))
+        passed.setdefault((self.owners.get("cell", self.identity), self.chain, self.layer), State(state, logits))
         return logits
 
     def below(self, passed: MutableMapping[Any, Any], read: Tensor) -> State | None:
@@ -109,7 +118,7 @@ class RecurrentRouter(Router):
         if _DEALT.search(self.chain):  # tokens that a model's own experts were dealt: others in each layer
             return None
         for layer in range(self.layer - 1, -1, -1):
-            found: State | None = passed.get((self.cell, self.chain, layer))
+            found: State | None = passed.get((self.owners.get("cell", self.identity), self.chain, layer))
             if found is not None:
                 return found if found.cell[0].shape == read.shape else None
         return None
@@ -127,11 +136,13 @@ class RecurrentRouter(Router):
         else:
             before = [(t.detach() if self.recurrence == "detach" else t).to(x).view_as(x) for t in below]
         if self.kind == "gru" and x.is_cpu and not torch.compiler.is_compiling():
-            key = self.cell, torch.is_grad_enabled()
-            joint = passed.get(key) or passed.setdefault(key, joined(self.cell))
+            key = self.owners.get("cell", self.identity), torch.is_grad_enabled()
+            joint = passed.get(key) or passed.setdefault(key, joined(self.module("cell", passed)))
             after = (_GRUStep.apply(x, before[0], *(t.to(x) for t in joint)),)
         else:
-            made = _STEPS[self.kind](x, before if lstm else before[0], *(w.to(x) for w in self.cell.parameters()))
+            made = _STEPS[self.kind](
+                x, before if lstm else before[0], *(w.to(x) for w in _weights(self.module("cell", passed)))
+            )
             after = made if lstm else (made,)
         return tuple(t.view(read.shape) for t in after)
 
@@ -139,9 +150,14 @@ class RecurrentRouter(Router):
         return f"{self.kind}, state={self.head.in_features}"
 
 
+def _weights(cell: nn.RNNCellBase) -> tuple[Tensor, ...]:
+    """By name: the replicas of `nn.DataParallel` have no registered parameters."""
+    return cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh
+
+
 def joined(cell: nn.RNNCellBase) -> tuple[Tensor, Tensor]:
     """A GRU's weights (4p, 2p) over [x, h] and biases (4p,): reset, update, and the two halves of the new state."""
-    by_x, by_h, b_x, b_h = cell.parameters()
+    by_x, by_h, b_x, b_h = _weights(cell)
     p = cell.hidden_size
     nothing = by_x.new_zeros(p, p)
     rows = [[by_x[: 2 * p], by_h[: 2 * p]], [by_x[2 * p :], nothing], [nothing, by_h[2 * p :]]]
