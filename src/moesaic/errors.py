@@ -24,6 +24,10 @@ class UnknownSetting(ConfigError):
         return type(self), (str(self), self.key)
 
 
+class UnknownKeyword(ConfigError, TypeError):
+    """A config's constructor has no such setting. PEFT knows the error, and goes on without it when it reads a file."""
+
+
 class DataError(MoesaicError):
     """A data file is missing, empty or has a line that cannot be read."""
 

@@ -43,7 +43,8 @@ class Frame:
     prompt: Tensor | None = None
     """(batch, tokens), True on unlabelled tokens; None unless the labels belong to the tokens."""
     stacks: dict[str, StackView] = field(default_factory=dict)
-    records: dict[tuple[str, str], Record] = field(default_factory=dict)
+    records: dict[tuple[str, str, int], Record] = field(default_factory=dict)
+    """By module, adapter, and how often the module ran before: some models run one several times."""
     pooled: tuple[Tensor, Tensor] | None = None
     """The last layer input that was pooled, and its sequence means: neighbours share their input."""
     called: set[str] = field(default_factory=set)

@@ -75,7 +75,7 @@ class Host:
         self.external = False
         self.threads = Threads()
         self.unused = Unused()
-        self._collected: dict[int, Tensor] = {}
+        self._collected: dict[threading.Thread, Tensor] = {}
         self._warned = False
         self._delivery = Delivery()
         self._handles: list[Any] = []
@@ -174,8 +174,12 @@ class Host:
         return means
 
     def record(self, adapter: str, record: Record) -> None:
-        if self.frame is not None:
-            self.frame.records[record.site.name, adapter] = record
+        frame, runs = self.frame, 0
+        if frame is None:
+            return
+        while (record.site.name, adapter, runs) in frame.records:
+            runs += 1
+        frame.records[record.site.name, adapter, runs] = record
 
     def called(self, name: str) -> None:
         if self.frame is not None:
@@ -238,7 +242,7 @@ class Host:
             return None
         self.aux = aux
         if self.external:
-            thread = threading.get_ident()
+            thread = threading.current_thread()  # the thread itself: its number is used again once it has ended
             self._collected[thread] = self._collected[thread] + aux if thread in self._collected else aux
         if aux.requires_grad and not torch.compiler.is_compiling():
             adapter = next(iter(frame.records))[1]
@@ -267,7 +271,7 @@ class Host:
         total: Tensor | None = None
         self.loss_values = {}
         for adapter, losses in self.losses.items():
-            records = Records(record for (_, name), record in frame.records.items() if name == adapter)
+            records = Records(record for (_, name, _), record in frame.records.items() if name == adapter)
             if not records:
                 continue
             step = self.step_of(adapter) if self.step_of else None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import difflib
 import math
+import sys
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -20,7 +21,7 @@ from typing import Any, ClassVar, Literal, Self
 from peft import PeftConfig
 from torch import Tensor
 
-from moesaic.errors import ConfigError, first_line
+from moesaic.errors import ConfigError, UnknownKeyword, first_line
 from moesaic.host.hooks import Reader
 from moesaic.lora.checks import are_folders, check_kinds, check_names, is_ranks
 from moesaic.lora.kind import Kind
@@ -100,7 +101,8 @@ class MixtureConfig(PeftConfig):
                 near = difflib.get_close_matches(key, known, n=1)
                 own = [name for name in known if name not in PeftConfig.__dataclass_fields__]
                 hint = f": did you mean {near[0]!r}?" if near else f"; known: {', '.join(own)}"
-                raise ConfigError(f"unknown setting {key!r} for {cls.__name__}{hint}")
+                said = f"unknown setting {key!r} for {cls.__name__}, which got an unexpected keyword argument"
+                raise UnknownKeyword(f"{said}{hint}")
         return super().__new__(cls)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -108,7 +110,9 @@ class MixtureConfig(PeftConfig):
         if not cls.method:
             return
         name = f"MOESAIC_{cls.method.upper().replace('-', '_')}"
-        cls.type = Enum(f"{cls.__name__}Type", {name: name}, type=str)[name]  # type: ignore[index]
+        kind: Any = Enum(f"{cls.__name__}Type", {name: name}, type=str, module=cls.__module__)  # type: ignore[misc]
+        setattr(sys.modules[cls.__module__], kind.__name__, kind)  # by its name there, a config is pickled
+        cls.type = kind[name]
         METHODS[cls.method] = cls
         register_with_peft(cls)
 

@@ -80,7 +80,7 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("moe_lora_A", "moe_lora_B", "moe_lora_scaling", "moe_lora_router")
-    other_param_names = ("sites", "gates", "eval_gates", "scaling", "dropout", "backends", "blocks")
+    other_param_names = ("sites", "gates", "eval_gates", "scaling", "moe_lora_dropout", "backends", "blocks")
 
     def __init__(self, base_layer: nn.Module, host: Host) -> None:
         super().__init__()
@@ -90,11 +90,15 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         self.moe_lora_B = Factors()
         self.moe_lora_scaling = Factors()
         self.moe_lora_router = nn.ModuleDict()
+        self.moe_lora_dropout = nn.ModuleDict()
+        self.in_features: int | None
+        self.out_features: int | None
+        self.in_features, self.out_features = features(base_layer) or (None, None)
+        self.cast_input_dtype_enabled = True
         self.sites: dict[str, Site] = {}
         self.gates: dict[str, Gate] = {}
         self.eval_gates: dict[str, Gate] = {}
         self.scaling: dict[str, float] = {}
-        self.dropout: dict[str, float] = {}
         self.backends: dict[str, Any] = {}
         self.blocks: dict[str, FeedForward] = {}
         self.merging: set[str] = set()
@@ -131,7 +135,7 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         self.name = site.name
         self.sites[adapter] = site
         self.scaling[adapter] = settings.scaling
-        self.dropout[adapter] = settings.dropout
+        self.moe_lora_dropout[adapter] = nn.Dropout(settings.dropout).train(self.training)
         self.backends[adapter] = settings.backend
         self.cross = reads_the_encoder(site.name)
         self._move_adapter_to_device_of_base_layer(adapter)
@@ -222,7 +226,7 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
             return False
         if not router.reads_by_projection or router._forward_pre_hooks or router._forward_hooks:
             return False
-        if self.training and self.dropout[adapter] > 0:
+        if self._drops(adapter):
             return False
         B, backend = self.moe_lora_B[adapter], self.backends[adapter]
         if B.dtype != z.dtype:
@@ -247,8 +251,12 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         return self._drop(adapter, z.reshape(-1, z.shape[-1])), A.to(dtype), B.to(dtype)
 
     def _drop(self, adapter: str, z: Tensor) -> Tensor:
-        p = self.dropout[adapter]
-        return nn.functional.dropout(z, p) if self.training and p > 0 else z
+        return cast(Tensor, self.moe_lora_dropout[adapter](z)) if self._drops(adapter) else z
+
+    def _drops(self, adapter: str) -> bool:
+        """Whether dropout does anything: its number is the module's, which trainers set to 0."""
+        module: Any = self.moe_lora_dropout[adapter]
+        return bool(module.training and module.p > 0)
 
     def router(self, adapter: str) -> Router | None:
         """The adapter's router in this layer; None where it is not there, or is plain LoRA here."""

@@ -158,7 +158,8 @@ def weigh_and_expand(
     """
     if base is not None and base.dtype == z.dtype == B.dtype and not torch.is_autocast_enabled(z.device.type):
         weights = weights if weights.dtype == z.dtype else weights.to(z.dtype)
-        return cast(Tensor, _WeighAndExpand.apply(z, weights, B, base, scaling))
+        flat = _WeighAndExpand.apply(z, weights, B, base.reshape(len(z), base.shape[-1]), scaling)
+        return cast(Tensor, flat).view(base.shape)  # a view made within a function may not be worked on in place
     z = _weigh(z, (weights * scaling).to(z.dtype), len(B))
     if base is None:
         return z @ B
@@ -194,7 +195,7 @@ class _WeighAndExpand(torch.autograd.Function):
         ctx.save_for_backward(z, weights, B)
         ctx.scaling = scaling
         low = _weigh(z, weights, len(B))
-        return torch.addmm(base.reshape(len(z), base.shape[-1]), low, B, alpha=scaling).view(base.shape)
+        return torch.addmm(base, low, B, alpha=scaling)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

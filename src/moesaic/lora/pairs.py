@@ -49,9 +49,9 @@ class Pairs:
     def of(cls, weights: Tensor, top_k: int | None) -> tuple[Pairs, Tensor]:
         """Pairs of the non-zero weights (N, E), and those weights (N, k); `top_k` is k where it is always that."""
         num_experts = weights.shape[-1]
-        k = top_k or max(1, int((weights > 0).sum(dim=-1).max()))
+        k = top_k or max(1, int((~(weights <= 0)).sum(dim=-1).max()))
         top, chosen = weights.topk(k, dim=-1)
-        keep = None if top_k else top > 0
+        keep = None if top_k else ~(top <= 0)  # what is no number is kept: it shows in the loss
         expert = (chosen if keep is None else chosen.masked_fill(~keep, num_experts)).flatten()
         order = expert.argsort(stable=True)
         slots = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device)).view(-1, k)

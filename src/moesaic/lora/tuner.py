@@ -90,7 +90,8 @@ class MixtureModel(BaseTuner):
 
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
-        return check_target_module_exists(peft_config, key) or targets.is_plain_lora(peft_config, key)
+        found = check_target_module_exists(peft_config, key)  # false may be of its own kind: excluded
+        return found or targets.is_plain_lora(peft_config, key) or found
 
     def _create_and_replace(
         self,
