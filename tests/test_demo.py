@@ -62,14 +62,21 @@ def test_both_acts_end_in_figures_and_words(
     )
     assert "overhead" not in said, "one run each says nothing of speed"
 
-    adapter = out / "adapters" / "max" / "adapter" / "adapter_model.safetensors"
-    before = adapter.stat().st_mtime_ns
-    (out / "adapters" / "results.json").unlink()  # as an interruption leaves it
-    assert main(["demo", f"out={out}", *SMALL, "act=adapters"]) == 0
+    files = [out / "adapters" / "results.json", out / "mixture" / "lora" / "adapter" / "adapter_model.safetensors"]
+    before = [file.stat().st_mtime_ns for file in files]
+    (out / "results.json").unlink()  # as an interruption in act two leaves it
+    (out / "mixture" / "results.json").unlink()
+    assert main(["demo", f"out={out}", *SMALL]) == 0
     assert "going on from what is there" in caplog.text
-    assert adapter.stat().st_mtime_ns == before, "what is trained is kept"
-    assert (out / "mixture" / "results.json").is_file(), "the other act is left alone"
-    assert json.loads((out / "results.json").read_text())["adapters"]["scores"] == one["scores"]
+    assert [file.stat().st_mtime_ns for file in files] == before, "what is done and trained is kept"
+    assert "act two" in capsys.readouterr().out
+    again = json.loads((out / "results.json").read_text())
+    assert again["mixture"]["scores"] == two["scores"]
+
+    assert main(["demo", f"out={out}", *SMALL, "seed=1"]) == 2
+    assert "holds a demo with seed=0, now 1: set it back, or overwrite=true" in capsys.readouterr().err
+    assert main(["demo", f"out={out}", *SMALL, "act=mixture"]) == 0
+    assert json.loads((out / "results.json").read_text())["adapters"] == one, "the other act is left alone"
 
 
 def test_an_interrupted_act_keeps_what_is_trained(tmp_path: Path) -> None:
@@ -97,6 +104,7 @@ def test_an_interrupted_act_keeps_what_is_trained(tmp_path: Path) -> None:
         (["act=adaptors"], "did you mean 'adapters'"),
         (["adapter_steps=0"], "adapter_steps=0 must be at least 1"),
         (["lr=nan"], "lr=nan must be a finite number"),
+        (["train_per_task=200000"], "at most 200000"),
         (["prompt=x"], "prompt is a setting of `moesaic inspect`"),
     ],
 )
@@ -109,10 +117,13 @@ def test_what_cannot_be_is_told_before_anything_is_made(
 
 
 def test_a_folder_that_is_no_demos_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "thesis.tex").write_text("mine")
-    assert main(["demo", f"out={tmp_path}"]) == 2
-    assert "holds files that are not a demo's" in capsys.readouterr().err
-    assert (tmp_path / "thesis.tex").read_text() == "mine"
+    for name, content in (("thesis.tex", "mine"), ("settings.json", "{}"), ("demo.json", '{"a": 1}')):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_text(content)
+        assert main(["demo", f"out={folder}"]) == 2
+        assert "holds files that are not a demo's" in capsys.readouterr().err
+        assert (folder / name).read_text() == content
 
 
 def test_verdicts_say_what_came_out() -> None:
@@ -126,6 +137,7 @@ def test_verdicts_say_what_came_out() -> None:
     )
     assert act_one(0.8, 0.5).endswith("Merging was better here.")
     assert act_one(0.51, 0.5).endswith("Routing and merging are level here.")
+    assert act_one(0.1, 0.1).endswith("Routing and merging are level here.")
     assert "are level (+0.1 points" in verdict_of_mixture({"base": 0, "lora": 0.9, "hotmoe": 0.901}, 900)
     assert "10.0 points below" in verdict_of_mixture({"base": 0, "lora": 0.9, "hotmoe": 0.8}, 900)
     assert "did not learn" in verdict_of_mixture({"base": 0, "lora": 0.9, "hotmoe": 0.05}, 900)

@@ -94,8 +94,25 @@ def test_layers_average_their_modules() -> None:
         record([[1.0, 0.0]], name="x", layer=0),
         record([[0.0, 1.0]], name="y", layer=0),
         record([[1.0, 0.0]], name="z", layer=1),
+        names=["known", "by name"],
     )
     assert {layer: row.tolist() for layer, row in trace.by_layer().items()} == {0: [0.5, 0.5], 1: [1.0, 0.0]}
+
+
+def test_experts_that_only_share_a_number_are_aligned_before_they_are_averaged() -> None:
+    """Modules that tell two tasks apart perfectly, each with other numbers: an average over numbers shows nothing."""
+    trace = traced(
+        record([[[1.0, 0, 0]], [[0, 1.0, 0]]], name="x", layer=0, tasks=[0, 1]),
+        record([[[0, 0, 1.0]], [[1.0, 0, 0]]], name="y", layer=0, tasks=[0, 1]),
+        record([[[0, 1.0, 0]], [[0, 0, 1.0]]], name="z", layer=1, tasks=[0, 1]),
+    )
+    apart = {0: [1.0, 0.0, 0.0], 1: [0.0, 1.0, 0.0]}
+    assert {task: row.tolist() for task, row in trace.by_task().items()} == apart
+    rows = {n: {t: row.tolist() for t, row in tasks.items()} for n, tasks in trace.by_layer_and_task().items()}
+    assert rows == {0: apart, 1: apart}
+    assert trace.by_layer()[0].tolist() == [0.5, 0.5, 0.0]
+    assert trace.mutual_information() == pytest.approx(1.0, abs=1e-6)
+    assert all(sorted(order.tolist()) == [0, 1, 2] for order in trace.aligned().values())
 
 
 def naive(records: list[Record]) -> dict[str, Any]:
@@ -165,7 +182,7 @@ def drawn(layers: int, experts: list[int], *, seed: int, dtype: torch.dtype = to
 @pytest.mark.parametrize("experts", [[4], [2, 4, 6]])
 def test_every_figure_equals_a_plain_loop_over_tokens(experts: list[int]) -> None:
     forwards = [drawn(3, experts, seed=seed) for seed in range(3)]
-    trace = RoutingTrace()
+    trace = RoutingTrace(names=["named: as they are"])
     for records in forwards:
         trace.update(records)
     expected, found = naive([r for records in forwards for r in records]), trace.to_dict()

@@ -3,11 +3,9 @@
 import json
 import math
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from moesaic.compare.folder import check_folder, check_same, claimed, command, p
 from moesaic.compare.settings import CompareSettings, load
 from moesaic.compare.show import Report, progress, show_plan
 from moesaic.errors import path_of
+from moesaic.runs.process import termination_interrupts
 
 
 def run(arguments: Sequence[str], *, dry_run: bool = False, as_json: bool = False) -> int:
@@ -43,7 +42,7 @@ def run(arguments: Sequence[str], *, dry_run: bool = False, as_json: bool = Fals
     if dry_run:
         show_plan(planned, as_json)
         return 0
-    with claimed(out, planned), _termination_interrupts():
+    with claimed(out, planned), termination_interrupts():
         ended, trials = _run(planned, out)
         summary = comparison.summarise(
             ended, baseline=settings.baseline, split=settings.split, settings=_described(planned, out, trials)
@@ -159,23 +158,6 @@ def _outcomes(jobs: Sequence[Job], what: str, settings: CompareSettings, report:
         done = sum(cells.state(job).status == "done" for job in jobs)
         raise KeyboardInterrupt(f"stopped with {done} of {len(jobs)} {what} done; the same command goes on") from None
     return [found[job.name] for job in jobs]
-
-
-@contextmanager
-def _termination_interrupts() -> Iterator[None]:
-    """SIGTERM does what Ctrl-C does."""
-
-    def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _described(planned: Plan, out: Path, trials: Trials) -> dict[str, Any]:

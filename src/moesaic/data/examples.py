@@ -112,7 +112,7 @@ def parse(row: Any, where: str, *, of: str | None = None) -> Example:
     """
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected an object like {{'task': …, 'prompt': …}}, got {type(row).__name__}")
-    task = of if of is not None and "task" not in row else _text(row, "task", where)
+    task = _encodable(of, "task", where) if of is not None and "task" not in row else _text(row, "task", where)
     if not task.strip():
         raise DataError(f"{where}: 'task' is empty")
     if row.get("messages") is not None:

@@ -25,6 +25,8 @@ def register_with_peft(*rooms: str) -> None:
     Args:
         rooms: packages, each module of which may define a method.
     """
+    for other in [f for f in sys.meta_path if type(f).__qualname__ == "_Finder" and type(f).__module__ == __name__]:
+        sys.meta_path.remove(other)  # of an import before this one: two would ask each other for ever
     finder = _Finder(rooms)
     sys.meta_path.insert(0, finder)
     if "peft" in sys.modules:

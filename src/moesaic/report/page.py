@@ -188,7 +188,8 @@ def _utilisation(summary: dict[str, Any]) -> Figure | None:
     if not made:
         return None
     caption = (
-        "Share of the weight that each expert got, averaged over a layer's modules, "
-        f"seed {', '.join(map(str, sorted(seeds)))}. Rows that look alike mean that tasks are not told apart."
+        "Share of the weight that each expert got, averaged over a layer's modules, whose experts were aligned by the "
+        f"tasks that they answer; seed {', '.join(map(str, sorted(seeds)))}. Rows that look alike mean that tasks are "
+        "not told apart."
     )
     return Figure("Who does what", made, caption)

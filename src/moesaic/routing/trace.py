@@ -121,19 +121,41 @@ class RoutingTrace:
         return {name: module.utilisation for name, module in self.modules.items()}
 
     def by_layer(self) -> dict[int, Tensor]:
-        return _average((self.layer_of[name], module.utilisation) for name, module in self.modules.items())
+        """Mean utilisation of a layer's modules, their experts aligned (see `aligned`)."""
+        order = self.aligned()
+        return _average((self.layer_of[name], m.utilisation[order[name]]) for name, m in self.modules.items())
 
     def by_task(self) -> dict[int, Tensor]:
-        return _average((task, shares(w)) for m in self.modules.values() for task, w in m.by_task.items())
+        """The same of each task, over all modules."""
+        order = self.aligned()
+        return _average((t, shares(w)[order[n]]) for n, m in self.modules.items() for t, w in m.by_task.items())
 
     def by_layer_and_task(self) -> dict[int, dict[int, Tensor]]:
-        layers: dict[int, list[ModuleTrace]] = {}
-        for name, module in self.modules.items():
-            layers.setdefault(self.layer_of[name], []).append(module)
+        """The same of each task in each layer."""
+        order, layers = self.aligned(), dict[int, list[str]]()
+        for name in self.modules:
+            layers.setdefault(self.layer_of[name], []).append(name)
         return {
-            layer: _average((task, shares(w)) for module in modules for task, w in module.by_task.items())
-            for layer, modules in sorted(layers.items())
+            layer: _average((t, shares(w)[order[n]]) for n in names for t, w in self.modules[n].by_task.items())
+            for layer, names in sorted(layers.items())
         }
+
+    def aligned(self) -> dict[str, Tensor]:
+        """For each module, its experts (E,) in the order in which they can be averaged with other modules'.
+
+        Experts that have names are the same in all modules. Others only share a number: each module has a router of
+        its own, and an average over numbers would hide what every one of them does. So they are paired, from the first
+        module on, by how alike the tasks are that they answer.
+        """
+        found, seen = {}, dict[int, Tensor]()
+        tasks = sorted({task for module in self.modules.values() for task in module.by_task})
+        for name, module in self.modules.items():
+            num = len(module.weight)
+            rows = [shares(module.by_task[t]) if t in module.by_task else torch.zeros(num) for t in tasks]
+            profile = torch.stack([*(row.double().cpu() for row in rows), module.utilisation.double().cpu()])
+            order = torch.arange(num) if self.names or num not in seen else _paired(seen[num], profile)
+            found[name], seen[num] = order, seen.get(num, 0) + profile[:, order]
+        return found
 
     def entropy(self) -> float | None:
         """None before any token was routed."""
@@ -190,6 +212,16 @@ class RoutingTrace:
             "by_task": _plain(self.by_task()),
             "by_layer_and_task": {str(layer): _plain(tasks) for layer, tasks in self.by_layer_and_task().items()},
         }
+
+
+def _paired(wanted: Tensor, profile: Tensor) -> Tensor:
+    """The columns of `profile` (R, E) in the order of those of `wanted` that they are most alike, the likest first."""
+    alike, order = wanted.t() @ profile, torch.zeros(profile.shape[1], dtype=torch.long)
+    for _ in range(len(order)):
+        to, of = divmod(int(alike.argmax()), len(order))
+        order[to] = of
+        alike[to], alike[:, of] = -torch.inf, -torch.inf
+    return order
 
 
 def _neighbours(layer_of: dict[str, int]) -> Iterator[tuple[str, str]]:

@@ -2,9 +2,13 @@
 
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from moesaic.errors import MoesaicError, first_line
 
@@ -23,6 +27,23 @@ def exit_code(command: Callable[[], int | None], *, verbose: bool = False) -> in
         return 0
     except OSError as error:
         return _told(first_line(error), 2)
+
+
+@contextmanager
+def termination_interrupts() -> Iterator[None]:
+    """SIGTERM does what Ctrl-C does."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _told(message: str, code: int) -> int:

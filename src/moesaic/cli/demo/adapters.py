@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,7 +65,7 @@ def play(folder: Path, data: Path, settings: DemoSettings, console: Console, poo
             said[task][arm] = text
     best = max(MERGES, key=lambda arm: mean(scores[arm]))
     answered = _who_answered(folder / "glider", list(shown.values()))
-    result = {
+    return {
         "trainable_parameters": size,
         "test_lists": len(rows),
         "scores": scores,
@@ -74,8 +75,6 @@ def play(folder: Path, data: Path, settings: DemoSettings, console: Console, poo
             for task in tasks
         ],
     }
-    _show(console, result)
-    return result
 
 
 def _compose(methods: Sequence[str], folder: Path, data: Path, tasks: Sequence[str], settings: DemoSettings) -> None:
@@ -83,7 +82,7 @@ def _compose(methods: Sequence[str], folder: Path, data: Path, tasks: Sequence[s
     from moesaic.cli.compose import run_compose
 
     adapters = {task: str(folder / task) for task in tasks}
-    listed = "adapters={" + ", ".join(f"{task}: '{path}'" for task, path in adapters.items()) + "}"
+    listed = f"adapters={json.dumps(adapters)}"
     for method in methods:
         if method == "gates":
             adapter = {"adapters": adapters}
@@ -147,7 +146,7 @@ def _who_answered(folder: Path, rows: Sequence[Example]) -> dict[str, dict[str, 
     return found
 
 
-def _show(console: Console, result: dict[str, Any]) -> None:
+def show(console: Console, result: dict[str, Any]) -> None:
     from rich.table import Table
 
     scores, best = result["scores"], result["best_merge"]

@@ -31,9 +31,7 @@ def play(folder: Path, data: Path, settings: DemoSettings, console: Console, poo
         runs[recipe.method] = {key: found[key] for key in ("trainable_parameters", "final_loss")}
         console.print(f"  {recipe.method}: {found['trainable_parameters']:,} parameters")
     console.print("asking base, LoRA and HotMoE")
-    result = {"runs": runs, **_ask(folder, data)}
-    _show(console, result)
-    return result
+    return {"runs": runs, **_ask(folder, data)}
 
 
 def _recipes(folder: Path, data: Path, settings: DemoSettings) -> dict[str, Any]:
@@ -113,7 +111,7 @@ def _routing(prepared: Prepared, rows: list[Example]) -> dict[str, Any]:
     return found
 
 
-def _show(console: Console, result: dict[str, Any]) -> None:
+def show(console: Console, result: dict[str, Any]) -> None:
     from rich.table import Table
 
     scores, routing = result["scores"], result["routing"]

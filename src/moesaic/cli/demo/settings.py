@@ -15,6 +15,7 @@ class DemoSettings:
 
     act: str = field(default="both", metadata={"help": "adapters, mixture or both"})
     out: str = field(default="runs/demo", metadata={"help": "folder; a demo there is gone on with, or done anew"})
+    overwrite: bool = field(default=False, metadata={"help": "replace a demo with other settings that is there"})
     adapter_steps: int = field(default=200, metadata={"help": "act one: optimizer steps of each adapter"})
     steps: int = field(default=400, metadata={"help": "act two: optimizer steps of each run"})
     lr: float = field(default=1e-2, metadata={"help": "peak learning rate of all"})
@@ -30,6 +31,8 @@ class DemoSettings:
         """Raise ConfigError for a value that cannot be."""
         from moesaic.runs.recipe import Recipe, check
 
+        if not self.out.strip() or self.out.encode(errors="ignore").decode() != self.out:
+            raise ConfigError("out must name a folder, in UTF-8")
         if self.act not in (*ACTS, "both"):
             raise ConfigError(f"act={self.act}; {suggest(self.act, (*ACTS, 'both'))}")
         for name in ("train_per_task", "test_per_task", "adapter_steps"):

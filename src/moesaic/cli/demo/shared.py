@@ -38,7 +38,7 @@ def recipe_of(
         warmup=min(20, steps // 4),
         max_length=64,
         seed=settings.seed,
-        save_every=steps,
+        save_every=50,
         adapter=adapter,
         **more,
     )
@@ -68,4 +68,4 @@ def standard_error(first: float, second: float, rows: int) -> float:
 
 def level(first: float, second: float, rows: int) -> bool:
     """Whether two shares differ by less than two standard errors."""
-    return abs(first - second) < 2 * standard_error(first, second, rows)
+    return abs(first - second) <= 2 * standard_error(first, second, rows)

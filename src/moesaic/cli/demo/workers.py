@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing import get_context
@@ -28,17 +31,37 @@ class Workers:
             while left and self._idle:
                 worker = self._idle.pop()
                 busy[worker] = left.pop(0)
-                worker.send((function, busy[worker], rest))
+                with _alive():
+                    worker.send((function, busy[worker], rest))
             for worker in cast("list[Connection]", wait(list(busy))):
                 item = busy.pop(worker)
-                try:
+                with _alive():
                     result = worker.recv()
-                except EOFError:
-                    raise TrainingError("a process of the demo was ended from outside; try again") from None
                 self._idle.append(worker)
                 if isinstance(result, BaseException):
                     raise result
                 yield item, result
+
+
+@contextmanager
+def _alive() -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, OSError):
+        raise TrainingError("a process of the demo was ended from outside; the same command goes on") from None
+
+
+@contextmanager
+def _shielded() -> Iterator[None]:
+    """Ctrl-C waits: processes that start now must not see it before they are in a session of their own."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
@@ -47,9 +70,10 @@ def workers(number: int = 2) -> Iterator[Workers]:
     context = get_context("spawn")
     pipes = [context.Pipe() for _ in range(min(number, os.cpu_count() or 1))]
     processes = [context.Process(target=_work, args=(theirs,)) for _, theirs in pipes]
-    for process, (_, theirs) in zip(processes, pipes, strict=True):
-        process.start()
-        theirs.close()
+    with _shielded():
+        for process, (_, theirs) in zip(processes, pipes, strict=True):
+            process.start()
+            theirs.close()
     try:
         yield Workers(ours for ours, _ in pipes)
     except BaseException as error:
@@ -68,12 +92,13 @@ def workers(number: int = 2) -> Iterator[Workers]:
 
 def _work(tasks: Connection) -> None:
     """One thread, no signals of the terminal, and an end once there is nobody to send tasks."""
+    if hasattr(os, "setsid"):
+        os.setsid()
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     import torch
 
     from moesaic.runs.process import set_up_stderr
 
-    if hasattr(os, "setsid"):
-        os.setsid()
     torch.set_num_threads(1)
     set_up_stderr(verbose=False)
     while True:
@@ -86,3 +111,10 @@ def _work(tasks: Connection) -> None:
             tasks.send(result)
         except (EOFError, BrokenPipeError, KeyboardInterrupt):
             return
+
+
+def _end_with(parent: int) -> None:
+    """Stop, as if asked to, once the process that began this one has ended."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
