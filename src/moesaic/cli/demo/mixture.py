@@ -124,7 +124,7 @@ def show(console: Console, result: dict[str, Any]) -> None:
     parameters = [result["runs"].get(name, {}).get("trainable_parameters", 0) for name in scores]
     table.add_row("trained parameters", *[f"{number:,}" for number in parameters])
     console.print(table)
-    table = Table(title="what HotMoE's routers did on the test lists")
+    table = Table(title="what HotMoE's routers did on the test lists (numbers of experts aligned)")
     table.add_column("share of weight")
     for expert in range(EXPERTS):
         table.add_column(f"expert {expert}", justify="right")
