@@ -26,6 +26,7 @@ from moesaic.host.checkpointing import bind_frames
 from moesaic.host.fitting import by_row, by_token, checked_ids, checked_scores, checked_targets
 from moesaic.host.frames import Frame, StackView
 from moesaic.host.running import Threads, of_thread
+from moesaic.host.stacks import StackHook, inside
 from moesaic.host.unused import Unused
 from moesaic.routing import AuxiliaryLoss, Record, Records, RoutingContext, Site, pool
 
@@ -88,7 +89,7 @@ class Host:
         self.detach()
         self.unused = Unused(wrapped)
         names = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
-        stack_of = {name: max((s for s in names if _inside(name, s)), key=len, default="") for name in wrapped}
+        stack_of = {name: max((s for s in names if inside(name, s)), key=len, default="") for name in wrapped}
         # always_call closes the frame when the forward raises; the frame opens first and closes last.
         self._handles = [
             model.register_forward_pre_hook(self._open, with_kwargs=True, prepend=True),
@@ -96,7 +97,7 @@ class Host:
         ]
         for name in set(stack_of.values()):
             stack = model.get_submodule(name)
-            hook = _StackHook(self, name)
+            hook = StackHook(self, name)
             self._handles.append(stack.register_forward_pre_hook(hook.enter, with_kwargs=True))
             if stack is not model:
                 self._handles.append(stack.register_forward_hook(hook.leave, always_call=True))
@@ -201,7 +202,7 @@ class Host:
         kwargs = dict(kwargs)
         task_ids, targets, scores = (kwargs.pop(key, None) for key in (TASK_IDS, TARGETS, SCORES))
         arguments = masks.bind(model, args, kwargs)
-        self.frame = self._new_frame(model, arguments, whole=True)
+        self.frame = self.new_frame(model, arguments, whole=True)
         rows = masks.num_rows(kwargs) if self.frame.training else None
         if task_ids is not None:
             self.frame.task_ids = checked_ids(task_ids, TASK_IDS, rows=rows)
@@ -232,7 +233,7 @@ class Host:
         if frame is None or output is None:
             return None
         self.unused.check(frame)
-        self._show_traces(frame)
+        self.show_traces(frame)
         made = masks.cache_of(output) if frame.memory and isinstance(output, Mapping) else None
         if made is not None:  # a cache that the model made within this forward
             self._memory.setdefault(made, dict(frame.memory))
@@ -251,7 +252,7 @@ class Host:
         frame.release()
         return carry(frame, output, aux, external=self.external, warn=self.warn_once)
 
-    def _new_frame(self, module: nn.Module, arguments: Mapping[str, Any], *, whole: bool) -> Frame:
+    def new_frame(self, module: nn.Module, arguments: Mapping[str, Any], *, whole: bool) -> Frame:
         frame = Frame(training=module.training, grad=torch.is_grad_enabled(), task_ids=self.pinned_tasks)
         frame.scores = self.pinned_scores
         if whole:
@@ -282,7 +283,7 @@ class Host:
                 total = loss.weight * value + (0 if total is None else total)
         return total
 
-    def _show_traces(self, frame: Frame) -> None:
+    def show_traces(self, frame: Frame) -> None:
         for trace in self.traces:
             trace.update(list(frame.records.values()))
 
@@ -300,34 +301,6 @@ class Host:
         if not self._warned:
             self._warned = True
             warnings.warn(message, stacklevel=2)
-
-
-class _StackHook:
-    """Reads a stack's masks into the frame. A stack called on its own (T5's encoder in `generate`) opens a frame."""
-
-    def __init__(self, host: Host, name: str) -> None:
-        self.host, self.name = host, name
-
-    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        host, arguments = self.host, masks.bind(module, args, kwargs)
-        if host.frame is None:
-            host.frame = host._new_frame(module, arguments, whole=False)
-            host.frame.stack = self.name
-        own, cross = masks.view_of(arguments, training=host.frame.training or bool(host.traces))
-        host.frame.stacks[self.name] = own
-        host.frame.stacks[f"{self.name}/cross"] = cross
-
-    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        frame = self.host.frame
-        if frame is None or frame.stack != self.name:
-            return
-        self.host.frame = None
-        if output is not None:
-            self.host._show_traces(frame)
-
-
-def _inside(name: str, stack: str) -> bool:
-    return stack == "" or name == stack or name.startswith(f"{stack}.")
 
 
 def find_host(model: nn.Module) -> Host:

@@ -1,0 +1,50 @@
+"""The stacks of a model (T5's encoder and decoder, a vision tower): each has masks of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from torch import nn
+
+from moesaic.host import masks
+from moesaic.host.frames import Frame
+
+
+class Opener(Protocol):
+    """Whoever has the frame of the running forward, and opens one for a stack that is called on its own."""
+
+    frame: Any
+    traces: Any
+
+    def new_frame(self, module: nn.Module, arguments: Mapping[str, Any], *, whole: bool) -> Frame: ...
+
+    def show_traces(self, frame: Frame) -> None: ...
+
+
+def inside(name: str, stack: str) -> bool:
+    return stack == "" or name == stack or name.startswith(f"{stack}.")
+
+
+class StackHook:
+    """Reads a stack's masks into the frame. A stack called on its own (T5's encoder in `generate`) opens a frame."""
+
+    def __init__(self, host: Opener, name: str) -> None:
+        self.host, self.name = host, name
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        host, arguments = self.host, masks.bind(module, args, kwargs)
+        if host.frame is None:
+            host.frame = host.new_frame(module, arguments, whole=False)
+            host.frame.stack = self.name
+        own, cross = masks.view_of(arguments, training=host.frame.training or bool(host.traces))
+        host.frame.stacks[self.name] = own
+        host.frame.stacks[f"{self.name}/cross"] = cross
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        frame = self.host.frame
+        if frame is None or frame.stack != self.name:
+            return
+        self.host.frame = None
+        if output is not None:
+            self.host.show_traces(frame)
