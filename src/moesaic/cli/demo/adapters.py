@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moesaic.cli.demo.shared import TARGETS, level, mean, percent, recipe_of, trained
+from moesaic.cli.demo.shared import TARGETS, answers_of, level, mean, percent, recipe_of, trained
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -102,12 +102,12 @@ def _ask(arm: str, folder: Path, data: Path, tasks: Sequence[str], seed: int) ->
     if arm == "base":
         prepared = load_run(folder / "uniform")
         with prepared.model.disable_adapter():
-            return _answers(prepared, rows)
+            return answers_of(prepared, rows)
     if arm.startswith("merge-"):
-        return _answers(_merged(arm, folder, tasks, seed), rows)
+        return answers_of(_merged(arm, folder, tasks, seed), rows)
     if arm != "own":
-        return _answers(load_run(folder / arm), rows)
-    own = (_answers(load_run(folder / task), [row for row in rows if row.task == task]) for task in tasks)
+        return answers_of(load_run(folder / arm), rows)
+    own = (answers_of(load_run(folder / task), [row for row in rows if row.task == task]) for task in tasks)
     return {task: found for answers in own for task, found in answers.items()}
 
 
@@ -122,15 +122,6 @@ def _merged(how: str, folder: Path, tasks: Sequence[str], seed: int) -> Prepared
     model = with_adapters(loaded.model, {task: folder / task / "adapter" for task in tasks})
     merge(model, how, seed=seed)
     return Prepared(model, loaded, tuple(tasks), None, Recipe(model="nano", max_length=64))
-
-
-def _answers(prepared: Prepared, rows: list[Example]) -> dict[str, tuple[float, str]]:
-    from moesaic.evaluation.answers import answer
-
-    return {
-        task: (sum(row.correct for row in found) / len(found), str(found[0].predicted).strip())
-        for task, found in answer(prepared, rows, batch_size=150).items()
-    }
 
 
 def _who_answered(folder: Path, rows: Sequence[Example]) -> dict[str, dict[str, Any]]:

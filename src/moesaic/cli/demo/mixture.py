@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moesaic.cli.demo.shared import TARGETS, level, mean, percent, recipe_of, standard_error, trained
+from moesaic.cli.demo.shared import TARGETS, answers_of, level, mean, percent, recipe_of, standard_error, trained
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -64,7 +64,6 @@ def _recipes(folder: Path, data: Path, settings: DemoSettings) -> dict[str, Any]
 def _ask(folder: Path, data: Path) -> dict[str, Any]:
     """Exact match by task of base, LoRA and HotMoE; a few answers; the routing of HotMoE on the test lists."""
     from moesaic.data import examples
-    from moesaic.evaluation.answers import answer
     from moesaic.evaluation.run import load_run
 
     rows = examples.load(str(data), "test")
@@ -73,9 +72,9 @@ def _ask(folder: Path, data: Path) -> dict[str, Any]:
     said: dict[str, dict[str, str]] = {task: {} for task in sorted(shown)}
 
     def ask(arm: str, prepared: Prepared) -> None:
-        for task, found in answer(prepared, rows, batch_size=150).items():
-            scores.setdefault(arm, {})[task] = sum(row.correct for row in found) / len(found)
-            said[task][arm] = str(found[0].predicted).strip()
+        for task, (score, text) in answers_of(prepared, rows).items():
+            scores.setdefault(arm, {})[task] = score
+            said[task][arm] = text
 
     for name in ("lora", "hotmoe"):
         prepared = load_run(folder / name)

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moesaic.cli.demo.settings import DemoSettings
+    from moesaic.data.examples import Example
     from moesaic.runs.recipe import Recipe
+    from moesaic.training.prepared import Prepared
 
 TARGETS = ["gate_proj", "up_proj", "down_proj"]
 
@@ -51,6 +53,16 @@ def trained(recipe: Recipe) -> dict[str, Any]:
 
     folder = RunFolder(recipe.run_folder())
     return read_json(folder.results) if folder.finished else train(recipe, progress=False)
+
+
+def answers_of(prepared: Prepared, rows: list[Example]) -> dict[str, tuple[float, str]]:
+    """By task: the share of rows that are right, and what is said to the first."""
+    from moesaic.evaluation.answers import answer
+
+    return {
+        task: (sum(row.correct for row in found) / len(found), str(found[0].predicted).strip())
+        for task, found in answer(prepared, rows, batch_size=150).items()
+    }
 
 
 def mean(scores: dict[str, float]) -> float:
