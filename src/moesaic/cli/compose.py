@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moesaic.cli.show import print_json
 from moesaic.cli.verbs import Section, verb
 from moesaic.data.examples import has_split
 from moesaic.errors import AdapterError, ConfigError, path_of
@@ -143,7 +143,7 @@ def run_compose(arguments: Sequence[str], *, as_json: bool = False) -> None:
         (out.parent / STAGING).rmdir()
     if as_json:
         facts = {"folder": str(out), "method": recipe.method, "model": recipe.model, "experts": rows}
-        print(json.dumps(facts, indent=2, ensure_ascii=False))
+        print_json(facts)
         return
     from rich.console import Console
     from rich.table import Column, Table

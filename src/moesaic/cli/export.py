@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from moesaic.cli.show import print_json
 from moesaic.cli.verbs import Section, verb
 from moesaic.errors import ConfigError, path_of
 from moesaic.runs.folder import check_writable, read_json
@@ -54,7 +54,7 @@ def run_export(folder: str, arguments: Sequence[str], *, as_json: bool = False) 
         errors = collapse(path_of(folder), out, rank=settings.rank)
         facts = {"folder": str(out), "modules": len(errors), "relative_error": errors}
     if as_json:
-        print(json.dumps(facts, indent=2, ensure_ascii=False))
+        print_json(facts)
         return
     if settings.rank is not None:
         lost = facts["relative_error"].values()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import sys
@@ -11,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from moesaic.cli.show import print_json
 from moesaic.cli.verbs import Section, verb
 from moesaic.errors import ConfigError
 
@@ -62,7 +62,7 @@ def run(folder: str, arguments: Sequence[str], *, as_json: bool = False) -> None
         raise ConfigError(f"answer={settings.answer} must be at least 0")
     found = explain(load_run(folder), settings.prompt, task=settings.task, answer=settings.answer)
     if as_json:
-        print(json.dumps(found, indent=2, ensure_ascii=False))
+        print_json(found)
         return
     from rich.console import Console
 

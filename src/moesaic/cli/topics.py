@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moesaic.cli.show import print_json
 from moesaic.cli.verbs import Section, verb
 from moesaic.errors import ConfigError, path_of, suggest
 from moesaic.lora.methods.topics.settings import TopicSettings
@@ -75,7 +75,7 @@ def run(action: str, arguments: list[str], *, as_json: bool = False) -> None:
             "settings": asdict(topics.settings),
             "topics": drawing.rows(topics),
         }
-        print(json.dumps({"file": written, **facts}, indent=2, ensure_ascii=False))
+        print_json({"file": written, **facts})
         return
     from rich.console import Console
 
