@@ -26,7 +26,7 @@ def by_hand(router: SequenceRouter, h: Tensor, context: RoutingContext) -> Tenso
             seen = []
             for s in range(z.shape[1]):
                 real = context.mask is None or bool(context.mask[b, s])
-                if context.prompt is not None and context.prompt[b].any():
+                if context.prompt is not None:
                     real = bool(context.prompt[b, s])
                 same = context.sequences is None or context.sequences[b, s] == context.sequences[b, t]
                 if real and same and (s <= t or not router.causal):
@@ -41,7 +41,11 @@ CONTEXTS: dict[str, dict[str, Any]] = {
     "padded": {"mask": torch.tensor([[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]]).bool()},
     "prompt known": {
         "mask": torch.tensor([[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]]).bool(),
-        "prompt": torch.tensor([[0, 1, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0]]).bool(),
+        "prompt": torch.tensor([[0, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0]]).bool(),
+    },
+    "packed prompts": {
+        "prompt": torch.tensor([[1, 0, 1, 1, 0, 1], [1, 1, 1, 1, 1, 0]]).bool(),
+        "sequences": torch.tensor([[0, 0, 1, 1, 1, 2], [3, 3, 3, 3, 4, 4]]),
     },
     "packed": {"sequences": torch.tensor([[0, 0, 1, 1, 1, 2], [3, 3, 3, 3, 4, 4]])},
 }

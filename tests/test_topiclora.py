@@ -21,6 +21,7 @@ from moesaic.data import examples as data
 from moesaic.data.causal import CausalCollator, question
 from moesaic.errors import ConfigError
 from moesaic.host import TARGETS
+from moesaic.host.masks import given
 from moesaic.lora.methods.topiclora import PrototypeRouter, TopicAlignment, TopicLoRAConfig, divergence
 from moesaic.lora.methods.topics import encoders
 from moesaic.lora.methods.topics.artefact import build
@@ -203,7 +204,7 @@ def test_rows_without_a_prompt_count_all_their_tokens_and_rows_of_padding_none()
     probs = torch.randn(3, 4, 5, dtype=F64).softmax(dim=-1)
     g = torch.randn(3, 5, dtype=F64).softmax(dim=-1)
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]]).bool()
-    prompt = torch.tensor([[1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]).bool()
+    prompt = given(torch.tensor([[1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]).bool(), mask, None, labels=True)
     (value,) = TopicAlignment(1.0).per_router([record(probs, mask=mask, prompt=prompt, targets=g)], None)
     taken = torch.tensor([[1, 0, 0, 0], [1, 1, 1, 1]]).bool()
     torch.testing.assert_close(value[0], naive_alignment(probs[:2], g[:2], taken))

@@ -18,6 +18,7 @@ _HOMES = {
     "trace": "moesaic.host",
     "routing_tasks": "moesaic.host",
     "routing_scores": "moesaic.host",
+    "routing_prompt_length": "moesaic.host",
     "routing_prompts": "moesaic.adapters.prompts",
     "set_training_progress": "moesaic.host",
     "router_aux_loss": "moesaic.host",

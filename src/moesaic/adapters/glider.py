@@ -40,6 +40,8 @@ THRESHOLD = 0.8
 class GliderRouter(GateRouter):
     """Local correlations plus alpha times the prompt's cosines; in training PHATGOOSE's gates."""
 
+    by_prompt = True
+
     def __init__(
         self,
         d_in: int,

@@ -76,7 +76,7 @@ def routing_prompts(model: nn.Module, prompts: Sequence[str]) -> Iterator[None]:
 
 
 def scores_of(context: RoutingContext | None, h: Tensor, num_experts: int) -> Tensor:
-    """The prompt's scores for `h` (rows, tokens, d), shaped (rows, 1, E). Raises ConfigError where there are none."""
+    """The prompt's scores for `h` (rows, tokens, d): (rows, 1, E) or by token. Raises ConfigError without any."""
     if context is None or context.scores is None:
         raise ConfigError(
             "this method routes by the prompt as a whole, which nobody told: run inside "
@@ -84,6 +84,8 @@ def scores_of(context: RoutingContext | None, h: Tensor, num_experts: int) -> Te
         )
     if context.scores.shape[-1] != num_experts:
         raise ConfigError(f"routing_scores has {context.scores.shape[-1]} columns for {num_experts} experts")
+    if context.scores.dim() > 2:
+        return context.scores.to(h)
     return context.scores.to(h).view(len(context.scores), *[1] * (h.dim() - 2), num_experts)
 
 

@@ -21,6 +21,8 @@ from moesaic.routing import Gate, Router, Routing, RoutingContext, Site, TopK
 class ScoreRouter(Router):
     """The prompt's scores, the same for each of its tokens."""
 
+    by_prompt = True
+
     def score(self, h: Tensor, context: RoutingContext | None = None) -> Tensor:
         return scores_of(context, h, self.num_experts).expand(*h.shape[:-1], self.num_experts)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from moesaic.errors import ConfigError
 from moesaic.host.fitting import checked_ids, checked_scores
 from moesaic.host.hooks import find_host
+from moesaic.host.running import Prompt
 from moesaic.routing import RoutingTrace
 
 
@@ -67,6 +68,26 @@ def routing_scores(model: nn.Module, scores: Tensor) -> Iterator[None]:
         yield
     finally:
         host.pinned_scores = previous
+
+
+@contextmanager
+def routing_prompt_length(model: nn.Module, length: int) -> Iterator[None]:
+    """Tell methods that route by the prompt where it ends, in a decoding loop of your own: `generate` knows by itself.
+
+        with moesaic.routing_prompt_length(model, input_ids.shape[1]):
+            ...  # chunks, guesses, no cache: what comes behind `length` tokens is an answer
+
+    Args:
+        length: tokens a row, padding and what is in the cache included.
+    """
+    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+        raise ConfigError(f"routing_prompt_length={length!r} must be a whole number of tokens, at least 1")
+    host = find_host(model)
+    previous, host.told = host.told, Prompt(length)
+    try:
+        yield
+    finally:
+        host.told = previous
 
 
 def set_training_progress(model: nn.Module, progress: float) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from moesaic.routing import Record
+from moesaic.host.memory import Memory
+from moesaic.host.paged import Paged
+from moesaic.routing import Record, TokenSums
 
 
 @dataclass
@@ -18,6 +19,10 @@ class StackView:
     mask: Tensor | None = None
     sequences: Tensor | None = None
     tokens: int | None = None
+    prompt: Tensor | None = None
+    """(batch, tokens), True on the tokens that are given, where the stack's differ from the model's: a decoder's."""
+    cached: bool = False
+    """Whether its tokens are those of the forward's KV cache."""
 
 
 @dataclass
@@ -41,7 +46,13 @@ class Frame:
     targets: Tensor | None = None
     scores: Tensor | None = None
     prompt: Tensor | None = None
-    """(batch, tokens), True on unlabelled tokens; None unless the labels belong to the tokens."""
+    """(batch, tokens), True on tokens that are given: without a label, or known to be no answers; None if all are."""
+    tokens: int | None = None
+    """Tokens a row that the model was called with."""
+    answering: bool = False
+    """Whether all of its tokens are known to be answers."""
+    paged: Paged | None = None
+    """Continuous batching's requests, where they lie flat in one row."""
     stacks: dict[str, StackView] = field(default_factory=dict)
     records: dict[tuple[str, str, int], Record] = field(default_factory=dict)
     """By module, adapter, and how often the module ran before: some models run one several times."""
@@ -49,7 +60,11 @@ class Frame:
     """The last layer input that was pooled, and its sequence means: neighbours share their input."""
     called: set[str] = field(default_factory=set)
     state: dict[Any, Any] = field(default_factory=dict)
-    memory: MutableMapping[Any, Any] = field(default_factory=dict)
+    memory: Memory = field(default_factory=Memory)
+    """What the routers keep on the forward's KV cache."""
+    keeps: bool = False
+    """Whether it does: not in training, where nothing is read again."""
+    sums: TokenSums = field(default_factory=TokenSums)
 
     def release(self) -> None:
         """Let go of what only the forward needed: checkpointing keeps the frame until the backward."""

@@ -10,9 +10,9 @@ from __future__ import annotations
 import logging
 import threading
 import warnings
-import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,15 +20,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moesaic.errors import TrainingError
-from moesaic.host import masks
+from moesaic.host import generation, masks, scores
 from moesaic.host.carrier import Delivery, carry, share_of_step
 from moesaic.host.checkpointing import bind_frames
 from moesaic.host.fitting import by_row, by_token, checked_ids, checked_scores, checked_targets
 from moesaic.host.frames import Frame, StackView
+from moesaic.host.memory import CachedSums, memory_of, remember
+from moesaic.host.paged import Paged, is_paged
 from moesaic.host.running import Threads, of_thread
 from moesaic.host.stacks import StackHook, inside
 from moesaic.host.unused import Unused
-from moesaic.routing import AuxiliaryLoss, Record, Records, RoutingContext, Site, pool
+from moesaic.routing import AuxiliaryLoss, Record, Records, RoutingContext, Site, TokenSums, pool
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +43,6 @@ TARGETS = "routing_targets"
 SCORES = "routing_scores"
 """Name of the batch key with what each sequence's prompt says of the experts (batch, E)."""
 
-Reader = Callable[[Tensor, Tensor | None], Tensor]
-"""Routing scores (batch, E) from a forward's token ids (batch, tokens) and which of them are the prompt's."""
-
 
 class Host:
     """Shared by all mixture layers of one base model. Holds no parameters.
@@ -52,7 +51,9 @@ class Host:
         losses: adapter name -> its auxiliary losses.
         names: adapter name -> what its experts are called, where they have names.
         active: names of the adapters that answer.
+        differing: of these, those that mix by another gate in evaluation than in training.
         readers: adapter name -> what reads its routing scores off the tokens, where they are not given.
+        goes_by_prompt: whether a router of these asks what the prompt is.
         progress: share of the training that is done; None where no trainer tells.
         external: while True, a trainer adds the auxiliary loss itself and the output's loss is left alone.
         threads: what belongs to each thread; what is the current one's are attributes of the host too.
@@ -65,22 +66,25 @@ class Host:
     traces: Any = of_thread("traces")
     pinned_tasks: Any = of_thread("pinned_tasks")
     pinned_scores: Any = of_thread("pinned_scores")
+    told: Any = of_thread("told")
 
     def __init__(self) -> None:
         self.losses: dict[str, list[AuxiliaryLoss]] = {}
-        self.readers: dict[str, Reader] = {}
+        self.readers: dict[str, scores.Reader] = {}
         self.names: dict[str, list[str]] = {}
         self.step_of: Callable[[str], Hashable] | None = None
         self.active: Callable[[], Sequence[str]] = list
+        self.differing: Callable[[], list[str]] = list
+        self.goes_by_prompt: Callable[[], bool] = bool
         self.progress: float | None = None
         self.external = False
         self.threads = Threads()
         self.unused = Unused()
         self._collected: dict[threading.Thread, Tensor] = {}
-        self._warned = False
+        self._warned: set[str] = set()
         self._delivery = Delivery()
         self._handles: list[Any] = []
-        self._memory: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
+        self._untell: Callable[[], None] = _nothing
 
     # -- attaching -----------------------------------------------------------------------------------------------
 
@@ -101,23 +105,21 @@ class Host:
             self._handles.append(stack.register_forward_pre_hook(hook.enter, with_kwargs=True))
             if stack is not model:
                 self._handles.append(stack.register_forward_hook(hook.leave, always_call=True))
+        generation.tell(model, self)
+        self._untell = partial(generation.untell, model)
         return stack_of
 
     def detach(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._untell()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies take the hooks and settings along, not what belongs to a running forward."""
         state = self.__dict__.copy()
         state.update(_collected={})
-        del state["_memory"]
         return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._memory = weakref.WeakKeyDictionary()
 
     # -- what layers call ----------------------------------------------------------------------------------------
 
@@ -127,19 +129,19 @@ class Host:
         if frame is None:
             return RoutingContext(site, task_ids=self.pinned_tasks, scores=self.pinned_scores)
         view = frame.stacks.get(f"{stack}/cross" if cross else stack) or StackView()
-        mask, prompt = by_token(view.mask, h), by_token(frame.prompt, h)
         return RoutingContext(
             site,
-            mask=mask,
+            mask=by_token(view.mask, h),
             sequences=by_token(view.sequences, h),
-            prompt=prompt if prompt is None or mask is None else prompt & mask,
+            prompt=by_token(view.prompt, h),
             task_ids=by_row(frame.task_ids, h, view.tokens, TASK_IDS),
             targets=by_row(frame.targets, h, view.tokens, TARGETS),
-            scores=by_row(frame.scores, h, view.tokens, SCORES),
+            scores=frame.scores if frame.paged else by_row(frame.scores, h, view.tokens, SCORES),
             progress=1.0 if self.progress is None else self.progress,
             state=frame.state,
             whole=frame.complete,
             memory=frame.memory,
+            sums=frame.sums if view.cached else TokenSums(),
         )
 
     @property
@@ -200,7 +202,7 @@ class Host:
 
     def _open(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kwargs = dict(kwargs)
-        task_ids, targets, scores = (kwargs.pop(key, None) for key in (TASK_IDS, TARGETS, SCORES))
+        task_ids, targets, given = (kwargs.pop(key, None) for key in (TASK_IDS, TARGETS, SCORES))
         arguments = masks.bind(model, args, kwargs)
         self.frame = self.new_frame(model, arguments, whole=True)
         rows = masks.num_rows(kwargs) if self.frame.training else None
@@ -208,25 +210,13 @@ class Host:
             self.frame.task_ids = checked_ids(task_ids, TASK_IDS, rows=rows)
         if targets is not None:
             self.frame.targets = checked_targets(targets, TARGETS, rows=rows)
-        if scores is not None:
-            self.frame.scores = checked_scores(scores, SCORES)
-        self._keep_scores(self.frame, arguments)
+        if given is not None:
+            self.frame.scores = checked_scores(given, SCORES)
+        reader = next((self.readers[name] for name in self.active() if name in self.readers), None)
+        scores.find(self.frame, arguments, self.told, reader)
         if self.frame.training and self.frame.grad:
             bind_frames(model, self)
         return args, kwargs
-
-    def _keep_scores(self, frame: Frame, arguments: Mapping[str, Any]) -> None:
-        """Scores are of the prompt: those of the first forward hold for as long as its cache lives."""
-        if frame.scores is None:
-            frame.scores = frame.memory.get(SCORES)
-        ids = arguments.get("input_ids")
-        reader = next((self.readers[name] for name in self.active() if name in self.readers), None)
-        if frame.scores is None and reader and isinstance(ids, Tensor) and not torch.compiler.is_compiling():
-            real = masks.two_d(arguments.get("attention_mask"), masks.num_tokens(arguments))
-            prompt = real if frame.prompt is None else frame.prompt if real is None else frame.prompt & real
-            frame.scores = reader(ids, prompt)
-        if frame.scores is not None:
-            frame.memory[SCORES] = frame.scores
 
     def _close(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         frame, self.frame = self.frame, None
@@ -234,9 +224,9 @@ class Host:
             return None
         self.unused.check(frame)
         self.show_traces(frame)
-        made = masks.cache_of(output) if frame.memory and isinstance(output, Mapping) else None
-        if made is not None:  # a cache that the model made within this forward
-            self._memory.setdefault(made, dict(frame.memory))
+        made = masks.cache_of(output) if frame.keeps and isinstance(output, Mapping) else None
+        if made is not None:  # perhaps a cache that the model made within this forward
+            remember(made, frame.memory)
         aux = self.auxiliary_loss(frame) if frame.training and frame.grad else None
         if aux is None:
             frame.release()
@@ -258,14 +248,31 @@ class Host:
         if whole:
             frame.labelled = arguments.get("labels") is not None
             frame.share = share_of_step(module, arguments)
-            frame.prompt = masks.prompt_of(module, arguments)
             frame.complete = arguments.get("encoder_outputs") is None and masks.past_length(arguments) == 0
-        cache = masks.cache_of(arguments)
-        if cache is not None and not torch.compiler.is_compiling():
-            if masks.past_length(arguments) == 0:  # a cache that is used anew
-                self._memory.pop(cache, None)
-            frame.memory = self._memory.setdefault(cache, {})
+            self._read_prompt(frame, module, arguments)
         return frame
+
+    def _read_prompt(self, frame: Frame, model: nn.Module, arguments: Mapping[str, Any]) -> None:
+        """Which tokens are given, and what is known of those before them."""
+        frame.tokens = masks.num_tokens(arguments)
+        if is_paged(arguments):
+            if self.goes_by_prompt():
+                frame.paged = Paged(arguments)
+                frame.prompt, frame.sums = frame.paged.prompt, frame.paged.sums
+            return
+        frame.prompt = masks.unlabelled(model, arguments)
+        frame.keeps = not torch.compiler.is_compiling() and not (frame.training and frame.grad)
+        if not frame.keeps:
+            return
+        cache, past = masks.cache_of(arguments), masks.past_length(arguments)
+        if cache is not None:
+            frame.memory = memory_of(cache)
+        told = None if self.told is None or masks.is_encoder_decoder(model) else self.told.length
+        count = frame.memory.open(past, frame.tokens, told)
+        frame.sums = CachedSums(frame.memory)
+        frame.answering = frame.tokens is not None and count == 0
+        if frame.prompt is None and not masks.is_encoder_decoder(model):
+            frame.prompt = masks.leading(count, arguments)
 
     def auxiliary_loss(self, frame: Frame) -> Tensor | None:
         """Weighted sum of all active adapters' losses over the frame's records; None when there are none."""
@@ -298,9 +305,13 @@ class Host:
         return torch.stack([aux.to(found[0].device) for aux in found]).mean() if found else None
 
     def warn_once(self, message: str) -> None:
-        if not self._warned:
-            self._warned = True
+        if message not in self._warned:
+            self._warned.add(message)
             warnings.warn(message, stacklevel=2)
+
+
+def _nothing() -> None:
+    """Before there is a model to leave."""
 
 
 def find_host(model: nn.Module) -> Host:

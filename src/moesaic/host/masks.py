@@ -1,14 +1,17 @@
 """Reading a stack's arguments: which tokens are real, and where packed sequences begin.
 
-Masks arrive in five shapes, by attention backend, cache and architecture:
+Masks arrive in five kinds, by attention backend, cache and architecture:
 
 | what | shape | read as |
 | --- | --- | --- |
 | none | | every token is real |
 | padding mask | (B, past + T) | its last T columns |
-| prepared mask | (B, 1, T, keys), bool or additive | the last query's row, the columns of the current tokens |
+| prepared mask | (B, 1, T, keys), bool or additive | a token is real that may see itself |
+| block mask | of flex attention | likewise |
 | mapping | {"full_attention": one of these, ...} | the full-attention entry, else the first |
-| flattened batch | position_ids restarting at 0 | no padding; a sequence begins at each 0 |
+
+Sequences that share a row begin where `position_ids` restart (without a mask), where `seq_idx` changes, or, by a
+prepared mask, at a token that may not see the one before it.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from moesaic.host.frames import StackView
 
@@ -39,8 +43,11 @@ def bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ma
     return {**dict(zip(names[1:], args, strict=False)), **kwargs}
 
 
+_TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
+
+
 def num_tokens(arguments: Mapping[str, Any]) -> int | None:
-    for name in ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds"):
+    for name in _TOKENS:
         value = arguments.get(name)
         if isinstance(value, Tensor):
             return value.shape[1] if value.dim() > 1 else None
@@ -60,8 +67,8 @@ def cache_of(arguments: Mapping[str, Any]) -> Any | None:
     return None
 
 
-def past_length(arguments: Mapping[str, Any]) -> int:
-    """Tokens already in the cache."""
+def past_length(arguments: Mapping[str, Any]) -> int | None:
+    """Tokens already in the cache; None for some, in a cache that does not count them."""
     held = cache_of(arguments)
     if held is None:
         return 0
@@ -70,59 +77,118 @@ def past_length(arguments: Mapping[str, Any]) -> int:
             return int(held.get_seq_length())
         except (ValueError, TypeError, NotImplementedError):  # caches without attention layers
             pass
-    return int(bool(getattr(held, "has_previous_state", False)))
+    begun = getattr(held, "has_previous_state", False)
+    return None if (begun() if callable(begun) else begun) else 0
 
 
 def two_d(mask: Any, tokens: int | None, past: int = 0) -> Tensor | None:
     """Any mask as bool (B, tokens), True where a token is real; None when there is none or it cannot be told."""
+    found = _allowed(mask, tokens, past, 0)
+    if found is not None or tokens is None or not isinstance(mask, Tensor) or mask.dim() != 2:
+        return found
+    return mask[:, -tokens:].bool() if mask.shape[1] >= tokens else None
+
+
+def _allowed(mask: Any, tokens: int | None, past: int, back: int) -> Tensor | None:
+    """Whether each token may see the one `back` places before it, or itself (B, tokens - back), by a prepared mask."""
     if isinstance(mask, Mapping):
         mask = mask.get("full_attention", next(iter(mask.values()), None))
-    if not isinstance(mask, Tensor) or tokens is None:
+    if tokens is None:
         return None
-    if mask.dim() == 2:
-        return mask[:, -tokens:].bool() if mask.shape[1] >= tokens else None
-    if mask.dim() != 4:
+    if isinstance(mask, BlockMask):
+        rows, at = torch.arange(mask.shape[0])[:, None], torch.arange(back, tokens)
+        found: Tensor = mask.mask_mod(*(i.to(mask.kv_indices.device) for i in (rows, rows * 0, at, past + at - back)))
+        return found.expand(len(rows), len(at))
+    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[-1] < tokens:
         return None
-    keys = mask[:, 0, -1]
-    keys = keys if keys.dtype == torch.bool else keys > torch.finfo(keys.dtype).min / 2
-    if keys.shape[1] < tokens:
-        return None
-    return keys[:, past : past + tokens] if keys.shape[1] > past + tokens else keys[:, -tokens:]
+    column = min(past, mask.shape[-1] - tokens)
+    seen = mask[:, 0, -tokens:].diagonal(column - back, dim1=-2, dim2=-1)[:, : tokens - back]
+    return seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 2
 
 
-def prompt_of(model: nn.Module, arguments: Mapping[str, Any]) -> Tensor | None:
+def is_encoder_decoder(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def unlabelled(model: nn.Module, arguments: Mapping[str, Any]) -> Tensor | None:
     """True on the tokens without a label (batch, tokens); None unless labels and input have the same tokens."""
     ids, labels = arguments.get("input_ids"), arguments.get("labels")
     if not isinstance(ids, Tensor) or not isinstance(labels, Tensor) or labels.shape != ids.shape:
         return None
-    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return None if encoder_decoder else labels == -100
+    return None if is_encoder_decoder(model) else labels == -100
 
 
-def packed_sequences(arguments: Mapping[str, Any]) -> Tensor | None:
+def leading(count: int, arguments: Mapping[str, Any]) -> Tensor | None:
+    """True on the first `count` tokens of each row (batch, tokens); None where that is all, or no tokens are seen."""
+    value = next((arguments[name] for name in _TOKENS if isinstance(arguments.get(name), Tensor)), None)
+    if value is None or value.dim() < 2 or count >= value.shape[1]:
+        return None
+    return (torch.arange(value.shape[1], device=value.device) < count).expand(value.shape[:2])
+
+
+def given(prompt: Tensor | None, mask: Tensor | None, sequences: Tensor | None, *, labels: bool) -> Tensor | None:
+    """The real tokens that were given. By `labels`: where every token of a sequence has one, all are."""
+    if prompt is None:
+        return None
+    found = prompt if mask is None else prompt & mask
+    if not labels:
+        return found
+    some = found.any(dim=-1, keepdim=True)
+    if sequences is not None:
+        counts = torch.zeros(found.numel(), dtype=torch.int, device=found.device)
+        some = counts.index_add(0, sequences.flatten(), found.flatten().int()).bool()[sequences]
+    return torch.where(some, found, torch.ones_like(found) if mask is None else mask)
+
+
+def packed_sequences(arguments: Mapping[str, Any], *, training: bool) -> Tensor | None:
     """Index of the sequence each token belongs to, when several share a row; None otherwise.
 
-    Rows packed without restarting positions ("wrapped" packing) have no boundaries to find.
+    Rows packed without restarting positions or a mask that tells ("wrapped" packing) have no boundaries to find. One
+    sequence a row is None, save where it would take a look at the values in training.
     """
+    mask, positions, tokens = arguments.get("attention_mask"), arguments.get("position_ids"), num_tokens(arguments)
+    prepared = mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2)
     if isinstance(arguments.get("seq_idx"), Tensor):
-        seq_idx = arguments["seq_idx"]
+        seq_idx: Tensor = arguments["seq_idx"]
         starts = torch.ones_like(seq_idx, dtype=torch.bool)
         starts[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
-    else:
-        positions = arguments.get("position_ids")
-        if not isinstance(positions, Tensor) or positions.dim() != 2 or arguments.get("attention_mask") is not None:
+    elif prepared and tokens is not None and tokens > 1:
+        past = past_length(arguments) or 0
+        real, apart = two_d(mask, tokens, past), _allowed(mask, tokens, past, 1)
+        if real is None or apart is None:
             return None
+        starts = torch.ones_like(real)
+        starts[:, 1:] = real[:, 1:] & real[:, :-1] & ~apart
+    elif isinstance(positions, Tensor) and positions.dim() == 2 and mask is None and (training or tokens != 1):
         starts = positions == 0
         starts[:, :1] = True
+    else:
+        return None
+    alone = prepared or not training
+    if alone and not torch.compiler.is_compiling() and not bool(starts[:, 1:].any()):
+        return None
     return starts.flatten().cumsum(0).view_as(starts) - 1
 
 
-def view_of(arguments: Mapping[str, Any], *, training: bool) -> tuple[StackView, StackView]:
-    """What a stack was told of its own tokens, and of the encoder's (for cross-attention)."""
-    tokens = num_tokens(arguments)
-    mask = arguments.get("attention_mask")
-    past = past_length(arguments) if (isinstance(mask, Tensor) and mask.dim() == 4) or isinstance(mask, Mapping) else 0
-    own = StackView(two_d(mask, tokens, past), packed_sequences(arguments) if training else None, tokens)
+def view_of(
+    arguments: Mapping[str, Any], *, training: bool, tokens: int | None, prompt: int = 1
+) -> tuple[StackView, StackView]:
+    """What a stack was told of its own tokens, and of the encoder's (for cross-attention).
+
+    Args:
+        tokens: a row of the model's. A stack with as many has its own in the KV cache; or a decoder beside an encoder.
+        prompt: of a decoder's tokens, how many are given.
+    """
+    own, mask = num_tokens(arguments), arguments.get("attention_mask")
     states = arguments.get("encoder_hidden_states")
+    decoder = isinstance(states, Tensor)
+    past = past_length(arguments) or 0
+    real, rows = two_d(mask, own, past), num_rows(arguments)
+    if real is not None and rows is not None and len(real) == 1:
+        real = real.expand(rows, -1)
+    view = StackView(real, packed_sequences(arguments, training=training), own)
+    view.cached = decoder or (own is not None and own == tokens)
+    if decoder:
+        view.prompt = leading(max(prompt - past, 0), arguments)
     length = states.shape[1] if isinstance(states, Tensor) else None
-    return own, StackView(two_d(arguments.get("encoder_attention_mask"), length), tokens=length)
+    return view, StackView(two_d(arguments.get("encoder_attention_mask"), length), tokens=length)

@@ -8,12 +8,24 @@ runs as the one that made the model: one thread at a time.
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from moesaic.host.frames import Frame
 from moesaic.routing import RoutingTrace
+
+
+@dataclass
+class Prompt:
+    """What is being answered: its length in tokens, padding included; its ids and which are real (rows, length)."""
+
+    length: int
+    ids: Tensor | None = None
+    mask: Tensor | None = None
+    scores: Tensor | None = None
+    """What it says of the experts (rows, E), once that was read."""
 
 
 class Running:
@@ -27,6 +39,7 @@ class Running:
         self.traces: list[RoutingTrace] = []
         self.pinned_tasks: Tensor | None = None
         self.pinned_scores: Tensor | None = None
+        self.told: Prompt | None = None
 
     def copied(self) -> Running:
         """What a copy of the model takes along: what was pinned, not what runs."""

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from moesaic.host import masks
-from moesaic.host.frames import Frame
+from moesaic.host.frames import Frame, StackView
 
 
 class Opener(Protocol):
@@ -16,6 +16,7 @@ class Opener(Protocol):
 
     frame: Any
     traces: Any
+    told: Any
 
     def new_frame(self, module: nn.Module, arguments: Mapping[str, Any], *, whole: bool) -> Frame: ...
 
@@ -37,7 +38,17 @@ class StackHook:
         if host.frame is None:
             host.frame = host.new_frame(module, arguments, whole=False)
             host.frame.stack = self.name
-        own, cross = masks.view_of(arguments, training=host.frame.training or bool(host.traces))
+        own, cross = masks.view_of(
+            arguments,
+            training=host.frame.training and host.frame.grad,
+            tokens=host.frame.tokens,
+            prompt=1 if host.told is None else host.told.length,
+        )
+        prompt = host.frame.prompt if own.prompt is None else own.prompt
+        if prompt is not None and prompt.shape[1] == own.tokens:
+            own.prompt = masks.given(prompt, own.mask, own.sequences, labels=host.frame.labelled)
+        if host.frame.paged is not None:
+            own = StackView(None, host.frame.paged.sequences, own.tokens, host.frame.prompt, cached=True)
         host.frame.stacks[self.name] = own
         host.frame.stacks[f"{self.name}/cross"] = cross
 

@@ -22,7 +22,7 @@ from peft import PeftConfig
 from torch import Tensor
 
 from moesaic.errors import ConfigError, UnknownKeyword, first_line
-from moesaic.host.hooks import Reader
+from moesaic.host.scores import Reader
 from moesaic.lora.checks import are_folders, check_kinds, check_names, is_ranks
 from moesaic.lora.kind import Kind
 from moesaic.lora.layer import LayerSettings

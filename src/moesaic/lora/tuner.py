@@ -80,7 +80,8 @@ class MixtureModel(BaseTuner):
         for name, layer in layers.items():
             layer.stack = stack_of[name]
         adapters = Adapters(next(iter(layers.values())))
-        self.host.step_of, self.host.active = adapters.step, adapters.active
+        self.host.step_of, self.host.active, self.host.differing = adapters.step, adapters.active, adapters.differing
+        self.host.goes_by_prompt = adapters.goes_by_prompt
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> PeftConfig:
         every = peft_config.target_modules == "all-linear"
@@ -230,6 +231,16 @@ class Adapters:
     def active(self) -> list[str]:
         """Those that answer."""
         return [] if self.layer.disable_adapters else list(self.layer.active_adapters)
+
+    def differing(self) -> list[str]:
+        """Of these, those that mix by another gate in evaluation than in training."""
+        gates, others = self.layer.gates, self.layer.eval_gates
+        return [name for name in self.active() if name in gates and gates[name] != others[name]]
+
+    def goes_by_prompt(self) -> bool:
+        """Whether a router of these asks what the prompt is."""
+        routers = [self.layer.router(name) for name in self.active()]
+        return any(getattr(part, "by_prompt", False) for r in routers if r is not None for part in r.modules())
 
     def step(self, adapter: str) -> Hashable:
         """The optimizer step's name, so that windows over accumulated micro-batches need no callback from the loop.

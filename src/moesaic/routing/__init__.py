@@ -13,6 +13,7 @@ from moesaic.routing.losses import (
     pool,
 )
 from moesaic.routing.router import LinearRouter, Router, RoutingContext, Site, float_linear
+from moesaic.routing.sums import TokenSums
 from moesaic.routing.trace import RoutingTrace
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Site",
     "Softmax",
     "SwitchBalance",
+    "TokenSums",
     "TopK",
     "TopP",
     "ZLoss",

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moesaic.routing.sums import TokenSums
+
 
 @dataclass(frozen=True)
 class Site:
@@ -43,12 +45,12 @@ class RoutingContext:
     sequences: Tensor | None = None
     """Which sequence of a packed batch a token belongs to, counted over the batch; None: one sequence a row."""
     prompt: Tensor | None = None
-    """True where a token belongs to the prompt: real, and without a label; None if the batch has no labels by token."""
+    """True where a token was given: real, and no answer; all of a sequence that has no such. None if all are."""
     task_ids: Tensor | None = None
     targets: Tensor | None = None
     """What each sequence's routing should be like (batch, E), from a teacher; see `routing_targets`."""
     scores: Tensor | None = None
-    """What each sequence's prompt as a whole says of the experts (batch, E); see `routing_scores`."""
+    """What each sequence's prompt as a whole says of the experts: (batch, E), see `routing_scores`; or by token."""
     progress: float = 1.0
     """Share of the training that is done, for routers and losses that change with it; 1 where nobody tells."""
     state: MutableMapping[Any, Any] = field(default_factory=dict)
@@ -57,6 +59,8 @@ class RoutingContext:
     """Whether that forward is one of the whole model, so that what is made once for all layers is of use to all."""
     memory: MutableMapping[Any, Any] = field(default_factory=dict)
     """Kept for as long as one KV cache lives: scores computed at prefill, read at every decoding step."""
+    sums: TokenSums = field(default_factory=TokenSums)
+    """Sums over a sequence's tokens up to each, those that lie in the KV cache included."""
 
 
 class Router(nn.Module):
@@ -71,6 +75,8 @@ class Router(nn.Module):
     """
 
     shared: ClassVar[tuple[str, ...]] = ()
+    by_prompt: ClassVar[bool] = False
+    """Whether it asks which tokens are the prompt's, or what the prompt says as a whole."""
     reads_by_projection: ClassVar[bool] = False
     """Whether `projection` tells all: set by defining it, and unset by overriding `score` alone further down."""
 

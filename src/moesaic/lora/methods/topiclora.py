@@ -131,8 +131,7 @@ class TopicAlignment(AuxiliaryLoss):
         real = probs.new_ones(rows, tokens) if record.mask is None else record.mask.view(rows, tokens).to(probs.dtype)
         if self.tokens == "all" or record.prompt is None:
             return real
-        prompt = record.prompt.view(rows, tokens).to(probs.dtype)
-        return torch.where(prompt.any(dim=1, keepdim=True), prompt, real)
+        return record.prompt.view(rows, tokens).to(probs.dtype)
 
     def _warn(self) -> None:
         if not self._warned:

@@ -1,0 +1,110 @@
+"""What a KV cache's tokens were to the routers: kept on the cache itself, so that copies of it take it along.
+
+A router that goes by the prompt has read it when decoding begins. It keeps sums over the prompt's tokens: a cache may
+grow by whole prompts, by chunks, by single tokens or by guesses that are taken back, and all come to the same, as long
+as it is known which tokens were given and which are answers.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moesaic.host.fitting import by_row
+from moesaic.routing.sums import TokenSums
+
+_NAME = "_moesaic"
+
+UNKNOWN = (
+    "this KV cache holds tokens that the routers have not read, or lost some of the prompt that they have: routing by "
+    "the prompt now goes by the rest of it. Fill caches with this model and its adapter, from their beginning"
+)
+
+
+class Memory(dict[Any, Any]):
+    """By router, what it keeps; and how much of the cache's tokens that covers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.length = 0
+        """Tokens a row that were read."""
+        self.given = 0
+        """Of these the prompt's: the place behind the last of them."""
+        self.known = True
+        """Whether all of the cache's tokens were read."""
+        self.scores: Tensor | None = None
+        self.ids: list[tuple[Tensor, Tensor | None]] = []
+        """The prompt's token ids so far and which of them are real, where scores are read off them."""
+
+    def open(self, past: int | None, tokens: int | None, prompt: int | None) -> int:
+        """A forward of `tokens` behind `past` in the cache (None: some). Returns how many of its tokens are given.
+
+        `prompt`: the prompt's length, where it is known; else a single token behind others is an answer.
+        """
+        if past == 0:
+            self.forget()
+        if past is None:
+            past = self.length
+        elif past != self.length and not self.given <= past < self.length:
+            self.known = False
+        tokens = tokens or 0
+        given = tokens if prompt is None else min(max(prompt - past, 0), tokens)
+        if prompt is None and past > 0 and tokens == 1:
+            given = 0
+        self.length = past + tokens
+        self.given = past + given if given else self.given
+        return given
+
+    def forget(self) -> None:
+        self.clear()
+        self.__dict__.update(Memory().__dict__)
+
+    def ask(self) -> None:
+        """Warn, once for a cache, if what is asked for cannot be known."""
+        if not self.known:
+            self.known = True
+            warnings.warn(UNKNOWN, stacklevel=2)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Memory:
+        """Copies are of the same routers."""
+        new = Memory()
+        new.__dict__.update(self.__dict__, ids=list(self.ids))
+        new.update({key: value.clone() if isinstance(value, Tensor) else value for key, value in self.items()})
+        return new
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Memory, ()
+
+
+def memory_of(cache: Any) -> Memory:
+    """The memory on `cache`; a new one where it has none."""
+    memory = getattr(cache, _NAME, None)
+    return memory if isinstance(memory, Memory) else remember(cache, Memory())
+
+
+def remember(cache: Any, memory: Memory) -> Memory:
+    """Keep `memory` on a cache that can hold it: tuples cannot."""
+    if hasattr(cache, "__dict__"):
+        setattr(cache, _NAME, memory)
+    return memory
+
+
+class CachedSums(TokenSums):
+    """Sums that go on from those of the tokens that are in the cache already."""
+
+    def __init__(self, memory: Memory) -> None:
+        self.memory = memory
+
+    def __call__(self, router: object, values: Tensor, sequences: Tensor | None = None) -> Tensor:
+        sums = super().__call__(router, values, sequences)
+        if sequences is not None or torch.compiler.is_compiling():
+            return sums
+        self.memory.ask()
+        before = by_row(self.memory.get(router), values, None, "the cache's routing")
+        if before is not None:
+            sums = sums + before
+        self.memory[router] = sums[..., -1:, :].detach().clone()
+        return sums
