@@ -48,29 +48,71 @@ def _require_rows(values: Tensor, key: str, rows: int | None) -> None:
         raise ConfigError(f"{key} has {len(values)} entries for a batch of {rows} rows: give one a row")
 
 
+def in_three(h: Tensor, tokens: int | None) -> Tensor:
+    """An input with more axes than (rows, tokens, d) laid out as that: latent attention reads (rows, 1, tokens, d).
+
+    Axes before that of the tokens count as rows, those behind it as tokens.
+    """
+    return h.flatten(0, -3) if h.shape[-2] == tokens else h.flatten(1, -2)
+
+
 def by_token(values: Tensor | None, h: Tensor) -> Tensor | None:
-    """(B, T) values in the leading shape of `h`: as they are, flattened for (B*T, d), or None if they cannot belong."""
+    """(B, T) values in the leading shape of `h`: as they are, repeated for `in_three`, flattened for (B*T, d), or None.
+
+    None is for what cannot belong.
+    """
     if values is None or values.shape == h.shape[:-1]:
         return values
-    if h.dim() == 2 and h.shape[0] == values.numel():
-        return values.flatten()
+    if h.dim() == 2:
+        return values.flatten() if h.shape[0] == values.numel() else None
+    rows, tokens = h.shape[0] // len(values), h.shape[1] // max(values.shape[1], 1)
+    if h.shape[:-1] == (rows * len(values), values.shape[1]):
+        return values.repeat_interleave(rows, dim=0)
+    if h.shape[:-1] == (len(values), tokens * values.shape[1]):
+        return values.repeat_interleave(tokens, dim=1)
     return None
 
 
-def by_row(values: Tensor | None, h: Tensor, tokens: int | None, key: str) -> Tensor | None:
+def by_row(
+    values: Tensor | None,
+    h: Tensor,
+    tokens: int | None,
+    key: str,
+    *,
+    parts: Tensor | None = None,
+    dealt: bool = False,
+) -> Tensor | None:
     """One entry a row of `h`; a batch that was expanded for beams or several answers repeats its own.
 
-    A 2-D `h` is a batch laid flat if it has whole sequences of `tokens` rows; else it may be anything, such as the
-    tokens that a model's own experts were dealt, and nothing can be said of its rows.
+    A 2-D `h` is a batch laid flat if it has whole sequences of `tokens` rows, or one row a sequence (a pooler); else
+    nothing can be said of its rows.
 
+    Args:
+        parts: how much of what is not text each sequence has (B,), where rows may be images: they are shared out so.
+        dealt: rows may be tokens that a model's own experts were dealt, any number of them.
     Raises:
         ConfigError: the entries do not divide the batch; `key` names them.
     """
     if values is None:
         return None
-    rows = h.shape[0]
-    if h.dim() == 2 and (not tokens or rows % max(len(values) * tokens, 1)):
-        return None
-    if len(values) == 0 or rows % len(values):
-        raise ConfigError(f"{key} has {len(values)} entries for a batch of {rows} rows: give one a row")
-    return values if len(values) == rows else values.repeat_interleave(rows // len(values), dim=0)
+    rows, number = h.shape[0], len(values)
+    flat = h.dim() == 2
+    whole = flat and bool(tokens) and number > 0 and rows % (number * (tokens or 1)) == 0
+    if parts is not None and not whole and (flat or h.shape[-2] != tokens):
+        return shared_out(values, parts, rows, key)
+    if flat and not whole:
+        return values if rows == number and not dealt else None
+    if number == 0 or rows % number:
+        raise ConfigError(f"{key} has {number} entries for a batch of {rows} rows: give one a row")
+    return values if number == rows else values.repeat_interleave(rows // number, dim=0)
+
+
+def shared_out(values: Tensor, parts: Tensor, rows: int, key: str) -> Tensor:
+    """Entries for `rows` images, or patches, of sequences with `parts` (B,) of them each, in their order."""
+    total = int(parts.sum())
+    if total == 0 or len(parts) % len(values) or bool((parts * rows % total).any()):
+        raise ConfigError(
+            f"{key} cannot be told for {rows} rows of images (or audio) of a batch with {parts.tolist()} tokens of "
+            "them a sequence: leave that tower out of target_modules"
+        )
+    return values.repeat_interleave(len(parts) // len(values), dim=0).repeat_interleave(parts * rows // total, dim=0)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moesaic.host.memory import Memory
@@ -23,6 +24,16 @@ class StackView:
     """(batch, tokens), True on the tokens that are given, where the stack's differ from the model's: a decoder's."""
     cached: bool = False
     """Whether its tokens are those of the forward's KV cache."""
+    placed: dict[torch.device, StackView] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> StackView:
+        """The same where a layer lies, once a device: layers on one must share a mask for their losses to stack."""
+        if device not in self.placed:
+            mask, sequences, prompt = (
+                None if values is None else values.to(device) for values in (self.mask, self.sequences, self.prompt)
+            )
+            self.placed[device] = replace(self, mask=mask, sequences=sequences, prompt=prompt, placed={})
+        return self.placed[device]
 
 
 @dataclass
@@ -51,6 +62,8 @@ class Frame:
     """Tokens a row that the model was called with."""
     answering: bool = False
     """Whether all of its tokens are known to be answers."""
+    parts: Tensor | None = None
+    """How many of a sequence's tokens stand for images or sound (batch,), where the model was given some."""
     paged: Paged | None = None
     """Continuous batching's requests, where they lie flat in one row."""
     stacks: dict[str, StackView] = field(default_factory=dict)

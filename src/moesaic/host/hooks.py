@@ -123,20 +123,26 @@ class Host:
 
     # -- what layers call ----------------------------------------------------------------------------------------
 
+    def view(self, stack: str, cross: bool) -> StackView:
+        """What is known of the tokens that run through a stack; of the encoder's where it attends `cross` to them."""
+        found = None if self.frame is None else self.frame.stacks.get(f"{stack}/cross" if cross else stack)
+        return found or StackView()
+
     def context(self, site: Site, stack: str, cross: bool, h: Tensor) -> RoutingContext:
         """What the router at `site` may see of the current forward; its tensors have `h`'s leading shape."""
         frame = self.frame
         if frame is None:
             return RoutingContext(site, task_ids=self.pinned_tasks, scores=self.pinned_scores)
-        view = frame.stacks.get(f"{stack}/cross" if cross else stack) or StackView()
+        view = self.view(stack, cross).on(h.device)
+        rows = partial(by_row, h=h, tokens=view.tokens, parts=frame.parts, dealt="experts" in site.name.split("."))
         return RoutingContext(
             site,
             mask=by_token(view.mask, h),
             sequences=by_token(view.sequences, h),
             prompt=by_token(view.prompt, h),
-            task_ids=by_row(frame.task_ids, h, view.tokens, TASK_IDS),
-            targets=by_row(frame.targets, h, view.tokens, TARGETS),
-            scores=frame.scores if frame.paged else by_row(frame.scores, h, view.tokens, SCORES),
+            task_ids=rows(frame.task_ids, key=TASK_IDS),
+            targets=rows(frame.targets, key=TARGETS),
+            scores=frame.scores if frame.paged else rows(frame.scores, key=SCORES),
             progress=1.0 if self.progress is None else self.progress,
             state=frame.state,
             whole=frame.complete,
@@ -254,7 +260,7 @@ class Host:
 
     def _read_prompt(self, frame: Frame, model: nn.Module, arguments: Mapping[str, Any]) -> None:
         """Which tokens are given, and what is known of those before them."""
-        frame.tokens = masks.num_tokens(arguments)
+        frame.tokens, frame.parts = masks.num_tokens(arguments), masks.parts_of(model, arguments)
         if is_paged(arguments):
             if self.goes_by_prompt():
                 frame.paged = Paged(arguments)
@@ -287,7 +293,7 @@ class Host:
                 with torch.autocast(records[0].routing.logits.device.type, enabled=False):
                     value = loss(records, step)
                 self.loss_values[type(loss).__name__] = value.detach()
-                total = loss.weight * value + (0 if total is None else total)
+                total = loss.weight * value + (0 if total is None else total.to(value.device))
         return total
 
     def show_traces(self, frame: Frame) -> None:

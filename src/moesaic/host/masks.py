@@ -60,6 +60,26 @@ def num_rows(arguments: Mapping[str, Any]) -> int | None:
     return len(value) if isinstance(value, Tensor) and value.dim() > 1 else None
 
 
+_PARTS = {
+    "pixel_values": ("image_token_id", "image_token_index"),
+    "pixel_values_videos": ("video_token_id", "video_token_index"),
+    "input_features": ("audio_token_id", "audio_token_index"),
+}
+
+
+def parts_of(model: nn.Module, arguments: Mapping[str, Any]) -> Tensor | None:
+    """How many tokens of each sequence stand for images or sound (batch,), where there is one such input.
+
+    None also with two: which of them a tower is given cannot be told.
+    """
+    ids, given = arguments.get("input_ids"), [name for name in _PARTS if isinstance(arguments.get(name), Tensor)]
+    config = getattr(model, "config", None)
+    token = next((t for n in _PARTS[given[0]] if (t := getattr(config, n, None)) is not None), None) if given else None
+    if len(given) != 1 or token is None or not isinstance(ids, Tensor) or ids.dim() != 2:
+        return None
+    return (ids == token).sum(dim=1)
+
+
 def cache_of(arguments: Mapping[str, Any]) -> Any | None:
     for name in _CACHES:
         if arguments.get(name) is not None:

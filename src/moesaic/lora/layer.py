@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from moesaic.errors import ConfigError
 from moesaic.host import Host
+from moesaic.host.fitting import in_three
 from moesaic.lora.block import FeedForward
 from moesaic.lora.factors import Factors
 from moesaic.lora.mix import Backend, choose, merge_and_expand, mix, read_and_reduce, weigh_and_expand
@@ -191,6 +192,9 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         return out
 
     def _add_adapter(self, adapter: str, x: Tensor, out: Tensor) -> Tensor:
+        if x.dim() > 3:
+            rows = in_three(x, self.host.view(self.stack, self.cross).tokens)
+            return self._add_adapter(adapter, rows, out.reshape(*rows.shape[:-1], out.shape[-1])).view(out.shape)
         A, B, scaling = self.moe_lora_A[adapter], self.moe_lora_B[adapter], self.scaling[adapter]
         z = x if torch.is_autocast_enabled(x.device.type) else self._cast_input_dtype(x, A.dtype)
         router = self.router(adapter)

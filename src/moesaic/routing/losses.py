@@ -95,8 +95,8 @@ def _stacks(records: Sequence[Record], source: str) -> Iterator[Stack]:
         key = (routing.logits.shape, routing.logits.device, id(record.mask), id(record.sequences))
         groups.setdefault(key, []).append(record)
     for group in groups.values():
-        values = torch.stack([getattr(r.routing, source) for r in group]).flatten(1, -2)
-        mask = group[0].mask
+        mask, device = group[0].mask, group[0].routing.logits.device
+        values = torch.stack([getattr(r.routing, source).to(device) for r in group]).flatten(1, -2)
         yield Stack(group, values, None if mask is None else mask.flatten())
 
 
@@ -117,7 +117,8 @@ class AuxiliaryLoss(ABC):
         self.reduce = reduce
 
     def __call__(self, records: Sequence[Record], step: Hashable = None) -> Tensor:
-        per_router = torch.cat(list(self.per_router(records, step)))
+        values = list(self.per_router(records, step))
+        per_router = torch.cat([value.to(values[0].device) for value in values])  # layers may lie on several devices
         return per_router.sum() if self.reduce == "sum" else per_router.mean()
 
     @abstractmethod
@@ -220,7 +221,7 @@ class Similarity(AuxiliaryLoss):
         distinct: dict[int, Tensor] = {}
         for record in group:
             assert record.hidden is not None, "Similarity needs Record.hidden: the layer must pool its input"
-            distinct.setdefault(id(record.hidden), record.hidden.detach())
+            distinct.setdefault(id(record.hidden), record.hidden.detach().to(group[0].routing.logits.device))
         order: list[int] = []
         cosines: list[Tensor] = []
         for width in sorted({hidden.shape[-1] for hidden in distinct.values()}):
