@@ -25,6 +25,7 @@ from moesaic.host.carrier import Delivery, carry, share_of_step
 from moesaic.host.checkpointing import bind_frames
 from moesaic.host.fitting import by_row, by_token, checked_ids, checked_scores, checked_targets
 from moesaic.host.frames import Frame, StackView
+from moesaic.host.fused import unfuse
 from moesaic.host.memory import CachedSums, memory_of, remember
 from moesaic.host.paged import Paged, is_paged
 from moesaic.host.running import Threads, of_thread
@@ -84,7 +85,7 @@ class Host:
         self._warned: set[str] = set()
         self._delivery = Delivery()
         self._handles: list[Any] = []
-        self._untell: Callable[[], None] = _nothing
+        self._undo: list[Callable[[], None]] = []
 
     # -- attaching -----------------------------------------------------------------------------------------------
 
@@ -106,14 +107,15 @@ class Host:
             if stack is not model:
                 self._handles.append(stack.register_forward_hook(hook.leave, always_call=True))
         generation.tell(model, self)
-        self._untell = partial(generation.untell, model)
+        self._undo = [partial(generation.untell, model), unfuse(model, wrapped)]
         return stack_of
 
     def detach(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._untell()
+        while self._undo:
+            self._undo.pop()()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies take the hooks and settings along, not what belongs to a running forward."""
@@ -314,10 +316,6 @@ class Host:
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(message, stacklevel=2)
-
-
-def _nothing() -> None:
-    """Before there is a model to leave."""
 
 
 def find_host(model: nn.Module) -> Host:

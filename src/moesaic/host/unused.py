@@ -27,7 +27,7 @@ class Unused:
             return
         self._checked.add(frame.training)
         dead = sorted(self.wrapped - frame.called)
-        if dead and len(dead) < len(self.wrapped):
+        if dead:
             shown = ", ".join(dead[:3]) + (f" and {len(dead) - 3} more" if len(dead) > 3 else "")
             warnings.warn(
                 f"wrapped but never called in {'training' if frame.training else 'evaluation'}: {shown}. The model "

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
 from moesaic.errors import ConfigError
@@ -38,6 +38,8 @@ _FEED_FORWARDS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("lin1",), "lin2"),
     (("dense_h_to_4h",), "dense_4h_to_h"),
     (("intermediate.dense",), "output.dense"),
+    (("ffn",), "ffn_output"),
+    (("Wi",), "Wo"),
 )
 """Linears of the FFNs that are known: those that read its input, and the one that makes its output."""
 
@@ -57,23 +59,35 @@ def place(model: nn.Module, name: str) -> tuple[int, int]:
 
 
 def default(model: nn.Module) -> str:
-    """A pattern for every linear inside the model's blocks: no embeddings, heads or poolers."""
-    skip = never_called(model)
-    leaves = {name.rpartition(".")[2] for name in _linears(model) if re.search(r"\.\d+\.", name)}
-    if not leaves - skip:
+    """A pattern for every linear inside the model's blocks: no embeddings, heads or poolers.
+
+    By the last part of a name, where all modules inside blocks that share it are linears; else by the whole name.
+    """
+    skip, blocks = never_called(model), re.compile(r"\.\d+\.")
+    inside = {name: name.rpartition(".")[2] for name in own_modules(model) if blocks.search(name)}
+    linears = {name: inside[name] for name in _linears(model) if name in inside and inside[name] not in skip}
+    if not linears:
         raise ConfigError("this model has no linear layers inside a list of blocks: name them in target_modules")
-    return rf".*\.\d+\.(?:.*\.)?(?:{'|'.join(sorted(leaves - skip))})"
+    others = {leaf for name, leaf in inside.items() if name not in linears}
+    leaves = sorted({*linears.values()} - others)
+    parts = [rf".*\.\d+\.(?:.*\.)?(?:{'|'.join(leaves)})"] if leaves else []
+    return "|".join(parts + [re.escape(name) for name, leaf in linears.items() if leaf in others])
 
 
 def _linears(model: nn.Module) -> list[str]:
     """Names of all linears, those that another adapter already wraps by their own name."""
-    modules = dict(model.named_modules())
-    wrapped = tuple(f"{name}." for name, module in modules.items() if isinstance(module, MixtureLinear))
     return [
         name
-        for name, module in modules.items()
-        if not name.startswith(wrapped) and (isinstance(module, MixtureLinear) or features(module) is not None)
+        for name, module in own_modules(model).items()
+        if isinstance(module, MixtureLinear) or features(module) is not None
     ]
+
+
+def own_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The model's modules, those that adapters wrap by their own name; nothing of the adapters."""
+    modules = dict(model.named_modules())
+    inner = tuple(f"{name}." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
+    return {name: module for name, module in modules.items() if not name.startswith(inner)}
 
 
 def is_plain_lora(config: PeftConfig, key: str) -> bool:
@@ -112,12 +126,16 @@ def feed_forwards(model: nn.Module, config: Any) -> dict[str, FeedForward]:
             f"target_modules={config.target_modules!r} names none of this model's: add {', '.join(leaves)} "
             "(what else it names gets one plain LoRA each)"
             if known
-            else "this model has none that is known: name an FFN's linears in target_modules"
+            else f"this model has none that is known; known are those of linears {_known_names()}"
         )
         raise ConfigError(
             f"the experts of {config.method} are whole FFNs, and {none}, or choose a method whose experts are linears"
         )
     return found
+
+
+def _known_names() -> str:
+    return "; ".join(f"{', '.join(first)} and {last}" for first, last in _FEED_FORWARDS)
 
 
 def _experts(model: nn.Module, config: Any) -> set[str]:
@@ -151,7 +169,7 @@ def _base(model: nn.Module, name: str) -> nn.Module:
 
 def check(model: nn.Module, config: Any) -> None:
     """Every target must be a linear that is really called, and every name or pattern must match one."""
-    modules, linears = dict(model.named_modules()), set(_linears(model))
+    modules, linears = own_modules(model), set(_linears(model))
     by_default = config.target_modules in (None, "all-linear")
     for wanted in (None if by_default else config.target_modules, config.lora_target_modules):
         if isinstance(wanted, str):
@@ -169,7 +187,7 @@ def check(model: nn.Module, config: Any) -> None:
         raise ConfigError("lora_target_modules takes all of target_modules: no module is left for experts")
     check_saved(model, config.modules_to_save)
     fused = _fused_parameters(model, config)
-    if fused and by_default:
+    if fused and (by_default or any(_means(config.target_modules, name) for name in fused)):
         warnings.warn(
             f"this model keeps experts of its own in fused 3-D parameters ({fused[0]}, ...), which a mixture of LoRA "
             "cannot wrap: only its linear layers are adapted",
@@ -180,7 +198,7 @@ def check(model: nn.Module, config: Any) -> None:
             continue
         if name in linears:
             _check_called(model, name)
-        elif not isinstance(model.get_submodule(name.rpartition(".")[0]), MixtureLinear):
+        else:
             raise ConfigError(
                 f"target {name!r} is a {type(module).__name__}, not a linear layer: leave it out of target_modules"
             )
@@ -194,7 +212,7 @@ def check_tokens(model: nn.Module, config: Any) -> None:
     get_embeddings = getattr(model, "get_input_embeddings", None)
     named = wanted if isinstance(wanted, dict) else {"": wanted}
     for name, tokens in named.items():
-        found = [m for n, m in model.named_modules() if n == name or n.endswith(f".{name}")] if name else []
+        found = [m for n, m in own_modules(model).items() if n == name or n.endswith(f".{name}")] if name else []
         layer = found[0] if found else get_embeddings() if get_embeddings and not name else None
         rows = getattr(layer, "num_embeddings", None)
         where = f" of {name}" if name else ""
@@ -219,7 +237,7 @@ def _check_layers(config: Any, linears: set[str]) -> None:
 
 def check_saved(model: nn.Module, names: Collection[str] | None) -> None:
     """Every entry of `modules_to_save` must name a module, but for the heads PEFT adds by itself."""
-    modules = [name for name, _ in model.named_modules()]
+    modules = list(own_modules(model))
     for entry in set(names or ()) - {"classifier", "score", "qa_outputs"}:
         if not any(name.endswith(entry) for name in modules):
             raise ConfigError(f"modules_to_save: {entry!r} matches no module of this model")
@@ -264,6 +282,16 @@ def _fused_parameters(model: nn.Module, config: Any) -> list[str]:
         and not isinstance(_owner(model, name), nn.Conv1d)
         and not any(f".{module}." in f".{name}" for module in saved)
     ]
+
+
+def _means(targets: Any, parameter: str) -> bool:
+    """Whether targets name a fused parameter, or a linear that it was fused of."""
+    parent, _, leaf = parameter.rpartition(".")
+    parts = [leaf, *(f"{half}_proj" for half in leaf.removesuffix("_proj").split("_"))]
+    names = [f"{parent}.{part}" for part in parts] + [f"{parent}.0.{part}" for part in parts]
+    if isinstance(targets, str):
+        return any(re.fullmatch(targets, name) for name in names)
+    return any(name.endswith(f".{entry}") for entry in targets or () for name in names)
 
 
 def _owner(model: nn.Module, parameter: str) -> nn.Module:

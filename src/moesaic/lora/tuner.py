@@ -59,12 +59,15 @@ class MixtureModel(BaseTuner):
         self.blocks = targets.feed_forwards(model, config) if config.level == "block" else {}
         if "host" not in self.__dict__:
             self.host = _host_of(model) or Host()
+        self._hidden: list[tuple[nn.Module, Any]] = []
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except MoesaicError:
             raise
         except ValueError as error:
             raise ConfigError(first_line(error)) from None
+        finally:
+            self._show_routers()
         found = [m.router(adapter_name) for m in model.modules() if isinstance(m, MixtureLinear)]
         config.connect([router for router in found if router is not None])
         self._attach(model)
@@ -82,6 +85,20 @@ class MixtureModel(BaseTuner):
         adapters = Adapters(next(iter(layers.values())))
         self.host.step_of, self.host.active, self.host.differing = adapters.step, adapters.active, adapters.differing
         self.host.goes_by_prompt = adapters.goes_by_prompt
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        """The last step before PEFT wraps what `modules_to_save` names, by the end of a name and over all modules.
+
+        Parts of routers are none of the model's: they are out of sight meanwhile.
+        """
+        super()._mark_only_adapters_as_trainable(model)
+        for layer in [m for m in model.modules() if isinstance(m, MixtureLinear)]:
+            self._hidden.append((layer, layer._modules.pop("moe_lora_router")))
+
+    def _show_routers(self) -> None:
+        while self._hidden:
+            layer, routers = self._hidden.pop()
+            layer._modules["moe_lora_router"] = routers
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> PeftConfig:
         every = peft_config.target_modules == "all-linear"
