@@ -477,7 +477,9 @@ def test_a_damaged_file_of_an_unfinished_run_is_one_line(world, tmp_path, file, 
 def test_rows_that_cannot_be_learned_do_not_cost_the_run_they_would_replace(world, tmp_path):
     out, chats = tmp_path / "run", tmp_path / "chats.jsonl"
     run("lora", world, "causal", out)
-    chats.write_text(json.dumps({"task": "t", "messages": [{"role": "assistant", "content": "a"}]}))
+    chats.write_text(
+        json.dumps({"task": "t", "messages": [{"role": r, "content": "a"} for r in ("user", "assistant")]})
+    )
     with pytest.raises(ConfigError, match="no chat template"):
         run("lora", world, "causal", out, f"data={chats}", "overwrite=true")
     assert RunFolder(out).finished

@@ -95,10 +95,12 @@ def explain(prepared: Prepared, prompt: str, *, task: str = "", answer: int = 0)
         raise ConfigError(f"method {prepared.recipe.method} has no routers: there is nothing to inspect")
     config = prepared.model.peft_config["default"]
     device = next(prepared.model.parameters()).device
-    longest = prepared.recipe.max_length
+    longest = prepared.max_length
+    if answer and prepared.base.positions is not None:
+        longest = max(min(longest, prepared.base.positions - answer), 1)
     inputs = prepared.base.tokenizer(prompt, return_tensors="pt", truncation=True, max_length=longest).to(device)
     if inputs["input_ids"].shape[1] == longest:
-        logger.warning("the prompt may be cut: the run has max_length=%d tokens", longest)
+        logger.warning("the prompt may be cut: there is room for %d tokens", longest)
     scores = config.scores([prompt])
     seen = _Collector()
     host = find_host(prepared.model)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moesaic.data.examples import Example
-from moesaic.errors import ConfigError
+from moesaic.errors import ConfigError, DataError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +25,22 @@ def prompt_text(example: Example, tokenizer: Any) -> str:
         return example.prompt
     if tokenizer.chat_template is None:
         raise ConfigError("the data holds chats ('messages'), but this model's tokenizer has no chat template")
-    turns = [{"role": role, "content": content} for role, content in example.messages[:-1]]
-    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    return _templated(example, tokenizer, len(example.messages) - 1)
+
+
+def _templated(example: Example, tokenizer: Any, turns: int) -> str:
+    """A chat's first turns in the tokenizer's template; before the last, as the prompt of what comes next."""
+    from jinja2 import TemplateSyntaxError
+
+    messages = [{"role": role, "content": content} for role, content in example.messages[:turns]]
+    prompt = turns < len(example.messages)
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
+    except TemplateSyntaxError as error:
+        raise ConfigError(f"this model's chat template cannot be read: {first_line(error)}") from None
+    except Exception as error:  # a template may call and raise what it likes
+        where = example.where or f"task '{example.task}'"
+        raise DataError(f"{where}: this model's chat template refuses the chat: {first_line(error)}") from None
 
 
 def question(example: Example) -> str:
@@ -51,12 +65,47 @@ def prompt_ids(example: Example, tokenizer: Any) -> list[int]:
     """The prompt's tokens, with the tokenizer's own opening tokens (none added to a chat, whose template has them)."""
     text = prompt_text(example, tokenizer)
     ids: list[int] = tokenizer(text, add_special_tokens=not example.messages, verbose=False)["input_ids"]
-    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+    closed = bool(ids) and ids[-1] == tokenizer.eos_token_id and not example.messages  # not a template's own
+    return ids[:-1] if closed else ids
 
 
 def answer_ids(example: Example, answer: str, tokenizer: Any) -> list[int]:
-    """An answer's tokens as they follow the prompt, without the closing token."""
-    text = answer if example.messages else seam(example.prompt, answer)
+    """An answer's tokens as they follow the prompt, with what ends it: EOS, or the turn's end in a chat's template."""
+    if not example.messages:
+        return [*_tokens(seam(example.prompt, answer), tokenizer), closing_id(tokenizer)]
+    text = turn(example, tokenizer)
+    ends = text != answer.rstrip()
+    ids = _tokens(text if ends else answer, tokenizer)
+    return ids if ends else [*ids, closing_id(tokenizer)]
+
+
+def turn(example: Example, tokenizer: Any) -> str:
+    """A chat's last message as the template writes it behind its prompt, up to the token that ends the turn."""
+    content, whole = example.messages[-1][1], _templated(example, tokenizer, len(example.messages))
+    prompt = prompt_text(example, tokenizer)
+    if whole.startswith(prompt):
+        return whole[len(prompt) :].rstrip()
+    _, found, end = whole.rpartition(content.strip())  # a template that writes the turns before an answer anew
+    return (content.strip() + end if found else content).rstrip()
+
+
+def closing_id(tokenizer: Any) -> int:
+    """The token that ends answers. Raises ConfigError where the tokenizer has none."""
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            "this model's tokenizer has no EOS token, in which answers end: name one as eos_token in its "
+            "tokenizer_config.json"
+        )
+    return int(tokenizer.eos_token_id)
+
+
+def closing_ids(examples: Sequence[Example], tokenizer: Any) -> list[int]:
+    """All tokens that end answers of these rows."""
+    chats = {answer_ids(e, answer_text(e), tokenizer)[-1] for e in examples if e.messages}
+    return sorted(chats | ({tokenizer.eos_token_id} - {None}))
+
+
+def _tokens(text: str, tokenizer: Any) -> list[int]:
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 
@@ -71,12 +120,16 @@ def fit(prompt: list[int], answer: list[int], max_length: int) -> tuple[list[int
 def tokenize(
     examples: Sequence[Example], tokenizer: Any, tasks: Sequence[str], *, max_length: int
 ) -> list[dict[str, Any]]:
-    """Rows {"input_ids", "labels", "task"}: loss on the answer and the closing token only; `task` indexes `tasks`."""
+    """Rows {"input_ids", "labels", "task"}: loss on the answer and what ends it only; `task` indexes `tasks`.
+
+    Raises:
+        DataError: a row that the chat template refuses, named by file and line.
+    """
     position = {task: i for i, task in enumerate(tasks)}
     rows, cut = [], 0
     for example in examples:
         prompt = prompt_ids(example, tokenizer)
-        answer = [*answer_ids(example, answer_text(example), tokenizer), tokenizer.eos_token_id]
+        answer = answer_ids(example, answer_text(example), tokenizer)
         cut += len(prompt) + len(answer) > max_length
         prompt, answer = fit(prompt, answer, max_length)
         rows.append(
@@ -91,13 +144,14 @@ def tokenize(
     return rows
 
 
-def round_up(tokens: int) -> int:
-    """A batch's length: a multiple of 8, so that few shapes occur.
+def round_up(tokens: int, most: int | None = None) -> int:
+    """A batch's length: a multiple of 8, so that few shapes occur, but not above `most`, the model's positions.
 
     bf16 kernels on CPUs keep something for every shape they have seen: with lengths as they come, a process grew by
     6 MB a step.
     """
-    return -(-tokens // 8) * 8
+    rounded = -(-tokens // 8) * 8
+    return rounded if most is None else max(min(rounded, most), tokens)
 
 
 class CausalCollator:
@@ -105,14 +159,16 @@ class CausalCollator:
 
     Args:
         task_ids: emit `routing_task_ids` (rows,), which a mixture's router may read; a plain model would choke on it.
+        positions: the model's, where there is an end to them.
     """
 
-    def __init__(self, pad_token_id: int, *, task_ids: bool = False) -> None:
+    def __init__(self, pad_token_id: int, *, task_ids: bool = False, positions: int | None = None) -> None:
         self.pad_token_id = pad_token_id
         self.task_ids = task_ids
+        self.positions = positions
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        longest = round_up(max(len(r["input_ids"]) for r in rows))
+        longest = round_up(max(len(r["input_ids"]) for r in rows), self.positions)
 
         def padded(key: str, filler: int) -> Tensor:
             return torch.tensor([[*r[key], *[filler] * (longest - len(r[key]))] for r in rows])

@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +32,8 @@ class Example:
     choices: tuple[str, ...] = ()
     answer: int | str | None = None
     messages: tuple[tuple[str, str], ...] = ()
+    where: str = field(default="", repr=False, compare=False)
+    """File and line, for messages about the row."""
 
     @property
     def label(self) -> int:
@@ -183,6 +185,8 @@ def _messages(messages: Any, where: str) -> tuple[tuple[str, str], ...]:
         raise DataError(
             f"{where}: the last message is by '{turns[-1][0]}'; it must be the assistant's, which is learned"
         )
+    if len(turns) < 2:
+        raise DataError(f"{where}: the chat is one message: at least one must come before the assistant's answer")
     return tuple(turns)
 
 
@@ -268,7 +272,7 @@ def _collect(
     examples, skipped = [], 0
     for where, row in rows:
         try:
-            examples.append(parse(_decode(row, where), where, of=of))
+            examples.append(replace(parse(_decode(row, where), where, of=of), where=where))
         except DataError as error:
             if on_bad_lines == "error":
                 raise

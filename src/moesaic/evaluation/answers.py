@@ -108,9 +108,10 @@ def figures(rows: Sequence[Example], answers: Sequence[Answer]) -> dict[str, Any
 
 
 def generate(prepared: Prepared, examples: Sequence[Example], *, max_new_tokens: int) -> list[str]:
-    """Greedy answers of a causal model, in one batch padded on the left."""
-    tokenizer = prepared.base.tokenizer
-    rows = [causal.prompt_ids(e, tokenizer)[-prepared.recipe.max_length :] for e in examples]
+    """Greedy answers of a causal model, in one batch padded on the left. Prompts are cut so that answers have room."""
+    tokenizer, positions = prepared.base.tokenizer, prepared.base.positions
+    room = prepared.max_length if positions is None else min(prepared.max_length, positions - max_new_tokens)
+    rows = [causal.prompt_ids(e, tokenizer)[-room:] for e in examples]
     longest = max(len(r) for r in rows)
     device = prepared.model.device
     ids = torch.tensor([[tokenizer.pad_token_id] * (longest - len(r)) + r for r in rows], device=device)
@@ -120,9 +121,17 @@ def generate(prepared: Prepared, examples: Sequence[Example], *, max_new_tokens:
         attention_mask=mask,
         max_new_tokens=max_new_tokens,
         do_sample=False,
+        eos_token_id=_ends(prepared, examples),
         pad_token_id=tokenizer.pad_token_id,
     )
     return [str(text) for text in tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)]
+
+
+def _ends(prepared: Prepared, examples: Sequence[Example]) -> list[int]:
+    """Tokens at which an answer ends: the model's own, and those that the rows' chats end in."""
+    own = prepared.model.generation_config.eos_token_id
+    known = own if isinstance(own, list) else [] if own is None else [own]
+    return sorted({*known, *causal.closing_ids(examples, prepared.base.tokenizer)})
 
 
 def _task_known(prepared: Prepared, task: str) -> AbstractContextManager[Any]:
@@ -166,7 +175,7 @@ _Found = Iterator[tuple[bool, int | str, int | None]]
 
 def _encoder_choices(prepared: Prepared, batch: list[Example], longest: int) -> _Found:
     assert prepared.layout is not None
-    collate = EncoderCollator(prepared.base.tokenizer, prepared.layout, max_length=prepared.recipe.max_length)
+    collate = EncoderCollator(prepared.base.tokenizer, prepared.layout, max_length=prepared.max_length)
     inputs = {k: v.to(_device(prepared)) for k, v in collate(batch).items()}
     with _prompts_known(prepared, batch):
         logits = prepared.model(**inputs).logits
@@ -181,10 +190,10 @@ def _likelihood_choices(prepared: Prepared, batch: list[Example], longest: int) 
     for example in batch:
         prompt = causal.prompt_ids(example, tokenizer)
         for choice in example.choices:
-            ids = [*causal.answer_ids(example, choice, tokenizer), tokenizer.eos_token_id]
-            head, ids = causal.fit(prompt, ids, prepared.recipe.max_length)
+            ids = causal.answer_ids(example, choice, tokenizer)
+            head, ids = causal.fit(prompt, ids, prepared.max_length)
             rows.append({"input_ids": head + ids, "labels": [causal.IGNORED] * len(head) + ids})
-    collated = causal.CausalCollator(tokenizer.pad_token_id)(rows)
+    collated = causal.CausalCollator(tokenizer.pad_token_id, positions=prepared.base.positions)(rows)
     inputs = {k: v.to(_device(prepared)) for k, v in collated.items()}
     labels = inputs["labels"][:, 1:]
     with _prompts_known(prepared, [example for example in batch for _ in example.choices]):
@@ -212,7 +221,12 @@ def _longest_answer(prepared: Prepared, rows: list[Example]) -> int:
         raise DataError(f"task '{rows[0].task}' has rows without choices: an encoder cannot write an answer")
     tokenizer = prepared.base.tokenizer
     longest = max(len(causal.answer_ids(e, causal.answer_text(e), tokenizer)) for e in rows)
-    return min(longest + 8, LONGEST_ANSWER)
+    wanted, positions = min(longest + 7, LONGEST_ANSWER), prepared.base.positions
+    if positions is None or wanted < positions:
+        return wanted
+    if longest >= positions:
+        raise DataError(f"task '{rows[0].task}' has answers of {longest} tokens, and the model {positions} positions")
+    return longest
 
 
 def _batches(rows: list[Example], size: int, progress: bool) -> Iterator[list[int]]:

@@ -6,6 +6,7 @@ Safetensors only, no remote code.
 import hashlib
 import importlib.util
 import os
+import re
 import sys
 from dataclasses import dataclass
 from functools import cache
@@ -26,6 +27,20 @@ class LoadedModel:
     model: Any
     tokenizer: Any
     kind: Literal["causal", "encoder"]
+
+    @property
+    def positions(self) -> int | None:
+        """How many tokens the model can tell the places of, where it looks them up; None where it computes them."""
+        from torch import nn
+
+        tables = [
+            module
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Embedding) and re.search(r"(^|\.)(wpe|\w*position\w*)$", name)
+        ]
+        unused = [getattr(m, "offset", 0) if m.padding_idx is None else m.padding_idx + 1 for m in tables]
+        found = [m.num_embeddings - skipped for m, skipped in zip(tables, unused, strict=True)]
+        return min(found, default=None)
 
 
 def minilm_path() -> Path:

@@ -163,6 +163,7 @@ class EncoderCollator:
         max_length: tokens a row; where there are more, the longest parts are cut.
         task_ids: emit `routing_task_ids` (N,), which a mixture's router may read; a plain encoder would choke on it.
         targets: what the routing of a prompt should be like; then `routing_targets` (N, E) is emitted too.
+        positions: the encoder's, where there is an end to them.
     """
 
     def __init__(
@@ -173,12 +174,14 @@ class EncoderCollator:
         max_length: int = 128,
         task_ids: bool = False,
         targets: Mapping[str, Sequence[float]] | None = None,
+        positions: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.layout = layout
         self.max_length = max_length
         self.task_ids = task_ids
         self.targets = targets
+        self.positions = positions
         first = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
         self.opening = [] if first is None else [first]
         last = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
@@ -187,7 +190,7 @@ class EncoderCollator:
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         heads = [self.layout.head(e) for e in examples]
         rows = [self._row(e, head) for e, head in zip(examples, heads, strict=True)]
-        longest = round_up(max(len(ids) for ids, _ in rows))
+        longest = round_up(max(len(ids) for ids, _ in rows), self.positions)
         pad = self.tokenizer.pad_token_id
         segments = torch.tensor([parts + [-1] * (longest - len(parts)) for _, parts in rows])
         batch = {
@@ -209,7 +212,8 @@ class EncoderCollator:
         parts: list[list[int]] = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         room = self.max_length - len(self.opening) - len(parts) * len(self.closing)
         if room < len(parts):
-            raise DataError(f"task '{example.task}': {len(parts)} parts do not fit max_length={self.max_length} tokens")
+            where = example.where or f"task '{example.task}'"
+            raise DataError(f"{where}: {len(parts)} parts do not fit max_length={self.max_length} tokens")
         lengths = [len(p) for p in parts]
         while sum(lengths) > room:
             lengths[lengths.index(max(lengths))] -= 1

@@ -26,6 +26,12 @@ class Prepared:
     recipe: Recipe
 
     @property
+    def max_length(self) -> int:
+        """Tokens a row: the recipe's, or as many as the model has positions."""
+        positions = self.base.positions
+        return self.recipe.max_length if positions is None else min(self.recipe.max_length, positions)
+
+    @property
     def routed(self) -> bool:
         return is_routed(self.recipe.method)
 
@@ -70,11 +76,11 @@ def training_rows(prepared: Prepared, examples: list[data.Example]) -> list[Any]
     Raises:
         DataError, ConfigError: rows that this model cannot be trained on.
     """
-    recipe, tokenizer = prepared.recipe, prepared.base.tokenizer
+    tokenizer = prepared.base.tokenizer
     if prepared.layout is None:
         from moesaic.data.causal import tokenize
 
-        return tokenize(examples, tokenizer, prepared.tasks, max_length=recipe.max_length)
-    collate = EncoderCollator(tokenizer, prepared.layout, max_length=recipe.max_length)
+        return tokenize(examples, tokenizer, prepared.tasks, max_length=prepared.max_length)
+    collate = EncoderCollator(tokenizer, prepared.layout, max_length=prepared.max_length)
     collate([max(examples, key=lambda e: len(e.choices))])  # the row with most parts is the one that may not fit
     return list(examples)

@@ -110,7 +110,12 @@ def build_trainer(
             args=args,
             train_dataset=rows,
             data_collator=EncoderCollator(
-                tokenizer, prepared.layout, max_length=recipe.max_length, task_ids=prepared.routed, targets=taught
+                tokenizer,
+                prepared.layout,
+                max_length=prepared.max_length,
+                task_ids=prepared.routed,
+                targets=taught,
+                positions=prepared.base.positions,
             ),
         )
     else:
@@ -126,7 +131,9 @@ def build_trainer(
             args=args,
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
-            data_collator=CausalCollator(tokenizer.pad_token_id, task_ids=prepared.routed),
+            data_collator=CausalCollator(
+                tokenizer.pad_token_id, task_ids=prepared.routed, positions=prepared.base.positions
+            ),
         )
     shown = sys.stderr.isatty() if progress is None else progress
     trainer.attach(folder, sampler, keep=recipe.keep, progress=shown)
@@ -143,7 +150,7 @@ def _arguments(prepared: Prepared, folder: RunFolder) -> Any:
     from trl import SFTConfig
 
     dataset = {"skip_prepare_dataset": True}
-    return SFTConfig(**shared, max_length=prepared.recipe.max_length, dataset_kwargs=dataset)
+    return SFTConfig(**shared, max_length=prepared.max_length, dataset_kwargs=dataset)
 
 
 def taught_routing(

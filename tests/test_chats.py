@@ -1,0 +1,188 @@
+"""Chats, templates, tokenizers and lengths: an answer ends as its template says, and what cannot be is one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    OPTConfig,
+    OPTForCausalLM,
+    RobertaConfig,
+    RobertaModel,
+)
+
+from moesaic import nano
+from moesaic.cli.main import main
+from moesaic.data import causal
+from moesaic.data.examples import load, parse
+from moesaic.errors import ConfigError, DataError
+from moesaic.evaluation.answers import _ends
+from moesaic.models.embedded import LoadedModel
+from tests import tiny_folders
+
+TURNS = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "<turn>{{ m['role'] }}\n{{ m['content'] | trim }}<end>\n{% endfor %}"
+    "{% if add_generation_prompt %}<turn>assistant\n{% endif %}"
+)
+THINKING = (
+    "{% for m in messages %}<turn>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}<end>\n"
+    "{% endfor %}{% if add_generation_prompt %}<turn>assistant\n{% endif %}"
+)
+REWRITING = (
+    "{{ messages | length }}:{% for m in messages %} {{ m['content'] }}<end>{% endfor %}"
+    "{% if add_generation_prompt %} {% endif %}"
+)
+BARE = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+EOS = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+
+
+def tokenizer(template: str | None) -> Any:
+    made = AutoTokenizer.from_pretrained(str(nano.path()))
+    made.add_special_tokens({"additional_special_tokens": ["<turn>", "<end>", "<think>", "</think>"]})
+    made.chat_template = template
+    return made
+
+
+def chat(*contents: str) -> Any:
+    roles = ("user", "assistant")
+    turns = [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
+    return parse({"task": "t", "messages": turns}, "rows.jsonl:1")
+
+
+@pytest.mark.parametrize(
+    ("template", "learned"),
+    [
+        (TURNS, "1 4<end>"),
+        (THINKING, "<think>\n\n</think>\n\n1 4<end>"),
+        (REWRITING, "1 4<end>"),
+        (BARE, "1 4<eos>"),
+        (EOS, "1 4<eos>"),
+    ],
+)
+def test_an_answer_ends_as_its_template_says(template: str, learned: str) -> None:
+    made = tokenizer(template)
+    for example in (chat("sort 4 1", "1 4"), chat("hi", "yes", "sort 4 1", "1 4")):
+        (row,) = causal.tokenize([example], made, ["t"], max_length=128)
+        assert made.decode([i for i in row["labels"] if i >= 0]) == learned
+        whole = made.apply_chat_template(
+            [{"role": role, "content": content} for role, content in example.messages], tokenize=False
+        )
+        if template is not REWRITING:
+            assert made.decode(row["input_ids"]).removesuffix("<eos>") == whole.rstrip().removesuffix("<eos>")
+        assert row["input_ids"][-1] == causal.closing_ids([example], made)[-1 if "<end>" in learned else 0]
+
+
+def test_generation_stops_where_the_rows_answers_end() -> None:
+    made = tokenizer(TURNS)
+    end = made.convert_tokens_to_ids("<end>")
+
+    class Model:
+        generation_config = type("G", (), {"eos_token_id": [7, 9]})
+
+    prepared: Any = type("P", (), {"model": Model(), "base": LoadedModel(None, made, "causal")})
+    assert _ends(prepared, [chat("q", "a")]) == sorted({7, 9, end, made.eos_token_id})
+    plain = parse({"task": "t", "prompt": "p", "completion": "c"}, "x")
+    assert _ends(prepared, [plain]) == sorted({7, 9, made.eos_token_id})
+
+
+def rows(path: Path, *found: dict[str, Any]) -> Path:
+    for split in ("train", "validation"):
+        file = path / "t" / f"{split}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(json.dumps(row) + "\n" for row in found))
+    return path
+
+
+SAID = {"task": "t", "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+SYSTEM = {"task": "t", "messages": [{"role": "system", "content": "be nice"}, *SAID["messages"]]}
+
+
+def test_what_a_template_refuses_is_named_by_file_and_line(tmp_path: Path) -> None:
+    examples = load(rows(tmp_path, SAID, SYSTEM))
+    with pytest.raises(DataError, match=r"train\.jsonl:2: this model's chat template refuses .* System role not supp"):
+        causal.tokenize(examples, tokenizer(TURNS), ["t"], max_length=64)
+    for template, message in (
+        ("{% for m in messages %}{{ m['content'] }", "cannot be read"),
+        ("{{ nothing.there }}", "refuses the chat"),
+        ("{{ 1 / 0 }}", "refuses the chat: division by zero"),
+        ("{{ messages[7]['role'] + 3 }}", "refuses the chat"),
+        (None, "has no chat template"),
+    ):
+        with pytest.raises((DataError, ConfigError), match=message) as error:
+            causal.tokenize(examples[:1], tokenizer(template), ["t"], max_length=64)
+        assert "\n" not in str(error.value)
+    with pytest.raises(DataError, match="the chat is one message"):
+        parse({"task": "t", "messages": SAID["messages"][1:]}, "x:1")
+
+
+def test_a_tokenizer_without_an_end_is_told() -> None:
+    made = tokenizer(None)
+    made.eos_token = None
+    example = parse({"task": "t", "prompt": "p", "completion": "c"}, "x")
+    with pytest.raises(ConfigError, match="has no EOS token"):
+        causal.tokenize([example], made, ["t"], max_length=64)
+
+
+# -- lengths -----------------------------------------------------------------------------------------------------------
+
+
+def test_positions_are_read_off_the_model() -> None:
+    small = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ffn = {"intermediate_size": 16}
+    opt = OPTConfig(**small, ffn_dim=16, word_embed_proj_dim=16, max_position_embeddings=20)
+    models: dict[int | None, Any] = {
+        20: OPTForCausalLM(opt),
+        12: GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_head=2, n_layer=1, n_positions=12)),
+        24: BertModel(BertConfig(**small, **ffn, max_position_embeddings=24)),
+        28: RobertaModel(RobertaConfig(**small, **ffn, max_position_embeddings=30)),
+        None: AutoModelForCausalLM.from_config(LlamaConfig(**small, **ffn, max_position_embeddings=8)),
+    }
+    for wanted, model in models.items():
+        assert LoadedModel(model, None, "causal").positions == wanted, type(model).__name__
+        if wanted is not None:
+            model.eval()(input_ids=torch.full((1, wanted), 5))
+
+
+@pytest.mark.parametrize("positions", [13, 16, 20])
+def test_rows_and_answers_are_cut_to_the_models_positions(
+    tmp_path: Path, capsys: Any, caplog: Any, positions: int
+) -> None:
+    model = tiny_folders.save_model(tmp_path / "model", "causal")
+    made = tiny_folders.tokenizer(encoder=False)
+    config = GPT2Config(
+        vocab_size=len(made), n_embd=16, n_head=2, n_layer=1, n_positions=positions, bos_token_id=1, eos_token_id=1
+    )
+    torch.manual_seed(0)
+    GPT2LMHeadModel(config).save_pretrained(model)
+    data = rows(tmp_path / "data", *({"task": "t", "prompt": "sort " + "4 " * n, "completion": "1 4"} for n in (3, 40)))
+    asked = [f"model={model}", f"data={data}", f"out={tmp_path / 'run'}", "steps=2", "batch_size=2", "adapter.r=2"]
+    assert main(["train", "mola", *asked, "adapter.num_experts=2", "adapter.top_k=1"]) == 0
+    assert f"cut to max_length={positions}" in caplog.text
+    assert main(["eval", str(tmp_path / "run"), f"data={data}"]) == 0
+    assert main(["inspect", str(tmp_path / "run"), f"prompt={'sort ' + '4 ' * 40}"]) == 0
+    capsys.readouterr()
+
+
+def test_answers_longer_than_the_model_are_told(tmp_path: Path, capsys: Any) -> None:
+    model = tiny_folders.save_model(tmp_path / "model", "causal")
+    config = GPT2Config(vocab_size=64, n_embd=16, n_head=2, n_layer=1, n_positions=12, bos_token_id=1, eos_token_id=1)
+    GPT2LMHeadModel(config).save_pretrained(model)
+    data = rows(tmp_path / "data", {"task": "t", "prompt": "sort", "completion": "4 " * 30})
+    asked = [f"model={model}", f"data={data}", f"out={tmp_path / 'run'}", "steps=1", "batch_size=1", "adapter.r=2"]
+    assert main(["train", "lora", *asked]) == 0
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "run"), f"data={data}"]) == 2
+    assert "answers of 31 tokens, and the model 12 positions" in "".join(capsys.readouterr())
