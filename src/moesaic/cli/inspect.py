@@ -96,8 +96,10 @@ def explain(prepared: Prepared, prompt: str, *, task: str = "", answer: int = 0)
     config = prepared.model.peft_config["default"]
     device = next(prepared.model.parameters()).device
     longest = prepared.max_length
-    if answer and prepared.base.positions is not None:
-        longest = max(min(longest, prepared.base.positions - answer), 1)
+    positions = prepared.base.positions
+    if positions is not None:
+        answer = min(answer, positions // 2)
+        longest = min(longest, positions - answer)
     inputs = prepared.base.tokenizer(prompt, return_tensors="pt", truncation=True, max_length=longest).to(device)
     if inputs["input_ids"].shape[1] == longest:
         logger.warning("the prompt may be cut: there is room for %d tokens", longest)
