@@ -71,18 +71,18 @@ def kept(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return probs, rank < k
 
 
-def hotmoe_loss(h: Tensor, logits: Tensor, sequences: list[Tensor], earlier: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Mutual information and similarity of one router from its inputs (N, d) and logits (N, E)."""
+def hotmoe_loss(h: Tensor, logits: Tensor, sequences: list[Tensor], earlier: list[tuple[Tensor, ...]]) -> Tensor:
+    """Mutual information and similarity of one router from its inputs (N, d) and logits (N, E), over a step so far."""
     probs, chosen = kept(logits, 2)
     scores = torch.where(chosen, torch.exp(probs / 0.1), logits.new_zeros(()))
     weights = scores / scores.sum(-1, keepdim=True)
-    real = weights[torch.cat(sequences)]
+    real = torch.cat([*(rows for _, _, rows in earlier), weights[torch.cat(sequences)]])
     log_e, mean = math.log(weights.shape[-1]), real.mean(0)
     h_balance, h_certain = -(mean * (mean + 1e-9).log()).sum(), -(real * (real + 1e-9).log()).sum(-1).mean()
     information = torch.relu(log_e - (h_balance - h_certain)) / log_e
     now = [(h[s].mean(0).detach(), weights[s].mean(0)) for s in sequences]
-    pairs = earlier + now
-    earlier += [(x, w.detach()) for x, w in now]
+    pairs = [(x, w) for x, w, _ in earlier] + now
+    earlier += [(x, w.detach(), weights[s].detach()) for (x, w), s in zip(now, sequences, strict=True)]
     cosine = nn.functional.cosine_similarity
     total = torch.zeros((), dtype=torch.float64)
     for x_i, w_i in pairs:
@@ -92,7 +92,7 @@ def hotmoe_loss(h: Tensor, logits: Tensor, sequences: list[Tensor], earlier: lis
     return information + total / len(pairs) ** 2
 
 
-def mola_loss(h: Tensor, logits: Tensor, sequences: list[Tensor], earlier: list[tuple[Tensor, Tensor]]) -> Tensor:
+def mola_loss(h: Tensor, logits: Tensor, sequences: list[Tensor], earlier: list[tuple[Tensor, ...]]) -> Tensor:
     """Switch balance of one router: E * sum_e f_e P_e."""
     probs, chosen = kept(logits[torch.cat(sequences)], 2)
     return logits.shape[-1] * (chosen.to(probs).mean(0) / 2 * probs.mean(0)).sum()
@@ -114,7 +114,7 @@ def exact(
         for name, layer in mixtures(model).items()
     ]
     model.train().zero_grad()
-    windows: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    windows: dict[str, list[tuple[Tensor, ...]]] = {}
     values = []
     for batch, share in zip(batches, shares, strict=True):
         seen.clear()

@@ -82,7 +82,7 @@ def test_loop_that_carries_it_does_not_warn(make_loop: Loop, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_torch_fused", "sgd"])
-def test_each_optimizer_step_has_its_own_similarity_window(optimizer: str, tmp_path: Path) -> None:
+def test_each_optimizer_step_has_its_own_step_window(optimizer: str, tmp_path: Path) -> None:
     """Same rows and weights (learning rate 0) in both steps: the same gradient, if nothing is left of the first."""
     loop = trainer(
         mixture()(0.01),

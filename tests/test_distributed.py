@@ -29,7 +29,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def made(*, checkpointing: bool = False, second: bool = False) -> nn.Module:
-    config = small("hotmoe", aux_weight=0.5, similarity_window=False)
+    config = small("hotmoe", aux_weight=0.5, step_window=False)
     model = wrap(llama(initializer_range=0.5), config).train()
     if second:
         model.add_adapter("second", small("hotmoe", num_experts=3))  # type: ignore[arg-type]

@@ -102,7 +102,7 @@ def two_forwards(model: PeftModel, *, together: bool) -> list[Tensor]:
 @pytest.mark.parametrize("method", ["hotmoe", "toy-context"])
 def test_two_forwards_before_one_backward_with_checkpointing_are_exact(method: str, toy: str) -> None:
     """Each recomputed layer sees the mask and the state of its own forward, not of the last one."""
-    switches = {"aux_weight": 1.0} | ({"similarity_window": False} if method == "hotmoe" else {})
+    switches = {"aux_weight": 1.0} | ({"step_window": False} if method == "hotmoe" else {})
     model = wrap(llama(layers=3, initializer_range=0.5), small(method, **switches)).train()
     apart = two_forwards(model, together=False)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -288,7 +288,7 @@ def test_8_an_explicit_list_of_layers_wins_over_the_fraction() -> None:
 
 @pytest.mark.parametrize(("left", "right"), [(0, 3), (3, 0), (2, 2)])
 def test_8_padding_changes_neither_outputs_nor_losses(left: int, right: int) -> None:
-    model = hotmoe(similarity_window=False)
+    model = hotmoe(step_window=False)
     inputs = tiny.batch(model)
     plain, wide = model(**inputs), model(**tiny.padded(inputs, left=left, right=right))
     torch.testing.assert_close(wide.logits[:, left : left + 7], plain.logits, atol=1e-7, rtol=1e-7)
@@ -443,7 +443,7 @@ def test_the_two_losses_switch_independently_and_the_balance_term_reads_what_the
 
 
 def test_losses_are_summed_over_routers_or_averaged() -> None:
-    summed, mean = (hotmoe(aux_reduce=reduce, similarity_window=False) for reduce in ("sum", "mean"))
+    summed, mean = (hotmoe(aux_reduce=reduce, step_window=False) for reduce in ("sum", "mean"))
     inputs = tiny.batch(summed)
     a, b = (model(**inputs).router_aux_loss for model in (summed, mean))
     torch.testing.assert_close(a, b * 28)

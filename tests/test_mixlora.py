@@ -104,8 +104,7 @@ def top_p(mass: float) -> Callable[[Tensor], dict[int, Tensor]]:
             chosen.append(e)
             if sum(p[c].item() for c in chosen) >= mass:
                 break
-        total = sum(p[e] for e in chosen)
-        return {e: p[e] / total for e in chosen}
+        return {e: p[e] for e in chosen}
 
     return choose
 

@@ -37,7 +37,7 @@ class World:
         texts = {task: [f"{i} 4 {task} =" for i in range(3)] for task in adapters}
         own: dict[str, dict[str, Any]] = {
             "sequence": {"num_experts": 3, "r": 4},
-            "smear": {"adapters": adapters, "ignore_base": True},
+            "smear": {"adapters": adapters, "ignore_base": True, "expert_dropout": 0.0},
             "retrieval": {"adapters": adapters, "ignore_base": True, "texts": texts, "encoder": "hashing"},
         }
         own["glider"] = own["retrieval"]

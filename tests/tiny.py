@@ -137,8 +137,8 @@ def config_class(method: str) -> type[MixtureConfig]:
 def small(method: str, *, model: str = "llama", **overrides: Any) -> MixtureConfig:
     """A config of `method` with E=4, r=4 (top-2 where the method has a top_k), no dropout and sizes of 8.
 
-    Knows no method by name: whatever setting ends in `_dim` is shrunk. Also takes names of `COMBINATIONS`. A method
-    that needs adapters has trained ones of `model`.
+    Knows no method by name: a setting that ends in `_dim` is shrunk, one that ends in `_dropout` is 0. Also takes names
+    of `COMBINATIONS`. A method that needs adapters has trained ones of `model`.
     """
     cls = config_class(method)
     overrides = {**COMBINATIONS.get(method, {}), **overrides}
@@ -155,6 +155,7 @@ def small(method: str, *, model: str = "llama", **overrides: Any) -> MixtureConf
     if "texts" in fields:
         names = overrides["adapters"]
         sizes |= {"encoder": "hashing", "texts": {name: [f"{name} one", f"{name} two"] for name in names}}
+    sizes |= dict.fromkeys([name for name in fields if name.endswith("_dropout")], 0.0)
     sizes |= {name: 8 for name, f in fields.items() if name.endswith("_dim") and isinstance(f.default, int)}
     return cls(**{**sizes, **overrides})
 

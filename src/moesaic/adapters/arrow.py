@@ -7,6 +7,9 @@ No training and no data. The vector's sign means nothing, hence the absolute val
 inputs route more sharply. p_e is exact, from the small factors alone: with Q_a R_a = A^T and Q_b R_b = B^T it is Q_a
 times the first right singular vector of R_b R_a^T. (Power iteration, as PEFT has it, misses where two singular values
 are close.) An expert that changes nothing has p = 0.
+
+Departures from the authors' code: outputs are summed, sum_e w_e B_e A_e x (theirs merges factors by default, with cross
+terms B_e A_f and the weights squared; its PHATGOOSE sums outputs); top_k is 3 where left out (theirs: all).
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@
 
 Experts stay as they are, so this is E numbers a module, trained in minutes, and exactly one LoRA of rank sum r_e:
 `moesaic export collapse` writes it.
+
+Departures from the authors' code: a starts at 0 (theirs: drawn from N(0, 1)).
 """
 
 from __future__ import annotations

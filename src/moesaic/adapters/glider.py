@@ -14,6 +14,9 @@ experts were trained on, 3 on others).
 Instructions are given, or written by a language model from three rows of the expert's task; without either, the mean of
 rows of its task stands for it, which tells tasks apart better than the nearest row does. A prompt is compared as it is,
 or by the instruction that the language model writes of it.
+
+Departures from the authors' code: the adaptive alpha of the paper (theirs sets it by hand), with a threshold that is
+calibrated; where neither instructions nor a language model are given, the mean of rows stands for an instruction.
 """
 
 from __future__ import annotations

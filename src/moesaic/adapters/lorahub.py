@@ -6,6 +6,10 @@
 Factors are merged, as its authors do: with cross terms B_e A_f, and two adapters at weight 1/2 give a quarter of each.
 The search is CMA-ES (Hansen 2016), which the paper takes from Nevergrad; 40 tries of the loss. The result is one LoRA
 of the adapters' own rank, which `moesaic export` writes.
+
+Departures from the authors' code: the penalty stands beside the mean loss of the examples, as in the paper (their code
+divides that mean by the number of examples once more, so that with n examples the penalty weighs n times as much); the
+search is plain CMA-ES, not Nevergrad's choice of optimisers; its seed is fixed.
 """
 
 from __future__ import annotations
@@ -22,22 +26,11 @@ from moesaic.errors import ConfigError, MissingDependency
 from moesaic.lora.config import MixtureConfig
 from moesaic.lora.kind import Kind
 from moesaic.lora.stored import LARGEST
-from moesaic.routing import Gate, Router, Routing, RoutingContext, Site
+from moesaic.routing import AsTheyAre, Gate, Router, RoutingContext, Site
 
 BOUND = 1.5
 PENALTY = 0.05
 BUDGET = 40
-
-
-class AsTheyAre(Gate):
-    """Logits are the weights, of any sign and sum."""
-
-    def __call__(self, logits: Tensor) -> Routing:
-        return Routing(logits, torch.softmax(logits, dim=-1), logits)
-
-    @property
-    def sums_to_one(self) -> bool:
-        return False
 
 
 class FixedRouter(Router):

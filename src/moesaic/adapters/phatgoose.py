@@ -5,6 +5,8 @@
 
 LN is a layer norm without parameters, so a logit is sqrt(d) times the correlation of x and v_e; the sigmoid is gone.
 A batch may mix the experts' data: each row, by its task id, has its own expert alone, so no gate sees another's rows.
+
+Departures from the authors' code: all gates are trained in one run (theirs: a run each).
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@
 
 The baseline of PHATGOOSE (Muqeeth et al. 2024, arXiv 2402.05859) and, with means instead of the nearest, LoraRetriever
 (Zhao et al. 2024, arXiv 2406.16989). No training; the encoder stands beside the model.
+
+Departures from the authors' code: an expert has as many texts as are given (theirs: 1000), and `top_k` may mix several.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The ground floor: routers, gates, auxiliary losses and the trace. Needs torch and nothing else."""
 
 from moesaic.routing.entropy import renyi, shannon, tsallis
-from moesaic.routing.gates import EntropyHybrid, Gate, Routing, Softmax, TopK, TopP
+from moesaic.routing.gates import AsTheyAre, EntropyHybrid, Gate, Routing, Softmax, TopK, TopP
 from moesaic.routing.losses import (
     AuxiliaryLoss,
     MutualInformation,
@@ -12,11 +12,12 @@ from moesaic.routing.losses import (
     ZLoss,
     pool,
 )
-from moesaic.routing.router import LinearRouter, Router, RoutingContext, Site, float_linear
+from moesaic.routing.router import LinearRouter, Router, RoutingContext, SharingRouter, Site, float_linear
 from moesaic.routing.sums import TokenSums
 from moesaic.routing.trace import RoutingTrace
 
 __all__ = [
+    "AsTheyAre",
     "AuxiliaryLoss",
     "EntropyHybrid",
     "Gate",
@@ -28,6 +29,7 @@ __all__ = [
     "Routing",
     "RoutingContext",
     "RoutingTrace",
+    "SharingRouter",
     "Similarity",
     "Site",
     "Softmax",

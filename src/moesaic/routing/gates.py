@@ -8,8 +8,9 @@
 | `TopK(normalize="none")` | the k largest probabilities as they are | <= 1 |
 | `TopP(p)` | the smallest leading set whose mass reaches p | 1, or >= p without renormalisation |
 | `EntropyHybrid(k, p, threshold)` | all probabilities if they are uncertain, else the leading ones as they are | <= 1 |
+| `AsTheyAre` | the logits themselves, of any sign | any |
 
-`Gate.sums_to_one` tells the last column apart. Those that do not sum to 1 never sum to more.
+`Gate.sums_to_one` tells the last column apart.
 """
 
 from __future__ import annotations
@@ -46,8 +47,13 @@ class Gate(ABC):
 
     @property
     def sums_to_one(self) -> bool:
-        """Whether every row's weights sum to 1; else their sum is above 0 and at most 1."""
+        """Whether every row's weights sum to 1."""
         return True
+
+    @property
+    def signed(self) -> bool:
+        """Whether weights may be of any sign and sum; else none is negative, and their sum is above 0 and at most 1."""
+        return False
 
     @abstractmethod
     def __call__(self, logits: Tensor) -> Routing: ...
@@ -153,6 +159,8 @@ class TopP(Gate):
 
     def __call__(self, logits: Tensor) -> Routing:
         probs = torch.softmax(logits, dim=-1)
+        if self.p >= 1:  # rounding must not decide whether the mass of the others is 1
+            return Routing(probs, probs, logits)
         ordered, index = probs.sort(dim=-1, descending=True, stable=True)
         keep_ordered = ordered.cumsum(dim=-1) - ordered < self.p
         keep = torch.zeros_like(keep_ordered).scatter(-1, index, keep_ordered)
@@ -168,6 +176,23 @@ class TopP(Gate):
     def check(self, num_experts: int) -> None:
         if not 0 < self.p <= 1:
             raise ConfigError(f"top_p={self.p} must be above 0 and at most 1")
+
+
+@dataclass(frozen=True)
+class AsTheyAre(Gate):
+    """Logits are the weights; what stands for probabilities is each expert's share of their magnitude."""
+
+    def __call__(self, logits: Tensor) -> Routing:
+        size = logits.abs()
+        return Routing(logits, size / size.sum(dim=-1, keepdim=True).clamp(min=1e-12), logits)
+
+    @property
+    def sums_to_one(self) -> bool:
+        return False
+
+    @property
+    def signed(self) -> bool:
+        return True
 
 
 @dataclass(frozen=True)
@@ -194,6 +219,8 @@ class EntropyHybrid(Gate):
 
     def keep(self, probs: Tensor) -> Tensor:
         """Which experts take part (..., E), as booleans."""
+        if self.top_p >= 1:  # rounding must not decide whether the mass of all is above 1
+            return torch.ones_like(probs, dtype=torch.bool)
         ordered, index = probs.sort(dim=-1, descending=True, stable=True)
         mass = ordered.cumsum(dim=-1)
         keep_ordered = mass - ordered < self.top_p if self.include_crossing else mass <= self.top_p

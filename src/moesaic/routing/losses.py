@@ -153,18 +153,43 @@ class MutualInformation(AuxiliaryLoss):
 
     0 for balanced one-hot rows, 1 for uniform rows and for a collapsed router. `source` names what p is: the dense
     probabilities or the gate's weights. HotMoE's generalised Jensen-Shannon term.
+
+    With `window`, the means are over all micro-batches of the optimiser step so far, the earlier ones detached.
     """
 
-    def __init__(self, weight: float, *, source: Source = "probs", reduce: Reduce = "sum") -> None:
+    def __init__(
+        self, weight: float, *, source: Source = "probs", reduce: Reduce = "sum", window: bool = False
+    ) -> None:
         super().__init__(weight, reduce=reduce)
         self.source = source
+        self.window = window
+        self._step: Hashable = None
+        self._seen: dict[Hashable, tuple[Tensor, Tensor | int]] = {}
 
     def per_router(self, records: Sequence[Record], step: Hashable) -> Iterator[Tensor]:
+        window = self.window and not torch.compiler.is_compiling()
+        if window and (step is None or step != self._step):
+            self._seen, self._step = {}, step
         for stack in stacks(records, self.source):
             log_e = math.log(stack.values.shape[-1])
-            overall = entropy(stack.mean(stack.values))
-            per_token = stack.mean(entropy(stack.values))
+            means = stack.mean(torch.cat([stack.values, entropy(stack.values).unsqueeze(-1)], dim=-1))
+            if window:
+                means = self.with_earlier(stack, means)
+            overall, per_token = entropy(means[..., :-1]), means[..., -1]
             yield torch.relu(log_e - (overall - per_token)) / (log_e or 1.0)
+
+    def with_earlier(self, stack: Stack, now: Tensor) -> Tensor:
+        """Means (R, n) over this micro-batch's tokens and those of earlier ones, which it then is one of."""
+        names = tuple(record.site.name for record in stack.records)
+        number: Tensor | int = stack.values.shape[1] if stack.mask is None else stack.mask.sum()
+        if names not in self._seen:
+            self._seen[names] = now.detach(), number
+            return now
+        before, count = self._seen[names]
+        share = torch.as_tensor(number / (count + number)).nan_to_num()  # 0 of 0 where all is padding
+        means = torch.lerp(before, now, share.to(now))
+        self._seen[names] = means.detach(), count + number
+        return means
 
 
 class Similarity(AuxiliaryLoss):

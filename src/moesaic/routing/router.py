@@ -140,6 +140,31 @@ def keep(module: nn.Module, name: str, values: Tensor) -> None:
     module.kept = (*getattr(module, "kept", ()), name)  # type: ignore[assignment]
 
 
+class SharingRouter(Router):
+    """A router that may use another's modules instead of its own: the other alone counts and saves them."""
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__(num_experts)
+        self.owners: dict[str, object] = {}
+
+    def use(self, name: str, owner: SharingRouter) -> None:
+        """Take `owner`'s module `name` instead of one's own, unregistered."""
+        delattr(self, name)
+        object.__setattr__(self, name, getattr(owner, name))
+        self.owners[name] = owner.identity
+
+    def module(self, name: str, passed: MutableMapping[Any, Any]) -> Any:
+        """One's own module, or the owner's as it runs in this forward, where it may be a replica.
+
+        Args:
+            passed: the forward's `RoutingContext.state`.
+        """
+        own = getattr(self, name)
+        if name not in self.owners:
+            return passed.setdefault((self.identity, name), own)
+        return passed.get((self.owners[name], name), own)
+
+
 class LinearRouter(Router):
     """`logits = W h (+ b)`: the router of Shazeer et al. 2017, Switch (Fedus et al. 2022), MoLA (Gao et al. 2024)."""
 

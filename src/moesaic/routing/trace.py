@@ -67,7 +67,7 @@ class RoutingTrace:
             key = names, weights.values.shape[-1]
             if key not in self._groups:
                 self._groups[key] = Sums(len(names), key[1], weights.values.device)
-            values = weights.values.detach()
+            values = weights.values.detach().abs()  # an expert that is subtracted is used as well
             self._groups[key].add(values, probs.values.detach(), weights.mask, tasks.of(weights.records[0]))
             real = 1.0 if weights.mask is None else weights.mask[:, None].float()
             first = torch.zeros_like(values).scatter_(-1, values.argmax(dim=-1, keepdim=True), 1.0) * real

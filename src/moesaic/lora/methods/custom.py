@@ -14,6 +14,8 @@ On the command line, parts are settings of the adapter, and so are the settings 
 experts, as in MixLoRA: `router_of=uniform level=block` is such experts without routing. Every part is built by its own
 method's config, from `settings` and from what all methods share; the logits of several routers are added up. A part
 that changes between training and evaluation, or over the training, does so here too.
+
+Departures: those of the parts; the whole is nobody's method.
 """
 
 from __future__ import annotations

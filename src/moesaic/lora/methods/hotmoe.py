@@ -15,10 +15,15 @@ four ReLU features z, so with z~ = [z, 1] the attention logits are M z~ / std(z~
 from parameters once a forward; the (tokens, E, d) tensor never exists. The equations as they stand above, unfolded, are
 tests/naive_hotmoe.py, which this file is tested against in values, losses and gradients.
 
-Departures from the authors' code: the two losses switch independently (theirs turns both off with one flag); sequence
-means leave padding out (theirs count it); earlier micro-batches for the similarity loss are kept by the loss, not in
-the layer, so gradient checkpointing is safe; any model with linear layers works (theirs: Qwen2 only). Defaults are
-those of their dataclass, with top-k and both losses on as in their training script, which for the rest uses E=5, a=256.
+Both losses are over all micro-batches of the optimizer step so far, the earlier ones detached (`step_window`): a
+micro-batch of one task may so go to one expert, as long as the step is balanced.
+
+Departures from the authors' code: the two losses switch independently (theirs turns both off with one flag); padding is
+left out (theirs counts it in sequence means); earlier micro-batches are kept by the loss, not in the layer, so gradient
+checkpointing is safe; accumulating n micro-batches weighs the losses once a step (theirs: in full for each, so n times:
+their script's accumulation of 5 makes aux_weight=0.01 a fifth of theirs here); any model with linear layers works
+(theirs: Qwen2 only). Defaults are those of their dataclass, with top-k and both losses on as in their training script,
+which for the rest uses E=5, a=256.
 """
 
 from __future__ import annotations
@@ -228,8 +233,8 @@ class HotMoEConfig(MixtureConfig):
     similarity: bool = field(default=True, metadata={"help": "the like-sequences-route-alike loss"})
     beta_similar: float = field(default=1.0, metadata={"help": "pull of like sequences"})
     beta_different: float = field(default=1.5, metadata={"help": "push of unlike sequences"})
-    similarity_window: bool = field(
-        default=True, metadata={"help": "compare with earlier micro-batches of the same step"}
+    step_window: bool = field(
+        default=True, metadata={"help": "both losses see the earlier micro-batches of the same step"}
     )
     center_hidden: bool = field(default=False, metadata={"help": "subtract the batch mean before comparing sequences"})
     aux_reduce: Reduce = field(default="sum", metadata={"help": "sum or mean over routers"})
@@ -274,7 +279,9 @@ class HotMoEConfig(MixtureConfig):
         if self.mutual_information:
             # The authors feed this term the gate's weights when the similarity term is on, else the dense softmax.
             source: Source = "weights" if self.similarity else "probs"
-            losses.append(MutualInformation(self.aux_weight, source=source, reduce=self.aux_reduce))
+            losses.append(
+                MutualInformation(self.aux_weight, source=source, reduce=self.aux_reduce, window=self.step_window)
+            )
         if self.similarity:
             losses.append(
                 Similarity(
@@ -282,7 +289,7 @@ class HotMoEConfig(MixtureConfig):
                     beta_similar=self.beta_similar,
                     beta_different=self.beta_different,
                     center_hidden=self.center_hidden,
-                    window=self.similarity_window,
+                    window=self.step_window,
                     reduce=self.aux_reduce,
                 )
             )

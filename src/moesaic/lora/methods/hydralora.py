@@ -3,8 +3,10 @@
     p = softmax(W h),   y = W0 x + (alpha/r) sum_e p_e B_e A x
 
 The experts of a layer share A (r, d_in), which learns what the tasks have in common; the heads B_e learn what parts
-them. Dense weights, no auxiliary loss. The paper finds the number of heads by k-means over the data; here it is a
-setting.
+them. Dense weights, no auxiliary loss.
+
+Departures from the authors' code: the number of heads is a setting (the paper finds it by k-means over the data); the
+heads of a linear share one dropout mask (theirs: one each, so that masks average out over the heads).
 """
 
 from __future__ import annotations

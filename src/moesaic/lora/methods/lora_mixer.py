@@ -9,7 +9,9 @@
 The paper's alpha is both rsl_weight and balance_coef, its lambda entropy_coef, its beta preserve_coef. RSL (routing
 specialization loss) is the first version's "specialization balance loss". f is a constant: no gradient, no factor E.
 
-No code and no full hyper-parameters are public, so this is a reconstruction. The paper's formula subtracts the
+Departures: none can be told, since no code and no full hyper-parameters are public.
+
+This is a reconstruction. The paper's formula subtracts the
 entropy, which flattens p (`entropy_sign="as_written"`), while its text says that p should sharpen (`"sharpen"`); its f
 is the share of tokens that rank an expert first (`f_mode="argmax"`, eq. 3), or the share of the top-k's mass (`"mass"`,
 section 3.3). Ours are: one linear router for each adapted linear, all experts preserved, renormalisation after top-k,

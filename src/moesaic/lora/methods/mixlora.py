@@ -8,13 +8,17 @@ One linear router for each FFN, not for each linear; expert e is the frozen FFN 
 | routing | weights | the authors' |
 | --- | --- | --- |
 | `top_k` | the k largest probabilities, divided by their sum | MixLoRA |
-| `top_p` | the largest until their mass reaches `top_p`, divided by their sum | MixLoRA-Dynamic |
-| `switch` | the largest as it is: it scales the FFN's output, which so does not start as the base's | MixLoRA-Switch |
+| `top_p` | the largest until their mass reaches `top_p`, as they are | MixLoRA-Dynamic |
+| `switch` | the largest as it is | MixLoRA-Switch |
 
-Departures from the authors' code: the balance loss counts shares of slots, so that it is 1 when balanced (theirs is k:
-a weight of 0.001 here is 0.001/k there), and is computed for each FFN, not over the logits of all together; `switch`
-has no capacity, since sorted rows drop no token; the down projection's frozen product is made once, of the weighted
-sum, which is the same since it is linear.
+Weights that are left as they are scale the FFN's output by their mass: it then does not start as the base's.
+
+Departures from the authors' code: the balance loss counts shares of slots, so that it is 1 when balanced (theirs is k),
+and is one for each FFN, summed, not one over the tokens of all layers: with L FFNs a weight of 0.001 here is 0.001 L/k
+there. With `top_p` it counts shares of slots as well (theirs tokens, so that a token with many experts counts more).
+Padding never counts (theirs counts it with `top_p` and `switch`). `switch` has no capacity, since sorted rows drop no
+token. The experts of an FFN share one dropout mask (theirs: one each). The down projection's frozen product is made
+once, of the weighted sum, which is the same since it is linear.
 """
 
 from __future__ import annotations
@@ -68,7 +72,7 @@ class MixLoRAConfig(MixtureConfig):
 
     def gate(self) -> Gate:
         if self.routing == "top_p":
-            return TopP(self.top_p)
+            return TopP(self.top_p, renormalize=False)
         return TopK(self.top_k) if self.routing == "top_k" else TopK(1, normalize="none")
 
     def losses(self) -> list[AuxiliaryLoss]:

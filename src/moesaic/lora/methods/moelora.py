@@ -2,16 +2,19 @@
 
     p = softmax(W_g e_t),   y = W0 x + alpha/(E r) * sum_e p_e B_e A_e x
 
-e_t is the embedding of task t. All tokens of a sequence get the same weights, so for one task the mixture is one LoRA
-of rank E*r. Needs `routing_task_ids` in every batch. `r` is the rank of one expert: the paper's r is E*r here.
+e_t is the embedding of task t; one embedding and one gate W_g weigh the experts of all layers. All tokens of a sequence
+get the same weights, so for one task the mixture is one LoRA of rank E*r. Needs `routing_task_ids` in every batch. `r`
+is the rank of one expert: the paper's r is E*r here.
 
-Departures from the authors' code: A is drawn as in all methods here (theirs: N(0, 0.01)).
+Departures from the authors' code: A is drawn as in all methods here (theirs: N(0, 0.01)); the embedding has no spare
+row; the experts of a linear share one dropout mask (theirs: one each).
 """
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,26 +23,30 @@ from moesaic.errors import ConfigError
 from moesaic.lora.config import MixtureConfig
 from moesaic.lora.kind import Kind
 from moesaic.lora.tasks import row_ids
-from moesaic.routing import Gate, Router, RoutingContext, Site, Softmax, float_linear
+from moesaic.routing import Gate, Router, RoutingContext, SharingRouter, Site, Softmax
 
 
-class TaskRouter(Router):
+class TaskRouter(SharingRouter):
     """`logits = W_g e_t`: a linear gate on the embedding of the sequence's task."""
 
     shared = ("embedding.weight",)
+    embedding: nn.Embedding
+    linear: nn.Linear
 
     def __init__(self, num_tasks: int, num_experts: int, *, task_dim: int) -> None:
         super().__init__(num_experts)
+        self.num_tasks = num_tasks
         self.embedding = nn.Embedding(num_tasks, task_dim)
         self.linear = nn.Linear(task_dim, num_experts, bias=False)
 
     def score(self, h: Tensor, context: RoutingContext | None = None) -> Tensor:
-        ids = row_ids(h, context, limit=self.embedding.num_embeddings, setting="num_tasks")
-        embedded = F.embedding(ids, self.embedding.weight).to(h.dtype)
-        return float_linear(self.linear, embedded).expand(*h.shape[:-1], self.num_experts)
+        passed: MutableMapping[Any, Any] = {} if context is None else context.state
+        ids = row_ids(h, context, limit=self.num_tasks, setting="num_tasks")
+        table, gate = (self.module(name, passed).weight.to(h) for name in ("embedding", "linear"))
+        return F.linear(F.embedding(ids, table), gate).expand(*h.shape[:-1], self.num_experts)
 
     def extra_repr(self) -> str:
-        return f"tasks={self.embedding.num_embeddings}"
+        return f"tasks={self.num_tasks}"
 
 
 @dataclass
@@ -68,6 +75,16 @@ class MOELoRAConfig(MixtureConfig):
 
     def router(self, site: Site) -> Router:
         return TaskRouter(self.num_tasks, self.experts_at(site), task_dim=self.task_dim)
+
+    def connect(self, routers: list[Router]) -> None:
+        """One embedding and one gate for all; with other numbers of experts, a gate for each."""
+        owners: dict[int, TaskRouter] = {}
+        for router in routers:
+            assert isinstance(router, TaskRouter)
+            for name, key in (("embedding", 0), ("linear", router.num_experts)):
+                owner = owners.setdefault(key, router)
+                if owner is not router:
+                    router.use(name, owner)
 
     def gate(self) -> Gate:
         return Softmax()

@@ -3,7 +3,11 @@
     p = softmax(W h),  weights = top-k(p) / sum of the kept,  y = W0 x + (alpha/r) sum_e w_e B_e A_e x
 
 One linear router for each adapted linear; layers may differ in their number of experts ("higher layers need more":
-2-4-6-8 by quarter). The Switch balance loss is optional and off in the authors' code; here aux_weight=0 turns it off.
+2-4-6-8 by quarter). The Switch balance loss is optional: aux_weight=0 turns it off.
+
+Departures from the authors' code: the balance loss is one for each linear, summed (theirs: one a layer, over the tokens
+of its seven linears together), is on at 0.001 (one of their two scripts has it on, the other off), and leaves padding
+out (theirs counts it); the experts of a linear share one dropout mask (theirs: one each).
 """
 
 from __future__ import annotations

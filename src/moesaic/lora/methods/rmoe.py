@@ -9,10 +9,12 @@ holds any of it. States go from layer to layer in `RoutingContext.state`; a laye
 below it. The paper's ablations are settings: `recurrence` ("none" is its NP), `cell`, `shared_projector`, and
 `residual_alpha` (its r-alpha), which adds alpha times the logits of the layer below, their own residual included.
 
-Departures: the experts are LoRA pairs beside linears, not feed-forward networks, so each kind of module (every q_proj,
-every up_proj, ...) has its own chain of states over depth, all under the one cell; p is 32 and not 128, for a router at
-each linear; P and G start at N(0, 0.02), which the release leaves uninitialised. `RecurrentRouter` needs nothing
-of the config, so its logits can be added to those of another router.
+Departures from the authors' code: the experts are LoRA pairs beside linears, not feed-forward networks, so each kind of
+module (every q_proj, every up_proj, ...) has its own chain of states over depth, all under the one cell; p is 32 and
+not 128, for a router at each linear; P and G start at N(0, 0.02), which the release leaves uninitialised; the balance
+loss is one for each router, summed, without padding, and 1 when balanced (the release: one over the tokens of all
+layers and padding, k when balanced). `RecurrentRouter` needs nothing of the config, so its logits can be added to those
+of another router.
 
 The GRU's step is written out with its two products joined (`_GRUStep`); the equations gate by gate are `naive_step` and
 `naive_chain` in tests/test_rmoe.py, which it is tested against in values and gradients.
@@ -31,7 +33,17 @@ from torch.autograd.function import once_differentiable
 
 from moesaic.errors import ConfigError
 from moesaic.lora.config import MixtureConfig
-from moesaic.routing import AuxiliaryLoss, Gate, Router, RoutingContext, Site, SwitchBalance, TopK, float_linear
+from moesaic.routing import (
+    AuxiliaryLoss,
+    Gate,
+    Router,
+    RoutingContext,
+    SharingRouter,
+    Site,
+    SwitchBalance,
+    TopK,
+    float_linear,
+)
 
 Cell = Literal["gru", "rnn", "lstm"]
 Recurrence = Literal["full", "detach", "none"]
@@ -48,7 +60,7 @@ class State(NamedTuple):
     logits: Tensor
 
 
-class RecurrentRouter(Router):
+class RecurrentRouter(SharingRouter):
     """`logits = G h`, with h the state of a recurrent cell that has run through the layers below.
 
     A router is born with a cell of its own; `use` puts that of another in its place. Without a context, in the lowest
@@ -77,7 +89,6 @@ class RecurrentRouter(Router):
     ) -> None:
         super().__init__(num_experts)
         self.layer, self.chain = site.layer, chain_of(site)
-        self.owners: dict[str, object] = {}
         self.kind, self.recurrence = cell, recurrence
         self.residual_alpha, self.residual_detach = residual_alpha, residual_detach
         self.projector = nn.Linear(site.d_in, state_dim, bias=False)
@@ -85,19 +96,6 @@ class RecurrentRouter(Router):
         self.head = nn.Linear(state_dim, num_experts, bias=False)
         nn.init.normal_(self.projector.weight, std=0.02)
         nn.init.normal_(self.head.weight, std=0.02)
-
-    def use(self, name: str, owner: RecurrentRouter) -> None:
-        """Take `owner`'s module `name` instead of one's own, unregistered: its owner alone counts and saves it."""
-        delattr(self, name)
-        object.__setattr__(self, name, getattr(owner, name))
-        self.owners[name] = owner.identity
-
-    def module(self, name: str, passed: MutableMapping[Any, Any]) -> Any:
-        """One's own module, or that of the owner as it runs in this forward, where it may be a replica."""
-        own = getattr(self, name)
-        if name not in self.owners:
-            return passed.setdefault((self.identity, name), own)
-        return passed.get((self.owners[name], name), own)
 
     def projection(self, context: RoutingContext | None = None) -> tuple[Tensor, None]:
         return self.module("projector", {} if context is None else context.state).weight, None

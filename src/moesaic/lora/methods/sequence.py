@@ -8,8 +8,11 @@ One linear router for each adapted linear. The mean of the logits is the logit o
 router by token does. Labels mark answers in training, `generate` knows its prompt, and a KV cache keeps the sums that
 its tokens came to, so an answer keeps its prompt's routing however the prompt got into the cache. In later turns on one
 cache what was answered before still does not count, as in training on a chat's answers. The loss is HotMoE's mutual
-information: experts balanced overall, each row certain.
+information, one micro-batch at a time: experts balanced overall, each row certain.
 Under Adam a temperature below 1 is a router that learns faster, by as much, and commits sooner.
+
+Departures: a control of ours; Kudugunta et al. route whole FFNs of a model trained so from its start, each sentence to
+its best few.
 """
 
 from __future__ import annotations
@@ -37,10 +40,7 @@ from moesaic.routing import (
 
 
 class SequenceRouter(LinearRouter):
-    """`logits_t = mean_s (W h_s + b)` over the prompt, or over what is read of it in a causal model.
-
-    Rows of a 2-D input are tokens of which nothing more is known: each is a sequence.
-    """
+    """`logits_t = mean_s (W h_s + b)` over the prompt, or over what is read of it in a causal model."""
 
     by_prompt = True
 
@@ -51,21 +51,31 @@ class SequenceRouter(LinearRouter):
 
     def from_projection(self, read: Tensor, context: RoutingContext | None = None) -> Tensor:
         read = read / self.temperature if self.temperature != 1.0 else read
-        if read.dim() < 3:
-            return read
-        context = context or RoutingContext()
-        counted = context.mask if context.prompt is None else context.prompt
-        if not self.causal:
-            means = pool(read, counted, context.sequences)
-            return means.unsqueeze(-2).expand_as(read) if context.sequences is None else means[context.sequences]
-        if torch.compiler.is_compiling() and not self.training and read.shape[-2] == 1:
-            raise ConfigError("method sequence cannot decode under torch.compile: generate without it")
-        real = read.new_ones(*read.shape[:-1], 1) if counted is None else counted.unsqueeze(-1).to(read.dtype)
-        sums = context.sums(self.identity, torch.cat([read * real, real], dim=-1), context.sequences)
-        return sums[..., :-1] / sums[..., -1:].clamp(min=1)
+        return mean_read(read, context or RoutingContext(), self, causal=self.causal)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {'running' if self.causal else 'whole'} mean"
+
+
+def mean_read(read: Tensor, context: RoutingContext, router: Router, *, causal: bool) -> Tensor:
+    """What is read (rows, T, n) averaged over each token's prompt, up to the token in a causal model.
+
+    Rows of a 2-D input are tokens of which nothing more is known: each is a sequence.
+
+    Args:
+        router: whose means they are, where a KV cache keeps the sums.
+    """
+    if read.dim() < 3:
+        return read
+    counted = context.mask if context.prompt is None else context.prompt
+    if not causal:
+        means = pool(read, counted, context.sequences)
+        return means.unsqueeze(-2).expand_as(read) if context.sequences is None else means[context.sequences]
+    if torch.compiler.is_compiling() and not router.training and read.shape[-2] == 1:
+        raise ConfigError("routing by the prompt cannot decode under torch.compile: generate without it")
+    real = read.new_ones(*read.shape[:-1], 1) if counted is None else counted.unsqueeze(-1).to(read.dtype)
+    sums = context.sums(router.identity, torch.cat([read * real, real], dim=-1), context.sequences)
+    return sums[..., :-1] / sums[..., -1:].clamp(min=1)
 
 
 @dataclass

@@ -13,6 +13,8 @@ are all sizes and weights: nothing here reproduces the paper's figures. docs/top
 lambda_kl is `aux_weight`; it rises from 0 over the first tenth of the training. Prototypes come from stage 1 when the
 first router is made and are then kept in the config and saved with every router: a saved adapter needs neither the
 encoder nor the graph. Targets reach the loss as `routing_targets` of the batch; `moesaic train` puts them there.
+
+Departures: none can be told, since no code is public.
 """
 
 from __future__ import annotations
