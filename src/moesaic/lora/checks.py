@@ -45,6 +45,12 @@ def is_ranks(pattern: Any) -> bool:
     return isinstance(pattern, dict) and all(isinstance(k, str) and _is(v, int) for k, v in pattern.items())
 
 
+def is_numbers(pattern: Any) -> bool:
+    if pattern is None:
+        return True
+    return isinstance(pattern, dict) and all(isinstance(k, str) and _is(v, float) for k, v in pattern.items())
+
+
 def _is(value: Any, kind: Any) -> bool:
     """Whether a value is of a kind in `_KINDS`; a switch is no number."""
     if kind == dict[str, list[int]]:

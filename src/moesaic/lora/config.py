@@ -23,9 +23,10 @@ from torch import Tensor
 
 from moesaic.errors import ConfigError, UnknownKeyword, first_line
 from moesaic.host.scores import Reader
-from moesaic.lora.checks import are_folders, check_kinds, check_names, is_ranks
+from moesaic.lora.checks import are_folders, check_kinds, check_names, is_numbers, is_ranks
 from moesaic.lora.kind import Kind
 from moesaic.lora.layer import LayerSettings
+from moesaic.lora.loras import TakesLoras
 from moesaic.lora.mix import Backend
 from moesaic.lora.store import Store
 from moesaic.lora.stored import LARGEST
@@ -35,7 +36,7 @@ METHODS: dict[str, type[MixtureConfig]] = {}
 
 
 @dataclass
-class MixtureConfig(PeftConfig):
+class MixtureConfig(PeftConfig, metaclass=TakesLoras):
     """Settings that all mixtures of LoRA experts share.
 
     Raises:
@@ -60,6 +61,9 @@ class MixtureConfig(PeftConfig):
     num_experts: int = field(default=8, metadata={"help": "experts in each adapted layer"})
     lora_alpha: float = field(default=16, metadata={"help": "scaling numerator: alpha/r, or alpha/sqrt(r) with rslora"})
     use_rslora: bool = field(default=False, metadata={"help": "scale by alpha/sqrt(r) (Kalajdzievski 2023)"})
+    alpha_pattern: dict[str, float] | None = field(
+        default=None, metadata={"help": "lora_alpha by module name (or end of it, the longest wins) where another"}
+    )
     lora_dropout: float = field(default=0.0, metadata={"help": "dropout on the experts' input, shared by all experts"})
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "names of the linears to adapt, a regular expression, or 'all-linear'"}
@@ -73,6 +77,9 @@ class MixtureConfig(PeftConfig):
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "name of the list of layers"})
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "token embeddings to train beside the mixture"}
+    )
+    ensure_weight_tying: bool = field(
+        default=False, metadata={"help": "keep tied embeddings tied where modules_to_save has them"}
     )
     bias: str = field(default="none", metadata={"help": "always 'none': a routed mixture has no bias to train"})
     adapters: list[str] | dict[str, str] | None = field(
@@ -130,6 +137,8 @@ class MixtureConfig(PeftConfig):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        if not is_numbers(self.alpha_pattern) or not all(0 < a <= LARGEST for a in (self.alpha_pattern or {}).values()):
+            raise ConfigError(f"alpha_pattern={self.alpha_pattern!r} must hold numbers above 0 by module name")
         if not is_ranks(self.rank_pattern):
             raise ConfigError(f"rank_pattern={self.rank_pattern!r} must hold whole numbers by module name")
         for name, value in {"r": self.r, "num_experts": self.num_experts, **(self.rank_pattern or {})}.items():
@@ -220,8 +229,7 @@ class MixtureConfig(PeftConfig):
 
     def rank_at(self, site: Site) -> int:
         """Rank of one expert of the layer at `site`."""
-        fitting = [name for name in self.rank_pattern or () if f".{site.name}".endswith(f".{name}")]
-        return (self.rank_pattern or {})[max(fitting, key=len)] if fitting else self.r
+        return int(_by_name(self.rank_pattern, site, self.r))
 
     def layer(self, site: Site, *, routed: bool) -> LayerSettings:
         """All that it says of the layer at `site`, which has experts and a router, or else one plain LoRA.
@@ -236,7 +244,7 @@ class MixtureConfig(PeftConfig):
             shares_down=routed and self.kind.shares_down,
             make_router=partial(self.router, site) if routed else None,
             make_gates=lambda: (self.gate(), self.eval_gate()),
-            scaling=self.scaling,
+            scaling=self.scaling * _by_name(self.alpha_pattern, site, self.lora_alpha) / self.lora_alpha,
             dropout=self.lora_dropout,
             backend=self.backend,
             merges_factors=self.kind.merges_factors,
@@ -283,6 +291,12 @@ class MixtureConfig(PeftConfig):
     def losses(self) -> list[AuxiliaryLoss]:
         """The auxiliary losses; built once for each adapter."""
         return []
+
+
+def _by_name(pattern: dict[str, Any] | None, site: Site, otherwise: Any) -> Any:
+    """What a pattern holds of a site: by the longest end of its name that is there."""
+    fitting = [name for name in pattern or () if f".{site.name}".endswith(f".{name}")]
+    return (pattern or {})[max(fitting, key=len)] if fitting else otherwise
 
 
 def register_with_peft(cls: type[MixtureConfig]) -> None:

@@ -100,6 +100,16 @@ class MixtureModel(BaseTuner):
             layer, routers = self._hidden.pop()
             layer._modules["moe_lora_router"] = routers
 
+    def _add_modules_to_save_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
+        """With `ensure_weight_tying`: PEFT gives these modules the weight of the embeddings that are saved."""
+        peft_config.modules_to_tie = tied_weight_keys
+
+    def _add_targets_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
+        raise ConfigError(
+            "ensure_weight_tying: experts beside a head cannot be tied to those of its embeddings, which have none: "
+            "leave the head out of target_modules"
+        )
+
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> PeftConfig:
         every = peft_config.target_modules == "all-linear"
         if peft_config.target_modules is None or (every and targets.never_called(self.model)):
