@@ -88,6 +88,7 @@ TRAINED = ("phatgoose", "lora-mixer", "smear", "cat", "lora-flow", "lorahub")
 GLIDER = ("glider", "glider-alpha-100", "glider-instructions", "glider-top-1")
 PART = ("uniform", "arrow", "retrieval", "phatgoose", *GLIDER, *MERGES)
 """Arms that can leave an expert out without new training."""
+ARMS = [*UNTRAINED, *TRAINED, *GLIDER, *MERGES]
 
 
 @dataclass(frozen=True)
@@ -203,11 +204,11 @@ def _merged(job: Job, chosen: Setting, tasks: list[str]) -> dict[str, Any]:
     return score(prepared, rows)
 
 
-def gather(setting: str) -> dict[str, Any]:
-    """All scores of a setting: by arm, by seed."""
+def gather(setting: str, arms: list[str]) -> dict[str, Any]:
+    """Scores of a setting: by arm, by seed."""
     chosen = SETTINGS[setting]
     found: dict[str, Any] = {}
-    for arm in (*UNTRAINED, *TRAINED, *GLIDER, *MERGES):
+    for arm in arms:
         rows = [json.loads(Job(setting, arm, seed).result.read_text()) for seed in SEEDS]
         means = [statistics.mean(row[task]["score"] for task in chosen.tasks) for row in rows]
         found[arm] = {"held_in": means, "tasks": {t: [row[t]["score"] for row in rows] for t in chosen.tasks}}
@@ -237,20 +238,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("setting", choices=SETTINGS)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="run these again, and keep the others")
     given = parser.parse_args()
     chosen = SETTINGS[given.setting]
     stages: list[list[Any]] = [
         [(given.setting, task, seed) for seed in SEEDS for task in chosen.tasks],
-        [Job(given.setting, arm, seed) for seed in SEEDS for arm in (*TRAINED, *UNTRAINED, *MERGES)],
-        [Job(given.setting, arm, seed) for seed in SEEDS for arm in GLIDER],
-        [Job(given.setting, arm, seed, task) for seed in SEEDS for arm in PART for task in chosen.zero_shot],
+        [Job(given.setting, a, seed) for seed in SEEDS for a in (*TRAINED, *UNTRAINED, *MERGES) if a in given.arms],
+        [Job(given.setting, arm, seed) for seed in SEEDS for arm in GLIDER if arm in given.arms],
+        [Job(given.setting, a, s, task) for s in SEEDS for a in PART if a in given.arms for task in chosen.zero_shot],
     ]
     with ProcessPoolExecutor(given.workers, mp_context=get_context("spawn")) as pool:
         for stage in stages:
             for done in as_completed([pool.submit(_worker, job) for job in stage]):
                 print(done.result(), flush=True)
     out = Path("results") / f"adapters-{given.setting}.json"
-    out.write_text(json.dumps(gather(given.setting), indent=1) + "\n")
+    found = gather(given.setting, given.arms)
+    if given.arms != ARMS:
+        found["arms"] = json.loads(out.read_text())["arms"] | found["arms"]
+    out.write_text(json.dumps(found, indent=1) + "\n")
     print(f"written: {out}")
 
 
