@@ -2,7 +2,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test bench gpu lint clean
+.PHONY: demo test peft bench gpu lint clean
 
 demo: $(VENV)/.train
 	$(BIN)/moesaic demo
@@ -14,6 +14,9 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check src tests scripts
 	$(BIN)/ruff format --check src tests scripts
 	$(BIN)/mypy
+
+peft: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 tests/test_peft.py tests/test_loras.py tests/test_lifecycle.py tests/test_reference.py
 
 bench: $(VENV)/.dev
 	$(BIN)/moesaic bench

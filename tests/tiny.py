@@ -170,9 +170,14 @@ FROM_SCRATCH = sorted(name for name, cls in METHODS.items() if not cls.kind.need
 
 
 def adapters(model: str, number: int = 4, *, r: int = 4, targets: Any = None) -> dict[str, str]:
-    """Folders of LoRA adapters of `MODELS[model]` with random factors, by name; written once a process."""
+    """Folders of LoRA adapters of a kind of model with random factors, by name; written once a process."""
+    from tests.zoo import ZOO
+
+    build = ZOO[model]
+    fused = ["q_proj", "o_proj"]  # PEFT's LoRA takes fused experts where a name is theirs
+    known = {"mamba": ["in_proj", "x_proj"], "deepseek_v3": ["kv_b_proj", "o_proj"], "qwen3_moe": fused}
     if targets in (None, "all-linear"):
-        targets = ["in_proj", "x_proj"] if model == "mamba" else lora_targets.default(MODELS[model]())
+        targets = known.get(model) or lora_targets.default(build())
     key = zlib.crc32(repr((model, number, r, sorted(targets))).encode())
     found = {f"skill_{n}": _folder() / f"{model}-{key}-{n}" for n in range(number)}
     for n, folder in enumerate(found.values()):
@@ -180,7 +185,7 @@ def adapters(model: str, number: int = 4, *, r: int = 4, targets: Any = None) ->
             with torch.random.fork_rng():
                 torch.manual_seed(n)
                 config = LoraConfig(r=r, lora_alpha=8, target_modules=targets, init_lora_weights=False)
-                get_peft_model(MODELS[model](), config).save_pretrained(str(folder))
+                get_peft_model(build(), config).save_pretrained(str(folder))
     return {name: str(folder) for name, folder in found.items()}
 
 

@@ -12,8 +12,9 @@ and values of cross-attention, which read the encoder, have a gate of their own;
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,38 +24,50 @@ from moesaic.errors import ConfigError
 from moesaic.lora.config import MixtureConfig
 from moesaic.lora.kind import Kind
 from moesaic.lora.layer import reads_the_encoder
-from moesaic.routing import AsTheyAre, Gate, Router, RoutingContext, Site
+from moesaic.routing import AsTheyAre, Gate, Router, RoutingContext, SharingRouter, Site
 
 
-class FlowRouter(Router):
-    """The first of a layer weighs, and the others take its weights."""
+@dataclass
+class Run:
+    """One run of a layer: its weights (..., E), and the modules that have taken them."""
+
+    weights: Tensor
+    taken: set[object]
+
+
+class FlowRouter(SharingRouter):
+    """The first module of a layer that runs weighs, and the others take its weights. All use one gate."""
+
+    linear: nn.Linear
 
     def __init__(self, site: Site, num_experts: int) -> None:
         super().__init__(num_experts)
         self.linear = nn.Linear(site.d_in, num_experts, dtype=torch.float32)
         nn.init.zeros_(self.linear.bias)
         stack, _, module = site.name.rpartition(f".{site.layer}.")
-        self.place = stack, site.layer, reads_the_encoder(module)
-        self.owner: FlowRouter | None = None
-
-    def follow(self, owner: FlowRouter) -> None:
-        """Take `owner`'s weights from now on: it alone counts and saves what makes them."""
-        del self.linear
-        object.__setattr__(self, "owner", owner)
+        self.place = stack, site.layer, reads_the_encoder(module), site.reads_the_cache
 
     def score(self, h: Tensor, context: RoutingContext | None = None) -> Tensor:
-        state = {} if context is None else context.state
-        if self.owner is None:
-            probs = torch.softmax(F.linear(h, self.linear.weight.to(h.dtype)), dim=-1)
-            weights = probs + self.linear.bias.to(h.dtype)
-            state.setdefault((self.identity, "weights"), weights)
-            return weights
-        found = state.get((self.owner.identity, "weights"))
-        if found is None or found.shape[:-1] != h.shape[:-1]:
-            raise ConfigError(
-                f"lora-flow: layer {self.place[1]} runs {h.shape[:-1]} tokens that its first module did not"
-            )
-        return found
+        state: MutableMapping[Any, Any] = {} if context is None else context.state
+        key = FlowRouter, self.owners.get("linear", self.identity)
+        run: Run | None = state.get(key)
+        if run is None or self.identity in run.taken:  # a layer may run several times in one forward
+            run = state[key] = Run(self.weigh(h, self.module("linear", state)), set())
+        run.taken.add(self.identity)
+        if run.weights.shape[:-1] != h.shape[:-1]:
+            raise self.strange(h)
+        return run.weights
+
+    def weigh(self, h: Tensor, linear: nn.Linear) -> Tensor:
+        if linear.weight.shape[-1] != h.shape[-1]:
+            raise self.strange(h)
+        return torch.softmax(F.linear(h, linear.weight.to(h.dtype)), dim=-1) + linear.bias.to(h.dtype)
+
+    def strange(self, h: Tensor) -> ConfigError:
+        return ConfigError(
+            f"lora-flow: the modules of layer {self.place[1]} do not read the same tokens in the same width (here "
+            f"{tuple(h.shape)}), so they cannot share weights: take adapters of fewer modules"
+        )
 
 
 @dataclass
@@ -70,12 +83,12 @@ class LoRAFlowConfig(MixtureConfig):
         return FlowRouter(site, self.num_experts)
 
     def connect(self, routers: list[Router]) -> None:
-        owners: dict[tuple[str, int, bool], FlowRouter] = {}
+        owners: dict[Any, FlowRouter] = {}
         for router in routers:
             assert isinstance(router, FlowRouter)
             owner = owners.setdefault(router.place, router)
             if owner is not router:
-                router.follow(owner)
+                router.use("linear", owner)
 
     def gate(self) -> Gate:
         return AsTheyAre()

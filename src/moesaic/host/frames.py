@@ -24,16 +24,35 @@ class StackView:
     """(batch, tokens), True on the tokens that are given, where the stack's differ from the model's: a decoder's."""
     cached: bool = False
     """Whether its tokens are those of the forward's KV cache."""
+    past: int = 0
+    """Tokens a row that are in the KV cache already."""
+    seen: Tensor | None = None
+    """Which of those and of its own tokens are real (batch, past + tokens); None if all are."""
     placed: dict[torch.device, StackView] = field(default_factory=dict)
 
     def on(self, device: torch.device) -> StackView:
         """The same where a layer lies, once a device: layers on one must share a mask for their losses to stack."""
         if device not in self.placed:
-            mask, sequences, prompt = (
-                None if values is None else values.to(device) for values in (self.mask, self.sequences, self.prompt)
+            mask, sequences, prompt, seen = (
+                None if values is None else values.to(device)
+                for values in (self.mask, self.sequences, self.prompt, self.seen)
             )
-            self.placed[device] = replace(self, mask=mask, sequences=sequences, prompt=prompt, placed={})
+            self.placed[device] = replace(self, mask=mask, sequences=sequences, prompt=prompt, seen=seen, placed={})
         return self.placed[device]
+
+    def widened(self, rows: int, tokens: int, given: int) -> StackView:
+        """Of all that the cache holds, for a module that reads it anew in every step.
+
+        Args:
+            tokens: as many as the cache has room for, behind what was seen.
+            given: how many of them are the prompt's.
+        """
+        length = self.past + (self.tokens or 0)
+        places = torch.arange(tokens, device=None if self.seen is None else self.seen.device)
+        real = (places < length).expand(rows, -1)
+        if self.seen is not None:
+            real = real & torch.nn.functional.pad(self.seen, (0, tokens - length))
+        return StackView(mask=real, tokens=tokens, prompt=real & (places < given))
 
 
 @dataclass

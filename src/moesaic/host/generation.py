@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from moesaic.errors import ConfigError
+from moesaic.host.masks import parts_of
 from moesaic.host.running import Prompt
 
 
@@ -24,6 +25,7 @@ class Telling(Protocol):
     pinned_tasks: Any
     pinned_scores: Any
     differing: Callable[[], list[str]]
+    asks: Callable[[str], bool]
 
     def warn_once(self, message: str) -> None: ...
 
@@ -62,6 +64,8 @@ def _generate_batch(model: Any, host: Telling, own: Any, *args: Any, **kwargs: A
             "generate_batch answers in a thread of its own, where routing_tasks, routing_prompts and trace are not "
             "seen: use generate"
         )
+    if host.asks("by_task"):
+        raise ConfigError("generate_batch cannot be told task ids, which this method routes by: use generate")
     if model.training and host.differing():
         host.warn_once(
             f"generate_batch answers in evaluation, where {', '.join(host.differing())} mixes by another gate than in "
@@ -83,4 +87,5 @@ def _prompt(model: Any, inputs: Any, kwargs: dict[str, Any]) -> Prompt:
     mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
     lengths = [found.shape[1] for found in (ids, embeds, mask) if isinstance(found, Tensor) and found.dim() > 1]
     whole = ids is not None and (mask is None or mask.shape == ids.shape)
-    return Prompt(max(lengths, default=1), ids if whole else None, None if mask is None else mask.bool())
+    parts = parts_of(model, {**kwargs, "input_ids": ids})
+    return Prompt(max(lengths, default=1), ids if whole else None, None if mask is None else mask.bool(), parts)

@@ -54,7 +54,7 @@ class Host:
         active: names of the adapters that answer.
         differing: of these, those that mix by another gate in evaluation than in training.
         readers: adapter name -> what reads its routing scores off the tokens, where they are not given.
-        goes_by_prompt: whether a router of these asks what the prompt is.
+        asks: whether a router of these goes "by_prompt" or "by_task".
         progress: share of the training that is done; None where no trainer tells.
         external: while True, a trainer adds the auxiliary loss itself and the output's loss is left alone.
         threads: what belongs to each thread; what is the current one's are attributes of the host too.
@@ -76,7 +76,7 @@ class Host:
         self.step_of: Callable[[str], Hashable] | None = None
         self.active: Callable[[], Sequence[str]] = list
         self.differing: Callable[[], list[str]] = list
-        self.goes_by_prompt: Callable[[], bool] = bool
+        self.asks: Callable[[str], bool] = _nobody
         self.progress: float | None = None
         self.external = False
         self.threads = Threads()
@@ -92,7 +92,6 @@ class Host:
     def attach(self, model: nn.Module, wrapped: set[str]) -> dict[str, str]:
         """Hook `model`. Returns, for each wrapped module's name, the name of the stack whose mask it sees."""
         self.detach()
-        self.unused = Unused(wrapped)
         names = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
         stack_of = {name: max((s for s in names if inside(name, s)), key=len, default="") for name in wrapped}
         # always_call closes the frame when the forward raises; the frame opens first and closes last.
@@ -100,6 +99,7 @@ class Host:
             model.register_forward_pre_hook(self._open, with_kwargs=True, prepend=True),
             model.register_forward_hook(self._close, with_kwargs=True, always_call=True),
         ]
+        self.unused = Unused(stack_of)
         for name in set(stack_of.values()):
             stack = model.get_submodule(name)
             hook = StackHook(self, name)
@@ -136,6 +136,9 @@ class Host:
         if frame is None:
             return RoutingContext(site, task_ids=self.pinned_tasks, scores=self.pinned_scores)
         view = self.view(stack, cross).on(h.device)
+        if site.reads_the_cache and h.dim() == 3 and view.tokens is not None and h.shape[1] > view.tokens:
+            given = frame.memory.given if frame.keeps else h.shape[1]
+            view = view.widened(h.shape[0], h.shape[1], given)
         rows = partial(by_row, h=h, tokens=view.tokens, parts=frame.parts, dealt="experts" in site.name.split("."))
         return RoutingContext(
             site,
@@ -253,6 +256,8 @@ class Host:
     def new_frame(self, module: nn.Module, arguments: Mapping[str, Any], *, whole: bool) -> Frame:
         frame = Frame(training=module.training, grad=torch.is_grad_enabled(), task_ids=self.pinned_tasks)
         frame.scores = self.pinned_scores
+        if not whole and self.told is not None:
+            frame.parts = self.told.parts
         if whole:
             frame.labelled = arguments.get("labels") is not None
             frame.share = share_of_step(module, arguments)
@@ -264,7 +269,7 @@ class Host:
         """Which tokens are given, and what is known of those before them."""
         frame.tokens, frame.parts = masks.num_tokens(arguments), masks.parts_of(model, arguments)
         if is_paged(arguments):
-            if self.goes_by_prompt():
+            if self.asks("by_prompt"):
                 frame.paged = Paged(arguments)
                 frame.prompt, frame.sums = frame.paged.prompt, frame.paged.sums
             return
@@ -316,6 +321,10 @@ class Host:
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(message, stacklevel=2)
+
+
+def _nobody(what: str) -> bool:
+    return False
 
 
 def find_host(model: nn.Module) -> Host:

@@ -207,6 +207,9 @@ def view_of(
     if real is not None and rows is not None and len(real) == 1:
         real = real.expand(rows, -1)
     view = StackView(real, packed_sequences(arguments, training=training), own)
+    view.past = past
+    if past and isinstance(mask, Tensor) and mask.dim() == 2 and own is not None and mask.shape[1] == past + own:
+        view.seen = mask.bool()
     view.cached = decoder or (own is not None and own == tokens)
     if decoder:
         view.prompt = leading(max(prompt - past, 0), arguments)

@@ -24,6 +24,8 @@ class Prompt:
     length: int
     ids: Tensor | None = None
     mask: Tensor | None = None
+    parts: Tensor | None = None
+    """How many of each row's ids stand for images or sound (rows,): they may be encoded before the model is called."""
     scores: Tensor | None = None
     """What it says of the experts (rows, E), once that was read."""
 

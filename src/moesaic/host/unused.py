@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Mapping
 
 import torch
 
@@ -11,10 +11,13 @@ from moesaic.host.frames import Frame
 
 
 class Unused:
-    """Looks at the first whole forward in each mode, and warns of wrapped modules that were not called in it."""
+    """Looks at the first whole forward in each mode, and warns of wrapped modules that were not called in it.
 
-    def __init__(self, wrapped: Collection[str] = ()) -> None:
-        self.wrapped = set(wrapped)
+    Whole is one through all stacks with wrapped modules: a model that is shown no picture runs no vision tower.
+    """
+
+    def __init__(self, stack_of: Mapping[str, str] | None = None) -> None:
+        self.wrapped, self.stacks = set(stack_of or ()), set((stack_of or {}).values())
         self._checked: set[bool] = set()
 
     def called(self, frame: Frame, name: str) -> None:
@@ -24,6 +27,8 @@ class Unused:
     def check(self, frame: Frame) -> None:
         """Once a whole forward has ended."""
         if not frame.complete or frame.training in self._checked or torch.compiler.is_compiling():
+            return
+        if not self.stacks <= frame.stacks.keys():
             return
         self._checked.add(frame.training)
         dead = sorted(self.wrapped - frame.called)

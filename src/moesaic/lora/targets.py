@@ -126,7 +126,7 @@ def feed_forwards(model: nn.Module, config: Any) -> dict[str, FeedForward]:
             f"target_modules={config.target_modules!r} names none of this model's: add {', '.join(leaves)} "
             "(what else it names gets one plain LoRA each)"
             if known
-            else f"this model has none that is known; known are those of linears {_known_names()}"
+            else f"this model has none that is known: known ones end in {_known_names()}"
         )
         raise ConfigError(
             f"the experts of {config.method} are whole FFNs, and {none}, or choose a method whose experts are linears"
@@ -135,7 +135,7 @@ def feed_forwards(model: nn.Module, config: Any) -> dict[str, FeedForward]:
 
 
 def _known_names() -> str:
-    return "; ".join(f"{', '.join(first)} and {last}" for first, last in _FEED_FORWARDS)
+    return ", ".join(dict.fromkeys(last for _, last in _FEED_FORWARDS))
 
 
 def _experts(model: nn.Module, config: Any) -> set[str]:
@@ -156,6 +156,9 @@ def _known_feed_forwards(model: nn.Module) -> Iterator[tuple[str, tuple[str, ...
             starts = tuple(f"{name}.{leaf}" for leaf in first)
             if name == end or not linears.issuperset(starts) or taken & {*starts, end}:
                 continue
+            mine = tuple(f"{linear}_" for linear in (*starts, end))
+            if any(other.startswith(mine) for other in linears - {*starts, end}):
+                continue  # it adds something of its own to one of them, token by token (Zamba2)
             sizes = [features(_base(model, linear)) for linear in (*starts, end)]
             if len(set(sizes[:-1])) == 1 and sizes[0] and sizes[-1] and sizes[0][0] == sizes[-1][1]:
                 taken |= {*starts, end}

@@ -84,7 +84,7 @@ class MixtureModel(BaseTuner):
             layer.stack = stack_of[name]
         adapters = Adapters(next(iter(layers.values())))
         self.host.step_of, self.host.active, self.host.differing = adapters.step, adapters.active, adapters.differing
-        self.host.goes_by_prompt = adapters.goes_by_prompt
+        self.host.asks = adapters.ask
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         """The last step before PEFT wraps what `modules_to_save` names, by the end of a name and over all modules.
@@ -264,10 +264,10 @@ class Adapters:
         gates, others = self.layer.gates, self.layer.eval_gates
         return [name for name in self.active() if name in gates and gates[name] != others[name]]
 
-    def goes_by_prompt(self) -> bool:
-        """Whether a router of these asks what the prompt is."""
+    def ask(self, what: str) -> bool:
+        """Whether a router of these goes `by_prompt` or `by_task`."""
         routers = [self.layer.router(name) for name in self.active()]
-        return any(getattr(part, "by_prompt", False) for r in routers if r is not None for part in r.modules())
+        return any(getattr(part, what, False) for r in routers if r is not None for part in r.modules())
 
     def step(self, adapter: str) -> Hashable:
         """The optimizer step's name, so that windows over accumulated micro-batches need no callback from the loop.

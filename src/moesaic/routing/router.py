@@ -30,6 +30,11 @@ class Site:
     causal: bool = True
     """Whether a token must not see those behind it: no, only where the whole model cannot generate."""
 
+    @property
+    def reads_the_cache(self) -> bool:
+        """Whether it runs over all that the KV cache holds: latent attention keeps keys and values compressed."""
+        return self.name.endswith("kv_b_proj")
+
 
 @dataclass
 class RoutingContext:
@@ -77,6 +82,8 @@ class Router(nn.Module):
     shared: ClassVar[tuple[str, ...]] = ()
     by_prompt: ClassVar[bool] = False
     """Whether it asks which tokens are the prompt's, or what the prompt says as a whole."""
+    by_task: ClassVar[bool] = False
+    """Whether it asks for task ids outside of training too."""
     reads_by_projection: ClassVar[bool] = False
     """Whether `projection` tells all: set by defining it, and unset by overriding `score` alone further down."""
 

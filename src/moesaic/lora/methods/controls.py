@@ -47,6 +47,8 @@ class RandomRouter(Router):
 class OracleRouter(Router):
     """Expert e answers the sequences of task `task_of[e]`, and no others."""
 
+    by_task = True
+
     def __init__(self, num_experts: int, task_of: list[int] | None = None) -> None:
         super().__init__(num_experts)
         self.task_of: Tensor

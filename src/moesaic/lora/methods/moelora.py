@@ -30,6 +30,7 @@ class TaskRouter(SharingRouter):
     """`logits = W_g e_t`: a linear gate on the embedding of the sequence's task."""
 
     shared = ("embedding.weight",)
+    by_task = True
     embedding: nn.Embedding
     linear: nn.Linear
 
