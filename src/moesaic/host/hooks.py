@@ -20,14 +20,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moesaic.errors import TrainingError
-from moesaic.host import generation, masks, scores
-from moesaic.host.carrier import Delivery, carry, share_of_step
+from moesaic.host import generation, masks, opening, scores
+from moesaic.host.carrier import Delivery, carry
 from moesaic.host.checkpointing import bind_frames
 from moesaic.host.fitting import by_row, by_token, checked_ids, checked_scores, checked_targets
 from moesaic.host.frames import Frame, StackView
 from moesaic.host.fused import unfuse
-from moesaic.host.memory import CachedSums, memory_of, remember
-from moesaic.host.paged import Paged, is_paged
+from moesaic.host.memory import remember
 from moesaic.host.running import Threads, of_thread
 from moesaic.host.stacks import StackHook, inside
 from moesaic.host.unused import Unused
@@ -139,21 +138,26 @@ class Host:
         if site.reads_the_cache and h.dim() == 3 and view.tokens is not None and h.shape[1] > view.tokens:
             given = frame.memory.given if frame.keeps else h.shape[1]
             view = view.widened(h.shape[0], h.shape[1], given)
-        rows = partial(by_row, h=h, tokens=view.tokens, parts=frame.parts, dealt="experts" in site.name.split("."))
         return RoutingContext(
             site,
             mask=by_token(view.mask, h),
             sequences=by_token(view.sequences, h),
             prompt=by_token(view.prompt, h),
-            task_ids=rows(frame.task_ids, key=TASK_IDS),
-            targets=rows(frame.targets, key=TARGETS),
-            scores=frame.scores if frame.paged else rows(frame.scores, key=SCORES),
+            task_ids=self._by_row(frame.task_ids, site, h, view, TASK_IDS),
+            targets=self._by_row(frame.targets, site, h, view, TARGETS),
+            scores=frame.scores if frame.paged else self._by_row(frame.scores, site, h, view, SCORES),
             progress=1.0 if self.progress is None else self.progress,
             state=frame.state,
             whole=frame.complete,
             memory=frame.memory,
             sums=frame.sums if view.cached else TokenSums(),
         )
+
+    def _by_row(self, values: Tensor | None, site: Site, h: Tensor, view: StackView, key: str) -> Tensor | None:
+        if values is None:
+            return None
+        dealt = "experts" in site.name.split(".")
+        return by_row(values, h, view.tokens, key, parts=self.frame.parts, dealt=dealt)
 
     @property
     def recomputing(self) -> bool:
@@ -215,7 +219,7 @@ class Host:
         kwargs = dict(kwargs)
         task_ids, targets, given = (kwargs.pop(key, None) for key in (TASK_IDS, TARGETS, SCORES))
         arguments = masks.bind(model, args, kwargs)
-        self.frame = self.new_frame(model, arguments, whole=True)
+        self.frame = opening.of_model(model, arguments, self)
         rows = masks.num_rows(kwargs) if self.frame.training else None
         if task_ids is not None:
             self.frame.task_ids = checked_ids(task_ids, TASK_IDS, rows=rows)
@@ -252,40 +256,6 @@ class Host:
             self._delivery.expect(aux, adapter=adapter, step=step, warn=self.warn_once)
         frame.release()
         return carry(frame, output, aux, external=self.external, warn=self.warn_once)
-
-    def new_frame(self, module: nn.Module, arguments: Mapping[str, Any], *, whole: bool) -> Frame:
-        frame = Frame(training=module.training, grad=torch.is_grad_enabled(), task_ids=self.pinned_tasks)
-        frame.scores = self.pinned_scores
-        if not whole and self.told is not None:
-            frame.parts = self.told.parts
-        if whole:
-            frame.labelled = arguments.get("labels") is not None
-            frame.share = share_of_step(module, arguments)
-            frame.complete = arguments.get("encoder_outputs") is None and masks.past_length(arguments) == 0
-            self._read_prompt(frame, module, arguments)
-        return frame
-
-    def _read_prompt(self, frame: Frame, model: nn.Module, arguments: Mapping[str, Any]) -> None:
-        """Which tokens are given, and what is known of those before them."""
-        frame.tokens, frame.parts = masks.num_tokens(arguments), masks.parts_of(model, arguments)
-        if is_paged(arguments):
-            if self.asks("by_prompt"):
-                frame.paged = Paged(arguments)
-                frame.prompt, frame.sums = frame.paged.prompt, frame.paged.sums
-            return
-        frame.prompt = masks.unlabelled(model, arguments)
-        frame.keeps = not torch.compiler.is_compiling() and not (frame.training and frame.grad)
-        if not frame.keeps:
-            return
-        cache, past = masks.cache_of(arguments), masks.past_length(arguments)
-        if cache is not None:
-            frame.memory = memory_of(cache)
-        told = None if self.told is None or masks.is_encoder_decoder(model) else self.told.length
-        count = frame.memory.open(past, frame.tokens, told)
-        frame.sums = CachedSums(frame.memory)
-        frame.answering = frame.tokens is not None and count == 0
-        if frame.prompt is None and not masks.is_encoder_decoder(model):
-            frame.prompt = masks.leading(count, arguments)
 
     def auxiliary_loss(self, frame: Frame) -> Tensor | None:
         """Weighted sum of all active adapters' losses over the frame's records; None when there are none."""

@@ -95,8 +95,14 @@ def remember(cache: Any, memory: Memory) -> Memory:
 class CachedSums(TokenSums):
     """Sums that go on from those of the tokens that are in the cache already."""
 
-    def __init__(self, memory: Memory) -> None:
-        self.memory = memory
+    def __init__(self, memory: Memory, *, answering: bool = False) -> None:
+        self.memory, self.answering = memory, answering
+
+    def kept(self, router: object, read: Tensor) -> Tensor | None:
+        if not self.answering or torch.compiler.is_compiling():
+            return None
+        self.memory.ask()
+        return by_row(self.memory.get(router), read, None, "the cache's routing")
 
     def __call__(self, router: object, values: Tensor, sequences: Tensor | None = None) -> Tensor:
         sums = super().__call__(router, values, sequences)

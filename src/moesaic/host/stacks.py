@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Protocol
 
 from torch import nn
 
-from moesaic.host import masks
+from moesaic.host import masks, opening
 from moesaic.host.frames import Frame, StackView
 
 
-class Opener(Protocol):
+class Opener(opening.Known, Protocol):
     """Whoever has the frame of the running forward, and opens one for a stack that is called on its own."""
 
     frame: Any
     traces: Any
-    told: Any
-
-    def new_frame(self, module: nn.Module, arguments: Mapping[str, Any], *, whole: bool) -> Frame: ...
 
     def show_traces(self, frame: Frame) -> None: ...
 
@@ -36,7 +32,7 @@ class StackHook:
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         host, arguments = self.host, masks.bind(module, args, kwargs)
         if host.frame is None:
-            host.frame = host.new_frame(module, arguments, whole=False)
+            host.frame = opening.of_stack(module, host)
             host.frame.stack = self.name
         own, cross = masks.view_of(
             arguments,

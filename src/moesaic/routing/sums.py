@@ -9,6 +9,10 @@ from torch import Tensor
 class TokenSums:
     """Running sums within one forward. A host's go on where a KV cache left off."""
 
+    def kept(self, router: object, read: Tensor) -> Tensor | None:
+        """The sums (..., 1, n) for all tokens of `read` (..., T, d), where none of them adds to what is kept."""
+        return None
+
     def __call__(self, router: object, values: Tensor, sequences: Tensor | None = None) -> Tensor:
         """Sums over each token and those before it in its sequence, of values (..., T, n).
 

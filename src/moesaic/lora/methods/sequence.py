@@ -73,6 +73,9 @@ def mean_read(read: Tensor, context: RoutingContext, router: Router, *, causal: 
         return means.unsqueeze(-2).expand_as(read) if context.sequences is None else means[context.sequences]
     if torch.compiler.is_compiling() and not router.training and read.shape[-2] == 1:
         raise ConfigError("routing by the prompt cannot decode under torch.compile: generate without it")
+    kept = context.sums.kept(router.identity, read)
+    if kept is not None:
+        return (kept[..., :-1] / kept[..., -1:].clamp(min=1)).expand_as(read)
     real = read.new_ones(*read.shape[:-1], 1) if counted is None else counted.unsqueeze(-1).to(read.dtype)
     sums = context.sums(router.identity, torch.cat([read * real, real], dim=-1), context.sequences)
     return sums[..., :-1] / sums[..., -1:].clamp(min=1)

@@ -1,0 +1,71 @@
+"""A frame as it opens: what the model was called with, which tokens are given, and what its cache holds of others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from moesaic.host import masks
+from moesaic.host.carrier import share_of_step
+from moesaic.host.frames import Frame
+from moesaic.host.memory import CachedSums, memory_of
+from moesaic.host.paged import Paged, is_paged
+from moesaic.host.running import Prompt
+
+
+class Known(Protocol):
+    """Whoever knows what was opened around the forward, and what routers ask."""
+
+    told: Any
+    pinned_tasks: Any
+    pinned_scores: Any
+
+    def asks(self, what: str, /) -> bool: ...
+
+
+def of_stack(stack: nn.Module, known: Known) -> Frame:
+    """A stack that is called on its own: T5's encoder in `generate`, a vision tower before the model is called."""
+    frame = _frame(stack, known)
+    frame.parts = None if known.told is None else known.told.parts
+    return frame
+
+
+def of_model(model: nn.Module, arguments: Mapping[str, Any], known: Known) -> Frame:
+    frame, past = _frame(model, known), masks.past_length(arguments)
+    frame.labelled = arguments.get("labels") is not None
+    frame.share = share_of_step(model, arguments)
+    frame.complete = arguments.get("encoder_outputs") is None and past == 0
+    frame.tokens, frame.parts = masks.num_tokens(arguments), masks.parts_of(model, arguments)
+    frame.prompt = masks.unlabelled(model, arguments)
+    frame.keeps = not torch.compiler.is_compiling() and not (frame.training and frame.grad)
+    if is_paged(arguments):
+        frame.keeps = False
+        if known.asks("by_prompt"):
+            frame.paged = Paged(arguments)
+            frame.prompt, frame.sums = frame.paged.prompt, frame.paged.sums
+    elif frame.keeps:
+        _remember(frame, model, arguments, past, known.told)
+    return frame
+
+
+def _frame(module: nn.Module, known: Known) -> Frame:
+    frame = Frame(training=module.training, grad=torch.is_grad_enabled())
+    frame.task_ids, frame.scores = known.pinned_tasks, known.pinned_scores
+    return frame
+
+
+def _remember(
+    frame: Frame, model: nn.Module, arguments: Mapping[str, Any], past: int | None, told: Prompt | None
+) -> None:
+    """Go on from what the cache's tokens came to; tokens behind the prompt are answers."""
+    cache, has_encoder = masks.cache_of(arguments), masks.is_encoder_decoder(model)
+    if cache is not None:
+        frame.memory = memory_of(cache)
+    count = frame.memory.open(past, frame.tokens, None if told is None or has_encoder else told.length)
+    frame.answering = frame.tokens is not None and count == 0
+    frame.sums = CachedSums(frame.memory, answering=frame.answering)
+    if frame.prompt is None and not has_encoder:
+        frame.prompt = masks.leading(count, arguments)
