@@ -89,7 +89,8 @@ def test_prepared_masks_are_read_along_their_diagonal() -> None:
     window = causal & torch.ones(5, 5).triu(-1).bool()
     block = create_block_mask(lambda b, h, q, k: padding[b, k] & (q >= k), 2, 1, 5, 5, device="cpu")
     wide = torch.cat([causal, torch.zeros(2, 1, 5, 3, dtype=torch.bool)], dim=-1)
-    for mask in (causal, window, block, wide, {"sliding_attention": window}):
+    added = torch.zeros(2, 1, 5, 5).masked_fill(~causal, -torch.inf)
+    for mask in (causal, causal.long(), added, added.half(), window, block, wide, {"sliding_attention": window}):
         assert torch.equal(masks.two_d(mask, 5), padding)
         assert masks.packed_sequences({"attention_mask": mask, "input_ids": padding}, training=False) is None
     step = torch.cat([torch.ones(2, 1, 1, 6), torch.zeros(2, 1, 1, 4)], dim=-1).bool()

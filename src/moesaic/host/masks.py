@@ -123,7 +123,7 @@ def _allowed(mask: Any, tokens: int | None, past: int, back: int) -> Tensor | No
         return None
     column = min(past, mask.shape[-1] - tokens)
     seen = mask[:, 0, -tokens:].diagonal(column - back, dim1=-2, dim2=-1)[:, : tokens - back]
-    return seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 2
+    return seen > torch.finfo(seen.dtype).min / 2 if seen.is_floating_point() else seen.bool()
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
