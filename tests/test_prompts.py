@@ -216,8 +216,7 @@ def test_a_cache_filled_behind_the_routers_back_is_told(world: World) -> None:
     cache = DynamicCache(config=model.config)
     with model.disable_adapter():
         model(input_ids=ids, past_key_values=cache)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
+    with pytest.warns(UserWarning, match="have not read"):
         model(input_ids=ids[:, :1], past_key_values=cache)
     cache = DynamicCache(config=model.config)
     model(input_ids=ids, past_key_values=cache)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moesaic.errors import ConfigError
 from moesaic.host.fitting import checked_ids, checked_scores
 from moesaic.host.hooks import find_host
-from moesaic.host.running import Prompt
+from moesaic.host.prompts import Prompt
 from moesaic.routing import RoutingTrace
 
 

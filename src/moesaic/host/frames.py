@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moesaic.host.memory import Memory
 from moesaic.host.paged import Paged
+from moesaic.host.prompts import Prompt
 from moesaic.routing import Record, TokenSums
 
 
@@ -94,6 +95,7 @@ class Frame:
     state: dict[Any, Any] = field(default_factory=dict)
     memory: Memory = field(default_factory=Memory)
     """What the routers keep on the forward's KV cache."""
+    told: Prompt | None = None
     keeps: bool = False
     """Whether it does: not in training, where nothing is read again."""
     sums: TokenSums = field(default_factory=TokenSums)

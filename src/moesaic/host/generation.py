@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from moesaic.errors import ConfigError
 from moesaic.host.masks import parts_of
-from moesaic.host.running import Prompt
+from moesaic.host.prompts import Prompt
 
 
 class Telling(Protocol):
@@ -26,6 +26,7 @@ class Telling(Protocol):
     pinned_scores: Any
     differing: Callable[[], list[str]]
     asks: Callable[[str], bool]
+    batched: frozenset[tuple[int, ...]]
 
     def warn_once(self, message: str) -> None: ...
 
@@ -49,13 +50,14 @@ def untell(model: nn.Module) -> None:
 
 def _generate(model: Any, host: Telling, own: Any, *args: Any, **kwargs: Any) -> Any:
     call = own or partial(type(model).generate, model)
-    if host.told is not None:  # a model that is its own assistant: the prompt is the outer one's
+    outer, inner = host.told, _prompt(model, args[0] if args else kwargs.get("inputs"), kwargs)
+    if outer is not None and outer.begins(inner.ids, 0):  # a model that is its own assistant goes on from the prompt
         return call(*args, **kwargs)
-    host.told = _prompt(model, args[0] if args else kwargs.get("inputs"), kwargs)
+    host.told = inner
     try:
         return call(*args, **kwargs)
     finally:
-        host.told = None
+        host.told = outer
 
 
 def _generate_batch(model: Any, host: Telling, own: Any, *args: Any, **kwargs: Any) -> Any:
@@ -71,7 +73,20 @@ def _generate_batch(model: Any, host: Telling, own: Any, *args: Any, **kwargs: A
             f"generate_batch answers in evaluation, where {', '.join(host.differing())} mixes by another gate than in "
             "training: what is trained on these answers is off-policy. Let the trainer use generate"
         )
-    return (own or partial(type(model).generate_batch, model))(*args, **kwargs)
+    if not host.asks("by_prompt"):
+        return (own or partial(type(model).generate_batch, model))(*args, **kwargs)
+    config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or model.generation_config
+    if (getattr(config, "num_return_sequences", None) or 1) > 1:
+        raise ConfigError(
+            "generate_batch copies pages for num_return_sequences, where routing by the prompt is lost: repeat "
+            "the prompts"
+        )
+    given = args[0] if args else kwargs.get("inputs", ())
+    host.batched = frozenset(tuple(int(i) for i in row) for row in given)
+    try:
+        return (own or partial(type(model).generate_batch, model))(*args, **kwargs)
+    finally:
+        host.batched = frozenset()
 
 
 _THROUGH = {"generate": _generate, "generate_batch": _generate_batch}

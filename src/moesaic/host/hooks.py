@@ -54,6 +54,7 @@ class Host:
         differing: of these, those that mix by another gate in evaluation than in training.
         readers: adapter name -> what reads its routing scores off the tokens, where they are not given.
         asks: whether a router of these goes "by_prompt" or "by_task".
+        batched: the prompts that `generate_batch` answers, in a thread of its own.
         progress: share of the training that is done; None where no trainer tells.
         external: while True, a trainer adds the auxiliary loss itself and the output's loss is left alone.
         threads: what belongs to each thread; what is the current one's are attributes of the host too.
@@ -76,6 +77,7 @@ class Host:
         self.active: Callable[[], Sequence[str]] = list
         self.differing: Callable[[], list[str]] = list
         self.asks: Callable[[str], bool] = _nobody
+        self.batched: frozenset[tuple[int, ...]] = frozenset()
         self.progress: float | None = None
         self.external = False
         self.threads = Threads()
@@ -228,7 +230,7 @@ class Host:
         if given is not None:
             self.frame.scores = checked_scores(given, SCORES)
         reader = next((self.readers[name] for name in self.active() if name in self.readers), None)
-        scores.find(self.frame, arguments, self.told, reader)
+        scores.find(self.frame, arguments, self.frame.told, reader)
         if self.frame.training and self.frame.grad:
             bind_frames(model, self)
         return args, kwargs

@@ -10,8 +10,8 @@ Masks arrive in five kinds, by attention backend, cache and architecture:
 | block mask | of flex attention | likewise |
 | mapping | {"full_attention": one of these, ...} | the full-attention entry, else the first |
 
-Sequences that share a row begin where `position_ids` restart (without a mask), where `seq_idx` changes, or, by a
-prepared mask, at a token that may not see the one before it.
+Sequences that share a row begin where `position_ids` do not go on by one (without a mask), where `seq_idx` changes, or,
+by a prepared mask, at a token that may not see the one before it.
 """
 
 from __future__ import annotations
@@ -106,7 +106,8 @@ def two_d(mask: Any, tokens: int | None, past: int = 0) -> Tensor | None:
     found = _allowed(mask, tokens, past, 0)
     if found is not None or tokens is None or not isinstance(mask, Tensor) or mask.dim() != 2:
         return found
-    return mask[:, -tokens:].bool() if mask.shape[1] >= tokens else None
+    begin = min(past, mask.shape[1] - tokens)  # a static cache's mask may have room behind the tokens
+    return mask[:, begin : begin + tokens].bool() if begin >= 0 else None
 
 
 def _allowed(mask: Any, tokens: int | None, past: int, back: int) -> Tensor | None:
@@ -122,8 +123,13 @@ def _allowed(mask: Any, tokens: int | None, past: int, back: int) -> Tensor | No
     if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[-1] < tokens:
         return None
     column = min(past, mask.shape[-1] - tokens)
-    seen = mask[:, 0, -tokens:].diagonal(column - back, dim1=-2, dim2=-1)[:, : tokens - back]
-    return seen > torch.finfo(seen.dtype).min / 2 if seen.is_floating_point() else seen.bool()
+    queries = mask[:, 0].expand(-1, tokens, -1) if mask.shape[-2] == 1 else mask[:, 0, -tokens:]
+    return _visible(queries.diagonal(column - back, dim1=-2, dim2=-1)[:, : tokens - back])
+
+
+def _visible(mask: Tensor) -> Tensor:
+    """A mask as bool. What is added to hide a token is -1e4 or less, by whoever made it."""
+    return mask > -1e3 if mask.is_floating_point() else mask.bool()
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
@@ -180,14 +186,23 @@ def packed_sequences(arguments: Mapping[str, Any], *, training: bool) -> Tensor 
         starts = torch.ones_like(real)
         starts[:, 1:] = real[:, 1:] & real[:, :-1] & ~apart
     elif isinstance(positions, Tensor) and positions.dim() == 2 and mask is None and (training or tokens != 1):
-        starts = positions == 0
-        starts[:, :1] = True
+        starts = torch.ones_like(positions, dtype=torch.bool)
+        starts[:, 1:] = positions[:, 1:] - positions[:, :-1] != 1
     else:
         return None
     alone = prepared or not training
     if alone and not torch.compiler.is_compiling() and not bool(starts[:, 1:].any()):
         return None
     return starts.flatten().cumsum(0).view_as(starts) - 1
+
+
+def _seen(mask: Any, length: int) -> Tensor | None:
+    """Which of the first `length` tokens are real (batch, length), those in the cache included; None where all are."""
+    if isinstance(mask, Mapping):
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4) or mask.shape[-1] < length:
+        return None
+    return mask[:, :length].bool() if mask.dim() == 2 else _visible(mask[:, 0, -1, :length])
 
 
 def view_of(
@@ -208,8 +223,7 @@ def view_of(
         real = real.expand(rows, -1)
     view = StackView(real, packed_sequences(arguments, training=training), own)
     view.past = past
-    if past and isinstance(mask, Tensor) and mask.dim() == 2 and own is not None and mask.shape[1] == past + own:
-        view.seen = mask.bool()
+    view.seen = _seen(mask, past + (own or 0))
     view.cached = decoder or (own is not None and own == tokens)
     if decoder:
         view.prompt = leading(max(prompt - past, 0), arguments)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moesaic.host import masks
 from moesaic.host.carrier import share_of_step
 from moesaic.host.frames import Frame
-from moesaic.host.memory import CachedSums, memory_of
+from moesaic.host.memory import CachedSums, Memory, memory_of
 from moesaic.host.paged import Paged, is_paged
-from moesaic.host.running import Prompt
+from moesaic.host.prompts import Prompt
+
+NEGATIVE = (
+    "generate runs a second sequence (a negative prompt) without a cache, where its prompt and answer cannot be told "
+    "apart: routing by the prompt counts both. Let generate use its cache"
+)
 
 
 class Known(Protocol):
@@ -22,6 +28,7 @@ class Known(Protocol):
     told: Any
     pinned_tasks: Any
     pinned_scores: Any
+    batched: frozenset[tuple[int, ...]]
 
     def asks(self, what: str, /) -> bool: ...
 
@@ -44,7 +51,7 @@ def of_model(model: nn.Module, arguments: Mapping[str, Any], known: Known) -> Fr
     if is_paged(arguments):
         frame.keeps = False
         if known.asks("by_prompt"):
-            frame.paged = Paged(arguments)
+            frame.paged = Paged(arguments, known.batched)
             frame.prompt, frame.sums = frame.paged.prompt, frame.paged.sums
     elif frame.keeps:
         _remember(frame, model, arguments, past, known.told)
@@ -57,6 +64,19 @@ def _frame(module: nn.Module, known: Known) -> Frame:
     return frame
 
 
+def _judged(memory: Memory, arguments: Mapping[str, Any], told: Prompt, *, cached: bool) -> Prompt | None:
+    """The prompt that `generate` was told, if it is this sequence's."""
+    if not cached or memory.judged is not told:
+        ids, past = arguments.get("input_ids"), masks.past_length(arguments)
+        its = told.begins(
+            ids if isinstance(ids, Tensor) and ids.dim() == 2 else None, memory.length if past is None else past
+        )
+        if not its and not cached:
+            warnings.warn(NEGATIVE, stacklevel=2)
+        memory.judged, memory.prompt = told, told if its else None
+    return memory.prompt
+
+
 def _remember(
     frame: Frame, model: nn.Module, arguments: Mapping[str, Any], past: int | None, told: Prompt | None
 ) -> None:
@@ -64,7 +84,11 @@ def _remember(
     cache, has_encoder = masks.cache_of(arguments), masks.is_encoder_decoder(model)
     if cache is not None:
         frame.memory = memory_of(cache)
-    count = frame.memory.open(past, frame.tokens, None if told is None or has_encoder else told.length)
+    frame.told = told
+    if told is not None and not has_encoder:
+        frame.told = _judged(frame.memory, arguments, told, cached=cache is not None)
+    length = None if frame.told is None or has_encoder else frame.told.length
+    count = frame.memory.open(past, frame.tokens, length)
     frame.answering = frame.tokens is not None and count == 0
     frame.sums = CachedSums(frame.memory, answering=frame.answering)
     if frame.prompt is None and not has_encoder:

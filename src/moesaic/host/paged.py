@@ -34,7 +34,7 @@ class Paged:
         sums: running sums that go on within each request.
     """
 
-    def __init__(self, arguments: Mapping[str, Any]) -> None:
+    def __init__(self, arguments: Mapping[str, Any], prompts: frozenset[tuple[int, ...]] = frozenset()) -> None:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise ConfigError(
                 "a mixture that routes by the prompt cannot run in CUDA graphs: give generate_batch a "
@@ -76,6 +76,7 @@ class Paged:
             warnings.warn(UNKNOWN, stacklevel=2)
         answering = self.found & answers[before] & (self.lengths == 1)
         self.prompt = ~answering[self.sequences]
+        self._leave_answers_out(arguments["input_ids"][0], past, prompts)
         self.before = before
         closes = torch.ones(tokens, dtype=torch.bool, device=past.device)
         closes[:-1] = (pages[1:] != pages[:-1]) | (request[1:] != request[:-1])
@@ -88,6 +89,16 @@ class Paged:
         last_of[self.pages] = positions[self.closes]
         answers[self.pages] = asked[self.closes] | answering[request[self.closes]]
         self.sums = PagedSums(self)
+
+    def _leave_answers_out(self, ids: Tensor, past: Tensor, prompts: frozenset[tuple[int, ...]]) -> None:
+        """A request that lost its pages is read again, its answer with it: known by its prompt."""
+        for begin, end, before in zip(self.starts, self.ends, past, strict=True):
+            row = tuple(ids[int(begin) : int(end)].tolist())
+            if int(before) or not prompts or row in prompts or len(row) < 2:
+                continue
+            length = next((n for n in range(len(row) - 1, 0, -1) if row[:n] in prompts), None)
+            if length is not None:
+                self.prompt[0, int(begin) + length : int(end)] = False
 
     def _table(self, key: object, empty: Tensor) -> Tensor:
         """What is kept under `key` of each page, long enough for this forward's; a new page has the row `empty`."""
@@ -107,7 +118,7 @@ class Paged:
         if bool(self.part.any()):
             warnings.warn(PARTS, stacklevel=2)
         begin = [(int(a), int(b)) for a, b, found in zip(self.starts, self.ends, self.found, strict=True) if not found]
-        texts = [read(ids[:, a:b], None) for a, b in begin]
+        texts = [read(ids[:, a:b][self.prompt[:, a:b]][None], None) for a, b in begin]
         width = texts[0].shape[-1] if texts else self.memory["width"]
         self.memory["width"] = width
         table, rows = self.carried("scores", width, texts[0] if texts else torch.zeros((), device=ids.device))

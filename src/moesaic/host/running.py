@@ -8,26 +8,13 @@ runs as the one that made the model: one thread at a time.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from moesaic.host.frames import Frame
+from moesaic.host.prompts import Prompt
 from moesaic.routing import RoutingTrace
-
-
-@dataclass
-class Prompt:
-    """What is being answered: its length in tokens, padding included; its ids and which are real (rows, length)."""
-
-    length: int
-    ids: Tensor | None = None
-    mask: Tensor | None = None
-    parts: Tensor | None = None
-    """How many of each row's ids stand for images or sound (rows,): they may be encoded before the model is called."""
-    scores: Tensor | None = None
-    """What it says of the experts (rows, E), once that was read."""
 
 
 class Running:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moesaic.host import masks
 from moesaic.host.frames import Frame
-from moesaic.host.running import Prompt
+from moesaic.host.prompts import Prompt
 
 Reader = Callable[[Tensor, Tensor | None], Tensor]
 """Routing scores (batch, E) from a forward's token ids (batch, tokens) and which of them are the prompt's."""
