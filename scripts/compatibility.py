@@ -54,7 +54,8 @@ NOTES = """
   time. Chunks that end in a single token, guesses, and steps without a cache are told by
   `moesaic.routing_prompt_length(model, n)`.
 - **A second turn on one cache**: what was answered in the first does not count as the prompt, as in training on a
-  chat's answers. A fresh forward over the whole chat counts it.
+  chat's answers (but for its last token, which `generate` leaves to the next turn). A fresh forward over the whole chat
+  counts it.
 - **`torch.compile`**: one thread at a time, and no decoding by the prompt.
 - **CUDA graphs**: `generate_batch` of a method by the prompt needs `use_cuda_graph=False`.
 """

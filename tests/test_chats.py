@@ -28,7 +28,7 @@ from moesaic.data import causal
 from moesaic.data.examples import load, parse
 from moesaic.errors import ConfigError, DataError
 from moesaic.evaluation.answers import _ends
-from moesaic.models.embedded import LoadedModel
+from moesaic.models.embedded import LoadedModel, load_model
 from tests import tiny_folders
 
 TURNS = (
@@ -186,3 +186,59 @@ def test_answers_longer_than_the_model_are_told(tmp_path: Path, capsys: Any) -> 
     capsys.readouterr()
     assert main(["eval", str(tmp_path / "run"), f"data={data}"]) == 2
     assert "answers of 31 tokens, and the model 12 positions" in "".join(capsys.readouterr())
+
+
+# -- what would be lost, and what cannot be ----------------------------------------------------------------------------
+
+
+def test_tools_are_told_and_not_dropped() -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "sort"}}]}
+    with pytest.raises(DataError, match="'tool_calls' is not read"):
+        parse({"task": "t", "messages": [SAID["messages"][0], call]}, "x:1")
+    with pytest.raises(DataError, match="'tools' are not read"):
+        parse(SAID | {"tools": [{"name": "sort"}]}, "x:1")
+
+
+def closing_folder(folder: Path, *, post: str = "$A <eos>", **special: Any) -> Path:
+    """A tiny model whose tokenizer closes every text."""
+    from tokenizers import processors
+
+    model = tiny_folders.save_model(folder, "causal")
+    made = tiny_folders.tokenizer(encoder=False)
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(single=post, special_tokens=[("<eos>", 1)])
+    for name, value in special.items():
+        setattr(made, name, value)
+    made.save_pretrained(model)
+    return model
+
+
+def test_inspect_reads_a_prompt_as_evaluation_does(tmp_path: Path, capsys: Any, caplog: Any) -> None:
+    data = rows(tmp_path / "data", {"task": "t", "prompt": "sort 4 1 :", "completion": "1 4"})
+    asked = [f"model={closing_folder(tmp_path / 'model')}", f"data={data}", f"out={tmp_path / 'run'}", "max_length=8"]
+    assert main(["train", "mola", *asked, "steps=1", "batch_size=1", "adapter.r=2", "adapter.num_experts=2"]) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "run"), f"prompt={'x ' * 30}4 1 :", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    tokens = [token["text"] if isinstance(token, dict) else token for token in said["tokens"]]
+    assert [token.strip() for token in tokens][-3:] == ["4", "1", ":"], "its end, and no closing token"
+    assert "may be cut" in caplog.text
+
+
+def test_tokens_that_the_model_does_not_embed_are_told(tmp_path: Path) -> None:
+    model = closing_folder(tmp_path / "model", pad_token="<new>")
+    with pytest.raises(ConfigError, match=r"pad_token of .* and the model embeds"):
+        load_model(str(model))
+
+
+def test_nothing_to_answer_is_told_and_one_answer_is_asked_for(tmp_path: Path, capsys: Any) -> None:
+    model = tiny_folders.save_model(tmp_path / "model", "causal")
+    asks = json.loads((model / "generation_config.json").read_text())
+    (model / "generation_config.json").write_text(json.dumps(asks | {"num_return_sequences": 2, "num_beams": 2}))
+    data = rows(tmp_path / "data", {"task": "t", "prompt": "sort 4 1 :", "completion": "1 4"})
+    asked = [f"model={model}", f"data={data}", f"out={tmp_path / 'run'}", "steps=1", "batch_size=1", "adapter.r=2"]
+    assert main(["train", "lora", *asked]) == 0
+    assert main(["eval", str(tmp_path / "run"), f"data={data}"]) == 0
+    empty = rows(tmp_path / "empty", {"task": "t", "prompt": "", "completion": "1 4"})
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "run"), f"data={empty}"]) == 2
+    assert "an empty prompt, and the tokenizer has no token to begin with" in "".join(capsys.readouterr())

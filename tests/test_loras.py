@@ -70,6 +70,12 @@ def test_alpha_may_differ_by_module() -> None:
         "1.self_attn.q_proj": 2.0,
         "1.self_attn.v_proj": 4.0,
     }
+    for name in (".*q_proj", r"layers\.1\..*", "nonsense"):
+        with pytest.raises(ConfigError, match=r"alpha_pattern: .* is neither the name nor the end of the name"):
+            get_peft_model(tiny.llama(), moesaic.UniformConfig(**settings, alpha_pattern={name: 1.0}))
+    for key in ("alpha_pattern", "rank_pattern"):
+        with pytest.raises(ConfigError, match=f"adapters and {key} disagree"):
+            moesaic.UniformConfig(adapters=tiny.adapters("llama"), **{key: {"q_proj": 2}})
     for bad in ({"q_proj": 0.0}, {"q_proj": "a"}, {3: 1.0}, [1.0]):
         with pytest.raises(ConfigError, match="alpha_pattern"):
             moesaic.UniformConfig(**settings, alpha_pattern=bad)  # type: ignore[arg-type]

@@ -23,6 +23,7 @@ ADDED = torch.zeros(1, 1, 15, 15).masked_fill(~SEEN, torch.finfo(torch.float32).
 INDEX = torch.tensor([0] * 6 + [1] * 9)[None]
 PACKINGS: dict[str, dict[str, Any]] = {
     "positions": {"position_ids": POSITIONS},
+    "positions from one": {"position_ids": POSITIONS + 1},
     "mask": {"position_ids": POSITIONS, "attention_mask": ADDED},
     "mask without positions": {"attention_mask": ADDED},
     "boolean mask": {"position_ids": POSITIONS, "attention_mask": SEEN[None, None]},
@@ -61,7 +62,7 @@ def prompt(ids: Tensor) -> Tensor:
 @torch.no_grad()
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("labelled", [False, True])
-@pytest.mark.parametrize("packing", ["positions", "mask"])
+@pytest.mark.parametrize("packing", ["positions", "positions from one", "mask"])
 def test_packed_sequences_answer_as_alone(training: bool, labelled: bool, packing: str) -> None:
     model = tiny.wrap(tiny.llama(attn_implementation="eager"), tiny.small("sequence")).train(training)
     alone = [model(input_ids=t, labels=prompt(t) if labelled else None, use_cache=False).logits for t in (A, B)]
@@ -90,9 +91,13 @@ def test_prepared_masks_are_read_along_their_diagonal() -> None:
     block = create_block_mask(lambda b, h, q, k: padding[b, k] & (q >= k), 2, 1, 5, 5, device="cpu")
     wide = torch.cat([causal, torch.zeros(2, 1, 5, 3, dtype=torch.bool)], dim=-1)
     added = torch.zeros(2, 1, 5, 5).masked_fill(~causal, -torch.inf)
-    for mask in (causal, causal.long(), added, added.half(), window, block, wide, {"sliding_attention": window}):
+    finite = torch.zeros(2, 1, 5, 5).masked_fill(~causal, -1e4)
+    keys = padding[:, None, None]
+    prepared = (causal, causal.long(), added, added.half(), finite, window, block, wide, keys, keys.float().log())
+    for mask in (*prepared, {"sliding_attention": window}):
         assert torch.equal(masks.two_d(mask, 5), padding)
         assert masks.packed_sequences({"attention_mask": mask, "input_ids": padding}, training=False) is None
+    assert torch.equal(masks.two_d(torch.cat([padding, torch.zeros(2, 4)], dim=1), 5), padding), "a static cache's"
     step = torch.cat([torch.ones(2, 1, 1, 6), torch.zeros(2, 1, 1, 4)], dim=-1).bool()
     assert masks.two_d(step, 1, past=5).all()
     assert not masks.two_d(step, 1, past=6).any()

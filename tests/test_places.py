@@ -73,6 +73,19 @@ def test_latent_attention_does_not_lose_the_mask(method: str, build: Any) -> Non
     assert all(p.grad is not None for p in layer.moe_lora_B.parameters())
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("method", ["sequence", "mola"])
+def test_latent_attention_reads_its_cache_anew_with_padding(method: str, cache: str) -> None:
+    model = tiny.wrap(deepseek(), tiny.small(method, target_modules=["kv_b_proj", "q_b_proj"]))
+    inputs = tiny.batch(model, rows=1, tokens=9, labels=False)
+    asked = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": tiny.PAD}
+    kind = {} if cache == "dynamic" else {"cache_implementation": cache}
+    plain = model.generate(**inputs, **asked, use_cache=False)[:, -5:]
+    assert torch.equal(model.generate(**inputs, **asked, **kind)[:, -5:], plain)
+    assert torch.equal(model.generate(**tiny.padded(inputs, left=3), **asked, **kind)[:, -5:], plain)
+
+
 @pytest.mark.parametrize("shape", [(2, 1, 5), (2, 5, 1), (2, 3, 5), (2, 5, 3)])
 def test_axes_beside_rows_and_tokens(shape: tuple[int, ...]) -> None:
     """Each place of an input with four axes has its own row's and token's mask."""

@@ -16,7 +16,14 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
-from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, StaticCache
+from transformers import (
+    ContinuousBatchingConfig,
+    DynamicCache,
+    GenerationConfig,
+    StaticCache,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 import moesaic
 from moesaic.adapters.prompts import routing_prompts
@@ -167,7 +174,7 @@ def test_continuous_batching_refuses_what_its_thread_cannot_see(world: World) ->
         batched(model, [[5, 6]])
 
 
-# -- loops of one's own -----------------------------------------------------------------------------------------------
+# -- loops of one's own --------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -247,7 +254,7 @@ def test_a_static_cache_by_hand_and_used_anew(world: World) -> None:
         assert by_hand(model, ids, cache) == plain
 
 
-# -- answers that are trained on --------------------------------------------------------------------------------------
+# -- answers that are trained on -----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -301,3 +308,93 @@ def test_unloading_leaves_generate_as_it_was() -> None:
     model.unload()
     assert not {"generate", "generate_batch"} & vars(base).keys()
     assert base.generate == own
+
+
+# -- other sequences than the one that is answered -----------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["sequence", "smear"])
+@pytest.mark.parametrize("negative", ["short", "long", "none"])
+def test_a_negative_prompt_is_routed_by_itself(world: World, method: str, negative: str) -> None:
+    model, ids = world.models[method], world.ids[0]
+    other = {"short": world.ids[1][:, :3], "long": torch.cat(world.ids[1:3], dim=1), "none": None}[negative]
+    asked = {} if other is None else {"negative_prompt_ids": other}
+    made = model.generate(
+        input_ids=ids, guidance_scale=1.7, return_dict_in_generate=True, output_scores=True, **asked, **ASKED
+    )
+    other = ids[:, -1:] if other is None else other
+
+    def scored(prompt: Tensor) -> Tensor:
+        length, answer = prompt.shape[1], made.sequences[:, ids.shape[1] :]
+        with moesaic.routing_prompt_length(model, length):
+            logits = model(input_ids=torch.cat([prompt, answer], dim=1), use_cache=False).logits
+        return logits[:, length - 1 : -1].log_softmax(dim=-1)
+
+    with_it, without = scored(ids), scored(other)
+    torch.testing.assert_close(
+        torch.stack(made.scores, dim=1), 1.7 * (with_it - without) + without, atol=1e-3, rtol=1e-4
+    )
+
+
+@torch.no_grad()
+def test_a_negative_prompt_without_a_cache_is_told(world: World) -> None:
+    with pytest.warns(UserWarning, match="second sequence"):
+        answer(world.models["sequence"], world.ids[0], guidance_scale=1.5, use_cache=False)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["sequence", "smear"])
+def test_generate_within_generate_has_its_own_prompt(world: World, method: str) -> None:
+    model, seen = world.models[method], []
+
+    class Judge(StoppingCriteria):
+        def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+            seen.append(answer(model, world.ids[1]))
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    made = answer(model, world.ids[0], stopping_criteria=StoppingCriteriaList([Judge()]))
+    assert made == world.plain[method][0]
+    assert seen
+    assert all(tokens == world.plain[method][1] for tokens in seen)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["sequence", "smear"])
+@pytest.mark.parametrize("way", ["reorder_cache", "batch_select_indices"])
+def test_a_caches_rows_take_their_prompts_along(world: World, method: str, way: str) -> None:
+    model = world.models[method]
+    ids = torch.cat([row[:, :5] for row in world.ids[:3]])
+    step, order = torch.tensor([[5], [6], [7]]), torch.tensor([2, 0] if way == "batch_select_indices" else [2, 0, 1])
+    cache = DynamicCache(config=model.config)
+    model(input_ids=ids, past_key_values=cache)
+    other = copy.deepcopy(cache)
+    wanted = model(input_ids=step, past_key_values=cache).logits[order]
+    getattr(other, way)(order)
+    torch.testing.assert_close(model(input_ids=step[order], past_key_values=other).logits, wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("method", ["sequence", "smear"])
+@pytest.mark.parametrize("blocks", [16, 11])
+def test_requests_that_lose_their_pages_keep_their_prompts(world: World, method: str, blocks: int) -> None:
+    prompts = [world.ids[i][0].tolist() for i in (3, 7, 11, 15, 19)]
+    made = batched(world.models[method], prompts, page_size=4, num_blocks=blocks)
+    assert made == [world.plain[method][i] for i in (3, 7, 11, 15, 19)]
+
+
+def test_copies_of_pages_are_refused(world: World) -> None:
+    asked = GenerationConfig(**{**ASKED, "eos_token_id": -1, "do_sample": True}, num_return_sequences=2)
+    with pytest.raises(ConfigError, match="repeat the prompts"):
+        world.models["sequence"].base_model.model.generate_batch([[5, 6]], generation_config=asked)
+
+
+@torch.no_grad()
+def test_a_cache_of_another_adapter_is_told(world: World) -> None:
+    model = tiny.wrap(tiny.llama(), tiny.small("sequence"))
+    model.add_adapter("second", tiny.small("sequence"))
+    ids = tiny.batch(model)["input_ids"]
+    cache = DynamicCache(config=model.config)
+    model(input_ids=ids, past_key_values=cache)
+    model.set_adapter("second")
+    with pytest.warns(UserWarning, match="have not read"):
+        model(input_ids=ids[:, :1], past_key_values=cache)

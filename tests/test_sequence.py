@@ -11,7 +11,7 @@ from torch import Tensor
 import moesaic
 from moesaic.errors import ConfigError
 from moesaic.lora.methods.sequence import SequenceRouter
-from moesaic.routing import RoutingContext
+from moesaic.routing import RoutingContext, Site
 from tests import tiny
 
 F64 = torch.float64
@@ -114,3 +114,6 @@ def test_decoding_under_compile_is_refused_not_wrong(monkeypatch: pytest.MonkeyP
     router(torch.randn(1, 5, 4))
     with pytest.raises(ConfigError, match=r"under torch\.compile"):
         router(torch.randn(1, 1, 4))
+    behind = RoutingContext(site=Site("x", 4, 3), whole=False)
+    with pytest.raises(ConfigError, match=r"under torch\.compile"):
+        router(torch.randn(1, 5, 4), behind)

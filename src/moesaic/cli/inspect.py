@@ -70,6 +70,28 @@ def run(folder: str, arguments: Sequence[str], *, as_json: bool = False) -> None
     Console(highlight=False, width=None if terminal else 160).print(shown(found, named=not terminal))
 
 
+def _read(prepared: Prepared, prompt: str, longest: int) -> Any:
+    """The prompt as training and evaluation read it: a causal model's is cut at its beginning."""
+    import torch
+    from transformers import BatchEncoding
+
+    from moesaic.data.causal import prompt_ids
+    from moesaic.data.examples import Example
+
+    tokenizer = prepared.base.tokenizer
+    if prepared.layout is not None:
+        inputs = tokenizer(prompt, return_tensors="pt", truncation=True, max_length=longest)
+        cut = inputs["input_ids"].shape[1] == longest
+    else:
+        ids = prompt_ids(Example("", prompt), tokenizer)
+        cut = len(ids) > longest
+        tensor = torch.tensor([ids[-longest:]])
+        inputs = BatchEncoding({"input_ids": tensor, "attention_mask": torch.ones_like(tensor)})
+    if cut:
+        logger.warning("the prompt may be cut: there is room for %d tokens", longest)
+    return inputs
+
+
 def explain(prepared: Prepared, prompt: str, *, task: str = "", answer: int = 0) -> dict[str, Any]:
     """What a run's routers do with a prompt.
 
@@ -100,9 +122,7 @@ def explain(prepared: Prepared, prompt: str, *, task: str = "", answer: int = 0)
     if positions is not None:
         answer = min(answer, positions // 2)
         longest = min(longest, positions - answer)
-    inputs = prepared.base.tokenizer(prompt, return_tensors="pt", truncation=True, max_length=longest).to(device)
-    if inputs["input_ids"].shape[1] == longest:
-        logger.warning("the prompt may be cut: there is room for %d tokens", longest)
+    inputs = _read(prepared, prompt, longest).to(device)
     scores = config.scores([prompt])
     seen = _Collector()
     host = find_host(prepared.model)

@@ -117,6 +117,8 @@ def parse(row: Any, where: str, *, of: str | None = None) -> Example:
     task = _encodable(of, "task", where) if of is not None and "task" not in row else _text(row, "task", where)
     if not task.strip():
         raise DataError(f"{where}: 'task' is empty")
+    if row.get("messages") is not None and row.get("tools"):
+        raise DataError(f"{where}: 'tools' are not read: write the calls into the messages' content")
     if row.get("messages") is not None:
         return Example(task, messages=_messages(row["messages"], where))
     prompt = _text(row, "prompt", where)
@@ -178,6 +180,9 @@ def _messages(messages: Any, where: str) -> tuple[tuple[str, str], ...]:
     for i, message in enumerate(messages):
         if not isinstance(message, dict):
             raise DataError(f"{where}: messages[{i}] must be an object with 'role' and 'content'")
+        called = next((key for key in ("tool_calls", "function_call") if message.get(key)), None)
+        if called is not None and message.get("content") is not None:
+            raise DataError(f"{where}: messages[{i}]: {called!r} is not read: write the call into 'content'")
         turns.append(
             (_text(message, "role", f"{where}: messages[{i}]"), _text(message, "content", f"{where}: messages[{i}]"))
         )

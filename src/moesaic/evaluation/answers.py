@@ -112,6 +112,12 @@ def generate(prepared: Prepared, examples: Sequence[Example], *, max_new_tokens:
     tokenizer, positions = prepared.base.tokenizer, prepared.base.positions
     room = prepared.max_length if positions is None else min(prepared.max_length, positions - max_new_tokens)
     rows = [causal.prompt_ids(e, tokenizer)[-room:] for e in examples]
+    empty = next((e for e, row in zip(examples, rows, strict=True) if not row), None)
+    if empty is not None:
+        raise DataError(
+            f"{empty.where or empty.task}: an empty prompt, and the tokenizer has no token to begin with: there is "
+            "nothing to answer"
+        )
     longest = max(len(r) for r in rows)
     device = prepared.model.device
     ids = torch.tensor([[tokenizer.pad_token_id] * (longest - len(r)) + r for r in rows], device=device)
@@ -121,6 +127,8 @@ def generate(prepared: Prepared, examples: Sequence[Example], *, max_new_tokens:
         attention_mask=mask,
         max_new_tokens=max_new_tokens,
         do_sample=False,
+        num_beams=1,
+        num_return_sequences=1,
         eos_token_id=_ends(prepared, examples),
         pad_token_id=tokenizer.pad_token_id,
     )

@@ -186,6 +186,9 @@ class MixtureConfig(PeftConfig, metaclass=TakesLoras):
         for key in ("target_modules", "lora_target_modules", "exclude_modules", "layers_to_transform"):
             if getattr(self, key) is not None:
                 raise ConfigError(f"adapters and {key} disagree: experts are where the adapters have them")
+        for key in ("rank_pattern", "alpha_pattern"):
+            if getattr(self, key):
+                raise ConfigError(f"adapters and {key} disagree: experts have the ranks and scales of the adapters")
         if self.level == "block":
             raise ConfigError(f"adapters cannot go with method {self.method}, whose experts are whole FFNs")
         if self.kind.shares_down:

@@ -182,9 +182,10 @@ def check(model: nn.Module, config: Any) -> None:
         for entry in wanted or ():
             if not any(name == entry or name.endswith(f".{entry}") for name in modules):
                 _raise_unmatched(model, config, entry)
-    for name in getattr(config, "rank_pattern", None) or ():
-        if not any(f".{linear}".endswith(f".{name}") for linear in linears):
-            raise ConfigError(f"rank_pattern: {name!r} is neither the name nor the end of the name of a linear layer")
+    for key in ("rank_pattern", "alpha_pattern"):
+        for name in getattr(config, key, None) or ():
+            if not any(f".{linear}".endswith(f".{name}") for linear in linears):
+                raise ConfigError(f"{key}: {name!r} is neither the name nor the end of the name of a linear layer")
     _check_layers(config, linears)
     if config.lora_target_modules and not _experts(model, config):
         raise ConfigError("lora_target_modules takes all of target_modules: no module is left for experts")

@@ -121,6 +121,14 @@ def load_model(name: str, *, dtype: Any = None, attention: str | None = None) ->
             hf_logging.enable_progress_bar()
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    rows = model.get_input_embeddings().num_embeddings
+    for kind_of in ("pad_token", "eos_token", "bos_token"):
+        number = getattr(tokenizer, f"{kind_of}_id")
+        if number is not None and number >= rows:
+            raise ConfigError(
+                f"the tokenizer's {kind_of} of {name!r} is token {number}, and the model embeds {rows}: resize its "
+                "embeddings (resize_token_embeddings) and save it anew"
+            )
     return LoadedModel(_without_pooler(model, kind), tokenizer, kind)
 
 

@@ -71,7 +71,8 @@ def mean_read(read: Tensor, context: RoutingContext, router: Router, *, causal: 
     if not causal:
         means = pool(read, counted, context.sequences)
         return means.unsqueeze(-2).expand_as(read) if context.sequences is None else means[context.sequences]
-    if torch.compiler.is_compiling() and not router.training and read.shape[-2] == 1:
+    behind = context.site is not None and not context.whole
+    if torch.compiler.is_compiling() and not router.training and (behind or read.shape[-2] == 1):
         raise ConfigError("routing by the prompt cannot decode under torch.compile: generate without it")
     kept = context.sums.kept(router.identity, read)
     if kept is not None:
