@@ -49,6 +49,9 @@ NOTES = """
   every method, to 1e-3 (`test_on_policy_ratios_are_one`), as long as `generate` makes the answers. Those whose row
   says so train and answer by different gates: `generate_batch`, which answers in evaluation, is off-policy for them,
   and says so when it is called in training.
+- **DPO, KTO, Reward and GRPO** compute losses that are no plain sum of log-probabilities: a method with an auxiliary
+  loss says that it enters at the wrong weight, and `RoutedTrainerMixin` before the trainer mends it (training.md). What
+  DPO logs starts at ln 2; with the mixin, at ln 2 plus the auxiliary loss.
 - **The prompt** of methods that route by it (`sequence`, `smear`, `retrieval`, `glider`): `generate` knows it, labels
   mark what is no prompt, and a loop of one's own tells nothing where a prompt goes in first and tokens come one at a
   time. Chunks that end in a single token, guesses, and steps without a cache are told by

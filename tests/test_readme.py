@@ -87,7 +87,8 @@ def test_figures_are_those_of_the_results(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_task_ids_reach_the_routers_through_the_trainer_and_in_generate(tmp_path: Path) -> None:
-    example, loop = blocks("python", TRAINING)
+    example, mixin, loop = blocks("python", TRAINING)
+    assert run(mixin, tmp_path).strip() == "RoutedTrainerMixin"
     assert "max 4 1 8 :" in run(loop, tmp_path)
     seen = """
 from moesaic.lora.methods import moelora

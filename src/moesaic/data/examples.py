@@ -121,6 +121,11 @@ def parse(row: Any, where: str, *, of: str | None = None) -> Example:
         raise DataError(f"{where}: 'tools' are not read: write the calls into the messages' content")
     if row.get("messages") is not None:
         return Example(task, messages=_messages(row["messages"], where))
+    if "prompt" not in row:
+        raise DataError(
+            f"{where}: field 'prompt' is missing: a row has 'prompt', or 'messages' if it is a chat; this one has "
+            f"{', '.join(sorted(map(str, row)))}"
+        )
     prompt = _text(row, "prompt", where)
     if row.get("choices") is not None and row.get("completion") is not None:
         raise DataError(f"{where}: 'choices' and 'completion' are both there: leave one of them out")
