@@ -25,8 +25,8 @@ def prompt_text(example: Example, tokenizer: Any) -> str:
         return example.prompt
     if tokenizer.chat_template is None:
         raise ConfigError(
-            f"{example.where or example.task}: the row is a chat, but this model's tokenizer has no chat template: take "
-            "an instruct model, or set tokenizer.chat_template and save the tokenizer into the model's folder"
+            f"{example.where or example.task}: the row is a chat, but this model's tokenizer has no chat template: "
+            "take an instruct model, or set tokenizer.chat_template and save the tokenizer into the model's folder"
         )
     return _templated(example, tokenizer, len(example.messages) - 1)
 
