@@ -24,7 +24,9 @@ deviation over seeds.
 COMPARISONS = {
     "compare-minilm": "Every method on all-MiniLM-L6-v2 and six real tasks",
     "compare-nano": "Every method on nano and six list tasks",
+    "compare-nano-moelora": "MOELoRA there with one gate for the model (above: one a linear), and LoRA in the same run",
     "compare-nano-pieces": "The same where it is hard to tell the task",
+    "compare-nano-pieces-moelora": "MOELoRA there with one gate for the model (above: one a linear)",
     "compare-nano-pieces-controls": "MixLoRA there, against gates that learn nothing over its own experts at its scale",
     "compare-nano-pieces-long": "The difference that holds there, at three times the steps",
 }
