@@ -14,13 +14,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from torch import nn
-from transformers import AlbertConfig, AlbertForMaskedLM
 from trl.trainer.utils import disable_dropout_in_model
 
 import moesaic
 from moesaic.errors import ConfigError
 from moesaic.lora import METHODS, MixtureLinear
-from tests import tiny
+from tests import tiny, zoo
 
 
 class Net(nn.Module):
@@ -121,17 +120,7 @@ def test_dropout_is_turned_off_where_others_look_for_it(method: str) -> None:
 
 
 def test_a_layer_that_runs_three_times_is_counted_three_times() -> None:
-    config = AlbertConfig(
-        vocab_size=tiny.VOCAB,
-        embedding_size=8,
-        hidden_size=16,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        intermediate_size=24,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    model = tiny.wrap(AlbertForMaskedLM(config), tiny.small("mola", aux_weight=0.5))
+    model = tiny.wrap(zoo.albert(num_hidden_layers=3), tiny.small("mola", aux_weight=0.5))
     name = next(m.name for m in model.modules() if isinstance(m, MixtureLinear) and "ffn" in m.name)
     inputs = {"input_ids": torch.randint(3, tiny.VOCAB, (2, 7))}
     with moesaic.trace(model, keep_weights=True) as trace, torch.no_grad():

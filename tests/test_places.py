@@ -11,11 +11,6 @@ from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
-    CLIPVisionConfig,
-    DeepseekV3Config,
-    DeepseekV3ForCausalLM,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
     MiniCPM3Config,
     MiniCPM3ForCausalLM,
 )
@@ -24,29 +19,12 @@ import moesaic
 from moesaic.errors import ConfigError
 from moesaic.host.fitting import by_row, by_token, in_three, shared_out
 from moesaic.lora import METHODS
-from tests import devices, tiny
+from tests import devices, tiny, zoo
 
 ALL = sorted(METHODS.keys() - {"custom"})
 
 
 # -- one more axis -------------------------------------------------------------------------------------------------
-
-
-def deepseek() -> DeepseekV3ForCausalLM:
-    sizes: dict[str, Any] = {
-        "hidden_size": 32,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 16,
-        "n_group": 1,
-        "topk_group": 1,
-        "first_k_dense_replace": 1,
-    }
-    return tiny._seeded(DeepseekV3ForCausalLM, DeepseekV3Config(**tiny.TOKENS, **sizes, **LATENT), 0)
 
 
 def minicpm() -> MiniCPM3ForCausalLM:
@@ -57,7 +35,7 @@ def minicpm() -> MiniCPM3ForCausalLM:
 LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
 
 
-@pytest.mark.parametrize("build", [deepseek, minicpm])
+@pytest.mark.parametrize("build", [zoo.deepseek_v3, minicpm])
 @pytest.mark.parametrize(
     "method", sorted(name for name in ALL if not METHODS[name].kind.needs_adapters and name != "mixlora")
 )
@@ -77,7 +55,7 @@ def test_latent_attention_does_not_lose_the_mask(method: str, build: Any) -> Non
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("method", ["sequence", "mola"])
 def test_latent_attention_reads_its_cache_anew_with_padding(method: str, cache: str) -> None:
-    model = tiny.wrap(deepseek(), tiny.small(method, target_modules=["kv_b_proj", "q_b_proj"]))
+    model = tiny.wrap(zoo.deepseek_v3(), tiny.small(method, target_modules=["kv_b_proj", "q_b_proj"]))
     inputs = tiny.batch(model, rows=1, tokens=9, labels=False)
     asked = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": tiny.PAD}
     kind = {} if cache == "dynamic" else {"cache_implementation": cache}
@@ -105,26 +83,11 @@ def test_axes_beside_rows_and_tokens(shape: tuple[int, ...]) -> None:
 
 # -- rows that are not the batch's ---------------------------------------------------------------------------------
 
-IMAGE = 60
-
-
-def llava(**vision: Any) -> LlavaForConditionalGeneration:
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    tower = CLIPVisionConfig(image_size=16, patch_size=8, projection_dim=16, **{**sizes, **vision})
-    config = LlavaConfig(
-        vision_config=tower,
-        text_config=tiny.llama().config,
-        image_token_id=IMAGE,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
-    )
-    return tiny._seeded(LlavaForConditionalGeneration, config, 0)
-
 
 def with_images(counts: tuple[int, ...]) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
     """A batch with so many images a row, left-padded; and each row alone."""
     torch.manual_seed(0)
-    rows = [[IMAGE] * 4 * n + [5, 6, 7, 8] for n in counts]
+    rows = [[zoo.IMAGE] * 4 * n + [5, 6, 7, 8] for n in counts]
     pixels, longest = [torch.randn(n, 3, 16, 16) for n in counts], max(map(len, rows))
     ids = torch.tensor([[tiny.PAD] * (longest - len(row)) + row for row in rows])
     mask = (ids != tiny.PAD).long()
@@ -141,7 +104,7 @@ def with_images(counts: tuple[int, ...]) -> tuple[dict[str, Tensor], list[dict[s
 @pytest.mark.parametrize("counts", [(1, 1), (2, 2), (3, 1), (2, 1), (0, 2), (2, 0)])
 def test_an_image_is_routed_as_its_row(counts: tuple[int, ...], method: str) -> None:
     own = {"num_experts": 2, "num_tasks": 2, "r": 2}
-    model = get_peft_model(llava(), METHODS[method](task_type="CAUSAL_LM", **own)).eval()
+    model = get_peft_model(zoo.llava(), METHODS[method](task_type="CAUSAL_LM", **own)).eval()
     tiny.randomize_b(model)
     for parameter in tiny.router_parameters(model).values():
         parameter.normal_()

@@ -11,24 +11,13 @@ import torch
 from peft import PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
-from transformers import (
-    AlbertConfig,
-    AlbertForSequenceClassification,
-    ModernBertConfig,
-    ModernBertForSequenceClassification,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-    Zamba2Config,
-    Zamba2ForCausalLM,
-)
 
 import moesaic
 from moesaic.errors import ConfigError
 from moesaic.lora import METHODS, targets
-from tests import tiny
+from tests import tiny, zoo
 
 ALL = sorted(METHODS.keys() - {"custom"})
-ENCODER = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 
 
 class Net(nn.Module):
@@ -117,31 +106,12 @@ def test_a_pattern_that_ends_openly_twice(method: str) -> None:
 
 
 def test_default_targets_are_linears_also_where_names_are_shared() -> None:
-    sizes = {"hidden_size": 64, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 4}
-    config = Zamba2Config(
-        **tiny.TOKENS,
-        **sizes,
-        layers_block_type=["mamba", "hybrid"] * 2,
-        num_hidden_layers=4,
-        hybrid_layer_ids=[1, 3],
-        mamba_d_state=8,
-        mamba_headdim=16,
-        mamba_ngroups=1,
-        num_mem_blocks=1,
-        n_mamba_heads=8,
-        adapter_rank=4,
-    )
-    base = Zamba2ForCausalLM(config)
+    base = zoo.zamba2()
     linears = {n for n, m in base.named_modules() if isinstance(m, nn.Linear) and ".layers." in f".{n}"}
     model = get_peft_model(base, moesaic.MoLAConfig(r=2, num_experts=4, task_type="CAUSAL_LM"))
     found = {name.removeprefix("base_model.model.") for name in tiny.mixtures(model)}
     assert found == linears
     assert any(name.endswith(".0") for name in found), "a name that other modules share"
-
-
-def moe_base() -> Qwen3MoeForCausalLM:
-    sizes = {"num_key_value_heads": 2, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2}
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**tiny.TOKENS, **ENCODER, **sizes, moe_intermediate_size=24))
 
 
 @pytest.mark.parametrize(
@@ -152,34 +122,25 @@ def test_targets_that_mean_fused_experts_are_told(wanted: Any) -> None:
     config = moesaic.MoLAConfig(num_experts=4, r=2, target_modules=wanted)
     if isinstance(wanted, list) or "experts" in (wanted or ""):
         with pytest.raises(ConfigError, match="not a linear layer"):
-            get_peft_model(moe_base(), config)
+            get_peft_model(zoo.qwen3_moe(), config)
         return
     with pytest.warns(UserWarning, match="only its linear layers are adapted"):
-        get_peft_model(moe_base(), config)
+        get_peft_model(zoo.qwen3_moe(), config)
 
 
 def test_targets_beside_fused_experts_are_not_told() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        get_peft_model(moe_base(), moesaic.MoLAConfig(num_experts=4, r=2, target_modules=r".*\.(q_proj|v_proj)"))
+        get_peft_model(zoo.qwen3_moe(), moesaic.MoLAConfig(num_experts=4, r=2, target_modules=r".*\.(q_proj|v_proj)"))
     assert targets._means(["down_proj"], "model.layers.0.mlp.experts.down_proj")
     assert targets._means(["up_proj"], "model.layers.0.mlp.experts.gate_up_proj")
     assert not targets._means(["o_proj"], "model.layers.0.mlp.experts.down_proj")
 
 
-def albert() -> nn.Module:
-    return AlbertForSequenceClassification(AlbertConfig(**tiny.TOKENS, embedding_size=8, **ENCODER))
-
-
-def modernbert() -> nn.Module:
-    own = {"cls_token_id": 1, "sep_token_id": 2, "global_attn_every_n_layers": 1}
-    return ModernBertForSequenceClassification(ModernBertConfig(**tiny.TOKENS, **ENCODER, **own))
-
-
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("build", "first", "last"),
-    [(albert, "ffn", "ffn_output"), (modernbert, "Wi", "Wo")],
+    [(zoo.albert, "ffn", "ffn_output"), (zoo.modernbert, "Wi", "Wo")],
 )
 def test_one_expert_of_more_kinds_of_ffn_is_a_merged_lora(build: Any, first: str, last: str) -> None:
     torch.manual_seed(0)

@@ -59,8 +59,9 @@ def zamba2() -> Any:
     return _seeded(Zamba2ForCausalLM, Zamba2Config(**TOKENS, **sizes, **mamba, **layers), 0)
 
 
-def albert() -> Any:
-    config = AlbertConfig(**TOKENS, **SIZES, embedding_size=8, num_labels=3, classifier_dropout_prob=0.0)
+def albert(**sizes: int) -> Any:
+    own = {"embedding_size": 8, "num_labels": 3, "classifier_dropout_prob": 0.0}
+    config = AlbertConfig(**TOKENS, **{**SIZES, **sizes}, **own)
     return _seeded(AlbertForSequenceClassification, config, 0)
 
 
@@ -69,9 +70,9 @@ def modernbert() -> Any:
     return _seeded(ModernBertForSequenceClassification, ModernBertConfig(**TOKENS, **SIZES, **own), 0)
 
 
-def llava() -> Any:
+def llava(**vision: Any) -> Any:
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**SIZES, image_size=16, patch_size=8, projection_dim=16),
+        vision_config=CLIPVisionConfig(**{**SIZES, **vision}, image_size=16, patch_size=8, projection_dim=16),
         text_config=llama().config,
         image_token_id=IMAGE,
         vision_feature_layer=-1,

@@ -61,6 +61,7 @@ def _generate(model: Any, host: Telling, own: Any, *args: Any, **kwargs: Any) ->
 
 
 def _generate_batch(model: Any, host: Telling, own: Any, *args: Any, **kwargs: Any) -> Any:
+    call = own or partial(type(model).generate_batch, model)
     if host.pinned_tasks is not None or host.pinned_scores is not None or host.traces:
         raise ConfigError(
             "generate_batch answers in a thread of its own, where routing_tasks, routing_prompts and trace are not "
@@ -74,7 +75,7 @@ def _generate_batch(model: Any, host: Telling, own: Any, *args: Any, **kwargs: A
             "training: what is trained on these answers is off-policy. Let the trainer use generate"
         )
     if not host.asks("by_prompt"):
-        return (own or partial(type(model).generate_batch, model))(*args, **kwargs)
+        return call(*args, **kwargs)
     config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or model.generation_config
     if (getattr(config, "num_return_sequences", None) or 1) > 1:
         raise ConfigError(
@@ -84,7 +85,7 @@ def _generate_batch(model: Any, host: Telling, own: Any, *args: Any, **kwargs: A
     given = args[0] if args else kwargs.get("inputs", ())
     host.batched = frozenset(tuple(int(i) for i in row) for row in given)
     try:
-        return (own or partial(type(model).generate_batch, model))(*args, **kwargs)
+        return call(*args, **kwargs)
     finally:
         host.batched = frozenset()
 

@@ -230,7 +230,7 @@ class Host:
         if given is not None:
             self.frame.scores = checked_scores(given, SCORES)
         reader = next((self.readers[name] for name in self.active() if name in self.readers), None)
-        scores.find(self.frame, arguments, self.frame.told, reader)
+        scores.find(self.frame, arguments, reader)
         if self.frame.training and self.frame.grad:
             bind_frames(model, self)
         return args, kwargs

@@ -110,10 +110,14 @@ def two_d(mask: Any, tokens: int | None, past: int = 0) -> Tensor | None:
     return mask[:, begin : begin + tokens].bool() if begin >= 0 else None
 
 
+def _entry(mask: Any) -> Any:
+    """The mask itself, of a mapping its full-attention entry or else its first."""
+    return mask.get("full_attention", next(iter(mask.values()), None)) if isinstance(mask, Mapping) else mask
+
+
 def _allowed(mask: Any, tokens: int | None, past: int, back: int) -> Tensor | None:
     """Whether each token may see the one `back` places before it, or itself (B, tokens - back), by a prepared mask."""
-    if isinstance(mask, Mapping):
-        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    mask = _entry(mask)
     if tokens is None:
         return None
     if isinstance(mask, BlockMask):
@@ -198,8 +202,7 @@ def packed_sequences(arguments: Mapping[str, Any], *, training: bool) -> Tensor 
 
 def _seen(mask: Any, length: int) -> Tensor | None:
     """Which of the first `length` tokens are real (batch, length), those in the cache included; None where all are."""
-    if isinstance(mask, Mapping):
-        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    mask = _entry(mask)
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4) or mask.shape[-1] < length:
         return None
     return mask[:, :length].bool() if mask.dim() == 2 else _visible(mask[:, 0, -1, :length])

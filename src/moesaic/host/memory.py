@@ -55,9 +55,7 @@ class Memory(dict[Any, Any]):
         `prompt`: the prompt's length, where it is known; else a single token behind others is an answer.
         """
         if past == 0:
-            judged, prompt_ = self.judged, self.prompt
             self.forget()
-            self.judged, self.prompt = judged, prompt_
         if past is None:
             past = self.length
         elif past != self.length and not self.given <= past < self.length:
@@ -71,8 +69,9 @@ class Memory(dict[Any, Any]):
         return given
 
     def forget(self) -> None:
+        """All that was read; not whose prompt is answered."""
         self.clear()
-        self.__dict__.update(Memory().__dict__)
+        self.__dict__.update(Memory().__dict__, judged=self.judged, prompt=self.prompt)
 
     def ask(self, router: object) -> None:
         """Warn, once for a cache, if what a router asks for cannot be known. It reads the running forward."""

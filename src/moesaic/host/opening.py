@@ -64,10 +64,12 @@ def _frame(module: nn.Module, known: Known) -> Frame:
     return frame
 
 
-def _judged(memory: Memory, arguments: Mapping[str, Any], told: Prompt, *, cached: bool) -> Prompt | None:
+def _judged(
+    memory: Memory, arguments: Mapping[str, Any], past: int | None, told: Prompt, *, cached: bool
+) -> Prompt | None:
     """The prompt that `generate` was told, if it is this sequence's."""
     if not cached or memory.judged is not told:
-        ids, past = arguments.get("input_ids"), masks.past_length(arguments)
+        ids = arguments.get("input_ids")
         its = told.begins(
             ids if isinstance(ids, Tensor) and ids.dim() == 2 else None, memory.length if past is None else past
         )
@@ -86,7 +88,7 @@ def _remember(
         frame.memory = memory_of(cache)
     frame.told = told
     if told is not None and not has_encoder:
-        frame.told = _judged(frame.memory, arguments, told, cached=cache is not None)
+        frame.told = _judged(frame.memory, arguments, past, told, cached=cache is not None)
     length = None if frame.told is None or has_encoder else frame.told.length
     count = frame.memory.open(past, frame.tokens, length)
     frame.answering = frame.tokens is not None and count == 0

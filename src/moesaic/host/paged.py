@@ -92,13 +92,12 @@ class Paged:
 
     def _leave_answers_out(self, ids: Tensor, past: Tensor, prompts: frozenset[tuple[int, ...]]) -> None:
         """A request that lost its pages is read again, its answer with it: known by its prompt."""
-        for begin, end, before in zip(self.starts, self.ends, past, strict=True):
-            row = tuple(ids[int(begin) : int(end)].tolist())
-            if int(before) or not prompts or row in prompts or len(row) < 2:
-                continue
-            length = next((n for n in range(len(row) - 1, 0, -1) if row[:n] in prompts), None)
-            if length is not None:
-                self.prompt[0, int(begin) + length : int(end)] = False
+        lengths = sorted({len(prompt) for prompt in prompts if prompt}, reverse=True)
+        begun = ((past == 0) & (self.lengths > 1)).nonzero().flatten().tolist() if prompts else []
+        for begin, end in ((int(self.starts[i]), int(self.ends[i])) for i in begun):
+            row = tuple(ids[begin:end].tolist())
+            length = next((n for n in lengths if n <= len(row) and row[:n] in prompts), len(row))
+            self.prompt[0, begin + length : end] = False
 
     def _table(self, key: object, empty: Tensor) -> Tensor:
         """What is kept under `key` of each page, long enough for this forward's; a new page has the row `empty`."""

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from moesaic.host import masks
 from moesaic.host.frames import Frame
-from moesaic.host.prompts import Prompt
 
 Reader = Callable[[Tensor, Tensor | None], Tensor]
 """Routing scores (batch, E) from a forward's token ids (batch, tokens) and which of them are the prompt's."""
@@ -22,12 +21,12 @@ ANOTHER = (
 )
 
 
-def find(frame: Frame, arguments: Mapping[str, Any], told: Prompt | None, reader: Reader | None) -> None:
+def find(frame: Frame, arguments: Mapping[str, Any], reader: Reader | None) -> None:
     """Put the scores into `frame`: those it has, those of the prompt that `generate` answers, or what the cache keeps.
 
     Without any of these, the ids so far are the prompt, until a token comes alone.
     """
-    memory, ids = frame.memory, arguments.get("input_ids")
+    memory, told, ids = frame.memory, frame.told, arguments.get("input_ids")
     readable = reader is not None and isinstance(ids, Tensor) and not torch.compiler.is_compiling()
     if frame.scores is not None:
         pass

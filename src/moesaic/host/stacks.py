@@ -8,6 +8,7 @@ from torch import nn
 
 from moesaic.host import masks, opening
 from moesaic.host.frames import Frame, StackView
+from moesaic.host.paged import is_paged
 
 
 class Opener(opening.Known, Protocol):
@@ -34,6 +35,11 @@ class StackHook:
         if host.frame is None:
             host.frame = opening.of_stack(module, host)
             host.frame.stack = self.name
+        if is_paged(arguments):
+            sequences = None if host.frame.paged is None else host.frame.paged.sequences
+            tokens = masks.num_tokens(arguments)
+            host.frame.stacks[self.name] = StackView(None, sequences, tokens, host.frame.prompt, cached=True)
+            return
         own, cross = masks.view_of(
             arguments,
             training=host.frame.training and host.frame.grad,
@@ -43,8 +49,6 @@ class StackHook:
         prompt = host.frame.prompt if own.prompt is None else own.prompt
         if prompt is not None and prompt.shape[1] == own.tokens:
             own.prompt = masks.given(prompt, own.mask, own.sequences, labels=host.frame.labelled)
-        if host.frame.paged is not None:
-            own = StackView(None, host.frame.paged.sequences, own.tokens, host.frame.prompt, cached=True)
         host.frame.stacks[self.name] = own
         host.frame.stacks[f"{self.name}/cross"] = cross
 
