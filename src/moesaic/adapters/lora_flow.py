@@ -49,7 +49,7 @@ class FlowRouter(SharingRouter):
 
     def score(self, h: Tensor, context: RoutingContext | None = None) -> Tensor:
         state: MutableMapping[Any, Any] = {} if context is None else context.state
-        key = FlowRouter, self.owners.get("linear", self.identity)
+        key = FlowRouter, self.owner("linear")
         run: Run | None = state.get(key)
         if run is None or self.identity in run.taken:  # a layer may run several times in one forward
             run = state[key] = Run(self.weigh(h, self.module("linear", state)), set())

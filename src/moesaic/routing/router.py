@@ -160,6 +160,10 @@ class SharingRouter(Router):
         object.__setattr__(self, name, getattr(owner, name))
         self.owners[name] = owner.identity
 
+    def owner(self, name: str) -> object:
+        """The identity of the router whose module it uses."""
+        return self.owners.get(name, self.identity)
+
     def module(self, name: str, passed: MutableMapping[Any, Any]) -> Any:
         """One's own module, or the owner's as it runs in this forward, where it may be a replica.
 

@@ -108,7 +108,7 @@ class RecurrentRouter(SharingRouter):
         if below is not None and self.residual_alpha:
             handed = below.logits.detach() if self.residual_detach else below.logits
             logits = logits + self.residual_alpha * handed.to(logits)
-        passed.setdefault((self.owners.get("cell", self.identity), self.chain, self.layer), State(state, logits))
+        passed.setdefault((self.owner("cell"), self.chain, self.layer), State(state, logits))
         return logits
 
     def below(self, passed: MutableMapping[Any, Any], read: Tensor) -> State | None:
@@ -116,7 +116,7 @@ class RecurrentRouter(SharingRouter):
         if _DEALT.search(self.chain):  # tokens that a model's own experts were dealt: others in each layer
             return None
         for layer in range(self.layer - 1, -1, -1):
-            found: State | None = passed.get((self.owners.get("cell", self.identity), self.chain, layer))
+            found: State | None = passed.get((self.owner("cell"), self.chain, layer))
             if found is not None:
                 return found if found.cell[0].shape == read.shape else None
         return None
@@ -134,7 +134,7 @@ class RecurrentRouter(SharingRouter):
         else:
             before = [(t.detach() if self.recurrence == "detach" else t).to(x).view_as(x) for t in below]
         if self.kind == "gru" and x.is_cpu and not torch.compiler.is_compiling():
-            key = self.owners.get("cell", self.identity), torch.is_grad_enabled()
+            key = self.owner("cell"), torch.is_grad_enabled()
             joint = passed.get(key) or passed.setdefault(key, joined(self.module("cell", passed)))
             after = (_GRUStep.apply(x, before[0], *(t.to(x) for t in joint)),)
         else:
