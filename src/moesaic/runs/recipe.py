@@ -31,7 +31,7 @@ class Recipe:
     """One training run. `out`, `overwrite` and `resume` say where and how; the rest says what, and is kept with it."""
 
     method: str = field(default="lora", metadata={"help": "lora, dora, rslora or a mixture (see `moesaic methods`)"})
-    model: str = field(default="minilm", metadata={"help": "nano, minilm, a local folder or a hub id"})
+    model: str = field(default="minilm", metadata={"help": "nano, minilm, smollm2, a folder, a GGUF file or a hub id"})
     data: str = field(default="", metadata={"help": "a JSONL file, a folder of tasks, or a hub id"})
     tasks: list[str] | None = field(default=None, metadata={"help": "which tasks, comma-separated; all where left out"})
     steps: int = field(default=800, metadata={"help": "optimizer steps"})
@@ -46,6 +46,10 @@ class Recipe:
         default=float("inf"), metadata={"help": "task sampling n^(1/t): 1 proportional to size, inf equal"}
     )
     max_length: int = field(default=128, metadata={"help": "tokens a row, longer ones are cut"})
+    prompts: str = field(
+        default="auto",
+        metadata={"help": "auto: in the tokenizer's chat template, if it has one; chat: in it; plain: as written"},
+    )
     seed: int = field(default=0, metadata={"help": "of weights, order and dropout"})
     precision: str = field(default="auto", metadata={"help": "auto, bf16 (autocast) or fp32"})
     checkpointing: bool = field(
@@ -83,6 +87,7 @@ _CHOICES = {
     "schedule": ("linear", "cosine", "constant", "constant_with_warmup"),
     "precision": ("auto", "bf16", "fp32"),
     "on_bad_lines": ("error", "skip"),
+    "prompts": ("auto", "chat", "plain"),
     "resume": ("auto", "never"),
 }
 _AT_LEAST = {"steps": 1, "batch_size": 1, "accumulation": 1, "warmup": 0, "max_length": 8, "save_every": 1, "keep": 1}

@@ -1,5 +1,6 @@
 """From a recipe and rows to a model that can be trained or evaluated."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -30,6 +31,19 @@ class Prepared:
         """Tokens a row: the recipe's, or as many as the model has positions."""
         positions = self.base.positions
         return self.recipe.max_length if positions is None else min(self.recipe.max_length, positions)
+
+    def given(self, examples: Sequence[data.Example]) -> list[data.Example]:
+        """Rows as the model is given them: a language model's in its chat template, as the recipe's `prompts` says."""
+        prompts = self.recipe.prompts
+        if self.layout is not None:
+            if prompts == "chat":
+                raise ConfigError(f"prompts=chat, but {self.recipe.model} is an encoder, which has no chat template")
+            return list(examples)
+        if prompts == "plain" or (prompts == "auto" and self.base.tokenizer.chat_template is None):
+            return list(examples)
+        from moesaic.data.causal import as_chat
+
+        return [as_chat(example) for example in examples]
 
     @property
     def routed(self) -> bool:
@@ -80,7 +94,8 @@ def training_rows(prepared: Prepared, examples: list[data.Example]) -> list[Any]
     if prepared.layout is None:
         from moesaic.data.causal import tokenize
 
-        return tokenize(examples, tokenizer, prepared.tasks, max_length=prepared.max_length)
+        return tokenize(prepared.given(examples), tokenizer, prepared.tasks, max_length=prepared.max_length)
+    rows = prepared.given(examples)
     collate = EncoderCollator(tokenizer, prepared.layout, max_length=prepared.max_length)
     collate([max(examples, key=lambda e: len(e.choices))])  # the row with most parts is the one that may not fit
-    return list(examples)
+    return rows
