@@ -40,6 +40,11 @@ _ASKED = (
 )
 
 
+def question(examples: Sequence[str]) -> str:
+    """What a language model is asked of a task's examples."""
+    return f"{_ASKED}\n\n" + "\n\n".join(f"Example {i}:\n{text}" for i, text in enumerate(examples, 1))
+
+
 class _NoRedirects(HTTPRedirectHandler):
     """A redirect would take the key to somebody else: it is an error."""
 
@@ -114,7 +119,7 @@ class Instructor:
 
     def ask(self, examples: Sequence[str]) -> str:
         """The sentence, from the cache or the endpoint. Raises OSError after the last try."""
-        asked = f"{_ASKED}\n\n" + "\n\n".join(f"Example {i}:\n{text}" for i, text in enumerate(examples, 1))
+        asked = question(examples)
         digest = hashlib.sha256("\0".join((self.base_url, self.model, asked)).encode()).hexdigest()
         kept = self.cache / f"{digest}.txt" if self.cache else None
         if kept is not None and kept.is_file():

@@ -206,10 +206,12 @@ def _likelihood_choices(prepared: Prepared, batch: list[Example], longest: int) 
     collated = causal.CausalCollator(tokenizer.pad_token_id, positions=prepared.base.positions)(rows)
     inputs = {k: v.to(_device(prepared)) for k, v in collated.items()}
     labels = inputs["labels"][:, 1:]
+    answered = labels != causal.IGNORED
     with _prompts_known(prepared, [example for example in batch for _ in example.choices]):
-        logits = prepared.model(**inputs).logits[:, :-1].float()
-    losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=causal.IGNORED, reduction="none")
-    totals = iter((-losses.sum(1)).tolist())
+        logits = prepared.model(**inputs).logits[:, :-1][answered].float()
+    gained = torch.zeros(labels.shape, device=labels.device)
+    gained[answered] = -F.cross_entropy(logits, labels[answered], reduction="none")
+    totals = iter(gained.sum(1).tolist())
     for example in batch:
         scores = [next(totals) for _ in example.choices]
         by_byte = [s / max(1, len(c.encode())) for s, c in zip(scores, example.choices, strict=True)]
