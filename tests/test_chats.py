@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import trl
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -63,26 +64,81 @@ def chat(*contents: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("template", "learned"),
+    ("template", "earlier", "learned"),
     [
-        (TURNS, "1 4<end>"),
-        (THINKING, "<think>\n\n</think>\n\n1 4<end>"),
-        (REWRITING, "1 4<end>"),
-        (BARE, "1 4<eos>"),
-        (EOS, "1 4<eos>"),
+        (TURNS, "yes<end>", "1 4<end>"),
+        (THINKING, "", "<think>\n\n</think>\n\n1 4<end>"),
+        (REWRITING, "", "1 4<end>"),
+        (BARE, "yes", "1 4<eos>"),
+        (EOS, "yes<eos>", "1 4<eos>"),
     ],
 )
-def test_an_answer_ends_as_its_template_says(template: str, learned: str) -> None:
+def test_answers_end_as_their_template_says(
+    template: str, earlier: str, learned: str, caplog: pytest.LogCaptureFixture
+) -> None:
     made = tokenizer(template)
     for example in (chat("sort 4 1", "1 4"), chat("hi", "yes", "sort 4 1", "1 4")):
         (row,) = causal.tokenize([example], made, ["t"], max_length=128)
-        assert made.decode([i for i in row["labels"] if i >= 0]) == learned
+        several = len(example.messages) > 2
+        assert made.decode([i for i in row["labels"] if i >= 0]) == (earlier if several else "") + learned
+        assert ("the last answer alone is learned" in caplog.text) == (several and not earlier)
         whole = made.apply_chat_template(
             [{"role": role, "content": content} for role, content in example.messages], tokenize=False
         )
         if template is not REWRITING:
             assert made.decode(row["input_ids"]).removesuffix("<eos>") == whole.rstrip().removesuffix("<eos>")
         assert row["input_ids"][-1] == causal.closing_ids([example], made)[-1 if "<end>" in learned else 0]
+
+
+LONG = [
+    {"role": "system", "content": "Answer in one word."},
+    {"role": "user", "content": "sort 4 1"},
+    {"role": "assistant", "content": "1 4"},
+    {"role": "user", "content": "and 9 2 7?"},
+    {"role": "assistant", "content": "2 7 9, \n then"},
+]
+
+
+@pytest.mark.parametrize("turns", [3, 5], ids=["one", "two"])
+@pytest.mark.parametrize("name", ["qwen2_5", "llama3", "qwen3", "gemma3", "turns"])
+def test_the_labels_are_those_of_trl(name: str, turns: int, tmp_path: Path) -> None:
+    """`assistant_only_loss`, where TRL knows the template or the template marks the assistant's turns itself."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    template = (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text() if name != "turns" else None
+    ours = tokenizer(template or TURNS.replace("{{ raise_exception('System role not supported') }}", ""))
+    theirs = tokenizer(template or ours.chat_template)
+    if name == "turns":
+        said = "{{ m['content'] | trim }}<end>"
+        marked = "{% if m['role'] == 'assistant' %}{% generation %}" + said + "{% endgeneration %}{% else %}"
+        theirs.chat_template = theirs.chat_template.replace(f"{said}\n", marked + said + "{% endif %}{{ '\n' }}")
+    args = SFTConfig(output_dir=str(tmp_path), assistant_only_loss=True, report_to=[], use_cpu=True)
+    data = Dataset.from_list([{"messages": LONG[:turns]}])
+    trainer = SFTTrainer(load_model("nano").model, args=args, train_dataset=data, processing_class=theirs)
+    trainer.model.resize_token_embeddings(len(theirs))
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    example = parse({"task": "t", "messages": LONG[:turns]}, "x")
+    (row,) = causal.tokenize([example], ours, ["t"], max_length=512)
+    wanted, length = batch["labels"][0].tolist(), len(row["labels"])
+    assert row["labels"] == wanted[:length]
+    assert row["input_ids"] == batch["input_ids"][0].tolist()[:length]
+    assert set(wanted[length:]) <= {causal.IGNORED}
+    assert sum(label >= 0 for label in wanted) >= 3 * (turns // 2)
+
+
+def test_rows_of_prompt_and_answer_go_through_the_template() -> None:
+    made = tokenizer(TURNS)
+    pick = parse({"task": "t", "prompt": "first 4 1", "choices": ["4", "1"], "answer": 1}, "x")
+    write = parse({"task": "t", "prompt": "sort 4 1", "completion": "1 4"}, "x")
+    for example, answer in ((pick, "1"), (write, "1 4")):
+        asked = causal.as_chat(example)
+        (row,) = causal.tokenize([asked], made, ["t"], max_length=64)
+        text = f"<turn>user\n{example.prompt}<end>\n<turn>assistant\n{answer}<end>"
+        assert made.decode(row["input_ids"]) == text
+        assert made.decode([i for i in row["labels"] if i >= 0]) == f"{answer}<end>"
+        assert (asked.choices, causal.question(asked)) == (example.choices, example.prompt)
+    assert made.decode(causal.answer_ids(causal.as_chat(pick), "4", made)) == "4<end>"
 
 
 def test_generation_stops_where_the_rows_answers_end() -> None:

@@ -35,7 +35,7 @@ def test_a_run_has_the_scores_that_it_had(place: Path) -> None:
     now = json.loads((place / "run" / "eval-validation.json").read_text())
     assert now["tasks"] == before["tasks"]
     for figure in ("entropy", "mutual_information", "utilisation"):
-        assert now["routing"][figure] == before["routing"][figure]
+        assert now["routing"][figure] == pytest.approx(before["routing"][figure], abs=1e-4)  # frozen weights in bf16
 
 
 def test_a_composed_adapter_loads_in_peft_and_is_inspected(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from moesaic.compare.arms import Plan
 from moesaic.compare.settings import BY_CELL, FILE
 from moesaic.errors import ConfigError
 from moesaic.runs.folder import check_writable, discard, locked, read_json, reading, write_json, write_text, writing
-from moesaic.runs.recipe import dump
+from moesaic.runs.recipe import Recipe, dump
 from moesaic.runs.results import command_line
 from moesaic.runs.settings import differences, read_yaml
 
@@ -36,7 +36,9 @@ def check_same(out: Path, planned: Plan) -> None:
     """Raise ConfigError, naming what differs, where `out` holds a comparison that this one does not continue."""
     if not (out / FILE).is_file():
         return
-    stored, asked, hint = read_yaml(out / FILE), pinned(planned), "or overwrite=true, or another out="
+    asked, hint = pinned(planned), "or overwrite=true, or another out="
+    younger = {setting.name: setting.default for setting in fields(Recipe)}  # settings that came after the comparison
+    stored = {**younger, **read_yaml(out / FILE)}
     for key, new in asked.items():
         old = stored.get(key)
         if key in _FREE:

@@ -9,6 +9,7 @@ blank goes between them, so that the answer's first token is the one a model wri
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -31,14 +32,7 @@ def as_chat(example: Example) -> Example:
 
 def prompt_text(example: Example, tokenizer: Any) -> str:
     """What the model is given: the prompt, or a chat up to the last message in the tokenizer's template."""
-    if not example.messages:
-        return example.prompt
-    if tokenizer.chat_template is None:
-        raise ConfigError(
-            f"{example.where or example.task}: the row is a chat, but this model's tokenizer has no chat template: "
-            "take an instruct model, or set tokenizer.chat_template and save the tokenizer into the model's folder"
-        )
-    return _templated(example, tokenizer, len(example.messages) - 1)
+    return _templated(example, tokenizer, len(example.messages) - 1) if example.messages else example.prompt
 
 
 def _templated(example: Example, tokenizer: Any, turns: int, *, asks: bool = True) -> str:
@@ -49,6 +43,11 @@ def _templated(example: Example, tokenizer: Any, turns: int, *, asks: bool = Tru
 def _applied(example: Example, tokenizer: Any, turns: int, **how: Any) -> Any:
     from jinja2 import TemplateSyntaxError
 
+    if tokenizer.chat_template is None:
+        raise ConfigError(
+            f"{example.where or example.task}: the row is a chat, but this model's tokenizer has no chat template: "
+            "take an instruct model, or set tokenizer.chat_template and save the tokenizer into the model's folder"
+        )
     messages = [{"role": role, "content": content} for role, content in example.messages[:turns]]
     try:
         return tokenizer.apply_chat_template(messages, **how)
@@ -195,16 +194,22 @@ def tokenize(
     """
     position = {task: i for i, task in enumerate(tasks)}
     marked = marked_template(tokenizer) if any(e.messages for e in examples) else None
-    rows, cut = [], 0
+    rows, cut, unlearned = [], 0, 0
     for example in examples:
         if example.messages:
             ids, labels = chat_ids(example, tokenizer, marked)
+            begun = sum(label != IGNORED == before for before, label in pairwise([IGNORED, *labels]))
+            unlearned += begun < sum(role == "assistant" for role, _ in example.messages)
         else:
             prompt, answer = prompt_ids(example, tokenizer), answer_ids(example, answer_text(example), tokenizer)
             ids, labels = prompt + answer, [IGNORED] * len(prompt) + answer
         kept = fitting(labels, max_length)
         cut += len(ids) > max_length
         rows.append({"input_ids": ids[kept], "labels": labels[kept], "task": position[example.task]})
+    if unlearned:
+        logger.warning(
+            "of %d chats the last answer alone is learned: this chat template writes earlier ones anew", unlearned
+        )
     if cut:
         logger.warning("%d of %d rows were cut to max_length=%d tokens", cut, len(rows), max_length)
     return rows
