@@ -74,17 +74,26 @@ def test_exact_match_compares_last_numbers_or_normalised_text(generated, complet
     assert metrics.answers_match(generated, completion, answer) is right
 
 
-def test_likelihood_of_choices_equals_a_plain_loop(runs):
+TEMPLATE = (
+    "{% for m in messages %}{{ 'first ' if m['role'] == 'user' else 'last ' }}{{ m['content'] }} : {% endfor %}"
+    "{% if add_generation_prompt %}last {% endif %}"
+)
+
+
+@pytest.mark.parametrize("prompts", ["auto", "plain"])
+def test_likelihood_of_choices_equals_a_plain_loop(runs, prompts):
     loaded = load_model(str(runs / "causal-model"))
     rows = data.load(runs / "causal-data", "validation", tasks=["pick"])
-    recipe = load_recipe("lora", ["precision=fp32"])
+    recipe = load_recipe("lora", ["precision=fp32", f"prompts={prompts}"])
+    loaded.tokenizer.chat_template = TEMPLATE
     prepared = Prepared(loaded.model.eval(), loaded, ("pick",), None, recipe)
+    before, after, end = ("first ", " : last ", " :") if prompts == "auto" else ("", "", " <eos>")
     hits = []
     for row in rows:
-        prompt = loaded.tokenizer(row.prompt)["input_ids"]
+        prompt = loaded.tokenizer(before + row.prompt + after)["input_ids"]
         totals = []
         for choice in row.choices:
-            ids = [*prompt, *loaded.tokenizer(choice)["input_ids"], loaded.tokenizer.eos_token_id]
+            ids = [*prompt, *loaded.tokenizer(choice + end)["input_ids"]]
             logs = loaded.model(torch.tensor([ids])).logits.log_softmax(-1)[0]
             totals.append(sum(logs[i - 1, ids[i]].item() for i in range(len(prompt), len(ids))))
         hits.append(max(range(4), key=totals.__getitem__) == row.label)

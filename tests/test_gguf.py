@@ -8,6 +8,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import time
@@ -318,3 +319,8 @@ def test_smollm2_from_its_file_to_an_answer(tmp_path, monkeypatch):
     assert "Paris" in answer
     assert loading < 20, loading  # under 5 s on an idle machine
     assert time.perf_counter() - start < 120
+    page = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.search(r"Paris.*RoutingTrace\(30 routers", done.stdout, re.DOTALL), done.stdout

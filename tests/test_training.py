@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import psutil
@@ -19,6 +20,7 @@ from moesaic.data.causal import CausalCollator, fitting, tokenize
 from moesaic.data.sampling import InterleavedSampler
 from moesaic.errors import AdapterError, ConfigError, DataError, TrainingError
 from moesaic.evaluation.run import check_run, load_run
+from moesaic.models.embedded import load_model
 from moesaic.models.encoder import EncoderCollator, EncoderForTasks, Layout
 from moesaic.runs.folder import RunFolder, atomic_folder, discard, locked, read_json, write_text
 from moesaic.runs.method import is_routed
@@ -582,3 +584,33 @@ def test_a_layout_that_was_changed_is_refused(world, tmp_path, kind):
         with pytest.raises(ConfigError, match=r"layout\.json is damaged: .*; restore it, or train again") as caught:
             load_run(out)
         assert "\n" not in str(caught.value)
+
+
+def test_projecting_the_labelled_tokens_alone_changes_no_gradient():
+    from trl.trainer import utils
+
+    from moesaic.training.trainer import labelled_alone
+
+    model = load_model("nano").model
+    utils.add_fused_lm_head(model)
+    ids = torch.arange(3, 19).view(2, 8)
+    labels = torch.where(torch.arange(8) < 5, -100, ids)
+    seen: list[int] = []
+    apply = utils._ChunkedLogProbFunction.apply
+
+    def watched(hidden, *rest):
+        seen.append(len(hidden))
+        return apply(hidden, *rest)
+
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils._ChunkedLogProbFunction, "apply", watched)
+        for context in (nullcontext(), labelled_alone()):
+            with context:
+                model.zero_grad()
+                loss = model(input_ids=ids, labels=labels, fused_lm_head=True).loss
+            loss.backward()
+            found.append((loss, model.model.layers[0].mlp.up_proj.weight.grad.clone()))
+    assert seen == [14, 6]
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
