@@ -126,9 +126,10 @@ class Host:
 
     # -- what layers call ----------------------------------------------------------------------------------------
 
-    def view(self, stack: str, cross: bool) -> StackView:
+    def view(self, stack: str, cross: bool, frame: Frame | None = None) -> StackView:
         """What is known of the tokens that run through a stack; of the encoder's where it attends `cross` to them."""
-        found = None if self.frame is None else self.frame.stacks.get(f"{stack}/cross" if cross else stack)
+        frame = frame or self.frame
+        found = None if frame is None else frame.stacks.get(f"{stack}/cross" if cross else stack)
         return found or StackView()
 
     def context(self, site: Site, stack: str, cross: bool, h: Tensor) -> RoutingContext:
@@ -136,7 +137,7 @@ class Host:
         frame = self.frame
         if frame is None:
             return RoutingContext(site, task_ids=self.pinned_tasks, scores=self.pinned_scores)
-        view = self.view(stack, cross).on(h.device)
+        view = self.view(stack, cross, frame).on(h.device)
         if site.reads_the_cache and h.dim() == 3 and view.tokens is not None and h.shape[1] > view.tokens:
             given = frame.memory.given if frame.keeps else h.shape[1]
             view = view.widened(h.shape[0], h.shape[1], given)
@@ -170,10 +171,11 @@ class Host:
 
     def wants(self, adapter: str) -> bool:
         """Whether the current forward needs this adapter's records."""
-        frame = self.frame
-        if frame is None or self.recomputing:
+        running = self.threads.current()
+        frame = running.frame
+        if frame is None or not (running.traces or (frame.training and frame.grad and self.losses.get(adapter))):
             return False
-        return bool(self.traces) or (frame.training and frame.grad and bool(self.losses.get(adapter)))
+        return not self.recomputing
 
     def needs_hidden(self, adapter: str) -> bool:
         frame = self.frame

@@ -18,8 +18,8 @@ from moesaic.host import Host
 from moesaic.host.fitting import in_three
 from moesaic.lora.block import FeedForward
 from moesaic.lora.factors import Factors
-from moesaic.lora.mix import Backend, choose, merge_and_expand, mix, read_and_reduce, weigh_and_expand
-from moesaic.routing import Gate, Record, Router, Routing, RoutingContext, Site
+from moesaic.lora.mix import Backend, choose, merge_and_expand, mix, read_and_reduce, thin, weigh_and_expand
+from moesaic.routing import Gate, Record, Router, Routing, RoutingContext, Site, no_autocast
 
 _CROSS_ATTENTION = re.compile(r"cross_?att|EncDecAttention|encoder_attn", re.IGNORECASE)
 _KEY_OR_VALUE = re.compile(r"^(k|v|key|value|k_proj|v_proj|key_proj|value_proj|kv_proj|c_attn)$")
@@ -195,8 +195,22 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         if x.dim() > 3:
             rows = in_three(x, self.host.view(self.stack, self.cross).tokens)
             return self._add_adapter(adapter, rows, out.reshape(*rows.shape[:-1], out.shape[-1])).view(out.shape)
+        A = self.moe_lora_A[adapter]
+        few = thin(x, A)
+        if not torch.is_autocast_enabled(x.device.type):
+            return self._mixed(adapter, x, self._cast_input_dtype(x, A.dtype), out, few=few)
+        if not few:
+            return self._mixed(adapter, x, x, out, few=False)
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(A.dtype)
+            return self._mixed(adapter, x, x, out, few=True)
+
+    def _mixed(self, adapter: str, x: Tensor, z: Tensor, out: Tensor, *, few: bool) -> Tensor:
+        """`out` with the adapter's experts added, of the input x, which they read as z.
+
+        With `few` tokens, copying A behind the router's map takes longer than a product of its own.
+        """
         A, B, scaling = self.moe_lora_A[adapter], self.moe_lora_B[adapter], self.scaling[adapter]
-        z = x if torch.is_autocast_enabled(x.device.type) else self._cast_input_dtype(x, A.dtype)
         router = self.router(adapter)
         if router is None:
             z = self._drop(adapter, z)
@@ -206,13 +220,18 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
             weights = self._gate(adapter, x, router(x, context), context).weights
             low = F.linear(self._drop(adapter, z).reshape(-1, z.shape[-1]), A)
             return merge_and_expand(low, B, weights, self._scaling_of(adapter), out)
-        projection = router.projection(context) if self._fuses(adapter, router, z) else None
-        if projection is None:
+        in_rank_space = self._in_rank_space(adapter, router, z)
+        projection = router.projection(context) if in_rank_space and not few and self._unwatched(router) else None
+        if projection is not None:
+            read, low = read_and_reduce(z, A, *projection)
+            weights = self._gate(adapter, x, router.from_projection(read, context), context).weights
+        elif in_rank_space:
+            weights = self._gate(adapter, x, router(x, context), context).weights
+            low = F.linear(z.reshape(-1, z.shape[-1]), A)
+        else:
             weights = self._scaled(adapter, self._gate(adapter, x, router(x, context), context).weights)
             z = self._drop(adapter, z)
             return mix(z, A, B, weights, base=out, backend=self.backends[adapter], top_k=self._gate_of(adapter).top_k)
-        read, low = read_and_reduce(z, A, *projection)
-        weights = self._gate(adapter, x, router.from_projection(read, context), context).weights
         if adapter in self.moe_lora_scaling:
             return weigh_and_expand(low, B, self._scaled(adapter, weights), out)
         return weigh_and_expand(low, B, weights, out, scaling=scaling)
@@ -224,11 +243,14 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
     def _scaling_of(self, adapter: str) -> Tensor | float:
         return self.moe_lora_scaling[adapter] if adapter in self.moe_lora_scaling else self.scaling[adapter]
 
-    def _fuses(self, adapter: str, router: Router, z: Tensor) -> bool:
-        """Whether router and A may read the input in one product: same float32 input, rank space, nobody watching."""
+    @staticmethod
+    def _unwatched(router: Router) -> bool:
+        """Whether a router's map may be computed together with A: it says which, and nobody watches it."""
+        return router.reads_by_projection and not router._forward_pre_hooks and not router._forward_hooks
+
+    def _in_rank_space(self, adapter: str, router: Router, z: Tensor) -> bool:
+        """Whether A reads what the router reads, in its dtype, and all experts of every token are computed."""
         if torch.is_autocast_enabled(z.device.type) or z.dtype not in (torch.float32, torch.float64):
-            return False
-        if not router.reads_by_projection or router._forward_pre_hooks or router._forward_hooks:
             return False
         if self._drops(adapter):
             return False
@@ -264,8 +286,7 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
 
     def router(self, adapter: str) -> Router | None:
         """The adapter's router in this layer; None where it is not there, or is plain LoRA here."""
-        routers = dict(self.moe_lora_router.items())
-        return cast("Router | None", routers.get(adapter))
+        return cast("Router | None", self.moe_lora_router._modules.get(adapter))
 
     def _gate_of(self, adapter: str) -> Gate:
         return (self.gates if self.training else self.eval_gates)[adapter]
@@ -273,7 +294,7 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
     def _gate(self, adapter: str, x: Tensor, logits: Tensor, context: RoutingContext) -> Routing:
         """Weights from logits; recorded if a loss or a trace asks for them."""
         host = self.host
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x.device.type):
             routing = self._gate_of(adapter)(logits)
         if host.wants(adapter):
             record = Record.of(self.sites[adapter], routing, context, self.router(adapter))

@@ -29,6 +29,9 @@ from moesaic.errors import ConfigError
 
 Backend = Literal["auto", "reference", "rank", "grouped"]
 
+THIN = 2**19
+"""Multiplications by A up to which a CPU is faster in float32 than in bf16, whose kernels have a price a call: with a
+single token four times at d=576 and E*r=32, twice at d=4096 and 64, and alike at this many."""
 RANK_SPACE_LIMIT = {"cpu": 64, "cuda": 256}
 """Largest E*r at which rank space is taken although weights are sparse: measured on CPU, arithmetic on GPU."""
 
@@ -101,6 +104,13 @@ def choose(x: Tensor, B: Tensor, num_experts: int, top_k: int | None) -> Literal
     return "grouped"
 
 
+def thin(x: Tensor, A: Tensor) -> bool:
+    """Whether bf16 autocast does not pay for these tokens, as in decoding on a CPU."""
+    if x.device.type != "cpu" or A.dtype != torch.float32 or torch.is_grad_enabled():
+        return False
+    return x.numel() * A.shape[0] <= THIN
+
+
 def reference(x: Tensor, A: Tensor, B: Tensor, weights: Tensor, base: Tensor | None = None) -> Tensor:
     """The definition, one expert at a time: x (N, d_in), weights (N, E) -> (N, d_out)."""
     num_experts = weights.shape[-1]
@@ -120,7 +130,17 @@ def rank_space(x: Tensor, A: Tensor, B: Tensor, weights: Tensor, base: Tensor | 
 def read_and_reduce(x: Tensor, A: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """A router's map and half of rank space in one product: `x weight^T + bias` (..., P) and `x A^T` (N, E*r)."""
     weight = weight if weight.dtype == A.dtype else weight.to(A.dtype)
+    if not torch.is_grad_enabled():
+        return _read_and_reduce(x, A, weight, bias)
     return cast(tuple[Tensor, Tensor], _ReadAndReduce.apply(x, A, weight, bias))
+
+
+def _read_and_reduce(x: Tensor, A: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    product = torch.mm(x.reshape(-1, x.shape[-1]), torch.cat([weight, A]).t())
+    if bias is not None:
+        product[:, : len(weight)].add_(bias)
+    read, z = product.split_with_sizes([len(weight), len(A)], dim=1)
+    return read.view(*x.shape[:-1], len(weight)), z
 
 
 class _ReadAndReduce(torch.autograd.Function):
@@ -129,11 +149,7 @@ class _ReadAndReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, A: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, A, weight)
-        product = torch.mm(x.reshape(-1, x.shape[-1]), torch.cat([weight, A]).t())
-        if bias is not None:
-            product[:, : len(weight)].add_(bias)
-        read, z = product.split_with_sizes([len(weight), len(A)], dim=1)
-        return read.view(*x.shape[:-1], len(weight)), z
+        return _read_and_reduce(x, A, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad_read: Tensor, grad_z: Tensor) -> tuple[Tensor | None, ...]:
@@ -156,14 +172,18 @@ def weigh_and_expand(
 
     `weights` (..., E) and `base` (..., d_out) may have more axes than z.
     """
-    if base is not None and base.dtype == z.dtype == B.dtype and not torch.is_autocast_enabled(z.device.type):
-        weights = weights if weights.dtype == z.dtype else weights.to(z.dtype)
-        flat = _WeighAndExpand.apply(z, weights, B, base.reshape(len(z), base.shape[-1]), scaling)
-        return cast(Tensor, flat).view(base.shape)  # a view made within a function may not be worked on in place
-    z = _weigh(z, (weights * scaling).to(z.dtype), len(B))
+    under_autocast = torch.is_autocast_enabled(z.device.type)
+    if base is not None and base.dtype == z.dtype == B.dtype and not under_autocast:
+        weights, flat = weights.to(z.dtype), base.reshape(len(z), base.shape[-1])
+        if torch.is_grad_enabled():
+            added = cast(Tensor, _WeighAndExpand.apply(z, weights, B, flat, scaling))
+        else:
+            added = torch.addmm(flat, _weigh(z, weights, len(B)), B, alpha=scaling)
+        return added.view(base.shape)  # a view made within a function may not be worked on in place
+    z = _weigh(z, (weights if scaling == 1.0 else weights * scaling).to(z.dtype), len(B))
     if base is None:
         return z @ B
-    if base.dtype == z.dtype and torch.is_autocast_enabled(z.device.type):
+    if base.dtype == z.dtype and under_autocast:
         return torch.addmm(base.reshape(len(z), base.shape[-1]), z, B).view(base.shape)
     return base + (z @ B).to(base.dtype).view(base.shape)
 

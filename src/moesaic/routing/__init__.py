@@ -12,7 +12,15 @@ from moesaic.routing.losses import (
     ZLoss,
     pool,
 )
-from moesaic.routing.router import LinearRouter, Router, RoutingContext, SharingRouter, Site, float_linear
+from moesaic.routing.router import (
+    LinearRouter,
+    Router,
+    RoutingContext,
+    SharingRouter,
+    Site,
+    float_linear,
+    no_autocast,
+)
 from moesaic.routing.sums import TokenSums
 from moesaic.routing.trace import RoutingTrace
 
@@ -39,6 +47,7 @@ __all__ = [
     "TopP",
     "ZLoss",
     "float_linear",
+    "no_autocast",
     "pool",
     "renyi",
     "shannon",

@@ -85,7 +85,8 @@ class TopK(Gate):
     temperature: float = 1.0
 
     def __call__(self, logits: Tensor) -> Routing:
-        weights, probs = self.weigh(logits) if torch.compiler.is_compiling() else _TopK.apply(logits, self)
+        plain = torch.compiler.is_compiling() or not torch.is_grad_enabled()
+        weights, probs = self.weigh(logits) if plain else _TopK.apply(logits, self)
         return Routing(weights, probs, logits)
 
     def weigh(self, logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ bf16 logits change which experts are picked (measured: 0.2 % of top-2 sets).
 from __future__ import annotations
 
 from collections.abc import MutableMapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -16,6 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moesaic.routing.sums import TokenSums
+
+
+def no_autocast(kind: str) -> AbstractContextManager[None]:
+    """Autocast off on a kind of device; nothing to be done where it is."""
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,7 @@ class Router(nn.Module):
                 getattr(module, name).requires_grad_(False)
 
     def forward(self, h: Tensor, context: RoutingContext | None = None) -> Tensor:
-        with torch.autocast(h.device.type, enabled=False):
+        with no_autocast(h.device.type):
             return self.score(h if h.dtype == torch.float64 else h.float(), context)
 
     def score(self, h: Tensor, context: RoutingContext | None = None) -> Tensor:

@@ -41,7 +41,7 @@ from torch.nn import functional as F
 from moesaic.errors import ConfigError
 from moesaic.host import optimizer_steps
 from moesaic.lora.config import MixtureConfig
-from moesaic.lora.methods.hotmoe_kernels import HIDDEN, Fold, TokenAttention, at_least_fp32, batched
+from moesaic.lora.methods.hotmoe_kernels import HIDDEN, Fold, TokenAttention, at_least_fp32, batched, token_attention
 from moesaic.routing import (
     AuxiliaryLoss,
     Gate,
@@ -108,7 +108,7 @@ class HotMoERouter(Router, ABC):
             if _key(self) not in context.state:
                 self.fold_group(context.state)
             return cast(Fold, context.state[_key(self)])
-        versions = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.parameters()]
+        versions = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.folds()]
         key = (optimizer_steps(), versions)
         if self._cache is None or self._cache[0] != key:
             self._cache = (key, self.fold())
@@ -189,13 +189,13 @@ class TokenExpertRouter(HotMoERouter):
         return torch.cat([value.weight, hidden.weight]), torch.cat([value.bias, hidden.bias])
 
     def score(self, h: Tensor, context: RoutingContext | None = None) -> Tensor:
-        if self.training and self.dropout.p > 0:
-            parts = float_linear(self.value, h), float_linear(self.hidden, self.dropout(h))
-            return self.from_projection(torch.cat(parts, dim=-1), context)
-        return super().score(h, context)
+        parts = float_linear(self.value, h), float_linear(self.hidden, self.dropout(h))
+        return self.from_projection(torch.cat(parts, dim=-1), context)
 
     def from_projection(self, read: Tensor, context: RoutingContext | None = None) -> Tensor:
         to_logits, to_variance = (t if t.dtype == read.dtype else t.to(read.dtype) for t in self.folded(context))
+        if not torch.is_grad_enabled():
+            return token_attention(read, to_logits, to_variance)[0]
         return cast(Tensor, TokenAttention.apply(read, to_logits, to_variance))
 
     def extra_repr(self) -> str:
