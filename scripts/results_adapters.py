@@ -10,16 +10,20 @@ from typing import Any
 from adapters import GLIDER, MERGES, SETTINGS, TRAINED, UNTRAINED
 
 TITLES = {
+    "smollm2": "Six adapters of a real LLM, SmolLM2-135M-Instruct, routed by every method",
     "minilm": "Six adapters of all-MiniLM-L6-v2, routed by every method",
     "nano": "Six adapters of nano, routed by every method",
 }
 NOTE = """Plain LoRA adapters, one a task, trained apart; then every method over all six of a seed (held in), and over
 five of them on the task of the sixth (zero-shot), for methods that can leave an adapter out without new training. The
-heads of an encoder are the adapters' own. `{split}` rows, all of them; percent, mean ± standard deviation over seeds
+heads of an encoder are the adapters' own. `{split}` rows, {rows}; percent, mean ± standard deviation over seeds
 {seeds}; differences in points, paired by seed. `merge-…` are PEFT's `add_weighted_adapter`: `linear` and `svd` at
 weight 1/6, `sum` (its `cat`), `ties` and `dare-ties` at weight 1, density 0.5. `glider` takes the mean of
 a hundred rows of each task and adapts alpha; `glider-alpha-100` does not, and `glider-top-1` has one expert a token;
-`glider-instructions` has one sentence by hand for each task. All have `phatgoose`'s gates. Command: `{command}`."""
+`glider-instructions` has one sentence by hand for each task{written}. All have `phatgoose`'s gates. Command:
+`{command}`."""
+WRITTEN = """, `glider-written` one that the model wrote itself, asked as an endpoint would be (the sentences are in
+`results/adapters-smollm2/instructions.json`: a model of this size mostly repeats the example)"""
 
 
 def spread(values: list[float]) -> str:
@@ -41,7 +45,16 @@ def routed(file: Path) -> str:
     found: dict[str, Any] = json.loads(file.read_text())
     arms, setting = found["arms"], SETTINGS[found["setting"]]
     oracle, uniform = arms["oracle"]["held_in"], arms["uniform"]["held_in"]
-    note = NOTE.format(split=found["split"], seeds=", ".join(map(str, found["seeds"])), command=found["command"])
+    asked = {
+        n: ", ".join(t for t, m in found.get("rows", {}).items() if m == n) for n in found.get("rows", {}).values()
+    }
+    note = NOTE.format(
+        split=found["split"],
+        rows="the first " + " and ".join(f"{n} of {tasks}" for n, tasks in asked.items()) if asked else "all of them",
+        seeds=", ".join(map(str, found["seeds"])),
+        written=WRITTEN if "glider-written" in arms else "",
+        command=found["command"],
+    )
     header = ["method", *setting.tasks, "mean", "to oracle", "to uniform", "zero-shot"]
     lines = [f"## {TITLES[found['setting']]}", "", note, ""]
     lines += ["| " + " | ".join(header) + " |", "| --- " + "| ---: " * (len(header) - 1) + "|"]
@@ -62,11 +75,11 @@ def verdicts(arms: dict[str, Any]) -> list[str]:
     """For each kind of GLIDER: how near the oracle it is, and what it is above by two standard deviations."""
     said = []
     oracle = statistics.mean(arms["oracle"]["held_in"])
-    for name in GLIDER:
+    for name in (name for name in GLIDER if name in arms):
         own = arms[name]["held_in"]
         below = 100 * (1 - statistics.mean(own) / oracle)
         above, not_above = [], []
-        for other in ("arrow", "phatgoose", *MERGES):
+        for other in ("arrow", "phatgoose", *(merge for merge in MERGES if merge in arms)):
             pairs = [a - b for a, b in zip(own, arms[other]["held_in"], strict=True)]
             sure = statistics.mean(pairs) > 2 * statistics.stdev(pairs)
             (above if sure else not_above).append(f"{other} ({gap(own, arms[other]['held_in'])})")
@@ -79,7 +92,7 @@ def verdicts(arms: dict[str, Any]) -> list[str]:
     base = by_seed(arms["base"]["zero_shot"])
     said.append(
         f"- Zero-shot the highest is `{best}`, {spread(zero[best])}; the untrained base has {spread(base)}, and "
-        + ", ".join(f"`{name}` {spread(zero[name])}" for name in GLIDER)
+        + ", ".join(f"`{name}` {spread(zero[name])}" for name in GLIDER if name in zero)
         + "."
     )
     return said
@@ -127,8 +140,5 @@ def _ratio(row: dict[str, float]) -> str:
 
 def sections(results: Path) -> list[str]:
     """All there are."""
-    made = [
-        routed(results / f"adapters-{name}.json") for name in TITLES if (results / f"adapters-{name}.json").is_file()
-    ]
-    file = results / "bench-adapters.json"
-    return [*made, bench(file)] if file.is_file() else made
+    files = [results / f"adapters-{name}.json" for name in TITLES]
+    return [routed(file) for file in files if file.is_file()]

@@ -298,3 +298,15 @@ def test_nothing_to_answer_is_told_and_one_answer_is_asked_for(tmp_path: Path, c
     capsys.readouterr()
     assert main(["eval", str(tmp_path / "run"), f"data={empty}"]) == 2
     assert "an empty prompt, and the tokenizer has no token to begin with" in "".join(capsys.readouterr())
+
+
+def test_prompts_that_cannot_be_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for kind, message in (("encoder", "is an encoder, which has no chat template"), ("causal", "has no chat template")):
+        model = tiny_folders.save_model(tmp_path / kind, kind)
+        data = tiny_folders.write_tasks(tmp_path / f"{kind}-data", kind)
+        asked = ["train", "lora", f"model={model}", f"data={data}", "steps=1", f"out={tmp_path / 'run'}"]
+        assert main([*asked, "prompts=chat"]) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "run" / "recipe.yaml").exists()
+    assert main([*asked, "prompts=template"]) == 2
+    assert "prompts=template; known: auto, chat, plain" in capsys.readouterr().err
