@@ -91,6 +91,8 @@ class Frame:
     """By module, adapter, and how often the module ran before: some models run one several times."""
     pooled: tuple[Tensor, Tensor] | None = None
     """The last layer input that was pooled, and its sequence means: neighbours share their input."""
+    cast: tuple[Tensor, int, bool, Tensor] | None = None
+    """The last layer input that was cast to float32, its version, whether with gradients, and itself in float32."""
     called: set[str] = field(default_factory=set)
     state: dict[Any, Any] = field(default_factory=dict)
     memory: Memory = field(default_factory=Memory)
@@ -102,4 +104,4 @@ class Frame:
 
     def release(self) -> None:
         """Let go of what only the forward needed: checkpointing keeps the frame until the backward."""
-        self.records, self.pooled = {}, None
+        self.records, self.pooled, self.cast = {}, None, None

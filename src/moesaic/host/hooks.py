@@ -195,6 +195,18 @@ class Host:
             frame.pooled = (h, means)
         return means
 
+    def in_float32(self, h: Tensor) -> Tensor:
+        """`h` in float32 (float64 stays), cast once for neighbours that read the same tensor."""
+        if h.dtype in (torch.float32, torch.float64):
+            return h
+        frame = self.frame
+        if frame is None or torch.compiler.is_compiling():
+            return h.float()
+        what = h, 0 if h.is_inference() else h._version, torch.is_grad_enabled()
+        if frame.cast is None or frame.cast[0] is not h or frame.cast[1:3] != what[1:]:
+            frame.cast = (*what, h.float())
+        return frame.cast[3]
+
     def record(self, adapter: str, record: Record) -> None:
         frame, runs = self.frame, 0
         if frame is None:

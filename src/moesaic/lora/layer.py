@@ -19,7 +19,7 @@ from moesaic.host.fitting import in_three
 from moesaic.lora.block import FeedForward
 from moesaic.lora.factors import Factors
 from moesaic.lora.mix import Backend, choose, merge_and_expand, mix, read_and_reduce, thin, weigh_and_expand
-from moesaic.routing import Gate, Record, Router, Routing, RoutingContext, Site, no_autocast
+from moesaic.routing import Gate, Record, Router, RoutingContext, Site, no_autocast
 
 _CROSS_ATTENTION = re.compile(r"cross_?att|EncDecAttention|encoder_attn", re.IGNORECASE)
 _KEY_OR_VALUE = re.compile(r"^(k|v|key|value|k_proj|v_proj|key_proj|value_proj|kv_proj|c_attn)$")
@@ -202,7 +202,7 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         if not few:
             return self._mixed(adapter, x, x, out, few=False)
         with torch.autocast(x.device.type, enabled=False):
-            x = x.to(A.dtype)
+            x = self.host.in_float32(x)
             return self._mixed(adapter, x, x, out, few=True)
 
     def _mixed(self, adapter: str, x: Tensor, z: Tensor, out: Tensor, *, few: bool) -> Tensor:
@@ -217,19 +217,19 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
             return mix(z, A, B, z.new_full((*z.shape[:-1], 1), scaling), base=out, backend=self.backends[adapter])
         context = self.host.context(self.sites[adapter], self.stack, self.cross, x)
         if adapter in self.merging:
-            weights = self._gate(adapter, x, router(x, context), context).weights
+            weights = self._weights(adapter, x, router, context)
             low = F.linear(self._drop(adapter, z).reshape(-1, z.shape[-1]), A)
             return merge_and_expand(low, B, weights, self._scaling_of(adapter), out)
         in_rank_space = self._in_rank_space(adapter, router, z)
         projection = router.projection(context) if in_rank_space and not few and self._unwatched(router) else None
         if projection is not None:
             read, low = read_and_reduce(z, A, *projection)
-            weights = self._gate(adapter, x, router.from_projection(read, context), context).weights
+            weights = self._weights(adapter, x, router, context, read)
         elif in_rank_space:
-            weights = self._gate(adapter, x, router(x, context), context).weights
+            weights = self._weights(adapter, x, router, context)
             low = F.linear(z.reshape(-1, z.shape[-1]), A)
         else:
-            weights = self._scaled(adapter, self._gate(adapter, x, router(x, context), context).weights)
+            weights = self._scaled(adapter, self._weights(adapter, x, router, context))
             z = self._drop(adapter, z)
             return mix(z, A, B, weights, base=out, backend=self.backends[adapter], top_k=self._gate_of(adapter).top_k)
         if adapter in self.moe_lora_scaling:
@@ -266,7 +266,7 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         router = self.router(adapter)
         assert router is not None
         context = self.host.context(self.sites[adapter], self.stack, self.cross, x)
-        return self._gate_of(adapter), self._gate(adapter, x, router(x, context), context).weights
+        return self._gate_of(adapter), self._weights(adapter, x, router, context)
 
     def expert_operands(self, adapter: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The experts' input (N, d_in) with dropout, A and B, all in the dtype their products are made in."""
@@ -291,19 +291,22 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
     def _gate_of(self, adapter: str) -> Gate:
         return (self.gates if self.training else self.eval_gates)[adapter]
 
-    def _gate(self, adapter: str, x: Tensor, logits: Tensor, context: RoutingContext) -> Routing:
-        """Weights from logits; recorded if a loss or a trace asks for them."""
+    def _weights(
+        self, adapter: str, x: Tensor, router: Router, context: RoutingContext, read: Tensor | None = None
+    ) -> Tensor:
+        """Weights (..., E) of the layer's input, or of what the router `read` of it; recorded if anybody asks."""
         host = self.host
+        logits = router(host.in_float32(x), context) if read is None else router.from_projection(read, context)
         with no_autocast(x.device.type):
             routing = self._gate_of(adapter)(logits)
         if host.wants(adapter):
-            record = Record.of(self.sites[adapter], routing, context, self.router(adapter))
+            record = Record.of(self.sites[adapter], routing, context, router)
             if host.needs_hidden(adapter):
                 record.hidden = host.sequence_means(x, context)
             if host.needs_experts(adapter):
                 record.experts = (self.moe_lora_A[adapter], self.moe_lora_B[adapter])
             host.record(adapter, record)
-        return routing
+        return routing.weights
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ConfigError(NOT_MERGED)
