@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from moesaic.data import causal
 from moesaic.data.examples import Example
 from moesaic.errors import AdapterError, ConfigError, DataError
 from moesaic.evaluation import metrics
+from moesaic.evaluation.likelihood import likelihoods, prompts_known
 from moesaic.models.encoder import EncoderCollator
 from moesaic.models.precision import numerics
 from moesaic.training.prepared import Prepared
@@ -152,18 +152,6 @@ def _task_known(prepared: Prepared, task: str) -> AbstractContextManager[Any]:
     return routing_tasks(prepared.model, task_ids=torch.tensor([prepared.tasks.index(task)], device=_device(prepared)))
 
 
-def _prompts_known(prepared: Prepared, batch: Sequence[Example]) -> AbstractContextManager[Any]:
-    """Tell a mixture that routes by prompts those of a batch's rows."""
-    scores = None
-    if prepared.routed:
-        scores = prepared.model.peft_config["default"].scores([causal.question(e) for e in batch])
-    if scores is None:
-        return nullcontext()
-    from moesaic.host import routing_scores
-
-    return routing_scores(prepared.model, scores.to(_device(prepared)))
-
-
 def _answer_task(prepared: Prepared, rows: list[Example], batch_size: int, progress: bool) -> list[Answer]:
     if not rows[0].choices:
         ask = _generated
@@ -186,7 +174,7 @@ def _encoder_choices(prepared: Prepared, batch: list[Example], longest: int) -> 
     assert prepared.layout is not None
     collate = EncoderCollator(prepared.base.tokenizer, prepared.layout, max_length=prepared.max_length)
     inputs = {k: v.to(_device(prepared)) for k, v in collate(batch).items()}
-    with _prompts_known(prepared, batch):
+    with prompts_known(prepared, batch):
         logits = prepared.model(**inputs).logits
     for example, best in zip(batch, logits.argmax(-1).tolist(), strict=True):
         yield best == example.label, best, None
@@ -195,32 +183,17 @@ def _encoder_choices(prepared: Prepared, batch: list[Example], longest: int) -> 
 def _likelihood_choices(prepared: Prepared, batch: list[Example], longest: int) -> _Found:
     """The likeliest choice of each row, by log-likelihood and by log-likelihood per byte."""
     tokenizer = prepared.base.tokenizer
-    rows = []
-    for example in batch:
-        prompt = causal.prompt_ids(example, tokenizer)
-        for choice in example.choices:
-            ids = causal.answer_ids(example, choice, tokenizer)
-            learned = [causal.IGNORED] * len(prompt) + ids
-            kept = causal.fitting(learned, prepared.max_length)
-            rows.append({"input_ids": (prompt + ids)[kept], "labels": learned[kept]})
-    collated = causal.CausalCollator(tokenizer.pad_token_id, positions=prepared.base.positions)(rows)
-    inputs = {k: v.to(_device(prepared)) for k, v in collated.items()}
-    labels = inputs["labels"][:, 1:]
-    answered = labels != causal.IGNORED
-    with _prompts_known(prepared, [example for example in batch for _ in example.choices]):
-        logits = prepared.model(**inputs).logits[:, :-1][answered].float()
-    gained = torch.zeros(labels.shape, device=labels.device)
-    gained[answered] = -F.cross_entropy(logits, labels[answered], reduction="none")
-    totals = iter(gained.sum(1).tolist())
-    for example in batch:
-        scores = [next(totals) for _ in example.choices]
+    prompts = [causal.prompt_ids(example, tokenizer) for example in batch]
+    answers = [[causal.answer_ids(example, choice, tokenizer) for choice in example.choices] for example in batch]
+    totals = likelihoods(prepared, batch, prompts, answers)
+    for example, scores in zip(batch, totals, strict=True):
         by_byte = [s / max(1, len(c.encode())) for s, c in zip(scores, example.choices, strict=True)]
         best = scores.index(max(scores))
         yield best == example.label, best, by_byte.index(max(by_byte))
 
 
 def _generated(prepared: Prepared, batch: list[Example], longest: int) -> _Found:
-    with _prompts_known(prepared, batch):
+    with prompts_known(prepared, batch):
         texts = generate(prepared, batch, max_new_tokens=longest)
     for example, text in zip(batch, texts, strict=True):
         wanted = None if example.answer is None else str(example.answer)

@@ -1,0 +1,147 @@
+"""Log-likelihoods of answers, for many answers to one prompt.
+
+A prompt is read once, and its KV cache is shared by the answers to it: of four choices of five tokens behind sixty, two
+thirds of the work is saved. Where a model keeps no such cache, or does not take positions, and where a row has to be
+cut, each answer is read behind a prompt of its own.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moesaic.data import causal
+from moesaic.data.examples import Example
+from moesaic.training.prepared import Prepared
+
+Ids = Sequence[int]
+
+
+def likelihoods(
+    prepared: Prepared, batch: Sequence[Example], prompts: Sequence[Ids], answers: Sequence[Sequence[Ids]]
+) -> list[list[float]]:
+    """Summed log-probabilities of each prompt's answers, given it.
+
+    Args:
+        batch: the rows, for methods that are told of a prompt as a whole.
+        prompts, answers: their tokens.
+    """
+    longest = max(len(p) + max(map(len, found)) for p, found in zip(prompts, answers, strict=True))
+    owners = torch.tensor([i for i, found in enumerate(answers) for _ in found])
+    flat = [list(answer) for found in answers for answer in found]
+    totals = None
+    if longest <= prepared.max_length and min(map(len, prompts)) > 0:
+        totals = _behind_caches(prepared, batch, prompts, flat, owners)
+    if totals is None:
+        totals = _each_alone(prepared, batch, prompts, flat, owners)
+    each = iter(totals.tolist())
+    return [[next(each) for _ in found] for found in answers]
+
+
+def prompts_known(prepared: Prepared, batch: Sequence[Example]) -> AbstractContextManager[Any]:
+    """Tell a mixture that routes by prompts those of a batch's rows."""
+    scores = None
+    if prepared.routed:
+        scores = prepared.model.peft_config["default"].scores([causal.question(e) for e in batch])
+    if scores is None:
+        return nullcontext()
+    from moesaic.host import routing_scores
+
+    return routing_scores(prepared.model, scores.to(_device(prepared)))
+
+
+def _each_alone(
+    prepared: Prepared, batch: Sequence[Example], prompts: Sequence[Ids], answers: list[list[int]], owners: Tensor
+) -> Tensor:
+    rows = []
+    for owner, answer in zip(owners.tolist(), answers, strict=True):
+        ids, learned = [*prompts[owner], *answer], [causal.IGNORED] * len(prompts[owner]) + answer
+        kept = causal.fitting(learned, prepared.max_length)
+        rows.append({"input_ids": ids[kept], "labels": learned[kept]})
+    collate = causal.CausalCollator(prepared.base.tokenizer.pad_token_id, positions=prepared.base.positions)
+    inputs = {k: v.to(_device(prepared)) for k, v in collate(rows).items()}
+    labels = inputs["labels"][:, 1:]
+    with prompts_known(prepared, [batch[i] for i in owners.tolist()]):
+        return _summed(prepared.model(**inputs).logits[:, :-1], labels)
+
+
+def _behind_caches(
+    prepared: Prepared, batch: Sequence[Example], prompts: Sequence[Ids], answers: list[list[int]], owners: Tensor
+) -> Tensor | None:
+    """None for a model that cannot do it."""
+    if not _takes_positions(prepared):
+        return None
+    device, positions = _device(prepared), prepared.base.positions
+    given, real = _padded(prepared, prompts, positions)
+    lengths = real.sum(1)
+    with ExitStack() as known:
+        if prepared.routed:
+            from moesaic.host import routing_prompt_length
+
+            known.enter_context(routing_prompt_length(prepared.model, given.shape[1]))
+        places = torch.arange(given.shape[1], device=device).expand_as(given)
+        with prompts_known(prepared, batch):
+            out = prepared.model(input_ids=given, attention_mask=real, position_ids=places, use_cache=True)
+        cache = out.past_key_values
+        if not _is_plain(cache):
+            return None
+        first = out.logits[torch.arange(len(given)), lengths - 1].float().log_softmax(-1)
+        owners = owners.to(device)
+        totals = first[owners, torch.tensor([answer[0] for answer in answers], device=device)]
+        read, said = _padded(prepared, [answer[:-1] for answer in answers], None)
+        if not read.shape[1]:
+            return totals
+        cache.batch_select_indices(owners)
+        places = lengths[owners, None] + torch.arange(read.shape[1], device=device)
+        if positions is not None:
+            places = places.clamp(max=positions - 1)
+        with prompts_known(prepared, [batch[i] for i in owners.tolist()]):
+            out = prepared.model(
+                input_ids=read,
+                attention_mask=torch.cat([real[owners], said], dim=1),
+                position_ids=places,
+                past_key_values=cache,
+                use_cache=True,
+            )
+    labels = torch.full_like(read, causal.IGNORED)
+    for row, answer in zip(labels, answers, strict=True):
+        row[: len(answer) - 1] = torch.tensor(answer[1:])
+    return totals + _summed(out.logits, labels)
+
+
+def _summed(logits: Tensor, labels: Tensor) -> Tensor:
+    """Log-probabilities of the labels (rows, tokens), summed over each row's."""
+    answered = labels != causal.IGNORED
+    gained = torch.zeros(labels.shape, device=labels.device)
+    gained[answered] = -F.cross_entropy(logits[answered].float(), labels[answered], reduction="none")
+    return gained.sum(1)
+
+
+def _padded(prepared: Prepared, rows: Sequence[Ids], positions: int | None) -> tuple[Tensor, Tensor]:
+    """Rows padded on the right, and which of their tokens are real, both (rows, tokens)."""
+    longest = max(map(len, rows))
+    longest = causal.round_up(longest, positions) if longest else 0
+    filler = prepared.base.tokenizer.pad_token_id
+    ids = torch.tensor([[*row, *[filler] * (longest - len(row))] for row in rows], dtype=torch.long)
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], dtype=torch.long)
+    return ids.to(_device(prepared)), mask.to(_device(prepared))
+
+
+def _takes_positions(prepared: Prepared) -> bool:
+    import inspect
+
+    return "position_ids" in inspect.signature(prepared.base.model.forward).parameters
+
+
+def _is_plain(cache: Any) -> bool:
+    """Whether a cache holds every token's keys and values, so that its rows can be shared out."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    return isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+def _device(prepared: Prepared) -> torch.device:
+    return next(prepared.model.parameters()).device
