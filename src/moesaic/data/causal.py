@@ -145,13 +145,13 @@ def _turns(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
 
 def marked_template(tokenizer: Any) -> str | None:
     """The tokenizer's chat template with its assistant's turns marked: as it is, or as TRL has it; else None."""
-    from trl.chat_template_utils import get_training_chat_template
-
     if tokenizer.chat_template is None:
         return None
     try:
+        from trl.chat_template_utils import get_training_chat_template
+
         return get_training_chat_template(tokenizer) or str(tokenizer.chat_template)
-    except Exception:  # TRL does not know the template, or cannot read it
+    except Exception:  # an older TRL, or one that does not know the template, or cannot read it
         return None
 
 
