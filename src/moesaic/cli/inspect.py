@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from moesaic.cli.show import print_json
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 _COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red", "bright_black", "bright_cyan")
 _BLOCKS = " ▁▂▃▄▅▆▇█"
+_MOST_COLUMNS = 8
+"""For layers."""
 
 
 @dataclass
@@ -194,9 +197,8 @@ def shown(found: dict[str, Any], *, named: bool = False) -> RenderableType:
     told, added = found["global_scores"], found["weighted_global"]
     header = ["expert", "weight", "score"]
     header += ["local", "global", "cosine"] if added else ["cosine"] if told else []
-    table = Table(
-        *header, *[f"layer {layer}" for layer in found["by_layer"]], title=f"{found['method']} routes the prompt"
-    )
+    spans = _spans(found["by_layer"])
+    table = Table(*header, *spans, title=f"{found['method']} routes the prompt")
     are_shares = min(found["weights"]) >= 0 and 0 < sum(found["weights"]) < 1.01
     for e, name in enumerate(found["experts"]):
         weight = found["weights"][e]
@@ -205,7 +207,7 @@ def shown(found: dict[str, Any], *, named: bool = False) -> RenderableType:
             row += [f"{found['logits'][e] - added[e]:+.2f}", f"{added[e]:+.2f}"]
         if told:
             row.append(f"{told[e]:.2f}")
-        shares = [layer[e] for layer in found["by_layer"].values()]
+        shares = [layer[e] for layer in spans.values()]
         bars = [_bar(share) if are_shares else f"{share:+.2f}" for share in shares]
         table.add_row(Text(name, style=_colour(e)), *row, *bars)
     line, last = Text(), None
@@ -217,6 +219,20 @@ def shown(found: dict[str, Any], *, named: bool = False) -> RenderableType:
         last = best
     said = [] if found["answer"] is None else [Text(f"answer: {found['answer'].strip()}")]
     return Group(table, Text("tokens by their first expert:"), line, *said)
+
+
+def _spans(by_layer: dict[Any, list[float]]) -> dict[str, list[float]]:
+    """Shares by layer under their headings; of a deep model means over neighbouring layers, to fit a terminal."""
+    layers, size = list(by_layer), -(-len(by_layer) // _MOST_COLUMNS)
+    if size <= 1:
+        return {f"layer {layer}": shares for layer, shares in by_layer.items()}
+    spans = [layers[start : start + size] for start in range(0, len(layers), size)]
+    return {
+        f"layers {span[0]}-{span[-1]}": [
+            fmean(shares) for shares in zip(*(by_layer[layer] for layer in span), strict=True)
+        ]
+        for span in spans
+    }
 
 
 def _bar(share: float) -> str:
