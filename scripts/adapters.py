@@ -188,8 +188,9 @@ def run(job: Job) -> None:
         from moesaic.evaluation.settings import EvalSettings
 
         found = {}
-        for task in tasks:
-            ask = EvalSettings(chosen.split, chosen.data, [task], chosen.rows.get(task), base=job.arm == "uniform")
+        for limit in dict.fromkeys(map(chosen.rows.get, tasks)):
+            alike = [task for task in tasks if chosen.rows.get(task) == limit]
+            ask = EvalSettings(chosen.split, chosen.data, alike, limit, base=job.arm == "uniform")
             found |= evaluate_run(job.folder, ask)["tasks"]
     scores = {task: {k: v for k, v in row.items() if k in ("score", "base_score", "n")} for task, row in found.items()}
     job.result.parent.mkdir(parents=True, exist_ok=True)

@@ -45,9 +45,8 @@ def routed(file: Path) -> str:
     found: dict[str, Any] = json.loads(file.read_text())
     arms, setting = found["arms"], SETTINGS[found["setting"]]
     oracle, uniform = arms["oracle"]["held_in"], arms["uniform"]["held_in"]
-    asked = {
-        n: ", ".join(t for t, m in found.get("rows", {}).items() if m == n) for n in found.get("rows", {}).values()
-    }
+    rows = found.get("rows", {})
+    asked = {n: ", ".join(task for task, of in rows.items() if of == n) for n in rows.values()}
     note = NOTE.format(
         split=found["split"],
         rows="the first " + " and ".join(f"{n} of {tasks}" for n, tasks in asked.items()) if asked else "all of them",

@@ -149,7 +149,7 @@ def _task_known(prepared: Prepared, task: str) -> AbstractContextManager[Any]:
         return nullcontext()
     from moesaic.host import routing_tasks
 
-    return routing_tasks(prepared.model, task_ids=torch.tensor([prepared.tasks.index(task)], device=_device(prepared)))
+    return routing_tasks(prepared.model, task_ids=torch.tensor([prepared.tasks.index(task)], device=prepared.device))
 
 
 def _answer_task(prepared: Prepared, rows: list[Example], batch_size: int, progress: bool) -> list[Answer]:
@@ -173,7 +173,7 @@ _Found = Iterator[tuple[bool, int | str, int | None]]
 def _encoder_choices(prepared: Prepared, batch: list[Example], longest: int) -> _Found:
     assert prepared.layout is not None
     collate = EncoderCollator(prepared.base.tokenizer, prepared.layout, max_length=prepared.max_length)
-    inputs = {k: v.to(_device(prepared)) for k, v in collate(batch).items()}
+    inputs = {k: v.to(prepared.device) for k, v in collate(batch).items()}
     with prompts_known(prepared, batch):
         logits = prepared.model(**inputs).logits
     for example, best in zip(batch, logits.argmax(-1).tolist(), strict=True):
@@ -223,7 +223,3 @@ def _batches(rows: list[Example], size: int, progress: bool) -> Iterator[list[in
 
         chunks = tqdm(chunks, desc=rows[0].task, leave=False)
     yield from chunks
-
-
-def _device(prepared: Prepared) -> torch.device:
-    return next(prepared.model.parameters()).device

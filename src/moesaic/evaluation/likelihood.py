@@ -5,6 +5,7 @@ thirds of the work is saved. Where a model keeps no such cache, or does not take
 cut, each answer is read behind a prompt of its own.
 """
 
+import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
@@ -50,7 +51,7 @@ def prompts_known(prepared: Prepared, batch: Sequence[Example]) -> AbstractConte
         return nullcontext()
     from moesaic.host import routing_scores
 
-    return routing_scores(prepared.model, scores.to(_device(prepared)))
+    return routing_scores(prepared.model, scores.to(prepared.device))
 
 
 def _each_alone(
@@ -62,7 +63,7 @@ def _each_alone(
         kept = causal.fitting(learned, prepared.max_length)
         rows.append({"input_ids": ids[kept], "labels": learned[kept]})
     collate = causal.CausalCollator(prepared.base.tokenizer.pad_token_id, positions=prepared.base.positions)
-    inputs = {k: v.to(_device(prepared)) for k, v in collate(rows).items()}
+    inputs = {k: v.to(prepared.device) for k, v in collate(rows).items()}
     labels = inputs["labels"][:, 1:]
     with prompts_known(prepared, [batch[i] for i in owners.tolist()]):
         return _summed(prepared.model(**inputs).logits[:, :-1], labels)
@@ -72,9 +73,10 @@ def _behind_caches(
     prepared: Prepared, batch: Sequence[Example], prompts: Sequence[Ids], answers: list[list[int]], owners: Tensor
 ) -> Tensor | None:
     """None for a model that cannot do it."""
-    if not _takes_positions(prepared):
+    cache = _cache_of(prepared)
+    if cache is None:
         return None
-    device, positions = _device(prepared), prepared.base.positions
+    device, positions = prepared.device, prepared.base.positions
     given, real = _padded(prepared, prompts, positions)
     lengths = real.sum(1)
     with ExitStack() as known:
@@ -84,10 +86,9 @@ def _behind_caches(
             known.enter_context(routing_prompt_length(prepared.model, given.shape[1]))
         places = torch.arange(given.shape[1], device=device).expand_as(given)
         with prompts_known(prepared, batch):
-            out = prepared.model(input_ids=given, attention_mask=real, position_ids=places, use_cache=True)
-        cache = out.past_key_values
-        if not _is_plain(cache):
-            return None
+            out = prepared.model(
+                input_ids=given, attention_mask=real, position_ids=places, past_key_values=cache, use_cache=True
+            )
         first = out.logits[torch.arange(len(given)), lengths - 1].float().log_softmax(-1)
         owners = owners.to(device)
         totals = first[owners, torch.tensor([answer[0] for answer in answers], device=device)]
@@ -127,21 +128,18 @@ def _padded(prepared: Prepared, rows: Sequence[Ids], positions: int | None) -> t
     filler = prepared.base.tokenizer.pad_token_id
     ids = torch.tensor([[*row, *[filler] * (longest - len(row))] for row in rows], dtype=torch.long)
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], dtype=torch.long)
-    return ids.to(_device(prepared)), mask.to(_device(prepared))
+    return ids.to(prepared.device), mask.to(prepared.device)
 
 
-def _takes_positions(prepared: Prepared) -> bool:
-    import inspect
+def _cache_of(prepared: Prepared) -> Any:
+    """An empty cache that keeps every token's keys and values, so that its rows can be shared out; None if it cannot.
 
-    return "position_ids" in inspect.signature(prepared.base.model.forward).parameters
-
-
-def _is_plain(cache: Any) -> bool:
-    """Whether a cache holds every token's keys and values, so that its rows can be shared out."""
+    Told of the model beforehand: a forward in vain would cost its time, and be counted by whoever traces.
+    """
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
-    return isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
-
-
-def _device(prepared: Prepared) -> torch.device:
-    return next(prepared.model.parameters()).device
+    model = prepared.base.model
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return None
+    cache = DynamicCache(config=model.config)
+    return cache if all(type(layer) is DynamicLayer for layer in cache.layers) else None

@@ -105,7 +105,7 @@ def choose(x: Tensor, B: Tensor, num_experts: int, top_k: int | None) -> Literal
 
 
 def thin(x: Tensor, A: Tensor) -> bool:
-    """Whether bf16 autocast does not pay for these tokens, as in decoding on a CPU."""
+    """Few tokens, as in decoding on a CPU: neither bf16 nor a copy of A behind a router's map pays for them."""
     if x.device.type != "cpu" or A.dtype != torch.float32 or torch.is_grad_enabled():
         return False
     return x.numel() * A.shape[0] <= THIN

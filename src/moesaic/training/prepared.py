@@ -46,6 +46,11 @@ class Prepared:
         return [as_chat(example) for example in examples]
 
     @property
+    def device(self) -> Any:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    @property
     def routed(self) -> bool:
         return is_routed(self.recipe.method)
 

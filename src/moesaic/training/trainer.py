@@ -130,8 +130,7 @@ def labelled_alone() -> Iterator[None]:
     It projects all of them where there is no Triton, for compilers to which every length is a new shape. On a CPU that
     took as long as the rest of a step of SmolLM2 on short answers.
     """
-    from trl.trainer import utils
-
+    utils: Any = sys.modules.get("trl.trainer.utils")  # an encoder's trainer has no need of it
     kept = getattr(utils, "_use_triton", None)
     if kept is None or torch.cuda.is_available():
         yield

@@ -189,6 +189,8 @@ class TokenExpertRouter(HotMoERouter):
         return torch.cat([value.weight, hidden.weight]), torch.cat([value.bias, hidden.bias])
 
     def score(self, h: Tensor, context: RoutingContext | None = None) -> Tensor:
+        if torch.is_grad_enabled() and not (self.training and self.dropout.p > 0):
+            return super().score(h, context)
         parts = float_linear(self.value, h), float_linear(self.hidden, self.dropout(h))
         return self.from_projection(torch.cat(parts, dim=-1), context)
 
