@@ -190,6 +190,18 @@ def test_3_the_cache_is_used_in_eval_equals_no_cache_and_follows_parameters(kind
     assert len(folds) == 2, "in training every forward folds anew"
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (2, 7)])
+def test_3_evaluation_without_gradients_gives_the_same_logits(kind: type[HotMoERouter], shape: tuple[int, int]) -> None:
+    router, h = router_of(kind), torch.randn(*shape, 12, dtype=F64)
+    with torch.no_grad():
+        got = router(h)
+    assert got.shape == (*shape, 5)
+    torch.testing.assert_close(got, router(h).detach(), rtol=1e-13, atol=1e-13)
+    with torch.no_grad():
+        torch.testing.assert_close(router.float()(h.float()), got.float(), rtol=1e-4, atol=1e-5)
+
+
 def test_4_zero_b_is_the_base_and_only_the_mixture_learns() -> None:
     base = tiny.llama(layers=4)
     inputs = tiny.batch(base)

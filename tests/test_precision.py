@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import moesaic
 from moesaic.lora import METHODS
-from moesaic.routing import Router
+from moesaic.routing import Router, no_autocast
 from tests.tiny import MODELS, batch, llama, mixtures, small, wrap
 
 TARGETS = ["q_proj", "o_proj", "down_proj"]
@@ -138,3 +138,19 @@ def test_pooled_hidden_states_are_float32_means_under_autocast() -> None:
         hidden = records[name.removeprefix("base_model.model.")].hidden
         expected = x.double().mean(dim=1)
         assert (hidden - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
+def test_autocast_is_off_inside_and_as_it_was_after_also_when_something_raises() -> None:
+    a = torch.ones(2, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with no_autocast("cpu"):
+            assert (a @ a).dtype == torch.float32
+            with no_autocast("cpu"):
+                pass
+            assert (a @ a).dtype == torch.float32
+        with pytest.raises(ValueError, match="within"), no_autocast("cpu"):
+            raise ValueError("within")
+        assert (a @ a).dtype == torch.bfloat16
+    with no_autocast("cpu"):
+        pass
+    assert not torch.is_autocast_enabled("cpu")

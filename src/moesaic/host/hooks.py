@@ -30,7 +30,7 @@ from moesaic.host.memory import remember
 from moesaic.host.running import Threads, of_thread
 from moesaic.host.stacks import StackHook, inside
 from moesaic.host.unused import Unused
-from moesaic.routing import AuxiliaryLoss, Record, Records, RoutingContext, Site, TokenSums, pool
+from moesaic.routing import AuxiliaryLoss, Record, Records, RoutingContext, Site, TokenSums, no_autocast, pool
 
 logger = logging.getLogger(__name__)
 
@@ -189,7 +189,7 @@ class Host:
         frame = self.frame
         if frame is not None and frame.pooled is not None and frame.pooled[0] is h:
             return frame.pooled[1]
-        with torch.no_grad(), torch.autocast(h.device.type, enabled=False):
+        with torch.no_grad(), no_autocast(h.device.type):
             means = pool(h if h.dtype == torch.float64 else h.float(), context.mask, context.sequences)
         if frame is not None:
             frame.pooled = (h, means)
@@ -283,7 +283,7 @@ class Host:
                 continue
             step = self.step_of(adapter) if self.step_of else None
             for loss in losses:
-                with torch.autocast(records[0].routing.logits.device.type, enabled=False):
+                with no_autocast(records[0].routing.logits.device.type):
                     value = loss(records, step)
                 self.loss_values[type(loss).__name__] = value.detach()
                 total = loss.weight * value + (0 if total is None else total.to(value.device))

@@ -201,7 +201,7 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
             return self._mixed(adapter, x, self._cast_input_dtype(x, A.dtype), out, few=few)
         if not few:
             return self._mixed(adapter, x, x, out, few=False)
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x.device.type):
             x = self.host.in_float32(x)
             return self._mixed(adapter, x, x, out, few=True)
 

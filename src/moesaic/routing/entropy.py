@@ -37,12 +37,9 @@ def tsallis(p: Tensor, q: float, *, eps: float = 0.0, normalize: bool = True) ->
         normalize: divide by the maximum, so that 1 is uniform and 0 certain.
     """
     num_experts = p.shape[-1]
-    if q == 1:
-        value, maximum = -_power_sum(p, q, eps), math.log(num_experts)
-    else:
-        value = -_power_sum(p, q, eps) / (q - 1)
-        maximum = -math.expm1((1 - q) * math.log(num_experts)) / (q - 1)
-    return value / (maximum or 1.0) if normalize else value
+    scale = 1.0 if q == 1 else 1 / (q - 1)
+    maximum = math.log(num_experts) if q == 1 else -math.expm1((1 - q) * math.log(num_experts)) * scale
+    return _power_sum(p, q, eps) * (-scale / (maximum or 1.0) if normalize else -scale)
 
 
 def renyi(p: Tensor, q: float, *, eps: float = 0.0, normalize: bool = True) -> Tensor:
@@ -59,7 +56,7 @@ def generalised_entropy(kind: EntropyType, p: Tensor, q: float, *, eps: float = 
 def _power_sum(p: Tensor, q: float, eps: float) -> Tensor:
     """`sum (p+eps)^q - 1` where p sums to 1; at q = 1 `sum (p+eps) ln(p+eps)`, what it tends to over q - 1."""
     p = p + eps if eps > 0 else p
-    log_p = p.clamp(min=torch.finfo(p.dtype).tiny).log()
+    log_p = (p if eps > 0 else p.clamp(min=torch.finfo(p.dtype).tiny)).log()
     if q == 1:
         return (p * log_p).sum(dim=-1)
     return (p * torch.expm1((q - 1) * log_p)).sum(dim=-1) + p.shape[-1] * eps

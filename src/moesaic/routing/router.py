@@ -19,9 +19,29 @@ from torch.nn import functional as F
 from moesaic.routing.sums import TokenSums
 
 
+class _AutocastOff:
+    """`torch.autocast(kind, enabled=False)` within autocast, without its checks and its cache."""
+
+    __slots__ = ("kind",)
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def __enter__(self) -> None:
+        torch.set_autocast_enabled(self.kind, False)
+
+    def __exit__(self, *raised: object) -> None:
+        torch.set_autocast_enabled(self.kind, True)
+
+
+_UNTOUCHED: AbstractContextManager[None] = nullcontext()
+
+
 def no_autocast(kind: str) -> AbstractContextManager[None]:
     """Autocast off on a kind of device; nothing to be done where it is."""
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    if not torch.is_autocast_enabled(kind):
+        return _UNTOUCHED
+    return torch.autocast(kind, enabled=False) if torch.compiler.is_compiling() else _AutocastOff(kind)
 
 
 @dataclass(frozen=True)

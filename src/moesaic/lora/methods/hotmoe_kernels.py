@@ -80,17 +80,20 @@ def at_least_fp32(t: Tensor) -> Tensor:
     return t if t.dtype in (torch.float32, torch.float64) else t.float()
 
 
-def token_attention(read: Tensor, to_logits: Tensor, to_variance: Tensor) -> tuple[Tensor, ...]:
-    """Logits (..., E), and what the backward of `TokenAttention` needs beside its inputs."""
-    num_experts = read.shape[-1] - HIDDEN
-    columns = F.pad(read.reshape(-1, read.shape[-1]).t(), (0, 0, 0, 2), value=1.0)
+def token_attention(columns: Tensor, to_logits: Tensor, to_variance: Tensor) -> tuple[Tensor, ...]:
+    """Logits (E, N) of [u, z, 1, 1] (E+6, N), worked on in place, and what the backward needs of them."""
+    num_experts = len(columns) - HIDDEN - 2
     value, y = columns.split_with_sizes([num_experts, HIDDEN + 2])
     z = y.relu_()[:-1]
     scale = (z * torch.mm(to_variance, z)).sum(dim=0).rsqrt_()
     z *= scale
     attention = torch.softmax(torch.mm(to_logits, y).view(num_experts, num_experts, -1), dim=0)
-    logits = (attention * value.unsqueeze(1)).sum(dim=0)
-    return logits.t().view(*read.shape[:-1], num_experts), columns, scale, attention, logits
+    return (attention * value.unsqueeze(1)).sum(dim=0), scale, attention
+
+
+def by_column(read: Tensor) -> Tensor:
+    """[u, z] of tokens (..., E+4) as the columns [u, z, 1, 1] (E+6, N)."""
+    return F.pad(read.reshape(-1, read.shape[-1]).t(), (0, 0, 0, 2), value=1.0)
 
 
 class TokenAttention(torch.autograd.Function):
@@ -103,9 +106,10 @@ class TokenAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, read: Tensor, to_logits: Tensor, to_variance: Tensor) -> Tensor:
-        found, columns, scale, attention, logits = token_attention(read, to_logits, to_variance)
+        columns = by_column(read)
+        logits, scale, attention = token_attention(columns, to_logits, to_variance)
         ctx.save_for_backward(columns, scale, attention, logits, to_logits, to_variance)
-        return found
+        return logits.t().view(*read.shape[:-1], len(logits))
 
     @staticmethod
     @once_differentiable

@@ -89,6 +89,7 @@ class RecurrentRouter(SharingRouter):
     ) -> None:
         super().__init__(num_experts)
         self.layer, self.chain = site.layer, chain_of(site)
+        self.dealt = bool(_DEALT.search(self.chain))
         self.kind, self.recurrence = cell, recurrence
         self.residual_alpha, self.residual_detach = residual_alpha, residual_detach
         self.projector = nn.Linear(site.d_in, state_dim, bias=False)
@@ -113,7 +114,7 @@ class RecurrentRouter(SharingRouter):
 
     def below(self, passed: MutableMapping[Any, Any], read: Tensor) -> State | None:
         """The state of the nearest lower layer of the chain; None if there is none, or not of these tokens."""
-        if _DEALT.search(self.chain):  # tokens that a model's own experts were dealt: others in each layer
+        if self.dealt:  # tokens that a model's own experts were dealt: others in each layer
             return None
         for layer in range(self.layer - 1, -1, -1):
             found: State | None = passed.get((self.owner("cell"), self.chain, layer))
@@ -136,7 +137,8 @@ class RecurrentRouter(SharingRouter):
         if self.kind == "gru" and x.is_cpu and not torch.compiler.is_compiling():
             key = self.owner("cell"), torch.is_grad_enabled()
             joint = passed.get(key) or passed.setdefault(key, joined(self.module("cell", passed)))
-            after = (_GRUStep.apply(x, before[0], *(t.to(x) for t in joint)),)
+            operands = x, before[0], *(t.to(x) for t in joint)
+            after = (_GRUStep.apply(*operands) if torch.is_grad_enabled() else gru_step(*operands)[0],)
         else:
             made = _STEPS[self.kind](
                 x, before if lstm else before[0], *(w.to(x) for w in _weights(self.module("cell", passed)))
@@ -163,19 +165,25 @@ def joined(cell: nn.RNNCellBase) -> tuple[Tensor, Tensor]:
     return weight, torch.cat([b_x[: 2 * p] + b_h[: 2 * p], b_x[2 * p :], b_h[2 * p :]])
 
 
+def gru_step(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    """`torch.gru_cell` in one product: h' = n + z (h - n), n = tanh(n_x + r n_h); and what its backward needs."""
+    p = x.shape[1]
+    both = torch.cat([x, h], dim=1)
+    gates, new, by_h = torch.addmm(bias, both, weight.t()).split_with_sizes([2 * p, p, p], dim=1)
+    gates = gates.sigmoid()
+    reset, update = gates.split_with_sizes([p, p], dim=1)
+    new = torch.addcmul(new, reset, by_h).tanh_()
+    return torch.lerp(new, h, update), both, gates, new, by_h
+
+
 class _GRUStep(torch.autograd.Function):
-    """`torch.gru_cell` in one product, with its gradient written out: h' = n + z (h - n), n = tanh(n_x + r n_h)."""
+    """`gru_step` with its gradient written out."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        p = x.shape[1]
-        both = torch.cat([x, h], dim=1)
-        gates, new, by_h = torch.addmm(bias, both, weight.t()).split_with_sizes([2 * p, p, p], dim=1)
-        gates = gates.sigmoid()
-        reset, update = gates.split_with_sizes([p, p], dim=1)
-        new = torch.addcmul(new, reset, by_h).tanh_()
-        ctx.save_for_backward(both, gates, new, by_h, weight)
-        return torch.lerp(new, h, update)
+        after, *kept = gru_step(x, h, weight, bias)
+        ctx.save_for_backward(*kept, weight)
+        return after
 
     @staticmethod
     @once_differentiable
