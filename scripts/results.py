@@ -293,8 +293,10 @@ def on_smollm2(file: Path) -> str:
 ON_SMOLLM2 = """Where decoding's time goes: with one token a step, a module costs what its calls cost, not what it
 computes, and between two of them the base's weights stream through the caches. So under bf16 autocast thin products
 are made in float32 on a CPU; without gradients nothing is copied to be read in one product, and no autograd function is
-entered; HotMoE's folds are kept until one of their own parameters changes. What is left is the number of operators:
-a top-k gate has six, a token-expert router twelve, a GRU and a gate by entropy more. With 16 rows it is spread out."""
+entered; autocast is switched off and on, not nested; HotMoE's folds are kept until one of their parameters changes and
+looked up once a KV cache, and its token-expert router reads the token by one cached map. What is left is the number of
+operators: a top-k gate has six, a token-expert router eleven, a GRU or a gate by entropy more. With 16 rows it is
+spread out."""
 
 
 def page(results: Path) -> str:
@@ -318,6 +320,8 @@ def page(results: Path) -> str:
 def main() -> None:
     results, docs = ROOT / "results", ROOT / "docs"
     (docs / "results.md").write_text(page(results))
+    for name, drawing in results_adapters.pictures(results).items():
+        (docs / name).write_text(drawing)
     if (results / "bench.json").is_file():
         parts = [performance(results / "bench.json")]
         if (results / "bench-smollm2.json").is_file():

@@ -9,11 +9,15 @@ from typing import Any
 
 from adapters import GLIDER, MERGES, SETTINGS, TRAINED, UNTRAINED
 
+from moesaic.report import charts
+from moesaic.report.page import alone
+
 TITLES = {
     "smollm2": "Six adapters of a real LLM, SmolLM2-135M-Instruct, routed by every method",
     "minilm": "Six adapters of all-MiniLM-L6-v2, routed by every method",
     "nano": "Six adapters of nano, routed by every method",
 }
+PICTURES = ("smollm2",)
 NOTE = """Plain LoRA adapters, one a task, trained apart; then every method over all six of a seed (held in), and over
 five of them on the task of the sixth (zero-shot), for methods that can leave an adapter out without new training. The
 heads of an encoder are the adapters' own. `{split}` rows, {rows}; percent, mean ± standard deviation over seeds
@@ -64,16 +68,38 @@ def routed(file: Path) -> str:
         zero = spread(by_seed(arm["zero_shot"])) if "zero_shot" in arm else ""
         cells = [f"`{name}`", *tasks, spread(arm["held_in"]), gap(arm["held_in"], oracle), gap(arm["held_in"], uniform)]
         lines.append("| " + " | ".join([*cells, zero]) + " |")
+    if found["setting"] in PICTURES:
+        lines[3:3] = ["", f"![Mean score of each method above the base's]({found['setting']}-adapters.svg)"]
     base = arms["base"]
     cells = ["untrained base", *[""] * len(setting.tasks), spread(base["held_in"]), "", ""]
     lines.append("| " + " | ".join([*cells, spread(by_seed(base["zero_shot"]))]) + " |")
     return "\n".join([*lines, "", *verdicts(arms), ""])
 
 
+def picture(file: Path) -> str:
+    """Each method's mean score over tasks, in points above the base; rings are seeds."""
+    arms: dict[str, Any] = json.loads(file.read_text())["arms"]
+    base = arms["base"]["held_in"]
+    dots = []
+    for name, arm in sorted(arms.items(), key=lambda item: -statistics.mean(item[1]["held_in"])):
+        above = [own - of for own, of in zip(arm["held_in"], base, strict=True)]
+        series = 0 if name in ("oracle", "base") else 2 if name in MERGES else 1
+        dots.append(charts.Dot(name, statistics.mean(above), (min(above), max(above)), above, series))
+    said = "; ".join(f"{dot.label} {100 * dot.value:+.1f}" for dot in dots)
+    title = "Mean score over six tasks, above the untrained base: routed in blue, merged in orange"
+    return alone(charts.intervals(dots, zero="base", title=title, description=f"In points: {said}.")[0])
+
+
 def verdicts(arms: dict[str, Any]) -> list[str]:
-    """For each kind of GLIDER: how near the oracle it is, and what it is above by two standard deviations."""
-    said = []
+    """The best router beside oracle and merges; for each kind of GLIDER, what it is surely above."""
     oracle = statistics.mean(arms["oracle"]["held_in"])
+    means = {name: statistics.mean(arm["held_in"]) for name, arm in arms.items()}
+    best = max((name for name in means if name not in ("oracle", "base", *MERGES)), key=means.__getitem__)
+    merge = max((name for name in means if name in MERGES), key=means.__getitem__)
+    said = [
+        f"- The best router is `{best}`, {100 * (1 - means[best] / oracle):.1f} % below the oracle and "
+        f"{gap(arms[best]['held_in'], arms[merge]['held_in'])} points from the best merge, `{merge}`."
+    ]
     for name in (name for name in GLIDER if name in arms):
         own = arms[name]["held_in"]
         below = 100 * (1 - statistics.mean(own) / oracle)
@@ -135,6 +161,12 @@ def bench(file: Path) -> str:
 
 def _ratio(row: dict[str, float]) -> str:
     return f"{row['ratio']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+
+
+def pictures(results: Path) -> dict[str, str]:
+    """Drawings for docs/, by file name."""
+    files = {f"{name}-adapters.svg": results / f"adapters-{name}.json" for name in PICTURES}
+    return {name: picture(file) for name, file in files.items() if file.is_file()}
 
 
 def sections(results: Path) -> list[str]:

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moesaic.report import html, svg
+from moesaic.report import charts, html, svg
+from moesaic.report.page import alone
 
 HOSTILE = '<script>alert("x")</script> & co'
 SVG = "{http://www.w3.org/2000/svg}"
@@ -335,3 +336,12 @@ def test_ticks_are_few_round_and_within(low, width):
 def test_attributes_and_text_are_escaped():
     assert str(svg.tag("a", "<b>", class_='"')) == '<a class="&#34;">&lt;b&gt;</a>'
     assert str(svg.tag("g", svg.tag("b"), x=1.50, y=None)) == '<g x="1.5"><b></b></g>'
+
+
+def test_a_drawing_alone_is_a_whole_file_with_its_colours():
+    dots = [charts.Dot("a<b", 0.1, (0.05, 0.15), [0.05, 0.15], 1)]
+    drawing, _ = charts.intervals(dots, zero="base", title="above", description="a")
+    root = ElementTree.fromstring(alone(drawing))
+    [style] = [child.text for child in root if child.tag.endswith("style")]
+    assert all(f"--{name}:" in style for name in ("paper", "ink", "c0", "c7"))
+    assert len(list(root.iter())) == len(list(ElementTree.fromstring(drawing).iter())) + 1

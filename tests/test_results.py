@@ -47,3 +47,11 @@ def test_the_pages_in_docs_are_those_that_the_results_give(page, monkeypatch):
     script = importlib.import_module(page)
     docs = SCRIPT.parents[1] / "docs"
     assert script.page(docs.parent / "results") == (docs / f"{page}.md").read_text(encoding="utf-8")
+
+
+def test_the_pictures_in_docs_are_those_that_the_results_give(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    docs = SCRIPT.parents[1] / "docs"
+    drawn = importlib.import_module("results_adapters").pictures(docs.parent / "results")
+    assert drawn == {name: (docs / name).read_text(encoding="utf-8") for name in drawn}
+    assert drawn.keys() == {path.name for path in docs.glob("*-adapters.svg")}

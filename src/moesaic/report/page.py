@@ -50,6 +50,14 @@ def html(summary: dict[str, Any]) -> str:
     )
 
 
+def alone(drawing: Markup) -> str:
+    """A drawing as a file of its own, in the colours of the page."""
+    head, end, rest = str(drawing).partition(">")
+    sheet = (HERE / "page.css").read_text(encoding="utf-8")
+    own = "svg { background: var(--paper); font-family: system-ui, sans-serif; }"
+    return f"{head}{end}<style>{sheet}{own}</style>{rest}\n"
+
+
 def figures(summary: dict[str, Any]) -> list[Figure]:
     """Those that the results at hand allow."""
     made = (_differences(summary), _by_task(summary), _against_parameters(summary), _against_time(summary))
