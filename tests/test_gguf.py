@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from moesaic.cli.main import main
 from moesaic.errors import ConfigError, MissingDependency
@@ -28,7 +28,7 @@ from moesaic.models.embedded import load_model, resolve
 
 gguf = pytest.importorskip("gguf", reason="the extra smollm2 is not installed")
 
-SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 259}
+SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 260}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 NAMES = {
     "model.embed_tokens": "token_embd",
@@ -61,7 +61,9 @@ def interleaved(weight: Tensor, heads: int) -> Tensor:
     return weight.view(heads, 2, weight.shape[0] // heads // 2, -1).transpose(1, 2).reshape(weight.shape)
 
 
-def write(file: Path, model: nn.Module, kind: str = "F32", architecture: str = "llama", **extra: Any) -> Path:
+def write(
+    file: Path, model: nn.Module, kind: str = "F32", architecture: str = "llama", words_as: str = "smollm", **extra: Any
+) -> Path:
     """The model as a GGUF file, its matrices in the given quantisation."""
     out = gguf.GGUFWriter(file, architecture)
     out.add_context_length(128)
@@ -75,18 +77,19 @@ def write(file: Path, model: nn.Module, kind: str = "F32", architecture: str = "
     out.add_rope_dimension_count(16)
     out.add_vocab_size(SHAPE["vocab_size"])
     for key, value in extra.items():
-        out.add_string(key.replace("__", "."), value)
+        add = out.add_string if isinstance(value, str) else out.add_float32
+        add(key.replace("__", "."), value)
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = iter(range(256, 512))
     words = [chr(byte) if byte in visible else chr(next(hidden)) for byte in range(256)]
     out.add_tokenizer_model("gpt2")
-    out.add_tokenizer_pre("smollm")
-    out.add_token_list([*words, "he", "<|im_start|>", "<|im_end|>"])
-    out.add_token_types([1] * 257 + [3] * 2)
-    out.add_token_merges(["h e"])
-    out.add_bos_token_id(257)
-    out.add_eos_token_id(258)
-    out.add_pad_token_id(258)
+    out.add_tokenizer_pre(words_as)
+    out.add_token_list([*words, "he", "ĊĊ", "<|im_start|>", "<|im_end|>"])
+    out.add_token_types([1] * 258 + [3] * 2)
+    out.add_token_merges(["h e", "Ċ Ċ"])
+    out.add_bos_token_id(258)
+    out.add_eos_token_id(259)
+    out.add_pad_token_id(259)
     out.add_chat_template("{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}")
     wanted = gguf.GGMLQuantizationType[kind]
     for name, weight in model.state_dict().items():
@@ -138,6 +141,27 @@ def test_a_file_is_converted_once_and_by_its_content(tmp_path, cache, monkeypatc
     assert hashlib.sha256(file.read_bytes()).hexdigest()[:12] in folder.name
 
 
+@pytest.mark.parametrize(
+    ("words_as", "tokens"),
+    [("smollm", ["ĊĊ", "1", "2", "Ġ", "Ġ", "3"]), ("gpt-2", ["Ċ", "Ċ", "1", "2", "Ġ", "Ġ", "3"])],
+)
+def test_a_text_is_parted_at_digits_where_the_file_says_so(tmp_path: Path, words_as: str, tokens: list[str]) -> None:
+    folder = made.gguf_path(write(tmp_path / "tiny.gguf", llama(), words_as=words_as))
+    assert AutoTokenizer.from_pretrained(folder).tokenize("\n\n12  3") == tokens
+
+
+@pytest.mark.parametrize("name", ["UPPER.GGUF", "a**b.gguf", "with [x] blank.gguf", f"{'long' * 60}.gguf"])
+def test_any_name_will_do_and_all_may_read_what_is_made(tmp_path: Path, name: str) -> None:
+    folder = Path(resolve(str(write(tmp_path / name, llama()))))
+    assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o666 & ~_umask()}
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
     assert made.cache_folder() == tmp_path / "cache"
     monkeypatch.delenv("MOESAIC_CACHE")
@@ -168,11 +192,16 @@ def test_what_is_no_model_is_refused_in_one_line(tmp_path, cache):
         refused(tmp_path / name, cache, match)
     refused(tmp_path / "none.gguf", cache, "no such file")
     (tmp_path / "folder.gguf").mkdir()
-    refused(tmp_path / "folder.gguf", cache, "no such file")
+    refused(tmp_path / "folder.gguf", cache, r"has no config\.json")
 
 
 def test_what_would_be_read_wrong_is_refused(tmp_path, cache):
     model = llama()
+    model.model.layers[1].self_attn.q_norm = nn.LayerNorm(16, bias=False)
+    refused(write(tmp_path / "more.gguf", model), cache, r"holds 87,\d+ weights, of which .*LlamaForCausalLM takes")
+    del model.model.layers[1].self_attn.q_norm
+    refused(write(tmp_path / "scale.gguf", model, llama__logit_scale=0.5), cache, "has logit_scale=0.5, which")
+    refused(write(tmp_path / "words.gguf", model, words_as="deepseek-llm"), cache, "into words as 'deepseek-llm' does")
     foreign = write(tmp_path / "foreign.gguf", model, architecture="rwkv6")
     refused(foreign, cache, "architecture 'rwkv6', which Transformers does not read")
     scaled = write(tmp_path / "scaled.gguf", model, llama__rope__scaling__type="yarn")

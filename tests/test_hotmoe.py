@@ -166,28 +166,38 @@ def test_3_expert_expert_is_a_linear_router_and_caching_changes_nothing() -> Non
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_3_the_cache_is_used_in_eval_equals_no_cache_and_follows_parameters(kind: type[HotMoERouter]) -> None:
+def test_3_folds_are_made_once_for_a_kv_cache_and_anew_for_every_other_forward(kind: type[HotMoERouter]) -> None:
     router = router_of(kind)
     h, folds = torch.randn(9, 12, dtype=F64), []
     fold = router.fold
     router.fold = lambda: folds.append(1) or fold()
-    uncached = router(h).detach()
     with torch.no_grad():
-        first, second = router(h), router(h)
-        assert len(folds) == 2, "once with gradients, once for the cache"
-        assert torch.equal(first, uncached)
-        assert torch.equal(second, uncached)
+        wanted, decoding = router(h), RoutingContext(memory={})
+        folds.clear()
+        assert torch.equal(router(h, decoding), wanted)
+        assert torch.equal(router(h, decoding), wanted)
+        assert len(folds) == 1
         for parameter in router.parameters():
             before = router(h)
-            parameter.add_(0.1 * torch.randn_like(parameter))
-            assert not torch.equal(router(h), before), "a changed parameter must empty the cache"
-        with torch.inference_mode():
-            assert torch.equal(router(h), router(h))
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
+            assert not torch.equal(router(h), before)
     router.train()
     folds.clear()
     with torch.no_grad():
-        router(h), router(h)
-    assert len(folds) == 2, "in training every forward folds anew"
+        router(h, decoding), router(h, decoding)
+    assert len(folds) == 2, "in training nothing is kept"
+
+
+def test_3_a_model_in_evaluation_follows_its_parameters_however_they_are_written() -> None:
+    model = hotmoe().eval()
+    inputs = {k: v for k, v in tiny.batch(model).items() if k != "labels"}
+    with torch.no_grad():
+        model(**inputs)
+        for parameter in tiny.router_parameters(model).values():
+            parameter.data.mul_(-1.5)
+        found = model(**inputs).logits
+        torch.testing.assert_close(found, copy.deepcopy(model)(**inputs).logits, rtol=0, atol=0)
+    torch.testing.assert_close(found, model(**inputs).logits.detach(), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -76,7 +76,7 @@ def resolve(name: str) -> str:
         return str(nano.path())
     if name == "smollm2":
         return str(smollm2_path())
-    if name.endswith(".gguf"):
+    if name.lower().endswith(".gguf") and not path_of(name).is_dir():
         return str(gguf_path(path_of(name)))
     if os.sep in name and (name.startswith((".", "~", os.sep)) or Path(name).exists()):
         folder = path_of(name)

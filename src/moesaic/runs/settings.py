@@ -51,7 +51,7 @@ def parse_overrides(
             given[key] = _text(value)
             continue
         parsed = _parsed(value)
-        if isinstance(parsed, str):
+        if isinstance(parsed, str) and not _is_quoted(value):
             parsed = _scalar(parsed)
         _check_keys_are_texts(key, parsed)
         section, dot, _ = key.partition(".")
@@ -91,9 +91,13 @@ def _parsed(text: str) -> Any:
 def _text(value: str) -> str | None:
     """A text as it is written, without quotes around it; None for null."""
     parsed, written = _parsed(value), value.strip()
-    if isinstance(parsed, str) and written.startswith(("'", '"')):
+    if isinstance(parsed, str) and _is_quoted(value):
         return parsed
     return None if parsed is None and not written.startswith("#") else written
+
+
+def _is_quoted(value: str) -> bool:
+    return value.lstrip().startswith(("'", '"'))
 
 
 def _scalar(text: str) -> Any:

@@ -39,7 +39,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moesaic.errors import ConfigError
-from moesaic.host import optimizer_steps
 from moesaic.lora.config import MixtureConfig
 from moesaic.lora.methods.hotmoe_kernels import (
     HIDDEN,
@@ -82,7 +81,6 @@ class HotMoERouter(Router, ABC):
         self.query = nn.Linear(expert_dim, attention_dim, bias=False)
         self.key = nn.Linear(expert_dim, attention_dim, bias=False)
         self.group: list[HotMoERouter] = [self]
-        self._cache: tuple[Any, tuple[Tensor, ...]] | None = None
 
     @abstractmethod
     def folds(self) -> tuple[Tensor, ...]:
@@ -106,36 +104,23 @@ class HotMoERouter(Router, ABC):
         return g, torch.bmm(torch.bmm(g, key.transpose(1, 2)) / math.sqrt(key.shape[1]), query)
 
     def folded(self, context: RoutingContext | None) -> Fold:
-        """This router's fold: once a forward; in evaluation as `prepared` is."""
-        if torch.compiler.is_compiling():
+        """This router's fold: made once for a forward, and while decoding once for a KV cache."""
+        if context is None or torch.compiler.is_compiling() or getattr(self, "_is_replica", False):
             return self.fold()
-        if self.training or torch.is_grad_enabled():
-            self._cache = None
-            if context is None or not context.whole or getattr(self, "_is_replica", False):
-                return self.fold()
-            if _key(self) not in context.state:
-                self.fold_group(context.state)
-            return cast(Fold, context.state[_key(self)])
-        first, second = self.prepared(context)[:2]
-        return first, second
+        key = _key(self)
+        if self.decodes and key in context.memory:
+            return cast(Fold, context.memory[key])
+        if context.whole and key not in context.state:
+            self.fold_group(context.state)
+        made = cast(Fold, context.state[key]) if context.whole else self.fold()
+        if self.decodes:
+            context.memory[key] = made
+        return made
 
-    def prepared(self, context: RoutingContext | None) -> tuple[Tensor, ...]:
-        """What evaluation makes of parameters, the fold first: once until one changes, looked at once a KV cache."""
-        memory = {} if context is None else context.memory
-        if _key(self) not in memory:
-            versions = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.read_in_evaluation()]
-            key = (optimizer_steps(), versions)
-            if self._cache is None or self._cache[0] != key:
-                self._cache = (key, self.prepare())
-            memory[_key(self)] = self._cache[1]
-        return cast(tuple[Tensor, ...], memory[_key(self)])
-
-    def read_in_evaluation(self) -> tuple[Tensor, ...]:
-        """The parameters that `prepare` reads."""
-        return self.folds()
-
-    def prepare(self) -> tuple[Tensor, ...]:
-        return self.fold()
+    @property
+    def decodes(self) -> bool:
+        """Whether what is made of parameters may be kept on a KV cache."""
+        return not self.training and not torch.is_grad_enabled()
 
     def fold(self) -> Fold:
         """The fold of this router alone."""
@@ -206,20 +191,21 @@ class TokenExpertRouter(HotMoERouter):
 
     def projection(self, context: RoutingContext | None = None) -> tuple[Tensor, Tensor] | None:
         """Values and MLP features in one map, unless dropout parts their inputs."""
-        if self.training and self.dropout.p > 0:
-            return None
-        value, hidden, value_bias, hidden_bias = self.maps()
-        return torch.cat([value, hidden]), torch.cat([value_bias, hidden_bias])
+        return None if self.training and self.dropout.p > 0 else self.read_map()
 
     def score(self, h: Tensor, context: RoutingContext | None = None) -> Tensor:
         if self.training and self.dropout.p > 0:
             parts = float_linear(self.value, h), float_linear(self.hidden, self.dropout(h))
             return self.from_projection(torch.cat(parts, dim=-1), context)
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not self.decodes or torch.compiler.is_compiling():
             return super().score(h, context)
-        *fold, weight, bias = (t if t.dtype == h.dtype else t.to(h.dtype) for t in self.prepared(context))
-        columns = torch.addmm(bias, weight, h.reshape(-1, h.shape[-1]).t())
-        return token_attention(columns, *fold)[0].t().view(*h.shape[:-1], self.num_experts)
+        memory: MutableMapping[Any, Any] = {} if context is None else context.memory
+        key = *_key(self), h.dtype
+        if key not in memory:
+            memory[key] = [t.to(h.dtype) for t in (*self.folded(context), *self.columns())]
+        to_logits, to_variance, weight, bias = memory[key]
+        found = token_attention(torch.addmm(bias, weight, h.reshape(-1, h.shape[-1]).t()), to_logits, to_variance)[0]
+        return found.t().view(*h.shape[:-1], self.num_experts)
 
     def from_projection(self, read: Tensor, context: RoutingContext | None = None) -> Tensor:
         fold = (t if t.dtype == read.dtype else t.to(read.dtype) for t in self.folded(context))
@@ -227,19 +213,15 @@ class TokenExpertRouter(HotMoERouter):
             return cast(Tensor, TokenAttention.apply(read, *fold))
         return token_attention(by_column(read), *fold)[0].t().view(*read.shape[:-1], self.num_experts)
 
-    def maps(self) -> tuple[Tensor, ...]:
+    def columns(self) -> tuple[Tensor, Tensor]:
+        """Weight (E+6, d_in) and bias (E+6, 1) of the map to [u, z, 1, 1]."""
+        weight, bias = map(at_least_fp32, self.read_map())
+        return F.pad(weight, (0, 0, 0, 2)), F.pad(bias, (0, 2), value=1.0).unsqueeze(-1)
+
+    def read_map(self) -> tuple[Tensor, Tensor]:
+        """Weight (E+4, d_in) and bias (E+4,) of the map to [u, z]."""
         value, hidden = self.value, self.hidden
-        return value.weight, hidden.weight, value.bias, hidden.bias
-
-    def read_in_evaluation(self) -> tuple[Tensor, ...]:
-        return *self.folds(), *self.maps()
-
-    def prepare(self) -> tuple[Tensor, ...]:
-        """The fold; weight (E+6, d_in) and bias (E+6, 1) of the map to [u, z, 1, 1]."""
-        value, hidden, value_bias, hidden_bias = self.maps()
-        weight = F.pad(at_least_fp32(torch.cat([value, hidden])), (0, 0, 0, 2))
-        bias = F.pad(at_least_fp32(torch.cat([value_bias, hidden_bias])), (0, 2), value=1.0)
-        return *self.fold(), weight, bias.unsqueeze(-1)
+        return torch.cat([value.weight, hidden.weight]), torch.cat([value.bias, hidden.bias])
 
     def extra_repr(self) -> str:
         return "token-expert"
