@@ -223,11 +223,12 @@ def _make(job: Job, chosen: Setting) -> None:
             asked.append("adapter.alpha=100")
         if job.arm == "glider-top-1":
             asked.append("adapter.top_k=1")
+        told: dict[str, str] = {}
         if job.arm == "glider-instructions":
-            asked += [f"adapter.instructions.{task}={json.dumps(text)}" for task, text in chosen.instructions.items()]
+            told = chosen.instructions
         if job.arm == "glider-written":
-            written = json.loads(written_by_model(job.setting).read_text())
-            asked += [f"adapter.instructions.{task}={json.dumps(text)}" for task, text in written.items()]
+            told = json.loads(written_by_model(job.setting).read_text())
+        asked += [f"adapter.instructions.{t}={json.dumps(text)}" for t, text in told.items() if t != job.left_out]
     elif job.left_out:
         asked += [f"extend={Job(job.setting, job.arm, job.seed).folder}"]
     else:

@@ -90,6 +90,69 @@ def test_answers_end_as_their_template_says(
         assert row["input_ids"][-1] == causal.closing_ids([example], made)[-1 if "<end>" in learned else 0]
 
 
+R1 = (
+    "{% for m in messages %}<turn>{{ m['role'] }}:{{ m['content'].split('</think>')[-1] }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<turn>assistant:<think>\n{% endif %}"
+)
+WORDS = "{% for m in messages %}|{{ m['role'] }}|{{ m['content'] }}|END|\n{% endfor %}" + (
+    "{% if add_generation_prompt %}|assistant|{% endif %}"
+)
+
+
+@pytest.mark.parametrize("answer", ["e", "end", "<end", "d>", "a b"])
+def test_an_answer_is_found_by_its_place_not_by_its_letters(answer: str) -> None:
+    made = tokenizer(R1)
+    assert made.decode(causal.answer_ids(chat("q", "e n d"), answer, made)) == f"{answer}<end>"
+
+
+@pytest.mark.parametrize("contents", [("hi", "yes"), ("hi", "a | b", "so?", "1")])
+def test_a_turn_that_ends_in_plain_text_is_ended_by_eos(contents: tuple[str, ...]) -> None:
+    made, example = tokenizer(WORDS), chat(*contents)
+    (row,) = causal.tokenize([example], made, ["t"], max_length=128)
+    assert causal.answer_ids(example, contents[-1], made)[-1] == made.eos_token_id
+    assert made.decode([i for i in row["labels"] if i >= 0]).endswith(f"{contents[-1]}<eos>")
+    assert causal.closing_ids([example], made) == [made.eos_token_id]
+
+
+def test_a_chat_may_begin_with_the_assistant() -> None:
+    said = "{% if not messages %}{{ raise_exception('empty') }}{% endif %}"
+    made = tokenizer(said + TURNS)
+    turns = [{"role": "assistant", "content": "hello"}, {"role": "user", "content": "q"}]
+    example = parse({"task": "t", "messages": [*turns, {"role": "assistant", "content": "1 4"}]}, "rows.jsonl:1")
+    (row,) = causal.tokenize([example], made, ["t"], max_length=128)
+    assert made.decode([i for i in row["labels"] if i >= 0]) == "hello<end>1 4<end>"
+
+
+def test_a_template_that_marks_nothing_of_a_chat_is_read_as_one_without_marks(caplog: pytest.LogCaptureFixture) -> None:
+    said = "{{ m['content'] }}<end>"
+    marks = (
+        "{% if 'good' in m['content'] %}{% generation %}"
+        + said
+        + "{% endgeneration %}{% else %}"
+        + said
+        + "{% endif %}"
+    )
+    made = tokenizer(
+        "{% for m in messages %}<turn>{{ m['role'] }}\n" + marks + "\n{% endfor %}"
+        "{% if add_generation_prompt %}<turn>assistant\n{% endif %}"
+    )
+    rows = causal.tokenize([chat("hi", "yes", "q", "1 4"), chat("q", "good")], made, ["t"], max_length=128)
+    assert [made.decode([i for i in row["labels"] if i >= 0]) for row in rows] == ["yes<end>1 4<end>", "good<end>"]
+    assert "alone is learned" not in caplog.text
+
+
+def test_rows_that_are_cut_say_where_and_what_would_take_them_whole(caplog: pytest.LogCaptureFixture) -> None:
+    made = tokenizer(TURNS)
+    causal.tokenize([chat("sort 4 1 8 3 7", "1 4"), chat("4", "1")], made, ["t"], max_length=20)
+    said = caplog.messages[-1]
+    assert said.startswith("1 of 2 rows were cut to max_length=20 tokens, from the start of their prompts; max_length=")
+    caplog.clear()
+    causal.tokenize(
+        [chat("sort 4 1 8 3 7", "1 4")], made, ["t"], max_length=int(said.split("max_length=")[2].split()[0])
+    )
+    assert not caplog.messages
+
+
 LONG = [
     {"role": "system", "content": "Answer in one word."},
     {"role": "user", "content": "sort 4 1"},

@@ -68,6 +68,13 @@ def test_matthews_is_one_for_right_answers_and_does_not_care_for_names(gold):
         ("Paris, France", "paris", None, False),
         ("1 2  3", "1 2 3", None, True),
         ("The Answer", "long text", "the answer", True),
+        ("2024-05-06", "", "2023-01-06", False),
+        ("10:30", "", "09:30", False),
+        ("1/4", "", "3/4", False),
+        ("room 5", "", "Room 5 is the kitchen", False),
+        ("B12", "", "b12", True),
+        ("12345678901234567890", "", "12345678901234567891", False),
+        ("9" * 400, "", "8" * 400, False),
     ],
 )
 def test_exact_match_compares_last_numbers_or_normalised_text(generated, completion, answer, right):

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from moesaic import nano
 from moesaic.cli.main import main
 from moesaic.data.examples import has_split
 from moesaic.errors import AdapterError
 from moesaic.lora.loading import read_config
+from moesaic.models.embedded import embedded_name
+from moesaic.models.gguf import SMOLLM2, SMOLLM2_SHA256
 from tests.composing import TASKS, asked, make
 
 
@@ -38,6 +41,25 @@ def test_rows_make_retrieval_the_default_and_nothing_makes_arrow(composed: Path,
     assert read_config(composed / "adapter").method == "retrieval"
     assert main(asked(place, tmp_path / "out")) == 0
     assert read_config(tmp_path / "out" / "adapter").method == "arrow"
+
+
+def test_what_is_scored_are_the_tasks_that_experts_are_called_after(
+    composed: Path, place: Path, tmp_path: Path
+) -> None:
+    more = tmp_path / "more"
+    for task in (*TASKS, "stranger"):
+        (more / task).mkdir(parents=True)
+        (more / task / "train.jsonl").write_text(json.dumps({"task": task, "prompt": "a", "completion": "b"}))
+    assert main(["eval", str(composed), f"data={more}", "split=train", "limit=1"]) == 0
+    assert json.loads((composed / "eval-train.json").read_text())["tasks"].keys() == set(TASKS)
+    assert main(["eval", str(composed), f"data={more}", "split=train", "limit=1", "tasks=stranger"]) == 0
+    assert json.loads((composed / "eval-train.json").read_text())["tasks"].keys() == {"stranger"}
+
+
+def test_a_base_that_has_a_name_is_called_by_it() -> None:
+    assert embedded_name(f"/elsewhere/{Path(SMOLLM2).stem}-{SMOLLM2_SHA256[:12]}.1") == "smollm2"
+    assert embedded_name(str(nano.path())) == "nano"
+    assert embedded_name("meta-llama/Llama-3.2-1B") is None
 
 
 def test_a_prompt_may_stand_alone_and_is_answered(composed: Path, capsys: pytest.CaptureFixture[str]) -> None:

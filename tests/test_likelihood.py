@@ -13,14 +13,18 @@ from transformers import (
     BloomConfig,
     Gemma2Config,
     GPT2Config,
+    GPTNeoConfig,
     LlamaConfig,
     MambaConfig,
+    OpenAIGPTConfig,
     OPTConfig,
     PretrainedConfig,
+    RobertaConfig,
 )
 
 from moesaic.data.examples import Example
-from moesaic.evaluation import likelihood
+from moesaic.errors import DataError, TrainingError
+from moesaic.evaluation import answers, likelihood
 from moesaic.lora import METHODS
 from moesaic.models.embedded import LoadedModel
 from moesaic.runs.recipe import load_recipe
@@ -35,8 +39,17 @@ MODELS: dict[str, tuple[PretrainedConfig, bool]] = {
     "opt": (OPTConfig(**SHAPE, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=24, init_std=0.3), True),
     "gemma2": (Gemma2Config(**SHAPE, intermediate_size=48, num_key_value_heads=2, sliding_window=4), False),
     "bloom": (BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=2, initializer_range=0.3), False),
+    "gpt_neo": (
+        GPTNeoConfig(
+            **{k: v for k, v in SHAPE.items() if k != "num_hidden_layers"}, num_layers=2, window_size=3,
+            attention_types=[[["global", "local"], 1]], initializer_range=0.3,
+        ),
+        False,
+    ),
+    "roberta": (RobertaConfig(**SHAPE, intermediate_size=48, is_decoder=True, initializer_range=0.3), False),
+    "openai-gpt": (OpenAIGPTConfig(vocab_size=64, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3), False),
     "mamba": (MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4), False),
-}
+}  # fmt: skip
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12, 13], [14, 15, 16, 17]]
 ANSWERS = [[[20, 21, 1], [22, 1]], [[23, 24, 25, 1], [26, 1], [27, 28, 1]], [[29, 1]]]
 ROWS = [Example("t", f"row {i}") for i in range(3)]
@@ -96,3 +109,24 @@ def test_rows_that_are_cut_are_read_alone(monkeypatch: pytest.MonkeyPatch) -> No
     assert cut[1] == pytest.approx(whole[1], abs=1e-4)
     assert cut[0][0] != pytest.approx(whole[0][0], abs=1e-4)
     assert cut[0][1] == pytest.approx(whole[0][1], abs=1e-4)
+
+
+def test_choices_of_the_same_tokens_are_told_and_so_is_what_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = prepared(LLAMA)
+    row = Example("t", "q", choices=("a", "b", " a"), answer=1, where="rows.jsonl:3")
+    with pytest.raises(DataError, match=r"rows.jsonl:3: the choices 'a' and ' a' are the same tokens"):
+        list(answers._likelihood_choices(made, [row], 0))
+    monkeypatch.setattr(answers, "likelihoods", lambda *a: [[0.0, float("nan")]])
+    with pytest.raises(TrainingError, match="not finite"):
+        list(answers._likelihood_choices(made, [Example("t", "q", choices=("a", "b"), answer=1)], 0))
+
+
+def test_a_task_whose_rows_are_cut_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    likelihood._say_cut.cache_clear()
+    made = prepared(LLAMA)
+    made.recipe.max_length = 9
+    for _ in range(2):
+        likelihood.likelihoods(made, ROWS, PROMPTS, ANSWERS)
+    assert caplog.messages == [
+        "task 't': some prompts with their choices are longer than max_length=9 tokens, and are cut at their start"
+    ]

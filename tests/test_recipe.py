@@ -247,6 +247,12 @@ def test_a_list_by_commas_is_of_numbers_or_of_names(text, wanted):
     assert parse_overrides([f"tasks={text}"], lists=("tasks",))["tasks"] == [p.strip() for p in text.split(",")]
 
 
+def test_a_text_in_quotes_is_one_text_whatever_is_in_it():
+    """The shell takes the outer quotes: 'adapter.instructions.a="x, y: 1"'."""
+    given = parse_overrides(['adapter.instructions.a="x, y: 1"', "adapter.b='1e-3'", "adapter.c=x, y"])["adapter"]
+    assert given == {"instructions": {"a": "x, y: 1"}, "b": "1e-3", "c": ["x", "y"]}
+
+
 def test_lists_by_commas_are_what_the_adapters_setting_asks_for():
     settings = [f"adapter.{s}" for s in ("experts_per_layer=8,4", "layers_to_transform=0,1", "target_modules=0,1")]
     config = adapter_config(load_recipe("mola", settings))

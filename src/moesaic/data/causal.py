@@ -89,19 +89,36 @@ def answer_ids(example: Example, answer: str, tokenizer: Any) -> list[int]:
     if not example.messages:
         return [*_tokens(seam(example.prompt, answer), tokenizer), closing_id(tokenizer)]
     text = turn(replace(example, messages=(*example.messages[:-1], ("assistant", answer))), tokenizer)
-    ends = text != answer.rstrip()
-    ids = _tokens(text if ends else answer, tokenizer)
-    return ids if ends else [*ids, closing_id(tokenizer)]
+    ids = _tokens(text, tokenizer)
+    ends = text != answer.rstrip() and ids[-1:] and ids[-1] in tokenizer.added_tokens_decoder
+    return ids if ends else [*_tokens(answer, tokenizer), closing_id(tokenizer)]
 
 
 def turn(example: Example, tokenizer: Any) -> str:
-    """A chat's last message as the template writes it behind its prompt, up to the token that ends the turn."""
-    content, whole = example.messages[-1][1], _templated(example, tokenizer, len(example.messages), asks=False)
+    """A chat's last message as the template writes it behind its prompt, up to the token that ends the turn.
+
+    Where the prompt is none of the whole chat's beginning (a template that opens a thought, or writes the turns before
+    an answer anew), the place of the message is found by one that stands nowhere else.
+    """
+    whole = _templated(example, tokenizer, len(example.messages), asks=False)
     prompt = prompt_text(example, tokenizer)
     if whole.startswith(prompt):
         return whole[len(prompt) :].rstrip()
-    _, found, end = whole.rpartition(content.strip())  # a template that writes the turns before an answer anew
-    return (content.strip() + end if found else content).rstrip()
+    before = _before(example, tokenizer, len(example.messages))
+    if before is not None and whole.startswith(before):
+        return whole[len(before) :].rstrip()
+    return example.messages[-1][1].rstrip()
+
+
+_NOWHERE = "\ue000\ue001\ue000"
+
+
+def _before(example: Example, tokenizer: Any, turns: int) -> str | None:
+    """What the template writes before the content of the last of a chat's first turns; None where it drops it."""
+    role = example.messages[turns - 1][0]
+    asked = replace(example, messages=(*example.messages[: turns - 1], (role, _NOWHERE)))
+    before, found, _ = _templated(asked, tokenizer, turns, asks=False).partition(_NOWHERE)
+    return before if found else None
 
 
 def chat_ids(example: Example, tokenizer: Any, marked: str | None) -> tuple[list[int], list[int]]:
@@ -114,7 +131,8 @@ def chat_ids(example: Example, tokenizer: Any, marked: str | None) -> tuple[list
         how = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True, "chat_template": marked}
         found = _applied(example, tokenizer, len(example.messages), **how)
         said = zip(found["input_ids"], found["assistant_masks"], strict=True)
-        return found["input_ids"], [i if learned else IGNORED for i, learned in said]
+        if any(found["assistant_masks"]):
+            return found["input_ids"], [i if learned else IGNORED for i, learned in said]
     answer = answer_ids(example, answer_text(example), tokenizer)
     labels: list[int]
     ids, labels = [], []
@@ -134,7 +152,7 @@ def _turns(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
     pieces, done = [], ""
     for i, (role, _) in enumerate(example.messages[:-1]):
         if role == "assistant":
-            asked = _templated(example, tokenizer, i)
+            asked = _templated(example, tokenizer, i) if i else _before(example, tokenizer, 1) or ""
             whole = _templated(example, tokenizer, i + 1, asks=False).rstrip()
             if not (asked.startswith(done) and whole.startswith(asked) and prompt.startswith(whole)):
                 return [(prompt, False)]
@@ -194,7 +212,7 @@ def tokenize(
     """
     position = {task: i for i, task in enumerate(tasks)}
     marked = marked_template(tokenizer) if any(e.messages for e in examples) else None
-    rows, cut, unlearned = [], 0, 0
+    rows, lengths, unlearned = [], [], 0
     for example in examples:
         if example.messages:
             ids, labels = chat_ids(example, tokenizer, marked)
@@ -204,14 +222,18 @@ def tokenize(
             prompt, answer = prompt_ids(example, tokenizer), answer_ids(example, answer_text(example), tokenizer)
             ids, labels = prompt + answer, [IGNORED] * len(prompt) + answer
         kept = fitting(labels, max_length)
-        cut += len(ids) > max_length
+        lengths.append(len(ids))
         rows.append({"input_ids": ids[kept], "labels": labels[kept], "task": position[example.task]})
     if unlearned:
         logger.warning(
             "of %d chats the last answer alone is learned: this chat template writes earlier ones anew", unlearned
         )
-    if cut:
-        logger.warning("%d of %d rows were cut to max_length=%d tokens", cut, len(rows), max_length)
+    if max(lengths, default=0) > max_length:
+        logger.warning(
+            "%d of %d rows were cut to max_length=%d tokens, from the start of their prompts; max_length=%d takes all "
+            "of them whole",
+            sum(length > max_length for length in lengths), len(rows), max_length, max(lengths),
+        )  # fmt: skip
     return rows
 
 

@@ -143,7 +143,8 @@ def parse(row: Any, where: str, *, of: str | None = None) -> Example:
 
 def _text(row: dict[str, Any], key: str, where: str) -> str:
     if key not in row:
-        raise DataError(f"{where}: field '{key}' is missing")
+        how = ": each row names its task, or lies in a folder of that name, TASK/train.jsonl" if key == "task" else ""
+        raise DataError(f"{where}: field '{key}' is missing{how}")
     if not isinstance(row[key], str):
         raise DataError(f"{where}: '{key}' must be text, got {type(row[key]).__name__}")
     return _encodable(row[key], key, where)

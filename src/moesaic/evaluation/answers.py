@@ -5,6 +5,7 @@ it, given the prompt (`accuracy`; `accuracy_per_byte` divides by the choice's le
 generation (`exact_match`). Both go through the chat template where the recipe's `prompts` says so.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 
 from moesaic.data import causal
 from moesaic.data.examples import Example
-from moesaic.errors import AdapterError, ConfigError, DataError
+from moesaic.errors import AdapterError, ConfigError, DataError, TrainingError
 from moesaic.evaluation import metrics
 from moesaic.evaluation.likelihood import likelihoods, prompts_known
 from moesaic.models.encoder import EncoderCollator
@@ -185,8 +186,15 @@ def _likelihood_choices(prepared: Prepared, batch: list[Example], longest: int) 
     tokenizer = prepared.base.tokenizer
     prompts = [causal.prompt_ids(example, tokenizer) for example in batch]
     answers = [[causal.answer_ids(example, choice, tokenizer) for choice in example.choices] for example in batch]
+    for example, tokens in zip(batch, answers, strict=True):
+        same = next((i for i, ids in enumerate(tokens) if ids in tokens[:i]), None)
+        if same is not None:
+            pair = f"{example.choices[tokens.index(tokens[same])]!r} and {example.choices[same]!r}"
+            raise DataError(f"{example.where or example.task}: the choices {pair} are the same tokens to this model")
     totals = likelihoods(prepared, batch, prompts, answers)
     for example, scores in zip(batch, totals, strict=True):
+        if not all(map(math.isfinite, scores)):
+            raise TrainingError(f"{example.where or example.task}: the model's likelihoods are not finite numbers")
         by_byte = [s / max(1, len(c.encode())) for s, c in zip(scores, example.choices, strict=True)]
         best = scores.index(max(scores))
         yield best == example.label, best, by_byte.index(max(by_byte))

@@ -6,8 +6,10 @@ cut, each answer is read behind a prompt of its own.
 """
 
 import inspect
+import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from torch.nn import functional as F
 from moesaic.data import causal
 from moesaic.data.examples import Example
 from moesaic.training.prepared import Prepared
+
+logger = logging.getLogger(__name__)
 
 Ids = Sequence[int]
 
@@ -31,6 +35,8 @@ def likelihoods(
         prompts, answers: their tokens.
     """
     longest = max(len(p) + max(map(len, found)) for p, found in zip(prompts, answers, strict=True))
+    if longest > prepared.max_length:
+        _say_cut(batch[0].task, prepared.max_length)
     owners = torch.tensor([i for i, found in enumerate(answers) for _ in found])
     flat = [list(answer) for found in answers for answer in found]
     totals = None
@@ -40,6 +46,14 @@ def likelihoods(
         totals = _each_alone(prepared, batch, prompts, flat, owners)
     each = iter(totals.tolist())
     return [[next(each) for _ in found] for found in answers]
+
+
+@cache
+def _say_cut(task: str, max_length: int) -> None:
+    logger.warning(
+        "task '%s': some prompts with their choices are longer than max_length=%d tokens, and are cut at their start",
+        task, max_length,
+    )  # fmt: skip
 
 
 def prompts_known(prepared: Prepared, batch: Sequence[Example]) -> AbstractContextManager[Any]:
@@ -139,7 +153,9 @@ def _cache_of(prepared: Prepared) -> Any:
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
     model = prepared.base.model
-    if "position_ids" not in inspect.signature(model.forward).parameters:
+    if not {"position_ids", "past_key_values"} <= inspect.signature(model.forward).parameters.keys():
         return None
+    if prepared.base.counts_from_padding or "local" in getattr(model.config, "attention_layers", ()):
+        return None  # positions, or a window, that count padding
     cache = DynamicCache(config=model.config)
     return cache if all(type(layer) is DynamicLayer for layer in cache.layers) else None

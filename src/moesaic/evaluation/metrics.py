@@ -6,6 +6,7 @@ import statistics
 import string
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
@@ -35,10 +36,10 @@ def matthews(predicted: Sequence[int], gold: Sequence[int]) -> float:
     return covariance / math.sqrt(spread) if spread else 0.0
 
 
-def last_number(text: str) -> float | None:
+def last_number(text: str) -> Decimal | None:
     """The last number in a text, thousands separators ignored; None where there is none."""
     found = _NUMBER.findall(text)
-    return float(found[-1].replace(",", "")) if found else None
+    return Decimal(found[-1].replace(",", "")) if found else None
 
 
 def normalise(text: str) -> str:
@@ -49,13 +50,11 @@ def normalise(text: str) -> str:
 def answers_match(generated: str, completion: str, answer: str | None) -> bool:
     """Exact match of a generated answer.
 
-    A row with a numeric `answer` compares last numbers; another one looks for the normalised `answer` as the whole
-    text; a row without compares the whole normalised completion.
+    Where `answer` is a number, last numbers are compared; another one is looked for, normalised, as the whole text; a
+    row without compares the whole normalised completion.
     """
-    if answer is not None:
-        wanted = last_number(answer)
-        if wanted is not None:
-            return last_number(generated) == wanted
+    if answer is not None and _NUMBER.fullmatch(answer.strip()):
+        return last_number(generated) == last_number(answer)
     return normalise(generated) == normalise(completion if answer is None else answer)
 
 

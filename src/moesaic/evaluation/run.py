@@ -242,7 +242,8 @@ def _examples(recipe: Recipe, settings: EvalSettings) -> list[Example]:
         raise ConfigError("data is missing: data=FOLDER holds the rows to score, which the run itself does not name")
     if settings.data is None and Path(source).is_file():
         raise ConfigError(f"the run was trained on one file, {source}: say which rows to score with data=FILE.jsonl")
-    examples = data.load(source, settings.split, tasks=settings.tasks or recipe.tasks, on_bad_lines=recipe.on_bad_lines)  # type: ignore[arg-type]
+    tasks = settings.tasks or recipe.tasks or _named(recipe, source)
+    examples = data.load(source, settings.split, tasks=tasks, on_bad_lines=recipe.on_bad_lines)  # type: ignore[arg-type]
     if settings.limit is None:
         return examples
     if settings.limit < 1:
@@ -254,6 +255,14 @@ def _examples(recipe: Recipe, settings: EvalSettings) -> list[Example]:
         if seen[example.task] <= settings.limit:
             kept.append(example)
     return kept
+
+
+def _named(recipe: Recipe, source: str) -> list[str] | None:
+    """The tasks in a folder that are called as experts of adapters are; None where none is."""
+    adapters, folder = recipe.adapter.get("adapters"), path_of(source)
+    if not isinstance(adapters, dict) or not folder.is_dir():
+        return None
+    return sorted(name for name in map(str, adapters) if (folder / name).is_dir()) or None
 
 
 def _trace(prepared: Prepared) -> Any:

