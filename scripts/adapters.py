@@ -305,6 +305,7 @@ def gather(setting: str, arms: list[str]) -> dict[str, Any]:
                 found["base"] = {"zero_shot": {t: [r["base_score"] for r in rows] for t, rows in left.items()}}
                 base = [statistics.mean(row[t]["base_score"] for t in chosen.tasks) for row in rows]
                 found["base"] |= {"held_in": base}
+                found["base"]["tasks"] = {t: [row[t]["base_score"] for row in rows] for t in chosen.tasks}
     return {"setting": setting, "model": chosen.model, "split": chosen.split, "rows": chosen.rows,
             "seeds": chosen.seeds, "arms": found, "command": f"python scripts/adapters.py {setting}"}  # fmt: skip
 

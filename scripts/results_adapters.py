@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ weight 1/6, `sum` (its `cat`), `ties` and `dare-ties` at weight 1, density 0.5. 
 a hundred rows of each task and adapts alpha; `glider-alpha-100` does not, and `glider-top-1` has one expert a token;
 `glider-instructions` has one sentence by hand for each task{written}. All have `phatgoose`'s gates. Command:
 `{command}`."""
+DIGITS = """ The tokenizer of these runs parted digits from two and more blanks before them less finely than today's:
+1.1 % of gsm8k's rows differ by that, and no row of the others."""
 WRITTEN = """, `glider-written` one that the model wrote itself, asked as an endpoint would be (the sentences are in
 `results/adapters-smollm2/instructions.json`: a model of this size mostly repeats the example)"""
 
@@ -58,8 +61,9 @@ def routed(file: Path) -> str:
         written=WRITTEN if "glider-written" in arms else "",
         command=found["command"],
     )
+    note += DIGITS if found["setting"] == "smollm2" else ""
     header = ["method", *setting.tasks, "mean", "to oracle", "to uniform", "zero-shot"]
-    lines = [f"## {TITLES[found['setting']]}", "", note, ""]
+    lines = [f"## {TITLES[found['setting']]}", "", textwrap.fill(note, 120, break_on_hyphens=False), ""]
     lines += ["| " + " | ".join(header) + " |", "| --- " + "| ---: " * (len(header) - 1) + "|"]
     order = [name for name in ("oracle", *GLIDER, *TRAINED, *UNTRAINED, *MERGES) if name in arms]
     for name in dict.fromkeys(order):
@@ -70,8 +74,11 @@ def routed(file: Path) -> str:
         lines.append("| " + " | ".join([*cells, zero]) + " |")
     if found["setting"] in PICTURES:
         lines[3:3] = ["", f"![Mean score of each method above the base's]({found['setting']}-adapters.svg)"]
+        lines[5:5] = ["", "Routed in blue, merged in orange; a ring is a seed, a dot their mean."]
     base = arms["base"]
-    cells = ["untrained base", *[""] * len(setting.tasks), spread(base["held_in"]), "", ""]
+    tasks = [f"{100 * statistics.mean(base['tasks'][t]):.1f}" if "tasks" in base else "" for t in setting.tasks]
+    cells = ["untrained base", *tasks, spread(base["held_in"]), gap(base["held_in"], oracle)]
+    cells.append(gap(base["held_in"], uniform))
     lines.append("| " + " | ".join([*cells, spread(by_seed(base["zero_shot"]))]) + " |")
     return "\n".join([*lines, "", *verdicts(arms), ""])
 
