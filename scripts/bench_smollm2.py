@@ -59,7 +59,7 @@ def training(made: Any, folder: Path) -> Callable[[], Any]:
     trainer = build_trainer(made, [Example("task", "p", "c")] * ROWS, rows, RunFolder(folder), progress=False)
     trainer.create_optimizer()
     trainer.current_gradient_accumulation_steps = 1
-    model = trainer.model.train()
+    model = trainer.accelerator.prepare_model(trainer.model).train()  # autocast is put on here
 
     def step() -> None:
         with labelled_alone():

@@ -18,7 +18,16 @@ from moesaic.host import Host
 from moesaic.host.fitting import in_three
 from moesaic.lora.block import FeedForward
 from moesaic.lora.factors import Factors
-from moesaic.lora.mix import Backend, choose, merge_and_expand, mix, read_and_reduce, thin, weigh_and_expand
+from moesaic.lora.mix import (
+    Backend,
+    choose,
+    merge_and_expand,
+    mix,
+    read_and_reduce,
+    read_and_reduce_in_bf16,
+    thin,
+    weigh_and_expand,
+)
 from moesaic.routing import Gate, Record, Router, RoutingContext, Site, no_autocast
 
 _CROSS_ATTENTION = re.compile(r"cross_?att|EncDecAttention|encoder_attn", re.IGNORECASE)
@@ -228,6 +237,9 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         elif in_rank_space:
             weights = self._weights(adapter, x, router, context)
             low = F.linear(z.reshape(-1, z.shape[-1]), A)
+        elif (projection := self._read_in_bf16(adapter, router, z, context)) is not None:
+            read, low = read_and_reduce_in_bf16(x, self.host.in_float32(x), A, *projection)
+            weights = self._weights(adapter, x, router, context, read)
         else:
             weights = self._scaled(adapter, self._weights(adapter, x, router, context))
             z = self._drop(adapter, z)
@@ -248,18 +260,29 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         """Whether a router's map may be computed together with A: it says which, and nobody watches it."""
         return router.reads_by_projection and not router._forward_pre_hooks and not router._forward_hooks
 
+    def _read_in_bf16(self, adapter: str, router: Router, z: Tensor, context: RoutingContext) -> Any:
+        """The router's map, where it is trained beside A under bf16 autocast; else None."""
+        kind = z.device.type
+        if not (torch.is_grad_enabled() and torch.is_autocast_enabled(kind) and self._unwatched(router)):
+            return None
+        if torch.get_autocast_dtype(kind) != torch.bfloat16 or self._drops(adapter) or torch.compiler.is_compiling():
+            return None
+        with no_autocast(kind):
+            return router.projection(context) if self._is_dense(adapter, router, z) else None
+
+    def _is_dense(self, adapter: str, router: Router, z: Tensor) -> bool:
+        B, backend = self.moe_lora_B[adapter], self.backends[adapter]
+        return backend == "rank" or (
+            backend == "auto" and choose(z, B, router.num_experts, self._gate_of(adapter).top_k) == "rank"
+        )
+
     def _in_rank_space(self, adapter: str, router: Router, z: Tensor) -> bool:
         """Whether A reads what the router reads, in its dtype, and all experts of every token are computed."""
         if torch.is_autocast_enabled(z.device.type) or z.dtype not in (torch.float32, torch.float64):
             return False
         if self._drops(adapter):
             return False
-        B, backend = self.moe_lora_B[adapter], self.backends[adapter]
-        if B.dtype != z.dtype:
-            return False
-        return backend == "rank" or (
-            backend == "auto" and choose(z, B, router.num_experts, self._gate_of(adapter).top_k) == "rank"
-        )
+        return self.moe_lora_B[adapter].dtype == z.dtype and self._is_dense(adapter, router, z)
 
     def route(self, adapter: str, x: Tensor) -> tuple[Gate, Tensor]:
         """The gate and its weights (..., E) for this layer's input, without a product of experts."""
@@ -296,8 +319,8 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
     ) -> Tensor:
         """Weights (..., E) of the layer's input, or of what the router `read` of it; recorded if anybody asks."""
         host = self.host
-        logits = router(host.in_float32(x), context) if read is None else router.from_projection(read, context)
         with no_autocast(x.device.type):
+            logits = router(host.in_float32(x), context) if read is None else router.from_projection(read, context)
             routing = self._gate_of(adapter)(logits)
         if host.wants(adapter):
             record = Record.of(self.sites[adapter], routing, context, router)

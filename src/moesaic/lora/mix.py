@@ -23,6 +23,7 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from moesaic.errors import ConfigError
@@ -163,6 +164,49 @@ class _ReadAndReduce(torch.autograd.Function):
             stacked = torch.mm(grad.t(), x.reshape(-1, x.shape[-1]))
             grad_weight, grad_a = stacked.split_with_sizes([len(weight), len(A)])
         return grad_x, grad_a, grad_weight, grad_read.sum(dim=0) if to_bias else None
+
+
+def read_and_reduce_in_bf16(
+    x: Tensor, wide: Tensor, A: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Under bf16 autocast: a router's map of x in float32, and `x A^T` (N, E*r) in bf16, to be trained.
+
+    Their gradients are products of bf16, as autocast makes those of every linear; together they are two, not four.
+
+    Args:
+        wide: x in float32.
+    """
+    return cast(tuple[Tensor, Tensor], _ReadAndReduceInBf16.apply(x, wide.detach(), A, weight, bias))
+
+
+class _ReadAndReduceInBf16(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, wide: Tensor, A: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, A, weight)
+        with torch.autocast(x.device.type, enabled=False):
+            read = F.linear(wide, weight.float(), bias)
+            return read, torch.mm(_bf16(x).reshape(-1, x.shape[-1]), _bf16(A).t())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_read: Tensor, grad_z: Tensor) -> tuple[Tensor | None, ...]:
+        x, A, weight = ctx.saved_tensors
+        to_x, _, to_a, to_weight, to_bias = ctx.needs_input_grad
+        grad_read = grad_read.reshape(-1, len(weight))
+        grad = torch.cat([_bf16(grad_read), _bf16(grad_z)], dim=1)
+        grad_x = grad_weight = grad_a = None
+        if to_x:
+            grad_x = torch.mm(grad, torch.cat([_bf16(weight), _bf16(A)])).view(x.shape).to(x.dtype)
+        if to_a or to_weight:
+            stacked = torch.mm(grad.t(), _bf16(x).reshape(-1, x.shape[-1])).to(A.dtype)
+            grad_weight, grad_a = stacked.split_with_sizes([len(weight), len(A)])
+        return grad_x, None, grad_a, grad_weight, grad_read.sum(dim=0) if to_bias else None
+
+
+def _bf16(t: Tensor) -> Tensor:
+    return t if t.dtype == torch.bfloat16 else t.bfloat16()
 
 
 def weigh_and_expand(
