@@ -299,10 +299,9 @@ float32 as one, as without autocast, took longer than both apart.
 Where decoding's time goes: with one token a step, a module costs what its calls cost, not what it
 computes, and between two of them the base's weights stream through the caches. So under bf16 autocast thin products
 are made in float32 on a CPU; without gradients nothing is copied to be read in one product, and no autograd function is
-entered; autocast is switched off and on, not nested; HotMoE's folds are kept until one of their parameters changes and
-looked up once a KV cache, and its token-expert router reads the token by one cached map. What is left is the number of
-operators: a top-k gate has six, a token-expert router eleven, a GRU or a gate by entropy more. With 16 rows it is
-spread out."""
+entered; autocast is switched off and on, not nested; HotMoE's folds are kept with the KV cache, and its token-expert
+router reads the token by one map that is kept there too. What is left is the number of operators: a top-k gate has six,
+a token-expert router eleven, a GRU or a gate by entropy more. With 16 rows it is spread out."""
 
 
 def page(results: Path) -> str:
