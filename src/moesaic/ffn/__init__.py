@@ -1,0 +1,1 @@
+"""Experts that are slices of a feed-forward layer."""

@@ -1,0 +1,216 @@
+"""Stock models whose feed-forward layers are made of experts, as ordinary Transformers models.
+
+`convert(model, method)` changes a model in place; `save_pretrained` writes it, `load(folder)` reads it, and trainers,
+`generate` and the hub take it as any other: its class is the model's own with the method's layers put in, its config
+the model's own with the method's settings under `moesaic`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import pkgutil
+from abc import ABC, abstractmethod
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+
+from moesaic.errors import AdapterError, ConfigError, suggest
+from moesaic.ffn.layer import NAME, ExpertLayer
+from moesaic.ffn.split import Seat, seats
+from moesaic.host import Host
+from moesaic.routing import Site
+
+PREFIX = "moesaic_"
+"""In front of the base's model_type."""
+
+
+@dataclasses.dataclass
+class Method(ABC):
+    """What is done to a model's feed-forward layers, with its settings. A subclass registers itself by its name."""
+
+    name: ClassVar[str]
+    METHODS: ClassVar[dict[str, type[Method]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" in vars(cls):
+            Method.METHODS[cls.name] = cls
+
+    @abstractmethod
+    def install(self, model: PreTrainedModel, host: Host) -> None:
+        """Put the method's layers in, with weights of any value: they are loaded or filled afterwards."""
+
+    @abstractmethod
+    def convert(self, model: PreTrainedModel, host: Host) -> None:
+        """Put the layers in with what they take over from the model's own."""
+
+
+def method_of(name: str) -> type[Method]:
+    """The method of that name, from whichever file of this room defines it.
+
+    Raises:
+        ConfigError: where none does.
+    """
+    room = importlib.import_module(__package__)
+    for module in pkgutil.iter_modules(room.__path__):
+        importlib.import_module(f"{__package__}.{module.name}")
+    if name not in Method.METHODS:
+        raise ConfigError(f"unknown method {name!r}: {suggest(name, Method.METHODS)}")
+    return Method.METHODS[name]
+
+
+def convert(model: PreTrainedModel, method: Method) -> PreTrainedModel:
+    """Give a model the method's feed-forward layers, in place; returns it.
+
+    Raises:
+        ConfigError: for models without feed-forward layers of a known kind, settings that do not fit them, and models
+            that have been converted before. Nothing is changed then.
+    """
+    if isinstance(model, _Routed):
+        raise ConfigError(f"this model has the layers of {model.config.moesaic['method']} already")
+    host = Host()
+    method.convert(model, host)
+    model.config.__class__ = routed_config(type(model.config))  # type: ignore[arg-type]
+    model.config.moesaic = {"method": method.name, **dataclasses.asdict(method)}
+    model.__class__ = routed_class(type(model))  # type: ignore[arg-type]
+    _attach(cast(_Routed, model), host)
+    return model
+
+
+def load(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """A converted model from the folder that `save_pretrained` wrote; `kwargs` as `from_pretrained` takes them."""
+    return cast(PreTrainedModel, class_of(folder).from_pretrained(folder, **kwargs))
+
+
+def is_converted(folder: str | Path) -> bool:
+    return _described(folder).get("model_type", "").startswith(PREFIX)
+
+
+def class_of(folder: str | Path) -> type[PreTrainedModel]:
+    """The class that a folder was written by, made again and told to Transformers' Auto classes.
+
+    Raises:
+        AdapterError: where the folder holds none of ours.
+    """
+    found = _described(folder)
+    [architecture] = found.get("architectures") or [""]
+    base = getattr(transformers, architecture.removeprefix("Moesaic"), None)
+    if base is None or not found.get("model_type", "").startswith(PREFIX):
+        raise AdapterError(f"{folder} holds no converted model: `moesaic convert` makes one")
+    return routed_class(base)
+
+
+def _described(folder: str | Path) -> dict[str, Any]:
+    try:
+        found = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+class _Routed:
+    """In front of a Transformers class: its `__init__`, and then the method's layers."""
+
+    config: Any
+    host: Host
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        wanted, config._experts_implementation_internal = config._experts_implementation, "eager"
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        settings = dict(config.moesaic)
+        host = Host()
+        method_of(settings.pop("method"))(**settings).install(cast(PreTrainedModel, self), host)
+        _attach(self, host, wanted)
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """Until the layers are there it is the base that is made, whose parts know of no such thing."""
+        known = super().get_correct_experts_implementation(requested_experts)  # type: ignore[misc]
+        return cast(str, known) if "host" in vars(self) else "eager"
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)  # type: ignore[misc]
+        if isinstance(module, ExpertLayer):
+            std = getattr(self.config, "initializer_range", 0.02)
+            for name, values in module.experts.named_parameters():
+                torch.nn.init.zeros_(values) if name.endswith("bias") else torch.nn.init.normal_(values, std=std)
+
+
+def _attach(model: _Routed, host: Host, implementation: str | None = None) -> None:
+    model.host = host
+    whole = cast(PreTrainedModel, model)
+    layers = {name: m for name, m in whole.named_modules() if isinstance(m, ExpertLayer)}
+    stack_of = host.attach(whole, set(layers))
+    for name, layer in layers.items():
+        layer.stack = stack_of[name]
+    host.active = _active
+    if layers:
+        whole.config._experts_implementation_internal = whole.get_correct_experts_implementation(implementation)
+
+
+def _active() -> list[str]:
+    return [NAME]
+
+
+@cache
+def routed_config(base: type) -> type:
+    made = type(f"Moesaic{base.__name__}", (base,), {"model_type": PREFIX + base.model_type, "__module__": __name__})  # type: ignore[attr-defined]
+    transformers.AutoConfig.register(made.model_type, made)  # type: ignore[attr-defined]
+    return made
+
+
+@cache
+def routed_class(base: type) -> type[PreTrainedModel]:
+    config = routed_config(base.config_class)  # type: ignore[attr-defined]
+    inside = {
+        "config_class": config,
+        "__module__": __name__,
+        "_can_set_experts_implementation_cached_value": True,
+    }
+    made = cast(type[PreTrainedModel], type(f"Moesaic{base.__name__}", (_Routed, base), inside))
+    for auto in _autos(base):
+        auto.register(config, made)
+    return made
+
+
+def _autos(base: type) -> list[Any]:
+    """Transformers' Auto classes that know `base`."""
+    every = [getattr(transformers, name) for name in dir(transformers) if name.startswith("AutoModel")]
+    known = [auto for auto in every if getattr(auto, "_model_mapping", None) is not None]
+    return [auto for auto in known if auto._model_mapping.get(base.config_class, None) is base]  # type: ignore[attr-defined]
+
+
+def expert_layers(model: nn.Module) -> dict[str, ExpertLayer]:
+    """The converted layers of a model, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, ExpertLayer)}
+
+
+def put(model: nn.Module, seat: Seat, layer: nn.Module) -> None:
+    """A layer in the place of a dense one; what stands around it (a dropout, a norm) stays."""
+    if seat.is_gated:
+        _set(model, seat.name, layer)
+        return
+    for name in (*seat.first, seat.activation):
+        _set(model, f"{seat.name}.{name}", nn.Identity())
+    _set(model, f"{seat.name}.{seat.last}", layer)
+
+
+def _set(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def sites(model: nn.Module) -> list[tuple[Seat, Site]]:
+    """The feed-forward layers of a model, and what their routers are told of their places."""
+    found = seats(model)
+    names = [seat.name if seat.is_gated else f"{seat.name}.{seat.last}" for seat in found]
+    return [
+        (seat, Site(name, seat.d_model, seat.d_model, layer=i, num_layers=len(found)))
+        for i, (seat, name) in enumerate(zip(found, names, strict=True))
+    ]

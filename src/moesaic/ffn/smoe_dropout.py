@@ -1,0 +1,144 @@
+"""SMoE-Dropout: a fixed random router over more and more experts (Chen et al., ICLR 2023, arXiv 2303.01610).
+
+    s = G x,   (v, i) = top-k(s),   w = softmax(v)        G (N, d) random and never trained
+    y = sum_j w_j E_{i_j}(x)                              E_e the e-th of N equal slices of the feed-forward layer
+    k(t) = clip(round((k_max - k_min) t / T) + k_min)     grows while training: `KSchedule`
+
+A network so trained is slimmed by taking fewer experts, with no more training: `set_top_k(model, k)`.
+
+`combine="softmax"` is the paper's: a mean of k experts, so that the output keeps its scale over k. An even split of a
+trained layer is scaled by N for it, or the mean would be a kth of the sum. `combine="sum"` gives each expert the weight
+1: with k = N that is the dense layer, exactly. Both equal renormalised softmax over all, by routing.TopK.
+
+Departures from the authors' code: one output bias a layer instead of one an expert; evaluation leaves k as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from moesaic.errors import ConfigError
+from moesaic.ffn.layer import ExpertLayer, GatedExperts, PlainExperts
+from moesaic.ffn.model import Method, expert_layers, put, sites
+from moesaic.ffn.split import Dense, Seat, Slices, cut, even, join, read
+from moesaic.host import Host
+from moesaic.routing import LinearRouter, Router, RoutingContext, Site, TopK
+
+
+class FixedRouter(Router):
+    """`logits = G h` with G (N, d) from N(0, 0.02), a buffer: no optimizer sees it."""
+
+    def __init__(self, d_in: int, num_experts: int) -> None:
+        super().__init__(num_experts)
+        self.register_buffer("weight", torch.randn(num_experts, d_in) * 0.02)
+        self.weight: Tensor
+
+    def projection(self, context: RoutingContext | None = None) -> tuple[Tensor, None]:
+        return self.weight, None
+
+    def extra_repr(self) -> str:
+        return f"experts={self.num_experts}, fixed"
+
+
+@dataclass
+class SMoEDropout(Method):
+    """Settings.
+
+    Args:
+        num_experts: N, a divisor of the layers' d_ff.
+        top_k: experts a token; None takes all.
+        combine: "softmax" (the paper's) or "sum".
+        router: "fixed" (the paper's) or "learned".
+    """
+
+    name: ClassVar[str] = "smoe-dropout"
+
+    num_experts: int = 16
+    top_k: int | None = None
+    combine: Literal["softmax", "sum"] = "softmax"
+    router: Literal["fixed", "learned"] = "fixed"
+
+    def __post_init__(self) -> None:
+        k = self.num_experts if self.top_k is None else self.top_k
+        if not 1 <= k <= self.num_experts:
+            raise ConfigError(f"top_k={k} must be between 1 and num_experts={self.num_experts}")
+        if self.combine == "sum" and self.router == "learned":
+            raise ConfigError("combine=sum gives every expert the weight 1, so that a router learns nothing: softmax")
+
+    def layer(self, model: PreTrainedModel, seat: Seat, site: Site, host: Host) -> ExpertLayer:
+        dense = read(model, seat)
+        bank = GatedExperts if seat.is_gated else PlainExperts
+        width = even(seat.d_ff, self.num_experts).shape[1]
+        experts = bank(model.config, self.num_experts, seat.d_model, width, dense.activation)
+        kind = FixedRouter if self.router == "fixed" else LinearRouter
+        gate = TopK(self.num_experts if self.top_k is None else self.top_k)
+        made = ExpertLayer(
+            site,
+            kind(seat.d_model, self.num_experts),
+            gate,
+            experts,
+            host,
+            bias=dense.bias is not None,
+            combine=self.combine,
+        )
+        return made.to(dense.up.device, dense.up.dtype).train(model.training)
+
+    def install(self, model: PreTrainedModel, host: Host) -> None:
+        for seat, site in sites(model):
+            put(model, seat, self.layer(model, seat, site, host))
+
+    def convert(self, model: PreTrainedModel, host: Host) -> None:
+        made = [(seat, self.layer(model, seat, site, host)) for seat, site in sites(model)]
+        for seat, layer in made:
+            dense = read(model, seat)
+            slices = cut(dense, even(seat.d_ff, self.num_experts))
+            if self.combine == "softmax":
+                slices.down = slices.down * self.num_experts
+            layer.experts.fill(slices)
+            if layer.bias is not None and dense.bias is not None:
+                layer.bias.data.copy_(dense.bias)
+            put(model, seat, layer)
+
+
+def dense_of(layer: ExpertLayer) -> Dense:
+    """The dense layer that the experts part."""
+    slices: Slices = layer.experts.slices()
+    if layer.combine == "softmax":
+        slices.down = slices.down / layer.experts.num_experts
+    neurons = even(layer.experts.num_experts * layer.experts.width, layer.experts.num_experts)
+    bias = None if layer.bias is None else layer.bias.detach()
+    return join(slices, neurons, bias=bias, activation=layer.experts.act_fn)
+
+
+def set_top_k(model: nn.Module, k: int) -> None:
+    """Take k experts a token in every converted layer; nothing is loaded again.
+
+    Raises:
+        ConfigError: where k is not between 1 and the number of experts, or no layer is converted.
+    """
+    layers = expert_layers(model).values()
+    if not layers:
+        raise ConfigError("this model has no layers made of experts: moesaic.ffn.convert makes them")
+    if not all(1 <= k <= layer.experts.num_experts for layer in layers):
+        raise ConfigError(f"top_k={k} must be between 1 and {min(layer.experts.num_experts for layer in layers)}")
+    for layer in layers:
+        layer.top_k = k
+
+
+@contextmanager
+def top_k(model: nn.Module, k: int) -> Iterator[None]:
+    """k experts a token inside, and what there was before afterwards."""
+    before = {layer: layer.top_k for layer in expert_layers(model).values()}
+    set_top_k(model, k)
+    try:
+        yield
+    finally:
+        for layer, kept in before.items():
+            layer.top_k = kept
