@@ -41,7 +41,12 @@ _INTERFACE = _Fitting()
 def fits(weight: Tensor) -> bool:
     """Whether `grouped_mm` takes a bank (N, d, f): no float64, and strides of whole 16 bytes."""
     lanes = 16 // weight.element_size()
-    return weight.dtype != torch.float64 and weight.shape[1] % lanes == 0 and weight.shape[2] % lanes == 0
+    return (
+        weight.numel() > 0
+        and weight.dtype != torch.float64
+        and weight.shape[1] % lanes == 0
+        and weight.shape[2] % lanes == 0
+    )
 
 
 class _Bank(nn.Module):
@@ -135,7 +140,8 @@ class ExpertLayer(nn.Module):
     """x (B, T, d) to y of the same shape, in the place of a dense feed-forward layer.
 
     `combine="sum"` gives each expert that the gate takes the weight 1: with all of them the layer is the dense one
-    whose neurons they part. It needs a gate that takes the same number of experts for every token.
+    whose neurons they part. It needs a gate that takes the same number of experts for every token. `shared` is a bank
+    of one expert that every token takes beside those.
     """
 
     def __init__(
@@ -148,10 +154,11 @@ class ExpertLayer(nn.Module):
         *,
         bias: bool = False,
         combine: str = "softmax",
+        shared: GatedExperts | PlainExperts | None = None,
     ) -> None:
         super().__init__()
         self.site, self.routing_gate, self.host, self.combine = site, gate, host, combine
-        self.gate, self.experts = router, experts
+        self.gate, self.experts, self.shared = router, experts, shared
         self.stack = ""
         self.bias = nn.Parameter(torch.zeros(site.d_out)) if bias else None
 
@@ -170,6 +177,8 @@ class ExpertLayer(nn.Module):
         weights, index = self.route(x)
         flat = x.reshape(-1, x.shape[-1])
         out = self.experts(flat, index.flatten(0, -2), weights.flatten(0, -2).to(x.dtype))
+        if self.shared is not None:
+            out = out + self.shared.one(0, flat)
         return (out if self.bias is None else out + self.bias).view(x.shape)
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -48,8 +48,11 @@ class Method(ABC):
         """Put the method's layers in, with weights of any value: they are loaded or filled afterwards."""
 
     @abstractmethod
-    def convert(self, model: PreTrainedModel, host: Host) -> None:
-        """Put the layers in with what they take over from the model's own."""
+    def convert(self, model: PreTrainedModel, host: Host, **parts: Any) -> None:
+        """Put the layers in with what they take over from the model's own, and from parts that were made beforehand."""
+
+    def attached(self, model: Any) -> None:  # noqa: B027
+        """Told once the host's hooks are on the model: those of a method's own come after them."""
 
 
 def method_of(name: str) -> type[Method]:
@@ -66,7 +69,7 @@ def method_of(name: str) -> type[Method]:
     return Method.METHODS[name]
 
 
-def convert(model: PreTrainedModel, method: Method) -> PreTrainedModel:
+def convert(model: PreTrainedModel, method: Method, **parts: Any) -> PreTrainedModel:
     """Give a model the method's feed-forward layers, in place; returns it.
 
     Raises:
@@ -76,11 +79,12 @@ def convert(model: PreTrainedModel, method: Method) -> PreTrainedModel:
     if isinstance(model, _Routed):
         raise ConfigError(f"this model has the layers of {model.config.moesaic['method']} already")
     host = Host()
-    method.convert(model, host)
+    method.convert(model, host, **parts)
     model.config.__class__ = routed_config(type(model.config))  # type: ignore[arg-type]
     model.config.moesaic = {"method": method.name, **dataclasses.asdict(method)}
     model.__class__ = routed_class(type(model))  # type: ignore[arg-type]
     _attach(cast(_Routed, model), host)
+    method.attached(model)
     return model
 
 
@@ -126,8 +130,10 @@ class _Routed:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         settings = dict(config.moesaic)
         host = Host()
-        method_of(settings.pop("method"))(**settings).install(cast(PreTrainedModel, self), host)
+        method = method_of(settings.pop("method"))(**settings)
+        method.install(cast(PreTrainedModel, self), host)
         _attach(self, host, wanted)
+        method.attached(self)
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """Until the layers are there it is the base that is made, whose parts know of no such thing."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +94,7 @@ class SMoEDropout(Method):
         for seat, site in sites(model):
             put(model, seat, self.layer(model, seat, site, host))
 
-    def convert(self, model: PreTrainedModel, host: Host) -> None:
+    def convert(self, model: PreTrainedModel, host: Host, **parts: Any) -> None:
         made = [(seat, self.layer(model, seat, site, host)) for seat, site in sites(model)]
         for seat, layer in made:
             dense = read(model, seat)

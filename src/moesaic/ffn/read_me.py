@@ -1,0 +1,203 @@
+"""Read-ME: experts cut out of a dense LLM by domain, and one router before it (Cai et al., NeurIPS 2024, 2410.19123).
+
+    s_i^l[c] = mean over a domain's tokens of |a^l_c(x)|       a^l(x): what a layer's last linear reads, (T, d_ff)
+    m_i^l    = the d neurons with the highest s_i^l            experts may share neurons, and leave some to none
+    r^l      = prod_i m_i^l,   e_i^l = m_i^l - r^l             the permanent part, and what is an expert's own
+    y_t      = (a^l(x_t) * (r^l + e^l_{z_t})) Wd^T             z_t = argmax_i G(x_<=t)_i: the same in every layer
+
+The router G sees token ids alone (`pregate.py`), so that a token's experts are known in all layers before any runs.
+No gate multiplies the output. Masks take exactly d neurons; the authors' code takes one less, by a strict comparison.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, MutableMapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from moesaic.errors import ConfigError
+from moesaic.ffn.layer import ExpertLayer, GatedExperts, PlainExperts
+from moesaic.ffn.model import Method, put, sites
+from moesaic.ffn.pregate import PreGate
+from moesaic.ffn.split import Seat, cut, read, seats
+from moesaic.host import Host
+from moesaic.routing import Router, RoutingContext, Site, TopK
+
+ROUTES = "read-me routes"
+"""Where the running forward's logits (B, T, N) are in the routing context's state."""
+PAST = "read-me router"
+"""Where the router's keys and values are in its memory."""
+
+Masks = dict[str, Tensor]
+"""By layer, m (N, d_ff)."""
+
+
+@torch.no_grad()
+def scores(model: PreTrainedModel, domains: Mapping[str, Iterable[Mapping[str, Tensor]]]) -> dict[str, Tensor]:
+    """Mean magnitude of every neuron on every domain: by layer (N, d_ff), in float64; padding is left out.
+
+    Args:
+        domains: by name, batches of `input_ids` and `attention_mask`; they are read once, one at a time.
+    Raises:
+        ConfigError: for a domain without a token, or fewer than two.
+    """
+    if len(domains) < 2:
+        raise ConfigError(
+            f"Read-ME needs two domains at least, one an expert: {', '.join(domains) or 'none'} is not enough"
+        )
+    found = seats(model)
+    totals = {seat.name: torch.zeros(len(domains), seat.d_ff, dtype=torch.float64) for seat in found}
+    counts = torch.zeros(len(domains), dtype=torch.float64)
+    running: dict[str, Any] = {}
+
+    def add(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        hidden, real = args[0].abs().flatten(0, -2), running["real"].flatten()
+        totals[name][running["domain"]] += hidden[real].sum(dim=0, dtype=torch.float64).cpu()
+
+    hooks = [
+        model.get_submodule(f"{seat.name}.{seat.last}").register_forward_pre_hook(partial(add, seat.name))
+        for seat in found
+    ]
+    was = model.training
+    model.eval()
+    try:
+        for i, (name, batches) in enumerate(domains.items()):
+            for batch in batches:
+                ids = batch["input_ids"].to(model.device)
+                real = batch.get("attention_mask")
+                running |= {"domain": i, "real": torch.ones_like(ids).bool() if real is None else real.to(ids).bool()}
+                counts[i] += int(running["real"].sum())
+                model(input_ids=ids, attention_mask=running["real"].long(), use_cache=False)
+            if counts[i] == 0:
+                raise ConfigError(f"the domain {name!r} has no token: give each domain some text")
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.train(was)
+    return {name: total / counts[:, None] for name, total in totals.items()}
+
+
+def masks(found: Mapping[str, Tensor], width: int) -> Masks:
+    """m (N, d_ff) of each layer: the `width` neurons with the highest score of each domain."""
+    made = {}
+    for name, score in found.items():
+        if not 1 <= width <= score.shape[1]:
+            raise ConfigError(f"an expert of {width} neurons cannot be cut out of {score.shape[1]}")
+        made[name] = torch.zeros_like(score, dtype=torch.bool).scatter_(1, score.topk(width, dim=1).indices, True)
+    return made
+
+
+def shared(mask: Tensor) -> Tensor:
+    """r (d_ff,): the neurons that every expert has."""
+    return mask.all(dim=0)
+
+
+class PreGated(Router):
+    """No parameters: the logits that were made of the tokens before the model ran."""
+
+    def score(self, h: Tensor, context: RoutingContext | None = None) -> Tensor:
+        if context is None or ROUTES not in context.state:
+            raise ConfigError(
+                "the experts of a Read-ME model are chosen by its token ids: call the whole model with input_ids"
+            )
+        logits = cast(Tensor, context.state[ROUTES])
+        return logits.view(*h.shape[:-1], -1)
+
+
+def route(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before the model runs: every token's logits into the frame, the router's keys and values onto the KV cache."""
+    frame = model.host.frame
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    if frame is None or not isinstance(ids, Tensor):
+        return
+    memory: MutableMapping[Any, Any] = frame.memory
+    past, start = memory.get(PAST), frame.memory.past
+    past = None if past is None or start == 0 else tuple(t[:, :start] for t in past)
+    real = kwargs.get("attention_mask")
+    real = real if isinstance(real, Tensor) and real.dim() == 2 else None
+    frame.state[ROUTES], kept = model.pre_gate(ids, real, past)
+    if frame.keeps:
+        memory[PAST] = kept
+
+
+@dataclass
+class ReadMe(Method):
+    """Settings of a converted model.
+
+    Args:
+        domains: the experts' names.
+        width: d, neurons of one expert.
+        residual: "fused": each expert holds the shared neurons too; "separate": they are an FFN of their own.
+        shared_widths: how many neurons the experts share, by layer.
+        router_dim: the pre-gate's width.
+        router_heads: of its attention.
+    """
+
+    name: ClassVar[str] = "read-me"
+
+    domains: list[str]
+    width: int
+    residual: Literal["fused", "separate"] = "fused"
+    shared_widths: list[int] = field(default_factory=list)
+    router_dim: int = 512
+    router_heads: int = 4
+
+    def __post_init__(self) -> None:
+        if len(self.domains) < 2 or len(set(self.domains)) < len(self.domains):
+            raise ConfigError(
+                f"Read-ME needs two domains at least, of different names: {', '.join(self.domains) or 'none'}"
+            )
+        if self.residual not in ("fused", "separate"):
+            raise ConfigError(f"residual={self.residual!r} must be fused or separate")
+
+    def layer(self, model: PreTrainedModel, seat: Seat, site: Site, host: Host, common: int) -> ExpertLayer:
+        dense = read(model, seat)
+        bank = GatedExperts if seat.is_gated else PlainExperts
+        apart = common if self.residual == "separate" else 0
+        own = [
+            bank(model.config, n, seat.d_model, f, dense.activation)
+            for n, f in ((1, apart), (len(self.domains), self.width - apart))
+        ]
+        made = ExpertLayer(
+            site,
+            PreGated(len(self.domains)),
+            TopK(1),
+            own[1],
+            host,
+            bias=dense.bias is not None,
+            combine="sum",
+            shared=own[0] if apart else None,
+        )
+        return made.to(dense.up.device, dense.up.dtype).train(model.training)
+
+    def install(self, model: PreTrainedModel, host: Host) -> None:
+        found = sites(model)
+        for (seat, site), common in zip(found, self.shared_widths or [0] * len(found), strict=True):
+            put(model, seat, self.layer(model, seat, site, host, common))
+        vocab = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+        model.pre_gate = PreGate(vocab, len(self.domains), dim=self.router_dim, heads=self.router_heads)
+
+    def convert(self, model: PreTrainedModel, host: Host, *, masks: Masks, pre_gate: PreGate) -> None:  # type: ignore[override]
+        found = sites(model)
+        self.shared_widths = [int(shared(masks[seat.name]).sum()) for seat, _ in found]
+        made = []
+        for (seat, site), common in zip(found, self.shared_widths, strict=True):
+            layer, dense, mask = self.layer(model, seat, site, host, common), read(model, seat), masks[seat.name]
+            if layer.shared is not None:
+                layer.shared.fill(cut(dense, shared(mask).nonzero().view(1, -1)))
+                mask = mask & ~shared(mask)
+            layer.experts.fill(cut(dense, torch.stack([row.nonzero().flatten() for row in mask])))
+            if layer.bias is not None and dense.bias is not None:
+                layer.bias.data.copy_(dense.bias)
+            made.append((seat, layer))
+        for seat, layer in made:
+            put(model, seat, layer)
+        model.pre_gate = pre_gate
+
+    def attached(self, model: Any) -> None:
+        model.register_forward_pre_hook(route, with_kwargs=True)
