@@ -18,8 +18,8 @@ from moesaic.ffn.layer import ExpertLayer
 from moesaic.ffn.pregate import PreGate
 from moesaic.ffn.read_me import Masks, ReadMe, masks, scores, shared
 from moesaic.ffn.split import seats
-from moesaic.ffn.tune import Rounds, distillation, masked, overlaps, released, tune
-from tests.test_ffn import D, IDS, MODELS, WIDE, logits, made
+from moesaic.ffn.tune import Rounds, distillation, masked, overlaps, released, targets, tune
+from tests.test_ffn import IDS, MODELS, WIDE, D, logits, made
 
 DOMAINS = ["a", "b", "c"]
 STARTS = (3, 18, 33)
@@ -243,12 +243,19 @@ def test_rounds_lower_both_losses_and_find_the_domains() -> None:
         model(**batch, labels=batch["input_ids"]).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    rounds = Rounds(rounds=2, router_steps=30, expert_steps=20, router_lr=5e-3, expert_lr=1e-3)
-    done = list(tune(model, router, masks_of(model), batches, rounds, say=lambda *told: said.append(told)))
-    assert done == [0, 1]
-    for stage, most in (("router", 0.9), ("experts", 1.0)):
-        told = [loss for name, _, loss in said if name == stage]
-        assert sum(told[-10:]) < most * sum(told[:10])
+    found, held = masks_of(model), next(batches)
+
+    def lost() -> list[float]:
+        counts = targets(model, found, held, overlaps)
+        with torch.no_grad(), masked(model, found, lambda: router(held["input_ids"])[0].argmax(-1)):
+            answer = model(**held, labels=held["input_ids"]).loss
+        return [distillation(router(held["input_ids"])[0], counts).item(), answer.item()]
+
+    before = lost()
+    rounds = Rounds(rounds=2, router_steps=30, expert_steps=20, router_lr=5e-3, expert_lr=3e-3)
+    assert list(tune(model, router, found, batches, rounds, say=lambda *told: said.append(told))) == [0, 1]
+    assert [stage for stage, _, _ in said] == 2 * (["router"] * 30 + ["experts"] * 20)
+    assert all(after < first for after, first in zip(lost(), before, strict=True))
     for i, start in enumerate(STARTS):
         assert (router(domain(start)["input_ids"])[0].argmax(-1) == i).float().mean() > 0.8
 
