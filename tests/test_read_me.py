@@ -238,7 +238,7 @@ def test_rounds_lower_both_losses_and_find_the_domains() -> None:
     torch.manual_seed(0)
     model, router, batches, said = made("llama"), pre_gate(), mixed(), []
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(80):
+    for _ in range(150):
         batch = next(batches)
         model(**batch, labels=batch["input_ids"]).loss.backward()
         optimizer.step()
