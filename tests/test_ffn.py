@@ -324,7 +324,8 @@ def test_a_trace_sees_the_experts_and_a_copy_is_its_own() -> None:
     [
         (lambda: ffn.convert(made("llama"), SMoEDropout(num_experts=7)), "d_ff=64 cannot be cut into num_experts=7"),
         (lambda: SMoEDropout(num_experts=4, top_k=5), "top_k=5 must be between 1 and num_experts=4"),
-        (lambda: ffn.convert(nn.Sequential(nn.Linear(2, 2)), SMoEDropout()), "no feed-forward layer of a known kind"),
+        (lambda: ffn.convert(nn.Sequential(nn.Linear(2, 2)), SMoEDropout()), "Sequential is no Transformers model"),
+        (lambda: seats(nn.Sequential(nn.Linear(2, 2))), "Sequential has no feed-forward layer of a known kind"),
         (lambda: set_top_k(made("llama"), 2), "no layers made of experts"),
         (lambda: set_top_k(ffn.convert(made("llama"), SMoEDropout(num_experts=N)), 9), "top_k=9 must be between"),
         (lambda: Schedule("linear", 4, 2), "1 <= k_min <= k_max"),

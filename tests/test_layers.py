@@ -19,7 +19,7 @@ FLOORS = (
     ("host",),
     ("data", "report"),
     ("models",),
-    ("lora",),
+    ("lora", "ffn"),
     ("adapters",),
     ("runs",),
     ("training",),
@@ -35,6 +35,7 @@ NARROWER = {
     "report": {"errors"},
     "models": {"data", "errors"},
     "lora": {"host", "routing", "errors", "models"},
+    "ffn": {"host", "routing", "errors"},
     "adapters": {"lora", "host", "routing", "errors"},
 }
 """Rooms that import less than the floors below them hold."""

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 import moesaic
 from moesaic.errors import ConfigError
-from moesaic.lora.methods.rmoe import RecurrentRouter, RMoEConfig, _GRUStep, chain_of, joined
+from moesaic.lora.methods.rmoe import RMoEConfig
 from moesaic.routing import RoutingContext, Site
+from moesaic.routing.recurrent import RecurrentRouter, _GRUStep, chain_of, joined
 from tests import tiny
 
 F64 = torch.float64

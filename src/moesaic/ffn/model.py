@@ -76,14 +76,17 @@ def convert(model: PreTrainedModel, method: Method, **parts: Any) -> PreTrainedM
         ConfigError: for models without feed-forward layers of a known kind, settings that do not fit them, and models
             that have been converted before. Nothing is changed then.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise ConfigError(f"{type(model).__name__} is no Transformers model: only those are converted")
     if isinstance(model, _Routed):
         raise ConfigError(f"this model has the layers of {model.config.moesaic['method']} already")
-    host = Host()
+    host, was = Host(), type(model)
+    implementation = model.config._experts_implementation if was._can_set_experts_implementation() else None
     method.convert(model, host, **parts)
     model.config.__class__ = routed_config(type(model.config))  # type: ignore[arg-type]
     model.config.moesaic = {"method": method.name, **dataclasses.asdict(method)}
-    model.__class__ = routed_class(type(model))  # type: ignore[arg-type]
-    _attach(cast(_Routed, model), host)
+    model.__class__ = routed_class(was)  # type: ignore[arg-type]
+    _attach(cast(_Routed, model), host, implementation)
     method.attached(model)
     return model
 
@@ -151,7 +154,8 @@ class _Routed:
 def _attach(model: _Routed, host: Host, implementation: str | None = None) -> None:
     model.host = host
     whole = cast(PreTrainedModel, model)
-    layers = {name: m for name, m in whole.named_modules() if isinstance(m, ExpertLayer)}
+    layers: dict[str, Any] = {name: m for name, m in whole.named_modules() if getattr(m, "host", None) is host}
+    layers.pop("")
     stack_of = host.attach(whole, set(layers))
     for name, layer in layers.items():
         layer.stack = stack_of[name]

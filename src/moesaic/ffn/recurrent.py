@@ -1,0 +1,159 @@
+"""RMoE on models that are mixtures already (Mixtral, Qwen3-MoE, OLMoE): routers linked over depth instead of theirs.
+
+    x' = P_i x,   h_i = GRU(x', h_{i-1}),   logits_i = G_i h_i,   then what the model's own router does with logits
+
+`routing/recurrent.py` has the equations. Each `mlp.gate` becomes a router of the model's own kind, so that its
+`router_logits`, balance loss and experts backends go on as they did. For training from scratch, and for a trained
+model whose rest is frozen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from moesaic.errors import ConfigError
+from moesaic.ffn.layer import NAME
+from moesaic.ffn.model import Method
+from moesaic.host import Host
+from moesaic.routing import Record, Routing, Site, no_autocast
+from moesaic.routing.recurrent import Cell, Recurrence, RecurrentRouter
+
+
+class CosineHead(nn.Module):
+    """XMoE's router (Chi et al. 2022): cosines of a narrow view of the state to the experts' embeddings, over tau."""
+
+    def __init__(self, state_dim: int, num_experts: int, *, dim: int, temperature: float = 0.3) -> None:
+        super().__init__()
+        self.down = nn.Linear(state_dim, dim, bias=False)
+        self.embeddings = nn.Parameter(torch.randn(num_experts, dim) * 0.02)
+        self.temperature = nn.Parameter(torch.tensor(temperature))
+
+    def forward(self, state: Tensor) -> Tensor:
+        down = F.normalize(F.linear(state, self.down.weight.to(state.dtype)), dim=-1)
+        return down @ F.normalize(self.embeddings.to(state.dtype), dim=-1).t() / self.temperature.abs().clamp(min=0.01)
+
+
+class RecurrentGate(nn.Module):
+    """In front of a model's own top-k router class: x (T, d) to logits (T, N), weights (T, k) and index (T, k)."""
+
+    top_k: int
+    num_experts: int
+
+    def __init__(self, gate: Any, router: RecurrentRouter, site: Site, host: Host) -> None:
+        nn.Module.__init__(self)
+        self.top_k, self.num_experts, self.hidden_dim = gate.top_k, gate.num_experts, gate.hidden_dim
+        self.norm_topk_prob = getattr(gate, "norm_topk_prob", True)  # Mixtral has no such setting, and does
+        self.recurrent, self.site, self.host, self.stack = router, site, host, ""
+
+    @property
+    def weight(self) -> Tensor:
+        """G (N, p), which the model initialises as it would its own router's."""
+        head = self.recurrent.head
+        return head.embeddings if isinstance(head, CosineHead) else cast(nn.Linear, head).weight
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        self.host.called(self.site.name)
+        x = hidden_states.reshape(-1, self.hidden_dim)
+        context = self.host.context(self.site, self.stack, False, x)
+        logits = self.recurrent(x, context)
+        with no_autocast(x.device.type):
+            probs = logits.softmax(dim=-1)
+            weights, index = probs.topk(self.top_k, dim=-1)
+            if self.norm_topk_prob:
+                weights = weights / weights.sum(dim=-1, keepdim=True)
+            if self.host.wants(NAME):
+                routing = Routing(torch.zeros_like(probs).scatter(-1, index, weights), probs, logits)
+                self.host.record(NAME, Record.of(self.site, routing, context, self.recurrent))
+        return logits.to(x.dtype), weights.to(x.dtype), index
+
+
+@cache
+def _gate_class(base: type) -> type[RecurrentGate]:
+    return type(f"Recurrent{base.__name__}", (RecurrentGate, base), {"__module__": __name__})
+
+
+def gates(model: nn.Module) -> list[tuple[str, Any]]:
+    """The top-k routers of a mixture's layers, in the model's order.
+
+    Raises:
+        ConfigError: where it has none of a known kind.
+    """
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if type(module).__name__.endswith("TopKRouter") and hasattr(module, "top_k") and hasattr(module, "hidden_dim")
+    ]
+    if not found:
+        raise ConfigError(
+            f"{type(model).__name__} has no routers to link: RMoE goes on models that are mixtures (Mixtral, "
+            "Qwen3-MoE, OLMoE)"
+        )
+    return found
+
+
+@dataclass
+class RMoE(Method):
+    """Settings; the paper's ablations are among them.
+
+    Args:
+        state_dim: p.
+        cell: gru, rnn or lstm.
+        recurrence: full, detach (no gradient to lower layers) or none (each layer starts at zero: its NP).
+        residual_alpha: r-alpha, the share of the lower layer's logits that is added.
+        residual_detach: no gradient through these.
+        shared_projector: one P for all layers.
+        shared_head: one G for all layers; with `recurrence="none"` and `shared_projector` a stateless shared router.
+        head: linear, or cosine (XMoE's).
+        cosine_dim: of the cosine's view.
+    """
+
+    name: ClassVar[str] = "rmoe"
+
+    state_dim: int = 128
+    cell: Cell = "gru"
+    recurrence: Recurrence = "full"
+    residual_alpha: float = 0.0
+    residual_detach: bool = False
+    shared_projector: bool = False
+    shared_head: bool = False
+    head: Literal["linear", "cosine"] = "linear"
+    cosine_dim: int = 16
+
+    def __post_init__(self) -> None:
+        if self.state_dim < 1 or self.cosine_dim < 1:
+            raise ConfigError(f"state_dim={self.state_dim} and cosine_dim={self.cosine_dim} must be at least 1")
+
+    def install(self, model: PreTrainedModel, host: Host) -> None:
+        found = gates(model)
+        routers: list[RecurrentRouter] = []
+        for number, (name, gate) in enumerate(found):
+            experts, width = gate.num_experts, gate.hidden_dim
+            site = Site(name, width, experts, layer=number, num_layers=len(found))
+            router = RecurrentRouter(
+                site,
+                experts,
+                state_dim=self.state_dim,
+                cell=self.cell,
+                recurrence=self.recurrence,
+                residual_alpha=self.residual_alpha,
+                residual_detach=self.residual_detach,
+                head=CosineHead(self.state_dim, experts, dim=self.cosine_dim) if self.head == "cosine" else None,
+            )
+            shares = {"cell": True, "projector": self.shared_projector, "head": self.shared_head}
+            for part in (part for part, wanted in shares.items() if wanted and routers):
+                router.use(part, routers[0])
+            routers.append(router)
+            placed = _gate_class(type(gate))(gate, router, site, host)  # type: ignore[arg-type]
+            placed.to(gate.weight.device, gate.weight.dtype).train(gate.training)
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, placed)
+
+    def convert(self, model: PreTrainedModel, host: Host, **parts: Any) -> None:
+        self.install(model, host)
