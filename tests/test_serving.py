@@ -1,0 +1,167 @@
+"""Serving by expert: batches of few experts, and caches that know what comes."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moesaic.errors import ConfigError
+from moesaic.ffn.serving.batching import Item, choose
+from moesaic.ffn.serving.residency import Future, Residency, best, replay
+
+TRACES = st.lists(st.integers(0, 5), max_size=14)
+
+
+# -- caches --------------------------------------------------------------------------------------------------------
+
+
+@given(TRACES, st.integers(1, 4))
+def test_9_beladys_policy_is_the_best_there_is(trace: list[int], slots: int) -> None:
+    assert replay(trace, slots, "belady").hits == best(trace, slots)
+
+
+@given(st.lists(st.integers(0, 9), max_size=80), st.integers(1, 6), st.integers(0, 3))
+def test_9_no_policy_beats_belady_on_any_trace(trace: list[int], slots: int, seed: int) -> None:
+    most = replay(trace, slots, "belady").hits
+    assert all(replay(trace, slots, policy, seed=seed).hits <= most for policy in ("lru", "fifo", "random"))
+    for ahead in (0, 3):
+        assert replay(trace, slots, "belady", horizon=ahead).hits <= most
+    assert replay(trace, slots, "belady", horizon=0).hits == replay(trace, slots, "lru").hits
+    assert replay(trace, slots, "belady", horizon=len(trace)).hits == most
+
+
+@given(st.lists(st.integers(0, 6), max_size=60), st.integers(1, 9))
+def test_counts_add_up_and_the_limit_holds(trace: list[int], slots: int) -> None:
+    for policy in ("lru", "fifo", "random", "belady"):
+        cache = replay(trace, slots, policy)
+        assert cache.hits + cache.misses == len(trace)
+        assert cache.moved == cache.misses
+        assert len(cache.sizes) == min(slots, len(set(trace)))
+
+
+def test_policies_say_who_leaves() -> None:
+    uses = ["a", "b", "a", "c"]
+    assert replay(uses, 2, "lru").sizes.keys() == {"a", "c"}
+    assert replay(uses, 2, "fifo").sizes.keys() == {"b", "c"}
+    assert replay([*uses, "b"], 2, "belady").sizes.keys() >= {"b"}
+    future = Future("abcab", horizon=3)
+    assert (future("a"), future("b")) == (3, 1)
+    future.now = 1
+    assert future("c") == 2
+    assert future("x") == float("inf")
+
+
+def test_bytes_are_kept_within_the_limit_and_what_is_pinned_stays() -> None:
+    cache = Residency(10, "lru")
+    assert cache.use("a", 4) == cache.use("b", 4) == []
+    assert cache.use("c", 6, pinned={"b"}) == ["a"]
+    before = dict(cache.sizes)
+    with pytest.raises(ConfigError, match="5 bytes of d do not fit into the 10 of the expert cache"):
+        cache.use("d", 5, pinned={"b", "c"})
+    assert cache.sizes == before, "nothing is given up for what does not fit"
+    assert cache.use("e", 1, count=False) == ["b"]
+    assert (cache.hits, cache.misses, cache.moved) == (0, 3, 15)
+
+
+# -- batches -------------------------------------------------------------------------------------------------------
+
+WAITING = st.lists(
+    st.tuples(
+        st.lists(st.integers(0, 6), min_size=1, max_size=1) | st.lists(st.integers(0, 6), min_size=2, max_size=9)
+    ),
+    max_size=30,
+)
+
+
+def items(waiting: Any, since: int = 0) -> list[Item]:
+    return [Item(i, tuple(experts), since) for i, (experts,) in enumerate(waiting)]
+
+
+@given(WAITING, st.integers(1, 20), st.sampled_from(["experts", "fcfs", "decode-first", "prefill-first"]))
+def test_10_every_token_runs_once_within_the_budget(waiting: Any, budget: int, order: Any) -> None:
+    left, ran, now = items(waiting), Counter(), 0
+    while left:
+        batch = choose(left, budget, order, now=now, max_wait=5)
+        assert batch
+        assert sum(item.tokens for item in batch) <= budget or len(batch) == 1
+        assert len({item.request for item in batch}) == len(batch)
+        ran.update(item.request for item in batch)
+        left = [item for item in left if item not in batch]
+        now += 1
+    assert ran == Counter(range(len(waiting)))
+    assert choose([], budget, order) == []
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=40), st.integers(1, 20))
+def test_10_a_snapshot_takes_no_more_experts_than_first_come_first_served(experts: list[int], budget: int) -> None:
+    waiting = items([([e],) for e in experts])
+    ours, theirs = choose(waiting, budget), choose(waiting, budget, "fcfs")
+    assert len(ours) == len(theirs) == min(budget, len(experts))
+    unique = [len({e for item in batch for e in item.experts}) for batch in (ours, theirs)]
+    assert unique[0] <= unique[1]
+    counts = sorted(Counter(experts).values(), reverse=True)
+    need = next(n for n in range(1, len(counts) + 1) if sum(counts[:n]) >= len(ours))
+    assert unique[0] == need, "as few as can be"
+
+
+def test_nobody_starves() -> None:
+    rare, now, left = Item("rare", (6,), 0), 0, [Item("rare", (6,), 0)]
+    while True:
+        left += [Item(f"{now} {i}", (0,), now) for i in range(4)]
+        batch = choose(left, 4, now=now, max_wait=10)
+        left = [item for item in left if item not in batch]
+        if rare in batch:
+            break
+        now += 1
+    assert now == 10
+
+
+def test_a_prompt_goes_as_a_whole_and_its_experts_come_for_nothing() -> None:
+    prompt = Item("p", (1, 1, 2), 0)
+    waiting = [prompt, *(Item(i, (e,), 0) for i, e in enumerate([3, 3, 1, 2, 2]))]
+    batch = choose(waiting, 6)
+    assert prompt in batch
+    assert {e for item in batch for e in item.experts} == {1, 2}
+    assert choose(waiting, 2, "prefill-first") == [prompt], "longer than the budget, it runs alone"
+    assert choose(waiting, 2, "decode-first") == waiting[1:3]
+    assert [i.request for i in choose(waiting, 4, "fcfs")] == ["p", 0]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_specifications_simulation(seed: int) -> None:
+    """Seven experts, 64 requests whose tokens keep their expert at 0.95: its figures, within a few points."""
+    draw = random.Random(seed)
+    now = [draw.randrange(7) for _ in range(64)]
+    trace, unique = [], {"experts": [], "fcfs": []}
+    for step in range(300):
+        now = [e if draw.random() < 0.95 else draw.randrange(7) for e in now]
+        waiting = [Item(i, (e,), step) for i, e in enumerate(now)]
+        for order, found in unique.items():
+            found.append(len({e for item in choose(waiting, 16, order) for e in item.experts}))
+        trace.append(now[step % 64])
+        trace += draw.sample(now, 7)
+    mean = {order: sum(found) / len(found) for order, found in unique.items()}
+    assert mean["fcfs"] > 6
+    assert mean["experts"] <= 0.5 * mean["fcfs"]
+    ratio = {p: [replay(trace, k, p).hits / len(trace) for k in (2, 3, 4, 5)] for p in ("lru", "random", "belady")}
+    assert all(b - max(a, r) > 0.1 for a, r, b in zip(ratio["lru"], ratio["random"], ratio["belady"], strict=True))
+    near = replay(trace, 5, "belady", horizon=16).hits / replay(trace, 5, "belady").hits
+    assert near > 0.99
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (lambda: choose([], 1, "best"), "unknown order 'best'"),  # type: ignore[arg-type]
+        (lambda: choose([], 0), "a batch of 0 tokens holds nothing"),
+        (lambda: Residency(1, "mru"), "unknown policy 'mru'"),  # type: ignore[arg-type]
+    ],
+)
+def test_bad_input_is_one_clear_line(asked: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        asked()
