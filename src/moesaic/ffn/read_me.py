@@ -11,7 +11,9 @@ No gate multiplies the output. Masks take exactly d neurons; the authors' code t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, Literal, cast
@@ -32,6 +34,19 @@ ROUTES = "read-me routes"
 """Where the running forward's logits (B, T, N) are in the routing context's state."""
 PAST = "read-me router"
 """Where the router's keys and values are in its memory."""
+
+_BANK: ContextVar[Callable[..., Any] | None] = ContextVar("bank", default=None)
+
+
+@contextmanager
+def banks_of(kind: Callable[..., Any]) -> Iterator[None]:
+    """Models that are made inside have banks of this kind; neurons that all experts share stay as they are."""
+    token = _BANK.set(kind)
+    try:
+        yield
+    finally:
+        _BANK.reset(token)
+
 
 Masks = dict[str, Tensor]
 """By layer, m (N, d_ff)."""
@@ -115,6 +130,9 @@ def route(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     ids = kwargs.get("input_ids", args[0] if args else None)
     if frame is None or not isinstance(ids, Tensor):
         return
+    if (known := getattr(model, "known_routes", None)) is not None:
+        frame.state[ROUTES] = known
+        return
     memory: MutableMapping[Any, Any] = frame.memory
     past, start = memory.get(PAST), frame.memory.past
     past = None if past is None or start == 0 else tuple(t[:, :start] for t in past)
@@ -157,21 +175,17 @@ class ReadMe(Method):
 
     def layer(self, model: PreTrainedModel, seat: Seat, site: Site, host: Host, common: int) -> ExpertLayer:
         dense = read(model, seat)
-        bank = GatedExperts if seat.is_gated else PlainExperts
-        apart = common if self.residual == "separate" else 0
-        own = [
-            bank(model.config, n, seat.d_model, f, dense.activation)
-            for n, f in ((1, apart), (len(self.domains), self.width - apart))
-        ]
+        stock: type[GatedExperts | PlainExperts] = GatedExperts if seat.is_gated else PlainExperts
+        bank, apart = _BANK.get() or stock, common if self.residual == "separate" else 0
         made = ExpertLayer(
             site,
             PreGated(len(self.domains)),
             TopK(1),
-            own[1],
+            bank(model.config, len(self.domains), seat.d_model, self.width - apart, dense.activation),
             host,
             bias=dense.bias is not None,
             combine="sum",
-            shared=own[0] if apart else None,
+            shared=stock(model.config, 1, seat.d_model, apart, dense.activation) if apart else None,
         )
         return made.to(dense.up.device, dense.up.dtype).train(model.training)
 

@@ -57,6 +57,7 @@ class Residency:
         self._clock = 0
         self._used: dict[Hashable, int] = {}
         self._came: dict[Hashable, int] = {}
+        self._ahead: set[Hashable] = set()
         self._random = random.Random(self.seed)
 
     @property
@@ -68,14 +69,16 @@ class Residency:
 
         Args:
             pinned: those that must stay.
-            count: whether this is a use, and not a load ahead of one.
+            count: whether this is a use, and not a load ahead of one; the use that follows such a load is a miss.
         Raises:
             ConfigError: where it does not fit beside those that must stay.
         """
         self._clock += 1
         if key in self.sizes:
             if count:
-                self.hits += 1
+                self.hits += key not in self._ahead
+                self.misses += key in self._ahead
+                self._ahead.discard(key)
                 self._used[key] = self._clock
             return []
         left: list[Hashable] = []
@@ -91,6 +94,9 @@ class Residency:
             free += self.sizes[leaving]
         for leaving in left:
             del self.sizes[leaving]
+            self._ahead.discard(leaving)
+        if not count:
+            self._ahead.add(key)
         self.sizes[key] = size
         self._used[key] = self._came[key] = self._clock
         self.moved += size

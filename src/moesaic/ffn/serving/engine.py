@@ -1,0 +1,257 @@
+"""An engine for Read-ME models: continuous batches chosen by expert, experts on disk, loads ahead of time.
+
+A token's experts are known in every layer before the model runs, so a batch can be made of tokens with few experts, and
+the next layer's are read while this one computes. Decoding is greedy.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from moesaic.errors import AdapterError, ConfigError
+from moesaic.ffn.model import class_of, expert_layers
+from moesaic.ffn.pregate import PreGate
+from moesaic.ffn.read_me import banks_of
+from moesaic.ffn.serving import attention
+from moesaic.ffn.serving.batching import Item, Order, choose
+from moesaic.ffn.serving.files import ExpertFiles
+from moesaic.ffn.serving.residency import Policy, Residency
+from moesaic.ffn.serving.streamed import Key, Store, StreamedBank
+
+
+@dataclass
+class Request:
+    """A prompt and what is written behind it."""
+
+    name: Hashable
+    prompt: list[int]
+    max_new_tokens: int
+    arrived: float = 0.0
+    """Seconds after the engine's start."""
+    written: list[int] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    """When each token was written, in seconds of the engine's clock."""
+    error: str | None = None
+    waiting: list[int] = field(default_factory=list)
+    """Tokens that have not run."""
+    experts: tuple[int, ...] = ()
+    """Of these."""
+    since: int = 0
+    past: attention.Past = field(default_factory=attention.Past)
+    router_past: tuple[Tensor, Tensor] | None = None
+
+
+@dataclass
+class Batch:
+    """What one batch was."""
+
+    tokens: int
+    experts: int
+    seconds: float
+
+
+class Engine:
+    """Answers requests with a converted Read-ME model, out of its folder.
+
+    Args:
+        folder: of the model.
+        budget: bytes of expert weights in memory; None holds all of them.
+        policy: who leaves memory: belady (over the tokens that wait), lru, fifo or random.
+        order: how batches are made: experts, fcfs, decode-first or prefill-first.
+        batch_tokens: most tokens of a batch; a longer prompt runs alone.
+        max_wait: batches after which whoever waits goes first.
+        prefetch: read the next layer's experts while this one computes.
+        direct: read past the page cache.
+        dtype: of the model that stays in memory; experts are cast to it.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        budget: int | None = None,
+        policy: Policy = "belady",
+        order: Order = "experts",
+        batch_tokens: int = 16,
+        max_wait: int = 64,
+        prefetch: bool = True,
+        direct: bool = True,
+        dtype: Any = None,
+    ) -> None:
+        choose([], batch_tokens, order, max_wait=max_wait)  # refuses settings that cannot be
+        self.folder = Path(folder)
+        self.order, self.batch_tokens, self.max_wait = order, batch_tokens, max_wait
+        self.model = _without_experts(self.folder, dtype)
+        layers = expert_layers(self.model)
+        banks = [cast(StreamedBank, layer.experts) for layer in layers.values()]
+        files = ExpertFiles(self.folder, [f"{name}.experts" for name in layers], direct=direct)
+        whole = sum(files.size(*key) for key in files.keys)
+        self.residency = Residency(whole if budget is None else budget, policy, self._next_use)
+        self.store = Store(files, self.residency, prefetch=prefetch)
+        for number, bank in enumerate(banks):
+            bank.store, bank.layer = self.store, number
+        self.num_layers, self.num_experts = len(banks), banks[0].num_experts
+        largest = max(files.size(*key) for key in files.keys)
+        if self.residency.limit < largest:
+            raise ConfigError(f"budget={self.residency.limit:,} bytes hold no expert: one takes {largest:,}")
+        self.router = cast(PreGate, self.model.pre_gate)
+        ends = self.model.generation_config.eos_token_id if self.model.generation_config else None
+        self.ends = {*ends} if isinstance(ends, list) else {ends} - {None}
+        self.longest = getattr(self.model.config, "max_position_embeddings", None)
+        self.open: dict[Hashable, Request] = {}
+        self.batches: list[Batch] = []
+        self._numbers = itertools.count()
+        self._start = time.perf_counter()
+        self._pending: list[int] = [0] * self.num_experts
+        self._current: set[int] = set()
+
+    # -- requests ------------------------------------------------------------------------------------------------
+
+    def add(self, prompt: Sequence[int], *, max_new_tokens: int = 64, name: Hashable | None = None) -> Request:
+        """Queue a request.
+
+        Raises:
+            ConfigError: an empty prompt, or more tokens than the model has positions.
+        """
+        if not prompt or max_new_tokens < 1:
+            raise ConfigError("a request needs a prompt of one token at least, and room for one more")
+        if self.longest is not None and len(prompt) + max_new_tokens > self.longest:
+            raise ConfigError(
+                f"a prompt of {len(prompt)} tokens and {max_new_tokens} new ones are more than the model's "
+                f"{self.longest} positions"
+            )
+        request = Request(next(self._numbers) if name is None else name, list(prompt), max_new_tokens)
+        if request.name in self.open:
+            raise ConfigError(f"a request {request.name!r} is open already")
+        request.arrived, request.since = self.now, len(self.batches)
+        self._wait(request, request.prompt)
+        self.open[request.name] = request
+        return request
+
+    @property
+    def now(self) -> float:
+        return time.perf_counter() - self._start
+
+    @torch.no_grad()
+    def _wait(self, request: Request, tokens: list[int]) -> None:
+        """Tokens that have to run, and which expert each goes to."""
+        logits, request.router_past = self.router(torch.tensor([tokens]), None, request.router_past)
+        request.waiting, request.experts = tokens, tuple(logits[0].argmax(-1).tolist())
+        for expert in request.experts:
+            self._pending[expert] += 1
+
+    # -- running -------------------------------------------------------------------------------------------------
+
+    def run(self) -> Iterator[Request]:
+        """Serve until nothing waits; yields each request as it ends, failed ones too."""
+        while self.open:
+            yield from self.step()
+
+    def step(self) -> list[Request]:
+        """One batch; returns the requests that ended with it."""
+        begun = self.now
+        items = [Item(r.name, r.experts, r.since) for r in self.open.values()]
+        chosen = choose(items, self.batch_tokens, self.order, now=len(self.batches), max_wait=self.max_wait)
+        requests = [self.open[item.request] for item in chosen]
+        done: list[Request] = []
+        while requests:
+            try:
+                written = self._forward(requests)
+            except AdapterError as error:
+                lost = self._lost(requests, str(error))
+                done += lost
+                requests = [r for r in requests if r not in lost]
+                continue
+            done += self._commit(requests, written)
+            break
+        used = {expert for r in requests for expert in r.experts}
+        self.batches.append(Batch(sum(len(r.waiting) for r in requests), len(used), self.now - begun))
+        return done
+
+    @torch.no_grad()
+    def _forward(self, requests: list[Request]) -> list[int]:
+        """The token behind each request's last."""
+        ids = [token for r in requests for token in r.waiting]
+        experts = [expert for r in requests for expert in r.experts]
+        places = [r.past.length + i for r in requests for i in range(len(r.waiting))]
+        plan = sorted(set(experts))
+        self._current = set(plan)
+        self.store.begin([plan] * self.num_layers)
+        model: Any = self.model
+        model.known_routes = torch.nn.functional.one_hot(torch.tensor([experts]), self.num_experts).float()
+        lasts = list(itertools.accumulate(len(r.waiting) for r in requests))
+        try:
+            with attention.running([(r.past, len(r.waiting)) for r in requests]):
+                out = model(
+                    input_ids=torch.tensor([ids]),
+                    position_ids=torch.tensor([places]),
+                    use_cache=False,
+                    logits_to_keep=torch.tensor(lasts) - 1,
+                )
+        finally:
+            model.known_routes = None
+        return [int(token) for token in out.logits[0].argmax(-1)]
+
+    def _commit(self, requests: list[Request], written: list[int]) -> list[Request]:
+        done = []
+        for request, token in zip(requests, written, strict=True):
+            request.past.length += len(request.waiting)
+            self._ran(request)
+            request.written.append(token)
+            request.times.append(self.now)
+            if token in self.ends or len(request.written) == request.max_new_tokens:
+                done.append(self.open.pop(request.name))
+            else:
+                self._wait(request, [token])
+                request.since = len(self.batches) + 1
+                self.open[request.name] = self.open.pop(request.name)
+        return done
+
+    def _lost(self, requests: list[Request], error: str) -> list[Request]:
+        """Requests whose expert cannot be read fail; the others' keys and values are as they were before the batch."""
+        bad = {expert for _, expert in self.store.broken}
+        lost = [r for r in requests if bad & {*r.experts}]
+        self.store.broken.clear()
+        for request in lost:
+            request.error = error
+            self._ran(request)
+            del self.open[request.name]
+        return lost
+
+    def _ran(self, request: Request) -> None:
+        for expert in request.experts:
+            self._pending[expert] -= 1
+
+    def _next_use(self, key: Key) -> float:
+        """In layers from now: of this batch, or of a later one, the sooner the more tokens wait for the expert."""
+        layer, expert = key
+        ahead = layer - self.store.now
+        if ahead > 0 and expert in self._current:
+            return ahead
+        waiting = self._pending[expert]
+        rounds = 1 + sum(other > waiting for other in self._pending)
+        return float("inf") if waiting == 0 else rounds * self.num_layers + ahead
+
+    def close(self) -> None:
+        self.store.close()
+
+
+def _without_experts(folder: Path, dtype: Any) -> PreTrainedModel:
+    """The model, its experts left on disk."""
+    made = class_of(folder)
+    if made.config_class.from_pretrained(folder).moesaic["method"] != "read-me":  # type: ignore[union-attr]
+        raise ConfigError(f"{folder} is no Read-ME model: its experts are not known before it runs")
+    left_out = {"_keys_to_ignore_on_load_unexpected": [r"\.experts\."], "__module__": __name__}
+    with banks_of(StreamedBank):
+        streamed = cast(type[PreTrainedModel], type(made.__name__, (made,), left_out))
+        model = streamed.from_pretrained(folder, dtype=dtype or torch.float32, attn_implementation=attention.NAME)
+    return cast(PreTrainedModel, model.eval())

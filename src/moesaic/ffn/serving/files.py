@@ -1,0 +1,172 @@
+"""Experts on disk: read one at a time out of the folder that a converted model was saved into.
+
+An expert's weights lie in one piece in each bank's tensor, so a safetensors file can be read at that place. Reads go
+past the page cache where the system allows it (O_DIRECT): what is kept in memory is the cache's to say.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moesaic.errors import AdapterError
+
+BLOCK = 4096
+"""What direct reads are aligned to."""
+CHECKSUMS = "experts.json"
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_LONGEST_HEADER = 100_000_000
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One expert's part of one tensor."""
+
+    name: str
+    file: Path
+    start: int
+    size: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class ExpertFiles:
+    """The experts of a folder's banks, by layer and number.
+
+    Args:
+        folder: of a converted model.
+        banks: the names of the bank modules, in the order of the layers.
+        direct: read past the page cache; where the file system refuses, reads go through it.
+    Raises:
+        AdapterError: a bank is missing from the folder, or a file is none of safetensors.
+    """
+
+    def __init__(self, folder: Path, banks: list[str], *, direct: bool = True) -> None:
+        self.folder, self.direct = folder, direct
+        self._checksums = _checksums(folder)
+        found = _tensors(folder)
+        self._pieces: dict[tuple[int, int], list[Piece]] = {}
+        for layer, bank in enumerate(banks):
+            own = {name: entry for name, entry in found.items() if name.startswith(f"{bank}.")}
+            if not own:
+                raise AdapterError(f"{folder} holds no weights of {bank}: convert the model again")
+            for name, (file, offset, entry) in own.items():
+                number, *rest = entry["shape"]
+                begin, end = entry["data_offsets"]
+                size = (end - begin) // number
+                for expert in range(number):
+                    piece = Piece(
+                        name.removeprefix(f"{bank}."),
+                        file,
+                        offset + begin + expert * size,
+                        size,
+                        _DTYPES[entry["dtype"]],
+                        tuple(rest),
+                    )
+                    self._pieces.setdefault((layer, expert), []).append(piece)
+
+    def size(self, layer: int, expert: int) -> int:
+        """Bytes of an expert."""
+        return sum(piece.size for piece in self._pieces[layer, expert])
+
+    @property
+    def keys(self) -> list[tuple[int, int]]:
+        return sorted(self._pieces)
+
+    def read(self, layer: int, expert: int) -> dict[str, Tensor]:
+        """An expert's tensors, by name.
+
+        Raises:
+            AdapterError: the file is gone, cut off, or not what its checksum says.
+        """
+        made, check = {}, 0
+        for piece in self._pieces[layer, expert]:
+            try:
+                data = _read(piece.file, piece.start, piece.size, direct=self.direct)
+            except OSError as error:
+                raise AdapterError(
+                    f"expert {expert} of layer {layer} cannot be read from {piece.file}: {error}"
+                ) from None
+            check = zlib.crc32(data, check)
+            made[piece.name] = torch.frombuffer(data, dtype=piece.dtype).view(piece.shape)
+        wanted = self._checksums.get(f"{layer} {expert}")
+        if wanted is not None and wanted != check:
+            raise AdapterError(f"expert {expert} of layer {layer} is damaged in {self._pieces[layer, expert][0].file}")
+        return made
+
+    def checksums(self) -> dict[str, int]:
+        """Of all experts, as they lie there now; `write_checksums` keeps them."""
+        found = {}
+        for layer, expert in self.keys:
+            check = 0
+            for piece in self._pieces[layer, expert]:
+                check = zlib.crc32(_read(piece.file, piece.start, piece.size, direct=False), check)
+            found[f"{layer} {expert}"] = check
+        return found
+
+
+def write_checksums(folder: Path, banks: list[str]) -> None:
+    """Beside the weights, what each expert must come to when it is read."""
+    text = json.dumps(ExpertFiles(folder, banks, direct=False).checksums())
+    part = folder / f"{CHECKSUMS}.part"
+    part.write_text(text)
+    part.replace(folder / CHECKSUMS)
+
+
+def _checksums(folder: Path) -> dict[str, int]:
+    file = folder / CHECKSUMS
+    try:
+        return dict(json.loads(file.read_text())) if file.is_file() else {}
+    except ValueError:
+        raise AdapterError(f"{file} is damaged: convert the model again") from None
+
+
+def _tensors(folder: Path) -> dict[str, tuple[Path, int, dict[str, Any]]]:
+    """Every tensor of a folder's safetensors files: its file, where the data begins there, its entry."""
+    found: dict[str, tuple[Path, int, dict[str, Any]]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            head = stream.read(8)
+            length = struct.unpack("<Q", head)[0] if len(head) == 8 else _LONGEST_HEADER + 1
+            if length > _LONGEST_HEADER:
+                raise AdapterError(f"{file} is no safetensors file")
+            try:
+                entries = json.loads(stream.read(length))
+            except ValueError:
+                raise AdapterError(f"{file} is damaged: its header cannot be read") from None
+        entries.pop("__metadata__", None)
+        found |= {name: (file, 8 + length, entry) for name, entry in entries.items()}
+    return found
+
+
+def _read(file: Path, start: int, size: int, *, direct: bool) -> memoryview:
+    """Bytes of a file, in memory of their own; raises OSError where there are fewer."""
+    flag = getattr(os, "O_DIRECT", 0) if direct else 0
+    try:
+        descriptor = os.open(file, os.O_RDONLY | flag)
+    except OSError:
+        if not flag:
+            raise
+        descriptor = os.open(file, os.O_RDONLY)
+    try:
+        begin = start // BLOCK * BLOCK
+        wanted = start - begin + size
+        buffer = mmap.mmap(-1, -(-wanted // BLOCK) * BLOCK)
+        view, got = memoryview(buffer), 0
+        while got < wanted:
+            count = os.preadv(descriptor, [view[got:]], begin + got)
+            if count == 0:
+                raise OSError(f"it ends {wanted - got:,} bytes early")
+            got += count
+        return view[start - begin : wanted]
+    finally:
+        os.close(descriptor)
