@@ -38,6 +38,7 @@ from moesaic.ffn.layer import ExpertLayer, GatedExperts, PlainExperts, fits
 from moesaic.ffn.schedules import KSchedule, Schedule
 from moesaic.ffn.smoe_dropout import FixedRouter, SMoEDropout, dense_of, set_top_k, top_k
 from moesaic.ffn.split import cut, even, join, read, seats
+from moesaic.ffn.stock import as_mixtral
 
 D, WIDE, N = 32, 64, 8
 
@@ -354,3 +355,31 @@ def test_a_model_is_converted_once_and_is_left_alone_by_what_fails() -> None:
 
 def test_equal_parts_are_in_order() -> None:
     assert even(8, 4).tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+@pytest.mark.parametrize("router", ["fixed", "learned"])
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_a_stock_layout_is_read_without_us(kind: str, router: Any, tmp_path: Path) -> None:
+    model = ffn.convert(made(kind), SMoEDropout(num_experts=N, top_k=3, router=router))
+    stock = as_mixtral(model)
+    torch.testing.assert_close(logits(stock), logits(model), rtol=1e-5, atol=1e-6)
+    stock.save_pretrained(tmp_path)
+    torch.save(logits(model), tmp_path / "wanted.pt")
+    code = (
+        "import sys, torch; from transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()\n"
+        "wanted = torch.load(sys.argv[1] + '/wanted.pt'); ids = torch.arange(14).view(2, 7) % 47 + 3\n"
+        "torch.testing.assert_close(model(input_ids=ids).logits, wanted, rtol=1e-5, atol=1e-6)\n"
+        "assert 'moesaic' not in sys.modules"
+    )
+    if router == "fixed":
+        subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+
+
+def test_what_no_stock_model_holds_says_why() -> None:
+    for kind, method, why in (
+        ("llama", SMoEDropout(num_experts=N, combine="sum"), "combine=sum gives every expert the weight 1"),
+        ("qwen3", SMoEDropout(num_experts=N), "qwen3 is no Llama or Mistral"),
+    ):
+        with pytest.raises(ConfigError, match=f"has no stock layout: {why}"):
+            as_mixtral(ffn.convert(made(kind), method))
