@@ -1,7 +1,7 @@
 """Converted models as Transformers' own, for whoever has no moesaic.
 
 SMoE-Dropout's softmax over the kept logits is Mixtral's router, and its experts are Mixtral's: a Llama or Mistral so
-converted, with k fixed, is a Mixtral. Weights of 1, a router before the model and states over depth are in no stock model.
+converted, with k fixed, is a Mixtral. No stock model has weights of 1, a router before the model or states over depth.
 """
 
 from __future__ import annotations
