@@ -30,6 +30,8 @@ from moesaic.data.examples import load, parse
 from moesaic.errors import ConfigError, DataError
 from moesaic.evaluation.answers import _ends
 from moesaic.models.embedded import LoadedModel, load_model
+from moesaic.runs.recipe import load_recipe
+from moesaic.training.prepared import Prepared, training_rows
 from tests import tiny_folders
 
 TURNS = (
@@ -139,6 +141,18 @@ def test_a_template_that_marks_nothing_of_a_chat_is_read_as_one_without_marks(ca
     rows = causal.tokenize([chat("hi", "yes", "q", "1 4"), chat("q", "good")], made, ["t"], max_length=128)
     assert [made.decode([i for i in row["labels"] if i >= 0]) for row in rows] == ["yes<end>1 4<end>", "good<end>"]
     assert "alone is learned" not in caplog.text
+
+
+def test_a_token_that_the_model_does_not_embed_is_told_before_it_is_trained_on() -> None:
+    loaded = load_model("nano")
+    loaded.tokenizer = tokenizer(TURNS)
+    prepared = Prepared(loaded.model, loaded, ("t",), None, load_recipe("lora", ["max_length=64"]))
+    with pytest.raises(
+        ConfigError, match=r"the tokenizer writes token \d+ \(<end>\), and the model embeds \d+: resize"
+    ):
+        training_rows(prepared, [chat("sort 4 1", "1 4")])
+    loaded.model.resize_token_embeddings(len(loaded.tokenizer))
+    assert len(training_rows(prepared, [chat("sort 4 1", "1 4")])) == 1
 
 
 def test_rows_that_are_cut_say_where_and_what_would_take_them_whole(caplog: pytest.LogCaptureFixture) -> None:
