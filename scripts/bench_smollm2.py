@@ -104,19 +104,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="of these; others are kept")
     parser.add_argument("--no-memory", action="store_true")
     given = parser.parse_args()
     measure.keep_freed_memory()
     torch.set_num_threads(1)
     plan = numerics("auto")
-    out: dict[str, Any] = {
-        "command": " ".join(["python", *sys.argv]),
+    file = Path("results/bench-smollm2.json")
+    out: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    command = " ".join(["python", *sys.argv])
+    out |= {
+        "command": command if len(given.kinds) == len(KINDS) else f"{out['command']}`, then `{command}",
         "experts": EXPERTS, "rank": RANK, "rounds": given.rounds, "rows": ROWS, "tokens": TOKENS, "learned": LEARNED,
         "prompt": PROMPT, "new": NEW, "autocast": plan.autocast, "torch": torch.__version__, "threads": 1,
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         made = {name: prepared(name) for name in given.arms}
-        for kind, make in KINDS.items():
+        for kind in given.kinds:
+            make = KINDS[kind]
             steps = {name: make(arm, Path(scratch) / name) for name, arm in made.items()}
             seconds = measure.interleave(steps, given.rounds, progress=lambda done, of: None)
             out[kind] = measure.table(seconds, "lora")
@@ -127,7 +132,7 @@ def main() -> None:
     if not given.no_memory and measure.can_measure_memory():
         out["peak_memory_mib"] = {k: {name: peak(name, k) for name in given.arms} for k in ("training", "decoding")}
         print(json.dumps(out["peak_memory_mib"], indent=1))
-    Path("results/bench-smollm2.json").write_text(json.dumps(out, indent=1) + "\n")
+    file.write_text(json.dumps(out, indent=1) + "\n")
 
 
 if __name__ == "__main__":

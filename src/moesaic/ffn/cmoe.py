@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -24,9 +23,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from moesaic.errors import ConfigError
-from moesaic.ffn.layer import Activation, ExpertLayer, GatedExperts, PlainExperts
+from moesaic.ffn.layer import Activation, ExpertLayer, GatedExperts, PlainExperts, bank_of
 from moesaic.ffn.model import Method, put, sites
 from moesaic.ffn.split import Dense, Seat, cut, even, read, seats
+from moesaic.ffn.watching import evaluating, tokens_of, watching
 from moesaic.host import Host
 from moesaic.routing import Router, RoutingContext, Site, TopK
 
@@ -74,7 +74,7 @@ def markers(
     running: dict[str, Tensor] = {}
 
     def mark(seat: Seat, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = F.normalize(args[0].flatten(0, -2)[running["real"]].float(), dim=-1)
+        x = F.normalize(args[0].flatten(0, -2)[running["real"].flatten()].float(), dim=-1)
         dense = read(model, seat)
         up = F.linear(x, F.normalize(dense.up.float(), dim=1), None if dense.up_bias is None else dense.up_bias.float())
         if dense.gate is None:
@@ -84,26 +84,14 @@ def markers(
         top = size.topk(min(active, size.shape[1]), dim=1).indices
         found[seat.name].append(torch.zeros_like(size, dtype=torch.bool).scatter_(1, top, True).cpu())
 
-    handles = [
-        model.get_submodule(f"{seat.name}.{seat.first[0]}").register_forward_pre_hook(partial(mark, seat))
-        for seat in seats(model)
-    ]
-    was, read_so_far = model.training, 0
-    model.eval()
-    try:
+    read_so_far = 0
+    with evaluating(model), watching(model, mark, first=True):
         for batch in batches:
-            ids = batch["input_ids"].to(model.device)
-            real = batch.get("attention_mask")
-            real = torch.ones_like(ids).bool() if real is None else real.to(ids).bool()
-            running["real"] = real.flatten()
-            model(input_ids=ids, attention_mask=real.long(), use_cache=False)
-            read_so_far += int(real.sum())
+            ids, running["real"] = tokens_of(model, batch)
+            model(input_ids=ids, attention_mask=running["real"].long(), use_cache=False)
+            read_so_far += int(running["real"].sum())
             if read_so_far >= tokens:
                 break
-    finally:
-        for handle in handles:
-            handle.remove()
-        model.train(was)
     if not read_so_far:
         raise ConfigError("there is no token to calibrate on: give some text")
     return {name: torch.cat(parts)[:tokens] for name, parts in found.items()}
@@ -159,7 +147,7 @@ class CMoE(Method):
 
     def layer(self, model: PreTrainedModel, seat: Seat, site: Site, host: Host) -> ExpertLayer:
         dense = read(model, seat)
-        bank = GatedExperts if seat.is_gated else PlainExperts
+        bank = bank_of(seat)
         width, routed = even(seat.d_ff, self.num_experts).shape[1], self.num_experts - self.shared_experts
 
         def of(n: int, f: int) -> GatedExperts | PlainExperts:
@@ -171,7 +159,7 @@ class CMoE(Method):
             TopK(self.top_k),
             of(routed, width),
             host,
-            bias=dense.bias is not None,
+            bias=dense.bias,
             combine="sum",
             shared=of(1, width * self.shared_experts) if self.shared_experts else None,
         )
@@ -189,8 +177,6 @@ class CMoE(Method):
             layer.experts.fill(cut(dense, found.experts))
             if layer.shared is not None:
                 layer.shared.fill(cut(dense, found.shared[None]))
-            if layer.bias is not None and dense.bias is not None:
-                layer.bias.data.copy_(dense.bias)
             router = layer.gate
             assert isinstance(router, AnalyticRouter)
             router.take(dense, found.representatives)

@@ -8,6 +8,7 @@ on their `experts_implementation`: eager, batched_mm, grouped_mm (their default)
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface, use_experts_implementation
 
-from moesaic.ffn.split import Slices
+from moesaic.ffn.split import Seat, Slices
 from moesaic.host import Host
 from moesaic.routing import Record, Router, Site, TopK, no_autocast
 
@@ -49,7 +50,7 @@ def fits(weight: Tensor) -> bool:
     )
 
 
-class _Bank(nn.Module):
+class _Bank(nn.Module, ABC):
     """N experts of width f: x (T, d), index (T, k) and weights (T, k) to (T, d)."""
 
     down_proj: nn.Parameter
@@ -59,9 +60,9 @@ class _Bank(nn.Module):
         self.num_experts, self.d_model, self.width = num_experts, d_model, width
         self.act_fn = activation
 
+    @abstractmethod
     def one(self, expert: int, x: Tensor) -> Tensor:
         """What one expert makes of x (n, d)."""
-        raise NotImplementedError
 
     def loop(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """The definition: one expert after the other, on the tokens that are routed to it."""
@@ -136,6 +137,11 @@ class PlainExperts(_Bank):
         return Slices(None, self.up_proj.detach(), self.up_proj_bias.detach(), self.down_proj.detach())
 
 
+def bank_of(seat: Seat) -> type[GatedExperts | PlainExperts]:
+    """The kind of bank that a layer's experts make."""
+    return GatedExperts if seat.is_gated else PlainExperts
+
+
 class ExpertLayer(nn.Module):
     """x (B, T, d) to y of the same shape, in the place of a dense feed-forward layer.
 
@@ -152,7 +158,7 @@ class ExpertLayer(nn.Module):
         experts: GatedExperts | PlainExperts,
         host: Host,
         *,
-        bias: bool = False,
+        bias: Tensor | None = None,
         combine: str = "softmax",
         shared: GatedExperts | PlainExperts | None = None,
     ) -> None:
@@ -160,7 +166,7 @@ class ExpertLayer(nn.Module):
         self.site, self.routing_gate, self.host, self.combine = site, gate, host, combine
         self.gate, self.experts, self.shared = router, experts, shared
         self.stack = ""
-        self.bias = nn.Parameter(torch.zeros(site.d_out)) if bias else None
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
 
     @property
     def top_k(self) -> int:

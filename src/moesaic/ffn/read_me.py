@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -23,10 +22,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moesaic.errors import ConfigError
-from moesaic.ffn.layer import ExpertLayer, GatedExperts, PlainExperts
+from moesaic.ffn.layer import ExpertLayer, bank_of
 from moesaic.ffn.model import Method, put, sites
 from moesaic.ffn.pregate import PreGate
 from moesaic.ffn.split import Seat, cut, read, seats
+from moesaic.ffn.watching import evaluating, tokens_of, watching
 from moesaic.host import Host
 from moesaic.routing import Router, RoutingContext, Site, TopK
 
@@ -65,35 +65,23 @@ def scores(model: PreTrainedModel, domains: Mapping[str, Iterable[Mapping[str, T
         raise ConfigError(
             f"Read-ME needs two domains at least, one an expert: {', '.join(domains) or 'none'} is not enough"
         )
-    found = seats(model)
-    totals = {seat.name: torch.zeros(len(domains), seat.d_ff, dtype=torch.float64) for seat in found}
+    totals = {seat.name: torch.zeros(len(domains), seat.d_ff, dtype=torch.float64) for seat in seats(model)}
     counts = torch.zeros(len(domains), dtype=torch.float64)
     running: dict[str, Any] = {}
 
-    def add(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def add(seat: Seat, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         hidden, real = args[0].abs().flatten(0, -2), running["real"].flatten()
-        totals[name][running["domain"]] += hidden[real].sum(dim=0, dtype=torch.float64).cpu()
+        totals[seat.name][running["domain"]] += hidden[real].sum(dim=0, dtype=torch.float64).cpu()
 
-    hooks = [
-        model.get_submodule(f"{seat.name}.{seat.last}").register_forward_pre_hook(partial(add, seat.name))
-        for seat in found
-    ]
-    was = model.training
-    model.eval()
-    try:
+    with evaluating(model), watching(model, add):
         for i, (name, batches) in enumerate(domains.items()):
             for batch in batches:
-                ids = batch["input_ids"].to(model.device)
-                real = batch.get("attention_mask")
-                running |= {"domain": i, "real": torch.ones_like(ids).bool() if real is None else real.to(ids).bool()}
-                counts[i] += int(running["real"].sum())
-                model(input_ids=ids, attention_mask=running["real"].long(), use_cache=False)
+                ids, real = tokens_of(model, batch)
+                running |= {"domain": i, "real": real}
+                counts[i] += int(real.sum())
+                model(input_ids=ids, attention_mask=real.long(), use_cache=False)
             if counts[i] == 0:
                 raise ConfigError(f"the domain {name!r} has no token: give each domain some text")
-    finally:
-        for hook in hooks:
-            hook.remove()
-        model.train(was)
     return {name: total / counts[:, None] for name, total in totals.items()}
 
 
@@ -175,7 +163,7 @@ class ReadMe(Method):
 
     def layer(self, model: PreTrainedModel, seat: Seat, site: Site, host: Host, common: int) -> ExpertLayer:
         dense = read(model, seat)
-        stock: type[GatedExperts | PlainExperts] = GatedExperts if seat.is_gated else PlainExperts
+        stock = bank_of(seat)
         bank, apart = _BANK.get() or stock, common if self.residual == "separate" else 0
         made = ExpertLayer(
             site,
@@ -183,7 +171,7 @@ class ReadMe(Method):
             TopK(1),
             bank(model.config, len(self.domains), seat.d_model, self.width - apart, dense.activation),
             host,
-            bias=dense.bias is not None,
+            bias=dense.bias,
             combine="sum",
             shared=stock(model.config, 1, seat.d_model, apart, dense.activation) if apart else None,
         )
@@ -206,8 +194,6 @@ class ReadMe(Method):
                 layer.shared.fill(cut(dense, shared(mask).nonzero().view(1, -1)))
                 mask = mask & ~shared(mask)
             layer.experts.fill(cut(dense, torch.stack([row.nonzero().flatten() for row in mask])))
-            if layer.bias is not None and dense.bias is not None:
-                layer.bias.data.copy_(dense.bias)
             made.append((seat, layer))
         for seat, layer in made:
             put(model, seat, layer)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moesaic.errors import ConfigError
-from moesaic.ffn.layer import ExpertLayer, GatedExperts, PlainExperts
+from moesaic.ffn.layer import ExpertLayer, bank_of
 from moesaic.ffn.model import Method, expert_layers, put, sites
 from moesaic.ffn.split import Dense, Seat, Slices, cut, even, join, read
 from moesaic.host import Host
@@ -74,9 +74,8 @@ class SMoEDropout(Method):
 
     def layer(self, model: PreTrainedModel, seat: Seat, site: Site, host: Host) -> ExpertLayer:
         dense = read(model, seat)
-        bank = GatedExperts if seat.is_gated else PlainExperts
         width = even(seat.d_ff, self.num_experts).shape[1]
-        experts = bank(model.config, self.num_experts, seat.d_model, width, dense.activation)
+        experts = bank_of(seat)(model.config, self.num_experts, seat.d_model, width, dense.activation)
         kind = FixedRouter if self.router == "fixed" else LinearRouter
         gate = TopK(self.num_experts if self.top_k is None else self.top_k)
         made = ExpertLayer(
@@ -85,7 +84,7 @@ class SMoEDropout(Method):
             gate,
             experts,
             host,
-            bias=dense.bias is not None,
+            bias=dense.bias,
             combine=self.combine,
         )
         return made.to(dense.up.device, dense.up.dtype).train(model.training)
@@ -102,8 +101,6 @@ class SMoEDropout(Method):
             if self.combine == "softmax":
                 slices.down = slices.down * self.num_experts
             layer.experts.fill(slices)
-            if layer.bias is not None and dense.bias is not None:
-                layer.bias.data.copy_(dense.bias)
             put(model, seat, layer)
 
 

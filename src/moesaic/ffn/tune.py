@@ -24,7 +24,8 @@ from transformers import PreTrainedModel
 from moesaic.errors import ConfigError, TrainingError
 from moesaic.ffn.pregate import PreGate
 from moesaic.ffn.read_me import Masks, shared
-from moesaic.ffn.split import seats
+from moesaic.ffn.split import Seat
+from moesaic.ffn.watching import watching
 
 Batch = Mapping[str, Tensor]
 Said = Callable[[str, int, float], None]
@@ -64,27 +65,13 @@ class Rounds:
 def masked(model: PreTrainedModel, masks: Masks, chosen: Callable[[], Tensor]) -> Iterator[None]:
     """The model with each token's hidden units masked by those of its expert, `chosen()` (B, T), in every layer."""
 
-    def mask(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def mask(seat: Seat, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden = args[0]
-        kept = F.embedding(chosen().to(hidden.device), masks[name].to(hidden))
+        kept = F.embedding(chosen().to(hidden.device), masks[seat.name].to(hidden))
         return (hidden * kept.view(hidden.shape),)
 
-    with _hooks(model, mask):
+    with watching(model, mask):
         yield
-
-
-@contextmanager
-def _hooks(model: PreTrainedModel, hook: Callable[..., Any]) -> Iterator[None]:
-    """`hook(layer, module, args)` before the last linear of every feed-forward layer."""
-    handles = [
-        model.get_submodule(f"{seat.name}.{seat.last}").register_forward_pre_hook(partial(hook, seat.name))
-        for seat in seats(model)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def targets(
@@ -93,11 +80,11 @@ def targets(
     """What each layer says of a batch's experts, by `count(hidden (B, T, d_ff), mask (N, d_ff))`; no gradients."""
     found: list[Tensor] = []
 
-    def read(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def read(seat: Seat, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         hidden = args[0].view(*batch["input_ids"].shape, -1)
-        found.append(count(hidden, masks[name].to(hidden.device)))
+        found.append(count(hidden, masks[seat.name].to(hidden.device)))
 
-    with torch.no_grad(), _hooks(model, read):
+    with torch.no_grad(), watching(model, read):
         model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False)
     return found
 

@@ -171,7 +171,7 @@ def read_and_reduce_in_bf16(
 ) -> tuple[Tensor, Tensor]:
     """Under bf16 autocast: a router's map of x in float32, and `x A^T` (N, E*r) in bf16, to be trained.
 
-    Their gradients are products of bf16, as autocast makes those of every linear; together they are two, not four.
+    What goes back to x is one product of bf16 for both. The map's own gradient is in float32, as its logits are.
 
     Args:
         wide: x in float32.
@@ -199,9 +199,11 @@ class _ReadAndReduceInBf16(torch.autograd.Function):
         grad_x = grad_weight = grad_a = None
         if to_x:
             grad_x = torch.mm(grad, torch.cat([_bf16(weight), _bf16(A)])).view(x.shape).to(x.dtype)
-        if to_a or to_weight:
-            stacked = torch.mm(grad.t(), _bf16(x).reshape(-1, x.shape[-1])).to(A.dtype)
-            grad_weight, grad_a = stacked.split_with_sizes([len(weight), len(A)])
+        flat = x.reshape(-1, x.shape[-1])
+        if to_weight:
+            grad_weight = torch.mm(grad_read.t(), flat.float()).to(weight.dtype)
+        if to_a:
+            grad_a = torch.mm(_bf16(grad_z).t(), _bf16(flat)).to(A.dtype)
         return grad_x, None, grad_a, grad_weight, grad_read.sum(dim=0) if to_bias else None
 
 

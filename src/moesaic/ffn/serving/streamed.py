@@ -112,10 +112,11 @@ class Store:
 
         What would have to be read again because of it is not worth it: all together, no more is read than on demand.
         """
+        missing = [key for key in coming if key not in self.residency.sizes] if self.prefetch else []
+        if not missing:
+            return
         needed = [(layer, e) for layer in range(self.now + 1, len(self.plan)) for e in self.plan[layer]]
-        for key in coming if self.prefetch else ():
-            if key in self.residency.sizes:
-                continue
+        for key in missing:
             try:
                 self._admit(key, [*running, *coming, *needed], count=False)
             except ConfigError:

@@ -1,0 +1,47 @@
+"""What runs through the feed-forward layers of a dense model, seen by hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from moesaic.ffn.split import seats
+
+
+@contextmanager
+def watching(model: PreTrainedModel, hook: Callable[..., Any], *, first: bool = False) -> Iterator[None]:
+    """Inside, `hook(seat, module, args)` runs before the last linear of every layer, or before its `first`."""
+    handles = [
+        model.get_submodule(f"{seat.name}.{seat.first[0] if first else seat.last}").register_forward_pre_hook(
+            partial(hook, seat)
+        )
+        for seat in seats(model)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode inside, and what there was before afterwards."""
+    was = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was)
+
+
+def tokens_of(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """A batch's ids and which of them are real, both (B, T), where the model is."""
+    ids, real = batch["input_ids"].to(model.device), batch.get("attention_mask")
+    return ids, torch.ones_like(ids, dtype=torch.bool) if real is None else real.to(ids.device).bool()
