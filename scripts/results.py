@@ -292,10 +292,10 @@ def on_smollm2(file: Path) -> str:
 
 ON_SMOLLM2 = """Where a training step's time goes: under bf16 autocast a router's map of its input is a product of few
 columns in float32, for its logits are float32 whatever autocast says, and so is its own gradient; what goes back to
-the input is one product of bf16 together with A's. The rest is small operators, some thousand more a step than LoRA has,
-in both directions: HotMoE's token-expert attention and top-k gate, RMoE's cell and its states over 30 layers. Both
-products in float32 as one, as without autocast, took longer than both apart; the map's gradient in bf16 too was a few
-percent faster, and off by up to 1 %.
+the input is one product of bf16 together with A's. The rest is small operators, some thousand more a step than LoRA
+has, in both directions: HotMoE's token-expert attention and top-k gate, RMoE's cell and its states over 30 layers. Both
+products in float32 as one, as without autocast, took longer than both apart; the map's gradient in bf16 too was off by
+more than a thousandth.
 
 Where decoding's time goes: with one token a step, a module costs what its calls cost, not what it
 computes, and between two of them the base's weights stream through the caches. So under bf16 autocast thin products
