@@ -340,7 +340,7 @@ def test_smollm2_from_its_file_to_an_answer(tmp_path, monkeypatch):
     ]
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"task": "capitals", "messages": chat}) + "\n")
-    asked = ["model=smollm2", f"data={rows}", "steps=2", "batch_size=2", "lr=1e-4", f"out={tmp_path / 'run'}"]
+    asked = ["model=smollm2", f"data={rows}", "steps=2", "batch_size=2", "lr=1e-5", f"out={tmp_path / 'run'}"]
     assert main(["train", "hotmoe", *asked, "adapter.r=2", "adapter.target_modules=q_proj"]) in (0, None)
     start_of_loading = time.perf_counter()
     prepared = load_run(tmp_path / "run")
