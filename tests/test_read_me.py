@@ -16,7 +16,8 @@ from moesaic.errors import ConfigError
 from moesaic.ffn import model as ffn
 from moesaic.ffn.layer import ExpertLayer
 from moesaic.ffn.pregate import PreGate
-from moesaic.ffn.read_me import Masks, ReadMe, masks, scores, shared
+from moesaic.ffn.masks import Masks, masks, scores, shared
+from moesaic.ffn.read_me import ReadMe
 from moesaic.ffn.split import seats
 from moesaic.ffn.tune import Rounds, distillation, masked, overlaps, released, targets, tune
 from tests.test_ffn import IDS, MODELS, WIDE, D, logits, made

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moesaic.cli.show import print_json
+from moesaic.cli.show import print_json, show
 from moesaic.cli.verbs import Section, verb
-from moesaic.runs.recipe import Recipe, adapter_config, as_used, dump, load_recipe, packaged
+from moesaic.runs.pretraining import is_pretraining, load_pretraining
+from moesaic.runs.recipe import Recipe, adapter_config, as_used, dump, load_recipe, packaged, packaged_pretrainings
 from moesaic.runs.results import trained
 
 
@@ -18,9 +19,16 @@ from moesaic.runs.results import trained
     settings=[Section(Recipe)],
     operands={"recipe": "a packaged recipe's name, or the path of a .yaml file"},
     dry_run="print the resolved recipe and stop",
-    about=lambda: f"packaged recipes: {', '.join(packaged())}",
+    about=lambda: (
+        f"packaged recipes: {', '.join(packaged())}\n\n"
+        f"language models from nothing (settings: `moesaic train {packaged_pretrainings()[0]} --dry-run`): "
+        f"{', '.join(packaged_pretrainings())}"
+    ),
 )
 def run(recipe: str, arguments: list[str], *, dry_run: bool = False, as_json: bool = False) -> None:
+    if is_pretraining(recipe):
+        _pretrain(recipe, arguments, dry_run=dry_run, as_json=as_json)
+        return
     wanted = load_recipe(recipe, arguments)
     if dry_run:
         print(dump(as_used(_resolved(wanted))), end="")
@@ -35,6 +43,27 @@ def run(recipe: str, arguments: list[str], *, dry_run: bool = False, as_json: bo
         print(f"{folder}: {line}")
     rows = "" if Path(wanted.data).is_dir() else " data=HELD_OUT_ROWS"
     print(f"next: moesaic eval {folder}{rows}")
+
+
+def _pretrain(name: str, arguments: list[str], *, dry_run: bool, as_json: bool) -> None:
+    wanted = load_pretraining(name, arguments)
+    if dry_run:
+        print(dump(wanted), end="")
+        return
+    from moesaic.report.tables import perplexity_table
+    from moesaic.training.pretrain import pretrain
+
+    results, folder = pretrain(wanted), wanted.run_folder()
+    if as_json:
+        print_json({"run": str(folder), **results})
+        return
+    show(perplexity_table({folder.name: results["held_out"]}))
+    for line in trained({**results, "final_loss": results["mean_loss"]}):
+        print(f"{folder}: {line.replace('last loss', 'held-out loss')}")
+    print(
+        f"next: moesaic perplexity {folder}"
+        + (" top_k=1,2,4" if wanted.method or "num_local_experts" in wanted.config else "")
+    )
 
 
 def _resolved(recipe: Recipe) -> Recipe:

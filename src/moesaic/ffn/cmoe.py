@@ -26,7 +26,7 @@ from moesaic.errors import ConfigError
 from moesaic.ffn.layer import Activation, ExpertLayer, GatedExperts, PlainExperts, bank_of
 from moesaic.ffn.model import Method, put, sites
 from moesaic.ffn.split import Dense, Seat, cut, even, read, seats
-from moesaic.ffn.watching import evaluating, tokens_of, watching
+from moesaic.ffn.watching import Text, batches_of, evaluating, tokens_of, watching
 from moesaic.host import Host
 from moesaic.routing import Router, RoutingContext, Site, TopK
 
@@ -132,6 +132,7 @@ class CMoE(Method):
     """
 
     name: ClassVar[str] = "cmoe"
+    needs_text: ClassVar[bool] = True
 
     num_experts: int = 8
     shared_experts: int = 2
@@ -164,6 +165,12 @@ class CMoE(Method):
             shared=of(1, width * self.shared_experts) if self.shared_experts else None,
         )
         return made.to(dense.up.device, dense.up.dtype).train(model.training)
+
+    def parts(self, model: PreTrainedModel, text: Text, *, batch_size: int = 8, seed: int = 0) -> dict[str, Any]:
+        """Groups of neurons, by their markers on some of each domain in turn."""
+        in_turn = zip(*(batches_of(rows, 1) for rows in text.values()), strict=False)
+        found = markers(model, (batch for several in in_turn for batch in several))
+        return {"groups": {name: group(marks, self.num_experts, self.shared_experts) for name, marks in found.items()}}
 
     def install(self, model: PreTrainedModel, host: Host) -> None:
         for seat, site in sites(model):

@@ -169,6 +169,11 @@ class ExpertLayer(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
 
     @property
+    def num_experts(self) -> int:
+        """Those that the router chooses among."""
+        return self.experts.num_experts
+
+    @property
     def top_k(self) -> int:
         return self.routing_gate.k
 

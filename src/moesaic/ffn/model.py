@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from moesaic.errors import AdapterError, ConfigError, suggest
 from moesaic.ffn.layer import NAME, ExpertLayer
 from moesaic.ffn.split import Seat, seats
+from moesaic.ffn.watching import Text
 from moesaic.host import Host
 from moesaic.routing import Site
 
@@ -36,6 +37,8 @@ class Method(ABC):
     """What is done to a model's feed-forward layers, with its settings. A subclass registers itself by its name."""
 
     name: ClassVar[str]
+    needs_text: ClassVar[bool] = False
+    """Whether a conversion reads text of some domains."""
     METHODS: ClassVar[dict[str, type[Method]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -46,6 +49,10 @@ class Method(ABC):
     @abstractmethod
     def install(self, model: PreTrainedModel, host: Host) -> None:
         """Put the method's layers in, with weights of any value: they are loaded or filled afterwards."""
+
+    def parts(self, model: PreTrainedModel, text: Text, *, batch_size: int = 8, seed: int = 0) -> dict[str, Any]:
+        """What `convert` takes beside the model, made of text (where the method `needs_text`)."""
+        return {}
 
     @abstractmethod
     def convert(self, model: PreTrainedModel, host: Host, **parts: Any) -> None:
@@ -89,6 +96,22 @@ def convert(model: PreTrainedModel, method: Method, **parts: Any) -> PreTrainedM
     _attach(cast(_Routed, model), host, implementation)
     method.attached(model)
     return model
+
+
+def fresh(base: type[PreTrainedModel], config: Any, method: Method) -> PreTrainedModel:
+    """An untrained model of a Transformers class with the method's layers, initialised as that class does its own."""
+    config.__class__ = routed_config(type(config))  # type: ignore[arg-type]
+    config.moesaic = {"method": method.name, **dataclasses.asdict(method)}
+    model = routed_class(base)(config)  # type: ignore[arg-type]
+    for layer in hosted(model):
+        for module in layer.modules():
+            model._init_weights(module)
+    return model
+
+
+def hosted(model: Any) -> list[nn.Module]:
+    """The modules that a method put into a model, in the model's order."""
+    return [module for module in model.modules() if module is not model and getattr(module, "host", None) is model.host]
 
 
 def load(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
@@ -194,6 +217,16 @@ def _autos(base: type) -> list[Any]:
     every = [getattr(transformers, name) for name in dir(transformers) if name.startswith("AutoModel")]
     known = [auto for auto in every if getattr(auto, "_model_mapping", None) is not None]
     return [auto for auto in known if auto._model_mapping.get(base.config_class, None) is base]  # type: ignore[attr-defined]
+
+
+def routed_layers(model: nn.Module) -> list[Any]:
+    """What takes `top_k` experts a token: converted layers, and the top-k routers of models that are mixtures."""
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, ExpertLayer)
+        or (type(module).__name__.endswith("TopKRouter") and hasattr(module, "top_k"))
+    ]
 
 
 def expert_layers(model: nn.Module) -> dict[str, ExpertLayer]:

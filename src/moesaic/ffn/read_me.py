@@ -11,7 +11,7 @@ No gate multiplies the output. Masks take exactly d neurons; the authors' code t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -23,10 +23,11 @@ from transformers import PreTrainedModel
 
 from moesaic.errors import ConfigError
 from moesaic.ffn.layer import ExpertLayer, bank_of
+from moesaic.ffn.masks import Masks, masks, scores, shared
 from moesaic.ffn.model import Method, put, sites
 from moesaic.ffn.pregate import PreGate
 from moesaic.ffn.split import Seat, cut, read, seats
-from moesaic.ffn.watching import evaluating, tokens_of, watching
+from moesaic.ffn.watching import Text, batches_of
 from moesaic.host import Host
 from moesaic.routing import Router, RoutingContext, Site, TopK
 
@@ -46,58 +47,6 @@ def banks_of(kind: Callable[..., Any]) -> Iterator[None]:
         yield
     finally:
         _BANK.reset(token)
-
-
-Masks = dict[str, Tensor]
-"""By layer, m (N, d_ff)."""
-
-
-@torch.no_grad()
-def scores(model: PreTrainedModel, domains: Mapping[str, Iterable[Mapping[str, Tensor]]]) -> dict[str, Tensor]:
-    """Mean magnitude of every neuron on every domain: by layer (N, d_ff), in float64; padding is left out.
-
-    Args:
-        domains: by name, batches of `input_ids` and `attention_mask`; they are read once, one at a time.
-    Raises:
-        ConfigError: for a domain without a token, or fewer than two.
-    """
-    if len(domains) < 2:
-        raise ConfigError(
-            f"Read-ME needs two domains at least, one an expert: {', '.join(domains) or 'none'} is not enough"
-        )
-    totals = {seat.name: torch.zeros(len(domains), seat.d_ff, dtype=torch.float64) for seat in seats(model)}
-    counts = torch.zeros(len(domains), dtype=torch.float64)
-    running: dict[str, Any] = {}
-
-    def add(seat: Seat, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        hidden, real = args[0].abs().flatten(0, -2), running["real"].flatten()
-        totals[seat.name][running["domain"]] += hidden[real].sum(dim=0, dtype=torch.float64).cpu()
-
-    with evaluating(model), watching(model, add):
-        for i, (name, batches) in enumerate(domains.items()):
-            for batch in batches:
-                ids, real = tokens_of(model, batch)
-                running |= {"domain": i, "real": real}
-                counts[i] += int(real.sum())
-                model(input_ids=ids, attention_mask=real.long(), use_cache=False)
-            if counts[i] == 0:
-                raise ConfigError(f"the domain {name!r} has no token: give each domain some text")
-    return {name: total / counts[:, None] for name, total in totals.items()}
-
-
-def masks(found: Mapping[str, Tensor], width: int) -> Masks:
-    """m (N, d_ff) of each layer: the `width` neurons with the highest score of each domain."""
-    made = {}
-    for name, score in found.items():
-        if not 1 <= width <= score.shape[1]:
-            raise ConfigError(f"an expert of {width} neurons cannot be cut out of {score.shape[1]}")
-        made[name] = torch.zeros_like(score, dtype=torch.bool).scatter_(1, score.topk(width, dim=1).indices, True)
-    return made
-
-
-def shared(mask: Tensor) -> Tensor:
-    """r (d_ff,): the neurons that every expert has."""
-    return mask.all(dim=0)
 
 
 class PreGated(Router):
@@ -137,17 +86,18 @@ class ReadMe(Method):
 
     Args:
         domains: the experts' names.
-        width: d, neurons of one expert.
+        width: d, neurons of one expert; 0 takes half of the layers' own.
         residual: "fused": each expert holds the shared neurons too; "separate": they are an FFN of their own.
         shared_widths: how many neurons the experts share, by layer.
-        router_dim: the pre-gate's width.
+        router_dim: the pre-gate's width; 512 in the paper.
         router_heads: of its attention.
     """
 
     name: ClassVar[str] = "read-me"
+    needs_text: ClassVar[bool] = True
 
     domains: list[str]
-    width: int
+    width: int = 0
     residual: Literal["fused", "separate"] = "fused"
     shared_widths: list[int] = field(default_factory=list)
     router_dim: int = 512
@@ -183,6 +133,16 @@ class ReadMe(Method):
             put(model, seat, self.layer(model, seat, site, host, common))
         vocab = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
         model.pre_gate = PreGate(vocab, len(self.domains), dim=self.router_dim, heads=self.router_heads)
+
+    def parts(self, model: PreTrainedModel, text: Text, *, batch_size: int = 8, seed: int = 0) -> dict[str, Any]:
+        """Masks of the model as it is, and a router that knows nothing yet but the model's embedding."""
+        torch.manual_seed(seed)
+        table = cast(nn.Embedding, model.get_input_embeddings())
+        router = PreGate(table.num_embeddings, len(self.domains), dim=self.router_dim, heads=self.router_heads)
+        router.take_embedding(table.weight)
+        self.width = self.width or min(seat.d_ff for seat in seats(model)) // 2
+        found = scores(model, {name: batches_of(rows, batch_size) for name, rows in text.items()})
+        return {"masks": masks(found, self.width), "pre_gate": router.to(model.device)}
 
     def convert(self, model: PreTrainedModel, host: Host, *, masks: Masks, pre_gate: PreGate) -> None:  # type: ignore[override]
         found = sites(model)

@@ -24,7 +24,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from moesaic.errors import ConfigError
-from moesaic.ffn.model import expert_layers
+from moesaic.ffn.model import routed_layers
 
 Kind = Literal[
     "linear", "cosine", "exp", "multi_step", "constant", "elastic",
@@ -85,5 +85,5 @@ class KSchedule(TrainerCallback):
 
 def apply(schedule: Schedule, model: nn.Module, step: int, steps: int) -> None:
     """Each layer's k at a step of a training, for loops that are no Trainer's."""
-    for i, layer in enumerate(expert_layers(model).values()):
+    for i, layer in enumerate(routed_layers(model)):
         layer.top_k = schedule.at(step, steps, layer=i)

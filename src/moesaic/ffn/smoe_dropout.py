@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from moesaic.errors import ConfigError
 from moesaic.ffn.layer import ExpertLayer, bank_of
-from moesaic.ffn.model import Method, expert_layers, put, sites
+from moesaic.ffn.model import Method, put, routed_layers, sites
 from moesaic.ffn.split import Dense, Seat, Slices, cut, even, join, read
 from moesaic.host import Host
 from moesaic.routing import LinearRouter, Router, RoutingContext, Site, TopK
@@ -115,16 +115,17 @@ def dense_of(layer: ExpertLayer) -> Dense:
 
 
 def set_top_k(model: nn.Module, k: int) -> None:
-    """Take k experts a token in every converted layer; nothing is loaded again.
+    """Take k experts a token in every layer, of a converted model or of one that is a mixture; nothing is loaded again.
 
     Raises:
-        ConfigError: where k is not between 1 and the number of experts, or no layer is converted.
+        ConfigError: where k is not between 1 and the number of experts, or no layer has any.
     """
-    layers = expert_layers(model).values()
+    layers = routed_layers(model)
     if not layers:
-        raise ConfigError("this model has no layers made of experts: moesaic.ffn.convert makes them")
-    if not all(1 <= k <= layer.experts.num_experts for layer in layers):
-        raise ConfigError(f"top_k={k} must be between 1 and {min(layer.experts.num_experts for layer in layers)}")
+        raise ConfigError("this model has no layers made of experts: `moesaic convert` makes them")
+    most = min(layer.num_experts for layer in layers)
+    if not 1 <= k <= most:
+        raise ConfigError(f"top_k={k} must be between 1 and {most}")
     for layer in layers:
         layer.top_k = k
 
@@ -132,7 +133,7 @@ def set_top_k(model: nn.Module, k: int) -> None:
 @contextmanager
 def top_k(model: nn.Module, k: int) -> Iterator[None]:
     """k experts a token inside, and what there was before afterwards."""
-    before = {layer: layer.top_k for layer in expert_layers(model).values()}
+    before = {layer: layer.top_k for layer in routed_layers(model)}
     set_top_k(model, k)
     try:
         yield

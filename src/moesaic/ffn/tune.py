@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from moesaic.errors import ConfigError, TrainingError
+from moesaic.ffn.masks import Masks, shared
 from moesaic.ffn.pregate import PreGate
-from moesaic.ffn.read_me import Masks, shared
 from moesaic.ffn.split import Seat
 from moesaic.ffn.watching import watching
 
@@ -155,11 +155,11 @@ def tune(
     for number in range(first, rounds.rounds):
         share = rounds.decay**number
         router_loss = partial(_router_loss, model, pre_gate, masks, *_LOSSES[rounds.loss])
-        _stage(
+        stage(
             pre_gate, [model], rounds.router_steps, share * rounds.router_lr, rounds.weight_decay, batches,
             router_loss, partial(say, "router") if say else None,
         )  # fmt: skip
-        _stage(
+        stage(
             model, [pre_gate], rounds.expert_steps, share * rounds.expert_lr, rounds.weight_decay, batches,
             partial(_expert_loss, model, pre_gate, masks), partial(say, "experts") if say else None,
         )  # fmt: skip
@@ -184,7 +184,7 @@ def _expert_loss(model: PreTrainedModel, pre_gate: PreGate, masks: Masks, batch:
     return found
 
 
-def _stage(
+def stage(
     learns: nn.Module,
     rests: Sequence[nn.Module],
     steps: int,

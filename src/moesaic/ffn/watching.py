@@ -13,6 +13,14 @@ from transformers import PreTrainedModel
 
 from moesaic.ffn.split import seats
 
+Text = Mapping[str, Tensor]
+"""By domain, rows (n, T) of token ids."""
+
+
+def batches_of(rows: Tensor, size: int) -> Iterator[dict[str, Tensor]]:
+    """Rows (n, T) of whole tokens in batches of `size`."""
+    return ({"input_ids": batch} for batch in rows.split(size))
+
 
 @contextmanager
 def watching(model: PreTrainedModel, hook: Callable[..., Any], *, first: bool = False) -> Iterator[None]:

@@ -1,6 +1,7 @@
 """Results as rich tables."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,3 +118,17 @@ def _cell(score: dict[str, Any] | None) -> str:
         return ""
     text = f"{100 * score['score']:.1f} ± {100 * score['stderr']:.1f}"
     return f"{text} (MCC {score['matthews']:.2f})" if "matthews" in score else text
+
+
+def perplexity_table(columns: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Table:
+    """Perplexities by domain (rows) of several models, or of one before and after (columns); their geometric mean."""
+    table = Table("domain", *columns, title="perplexity of held-out text")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    domains = list(next(iter(columns.values())))
+    for domain in domains:
+        table.add_row(domain, *[f"{found[domain]['perplexity']:,.2f}" for found in columns.values()])
+    means = [math.exp(sum(found[d]["loss"] for d in domains) / len(domains)) for found in columns.values()]
+    table.add_section()
+    table.add_row("mean", *[f"{value:,.2f}" for value in means])
+    return table

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -183,15 +183,20 @@ def _sync(path: Path) -> None:
 
 
 class RunFolder:
-    """A run's files. Creating the object touches nothing; `prepared` does."""
+    """A run's files. Creating the object touches nothing; `prepared` does.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        load: reads the recipe, whichever kind it is of.
+    """
+
+    def __init__(self, path: Path, load: Callable[[str], Any] = load_recipe) -> None:
+        self.path, self.load = path, load
         self.recipe = path / "recipe.yaml"
         self.layout = path / "layout.json"
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.adapter = path / "adapter"
+        self.model = path / "model"
         self.results = path / "results.json"
 
     @property
@@ -261,7 +266,7 @@ class RunFolder:
 
     def _compare(self, description: dict[str, Any], layout: dict[str, Any]) -> None:
         try:
-            before = load_recipe(str(self.recipe)).describes()
+            before = self.load(str(self.recipe)).describes()
         except ConfigError as error:
             raise ConfigError(f"{error}; overwrite=true or another out=") from None
         changed = differences(before, description)

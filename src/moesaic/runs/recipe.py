@@ -97,6 +97,15 @@ _MOST_ROWS = 10**15
 
 def packaged() -> list[str]:
     """Names of the recipes that come with the package: a method's, or `papers/` and the method as its paper set it."""
+    return [name for name in _names() if not name.startswith("pretrain/")]
+
+
+def packaged_pretrainings() -> list[str]:
+    """Names of the packaged recipes of `moesaic.runs.pretraining`."""
+    return [name for name in _names() if name.startswith("pretrain/")]
+
+
+def _names() -> list[str]:
     return sorted(p.relative_to(PACKAGED).with_suffix("").as_posix() for p in PACKAGED.rglob("*.yaml"))
 
 
@@ -109,8 +118,8 @@ def recipe_file(name: str) -> Path:
         if not path.is_file():
             raise ConfigError(f"no recipe file {path}")
         return path
-    if name not in packaged():
-        raise ConfigError(f"no recipe '{name}'; {suggest(name, packaged())}; or give the path of a .yaml file")
+    if name not in _names():
+        raise ConfigError(f"no recipe '{name}'; {suggest(name, _names())}; or give the path of a .yaml file")
     return PACKAGED / f"{name}.yaml"
 
 
@@ -157,13 +166,16 @@ def parse_settings(cls: type[T], overrides: Sequence[str]) -> T:
     return build(cls, given)
 
 
-def check(recipe: Recipe) -> None:
-    """Raise ConfigError for a value that cannot be; the adapter's settings are checked by `adapter_config`."""
+def check(recipe: Any) -> None:
+    """Raise ConfigError for a value that cannot be, of a recipe of either kind.
+
+    The adapter's settings are checked by `adapter_config`.
+    """
     for key, options in _CHOICES.items():
-        if getattr(recipe, key) not in options:
+        if getattr(recipe, key, options[0]) not in options:
             raise ConfigError(f"{key}={getattr(recipe, key)}; {suggest(str(getattr(recipe, key)), options)}")
     for key, least in _AT_LEAST.items():
-        if getattr(recipe, key) < least:
+        if getattr(recipe, key, least) < least:
             raise ConfigError(f"{key}={getattr(recipe, key)} must be at least {least}")
     for key, most in _AT_MOST.items():
         if getattr(recipe, key) > most:
@@ -179,7 +191,7 @@ def check(recipe: Recipe) -> None:
     if "\0" in recipe.out:
         raise ConfigError("out holds a NUL character, which no path can")
     for key in ("lr", "temperature"):
-        if not getattr(recipe, key) > 0:
+        if not getattr(recipe, key, 1) > 0:
             raise ConfigError(f"{key}={getattr(recipe, key)} must be above 0")
     if recipe.clip < 0 or recipe.weight_decay < 0:
         raise ConfigError("clip and weight_decay cannot be negative")

@@ -34,9 +34,13 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 
 def parse_overrides(
-    overrides: Sequence[str], *, lists: Collection[str] = (), texts: Collection[str] = ()
+    overrides: Sequence[str],
+    *,
+    lists: Collection[str] = (),
+    texts: Collection[str] = (),
+    sections: Collection[str] = ("adapter", "arms"),
 ) -> dict[str, Any]:
-    """`key=value` texts to a dict; `adapter.*` and `arms.*` nest.
+    """`key=value` texts to a dict; those of `sections` nest, as `adapter.r=8`.
 
     Args:
         lists: keys that take one value for a list.
@@ -55,7 +59,7 @@ def parse_overrides(
             parsed = _scalar(parsed)
         _check_keys_are_texts(key, parsed)
         section, dot, _ = key.partition(".")
-        if dot and section in ("adapter", "arms"):
+        if dot and section in sections:
             _put(given, key.split("."), _numbers(parsed), text)
         else:
             given[key] = [parsed] if key in lists and isinstance(parsed, (str, int, float)) else parsed

@@ -42,7 +42,7 @@ def train(recipe: Recipe, *, command: str | None = None, progress: bool | None =
     command = command or command_line()
     adapter_config(recipe)  # a setting that cannot be is refused before anything is read
     folder = RunFolder(recipe.run_folder())
-    _check_place(folder, overwrite=recipe.overwrite)
+    check_place(folder, overwrite=recipe.overwrite)
     examples = load_examples(recipe)
     prepared = prepare(recipe, examples)
     recipe = as_used(prepared.recipe)
@@ -52,7 +52,7 @@ def train(recipe: Recipe, *, command: str | None = None, progress: bool | None =
         stored["labels"] = {t: list(v) for t, v in prepared.layout.labels.items()}
         stored |= {"scorers": prepared.layout.scorers} if prepared.layout.scorers else {}
     rows = training_rows(prepared, examples)
-    described = _plain(recipe)
+    described = plain(recipe)
     with (
         folder.prepared(overwrite=recipe.overwrite, resume=recipe.resume, description=described, layout=stored) as step,
         writing(folder.path),
@@ -66,7 +66,7 @@ def train(recipe: Recipe, *, command: str | None = None, progress: bool | None =
             trainer.last_loss = folder.last_loss()
         found = ""
         if learns:
-            _fit(trainer, folder, step)
+            fit(trainer, folder, step)
         else:
             found = _search(trainer, prepared)
         if not learns and not found:
@@ -80,7 +80,7 @@ def train(recipe: Recipe, *, command: str | None = None, progress: bool | None =
     return results
 
 
-def _check_place(folder: RunFolder, *, overwrite: bool) -> None:
+def check_place(folder: RunFolder, *, overwrite: bool) -> None:
     """Refuse, before anything is read, a place that `RunFolder.prepared` would refuse in the end."""
     path = folder.path
     check_writable(path.absolute(), f"out={path}")
@@ -181,11 +181,17 @@ def _class(trainer: type, routed: bool) -> type:
     return type(f"Run{trainer.__name__}", bases, {})
 
 
-_RESUMED_FROM = ("adapter_model.safetensors", "trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state*.pth")
+_RESUMED_FROM = ("*model*.safetensors", "trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state*.pth")
 """Files of a checkpoint; where one is missing, HF Trainer would silently start that part anew."""
 
 
-def _fit(trainer: Any, folder: RunFolder, step: int) -> None:
+def fit(trainer: Any, folder: RunFolder, step: int) -> None:
+    """Train, from the checkpoint of `step` on where that is not 0.
+
+    Raises:
+        TrainingError: memory runs out, a loss is not finite, or the checkpoint is damaged.
+        KeyboardInterrupt: after a checkpoint.
+    """
     lost = [f for f in _RESUMED_FROM if not any(folder.checkpoint(step).glob(f))] if step else []
     if lost:
         raise TrainingError(
@@ -195,7 +201,7 @@ def _fit(trainer: Any, folder: RunFolder, step: int) -> None:
         trainer.train(resume_from_checkpoint=str(folder.checkpoint(step)) if step else None)
     except torch.OutOfMemoryError as error:
         raise TrainingError(
-            f"out of memory: lower batch_size or max_length, or checkpointing=true ({first_line(error)})"
+            f"out of memory: lower batch_size or the length of a row, or checkpointing=true ({first_line(error)})"
         ) from None
     except MoesaicError:
         raise
@@ -249,7 +255,7 @@ def _results(trainer: Any, prepared: Prepared, resumed: int, command: str) -> di
     }
 
 
-def _plain(recipe: Recipe) -> dict[str, Any]:
+def plain(recipe: Any) -> dict[str, Any]:
     """The recipe's description as it reads after a trip through YAML."""
     from omegaconf import OmegaConf
 

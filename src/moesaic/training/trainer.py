@@ -21,6 +21,7 @@ from moesaic.data.sampling import InterleavedSampler
 from moesaic.errors import TrainingError
 from moesaic.models.precision import numerics
 from moesaic.runs.folder import RunFolder, atomic_folder
+from moesaic.runs.pretraining import Pretraining
 from moesaic.runs.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -191,7 +192,7 @@ class _Bar(TrainerCallback):
         self.bar.close()
 
 
-def training_arguments(recipe: Recipe, folder: RunFolder) -> dict[str, Any]:
+def training_arguments(recipe: Recipe | Pretraining, folder: RunFolder) -> dict[str, Any]:
     """What a recipe means in the words of `TrainingArguments`."""
     from transformers import TrainingArguments
 

@@ -1,0 +1,43 @@
+"""`moesaic convert`: feed-forward layers of a model that is trained already, made of experts."""
+
+from __future__ import annotations
+
+from moesaic.cli.show import print_json, show
+from moesaic.cli.verbs import Section, verb
+from moesaic.runs.conversion import Conversion, load_conversion
+
+_ABOUT = """  read-me        an expert for each domain of text, and one router before the model runs (Cai et al. 2024)
+  cmoe           shared experts by activation rates, the rest clustered: no training (Pei et al. 2025)
+  smoe-dropout   equal slices behind a fixed random router, for training with growing k (Chen et al. 2023)
+  rmoe           routers linked over depth, for models that are mixtures: Mixtral, Qwen3-MoE, OLMoE (Qiu et al. 2025)
+
+  moesaic convert read-me model=smollm2 domains=stdlib,pydoc,data/gsm8k
+  moesaic convert cmoe model=smollm2 domains=stdlib,pydoc experts.num_experts=8 experts.top_k=4
+  moesaic convert smoe-dropout model=nano experts.combine=sum"""
+
+
+@verb(
+    "convert",
+    "make experts of a model's feed-forward layers",
+    group="feed-forward layers",
+    place=70,
+    settings=[Section(Conversion, but=("method",))],
+    operands={"method": "read-me, cmoe, smoe-dropout or rmoe"},
+    about=lambda: _ABOUT,
+)
+def run(method: str, arguments: list[str], *, as_json: bool = False) -> None:
+    """Raises MoesaicError of the kind that fits; nothing is written then but rounds that are done."""
+    wanted = load_conversion(method, arguments)
+    from moesaic.training.conversion import convert
+
+    results = convert(wanted)
+    if as_json:
+        print_json(results)
+        return
+    from moesaic.report.tables import perplexity_table
+
+    count = results["parameters"]
+    parts = [perplexity_table({"before": results["before"], "after": results["after"]})] if results["before"] else []
+    show(*parts)
+    print(f"{wanted.out}: {method}, {count['before']:,} parameters before, {count['after']:,} after")
+    print(f"next: moesaic perplexity {wanted.out} domains=…, or moesaic.ffn.model.load({wanted.out!r})")

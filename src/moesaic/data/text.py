@@ -1,0 +1,101 @@
+"""Running text by domain, for language models: documents, a held-out part of them, rows of tokens.
+
+A source is a text file, a folder or a pattern (`src/**/*.py`) of them, a JSONL file or a folder of one task, whose
+prompts and answers are read, or one of two that every Python brings along: `stdlib`, the sources of its standard
+library, and `pydoc`, the pages of its language reference.
+"""
+
+from __future__ import annotations
+
+import glob
+import importlib
+import sysconfig
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moesaic.data.examples import load
+from moesaic.errors import DataError, path_of
+
+HELD_OUT = 10
+"""One document in so many is held out."""
+BUILT_IN = ("stdlib", "pydoc")
+
+
+def documents(source: str) -> list[str]:
+    """The texts of a source, none empty, in an order of their own.
+
+    Raises:
+        DataError: there is none, or it cannot be read.
+    """
+    found: Iterator[str]
+    if source == "stdlib":
+        found = map(_read, sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")))
+    elif source == "pydoc":
+        topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+        found = map(str.strip, topics.values())
+    else:
+        found = _from_files(source)
+    texts = [text for text in found if text.strip()]
+    if not texts:
+        raise DataError(f"{source} holds no text")
+    return texts
+
+
+def _from_files(source: str) -> Iterator[str]:
+    place = path_of(source)
+    if place.suffix == ".jsonl" or (place.is_dir() and any(place.glob("*.jsonl"))):
+        for row in load(place):
+            turns = [text for _, text in row.messages] or [row.prompt, row.completion or _choice(row)]
+            yield " ".join(filter(None, turns))
+        return
+    pattern = str(place / "**" / "*") if place.is_dir() else str(place)
+    files = sorted(file for file in map(Path, glob.iglob(pattern, recursive=True)) if file.is_file())
+    if not files:
+        raise DataError(f"there is no text at {source}: name a file, a folder, a pattern, or {' or '.join(BUILT_IN)}")
+    yield from map(_read, files)
+
+
+def _choice(row: Any) -> str:
+    return row.choices[row.answer] if row.choices and isinstance(row.answer, int) else ""
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return ""  # an image or an archive among the texts of a folder
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}") from None
+
+
+def parted(texts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Documents to learn from and documents that are held out, every tenth; fewer than ten are cut by lines first."""
+    pieces = list(texts)
+    if len(pieces) < HELD_OUT:
+        lines = "\n".join(texts).splitlines(keepends=True)
+        size = max(1, -(-len(lines) // (2 * HELD_OUT)))
+        pieces = ["".join(lines[i : i + size]) for i in range(0, len(lines), size)]
+    held = pieces[HELD_OUT - 1 :: HELD_OUT] or pieces[-1:]
+    return [text for i, text in enumerate(pieces) if i % HELD_OUT != HELD_OUT - 1], held
+
+
+def rows(tokenizer: Any, texts: Iterable[str], length: int, limit: int | None = None) -> Tensor:
+    """Rows (n, length) of token ids, document after document with the end-of-text token behind each.
+
+    What does not fill the last row is left out. At most `limit` rows are made, and no more text is read for them.
+    """
+    made: list[list[int]] = []
+    left: list[int] = []
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for text in texts:
+        left += [*tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], *end]
+        while len(left) >= length and (limit is None or len(made) < limit):
+            made.append(left[:length])
+            left = left[length:]
+        if limit is not None and len(made) >= limit:
+            break
+    return torch.tensor(made, dtype=torch.long).view(-1, length)

@@ -1,0 +1,138 @@
+"""From a recipe of `moesaic.runs.pretraining` to a run folder: a language model trained from nothing by HF Trainer."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from moesaic.data.sampling import InterleavedSampler
+from moesaic.errors import ConfigError, first_line, suggest
+from moesaic.ffn import model as ffn
+from moesaic.ffn.schedules import KSchedule, Schedule
+from moesaic.models.embedded import resolve
+from moesaic.models.nano.corpus import DOMAINS
+from moesaic.runs.folder import RunFolder, atomic_folder, write_json, write_text, writing
+from moesaic.runs.pretraining import Pretraining, load_pretraining
+from moesaic.runs.recipe import dump
+from moesaic.runs.results import command_line, count_total, count_trainable, device_name, peak_memory, versions
+from moesaic.training.domains import Domain, domains_of, figures, named
+from moesaic.training.run import check_place, fit, plain
+from moesaic.training.trainer import RunMixin, training_arguments
+
+logger = logging.getLogger(__name__)
+
+
+def pretrain(recipe: Pretraining, *, command: str | None = None, progress: bool | None = None) -> dict[str, Any]:
+    """Run a recipe, or continue it where it was interrupted; returns what is written to results.json.
+
+    Raises:
+        MoesaicError: of the kind that fits; nothing already written is lost.
+        KeyboardInterrupt: after a checkpoint, when interrupted.
+    """
+    command = command or command_line()
+    folder = RunFolder(recipe.run_folder(), load_pretraining)
+    check_place(folder, overwrite=recipe.overwrite)
+    tokenizer = AutoTokenizer.from_pretrained(resolve(recipe.tokenizer))
+    model = built(recipe, tokenizer)
+    domains = _domains(recipe, tokenizer)
+    layout = {"domains": {name: len(domain.train) for name, domain in domains.items()}}
+    with (
+        folder.prepared(
+            overwrite=recipe.overwrite, resume=recipe.resume, description=plain(recipe), layout=layout
+        ) as step,
+        writing(folder.path),
+    ):
+        write_json(folder.layout, layout)
+        write_text(folder.recipe, dump(recipe))
+        trainer = _trainer(recipe, model, domains, folder, progress=progress)
+        if step:
+            logger.warning("%s: going on from step %d", folder.path, step)
+        fit(trainer, folder, step)
+        found = figures(model, domains)
+        with atomic_folder(folder.model) as staging:
+            model.save_pretrained(str(staging))
+            tokenizer.save_pretrained(str(staging))
+        results = {
+            "name": recipe.name,
+            "seed": recipe.seed,
+            "steps": trainer.state.global_step,
+            "resumed_from_step": step,
+            "held_out": found,
+            "mean_loss": sum(figure["loss"] for figure in found.values()) / len(found),
+            "trainable_parameters": count_trainable(model),
+            "total_parameters": count_total(model),
+            **peak_memory(trainer.args.device),
+            "train_seconds": round(trainer.seconds, 2),
+            "tokens_per_second": round(trainer.tokens / trainer.seconds, 1),
+            "bf16_autocast": bool(trainer.args.bf16),
+            "device": device_name(trainer.args.device),
+            "command": command,
+            "versions": versions(),
+        }
+        write_json(folder.results, results)
+    return results
+
+
+def built(recipe: Pretraining, tokenizer: Any) -> PreTrainedModel:
+    """The untrained model of a recipe.
+
+    Raises:
+        ConfigError: an architecture that Transformers does not have, or settings that it or the method refuses.
+    """
+    known = transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES
+    if recipe.architecture not in known:
+        raise ConfigError(f"architecture={recipe.architecture}; {suggest(recipe.architecture, known)[:200]}")
+    ends = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    torch.manual_seed(recipe.seed)
+    try:
+        config = transformers.AutoConfig.for_model(recipe.architecture, **{**ends, **recipe.config})
+        if not recipe.method:
+            return AutoModelForCausalLM.from_config(config)
+        kind = ffn.method_of(recipe.method)
+        base: Any = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        return ffn.fresh(base, config, kind(**recipe.experts))
+    except ConfigError:
+        raise
+    except (TypeError, ValueError, KeyError, RuntimeError) as error:
+        raise ConfigError(f"architecture {recipe.architecture} cannot be made so: {first_line(error)}") from None
+
+
+def _domains(recipe: Pretraining, tokenizer: Any) -> dict[str, Domain]:
+    wanted = named(list(DOMAINS) if recipe.domains is None else recipe.domains)
+    rows = -(-recipe.steps * recipe.batch_size * recipe.accumulation // len(wanted))
+    return domains_of(wanted, tokenizer, length=recipe.length, train=rows, held=recipe.held_out, seed=recipe.seed)
+
+
+def _trainer(
+    recipe: Pretraining, model: PreTrainedModel, domains: dict[str, Domain], folder: RunFolder, *, progress: bool | None
+) -> Any:
+    args = transformers.TrainingArguments(**training_arguments(recipe, folder))
+    rows = [row for domain in domains.values() for row in domain.train]
+    length = recipe.steps * recipe.batch_size * recipe.accumulation * args.world_size
+    of = [name for name, domain in domains.items() for _ in domain.train]
+    trainer: Any = _PretrainingTrainer(model=model, args=args, train_dataset=rows, data_collator=_batch)
+    shown = sys.stderr.isatty() if progress is None else progress
+    trainer.attach(folder, InterleavedSampler(of, length, seed=recipe.seed), keep=recipe.keep, progress=shown)
+    if recipe.k_schedule:
+        kind: Any = recipe.k_schedule
+        trainer.add_callback(KSchedule(Schedule(kind, recipe.k_min, recipe.k_max, recipe.seed)))
+    return trainer
+
+
+class _PretrainingTrainer(RunMixin, transformers.Trainer):
+    pass
+
+
+def _batch(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    ids = torch.stack(rows)
+    return {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
