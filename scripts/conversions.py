@@ -87,7 +87,7 @@ class Bench:
         rounds = self.how["rounds"]
         router = PreGate(self.model.get_input_embeddings().num_embeddings, 1, dim=8, heads=1)
         plain = Rounds(**{**vars(rounds), "router_steps": 0})
-        for _ in tune(self.model, router, found, self.batches(), plain):
+        for _ in tune(self.model, router, found, self.batches(), plain, around=self.plan.context):
             pass
 
 
@@ -120,36 +120,35 @@ def cell(setting: str, arm: str, seed: int) -> dict[str, Any]:
     bench = Bench(setting, seed)
     how, model = bench.how, bench.model
     made: dict[str, Any] = {"arm": arm, "seed": seed}
-    with bench.plan.context():
-        if arm.startswith("read-me"):
-            method = ReadMe(list(bench.domains), router_dim=how["router_dim"])
-            parts = method.parts(model, bench.text, seed=seed)
-            found, router = parts["masks"], parts["pre_gate"]
-            if arm == "read-me":
-                made |= {"dense": bench.perplexities(model), "told-untuned": bench.told(found)}
-            rounds = Rounds(**{**vars(how["rounds"]), "loss": "released" if arm.endswith("released") else "paper"})
-            for _ in tune(model, router, found, bench.batches(), rounds):
-                pass
-            made |= {"told": bench.told(found), "routed_right": routed_right(router, bench.domains)}
-            made["perplexity"] = bench.perplexities(ffn.convert(model, method, **parts))
-        elif arm == "prune":
-            found = bench.pooled()
-            with _to_first(model, found):
-                made["untuned"] = bench.perplexities(model)
-            bench.tuned(found)
-            with _to_first(model, found):
-                made["perplexity"] = bench.perplexities(model)
-        elif arm == "dense-tuned":
-            bench.tuned({seat.name: torch.ones(1, seat.d_ff, dtype=torch.bool) for seat in seats(model)})
+    if arm.startswith("read-me"):
+        method = ReadMe(list(bench.domains), router_dim=how["router_dim"])
+        parts = method.parts(model, bench.text, seed=seed)
+        found, router = parts["masks"], parts["pre_gate"]
+        if arm == "read-me":
+            made |= {"dense": bench.perplexities(model), "told-untuned": bench.told(found)}
+        rounds = Rounds(**{**vars(how["rounds"]), "loss": "released" if arm.endswith("released") else "paper"})
+        for _ in tune(model, router, found, bench.batches(), rounds, around=bench.plan.context):
+            pass
+        made |= {"told": bench.told(found), "routed_right": routed_right(router, bench.domains)}
+        made["perplexity"] = bench.perplexities(ffn.convert(model, method, **parts))
+    elif arm == "prune":
+        found = bench.pooled()
+        with _to_first(model, found):
+            made["untuned"] = bench.perplexities(model)
+        bench.tuned(found)
+        with _to_first(model, found):
             made["perplexity"] = bench.perplexities(model)
-        else:
-            method = CMoE(8, 2, 2)
-            routed = ffn.convert(model, method, **method.parts(model, bench.text))
-            rounds, batches, learn = how["rounds"], bench.batches(), partial(_lm, routed)
-            for number in range(rounds.rounds if arm == "cmoe-tuned" else 0):
-                rate = rounds.decay**number * rounds.expert_lr
-                stage(routed, [], rounds.expert_steps, rate, rounds.weight_decay, batches, learn, None)
-            made["perplexity"] = bench.perplexities(routed)
+    elif arm == "dense-tuned":
+        bench.tuned({seat.name: torch.ones(1, seat.d_ff, dtype=torch.bool) for seat in seats(model)})
+        made["perplexity"] = bench.perplexities(model)
+    else:
+        method = CMoE(8, 2, 2)
+        routed = ffn.convert(model, method, **method.parts(model, bench.text))
+        rounds, batches, learn = how["rounds"], bench.batches(), partial(_lm, routed)
+        for number in range(rounds.rounds if arm == "cmoe-tuned" else 0):
+            rate = rounds.decay**number * rounds.expert_lr
+            stage(routed, [], rounds.expert_steps, rate, rounds.weight_decay, batches, learn, None, bench.plan.context)
+        made["perplexity"] = bench.perplexities(routed)
     return made | {"device": device_name(bench.plan.device), "versions": versions()}
 
 

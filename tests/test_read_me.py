@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from moesaic.errors import ConfigError
 from moesaic.ffn import model as ffn
 from moesaic.ffn.layer import ExpertLayer
-from moesaic.ffn.pregate import PreGate
 from moesaic.ffn.masks import Masks, masks, scores, shared
+from moesaic.ffn.pregate import PreGate
 from moesaic.ffn.read_me import ReadMe
 from moesaic.ffn.split import seats
 from moesaic.ffn.tune import Rounds, distillation, masked, overlaps, released, targets, tune

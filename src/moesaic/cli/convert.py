@@ -6,7 +6,8 @@ from moesaic.cli.show import print_json, show
 from moesaic.cli.verbs import Section, verb
 from moesaic.runs.conversion import Conversion, load_conversion
 
-_ABOUT = """  read-me        an expert for each domain of text, and one router before the model runs (Cai et al. 2024)
+_ABOUT = """methods (`moesaic methods convert/NAME` tells equations and settings):
+  read-me        an expert for each domain of text, and one router before the model runs (Cai et al. 2024)
   cmoe           shared experts by activation rates, the rest clustered: no training (Pei et al. 2025)
   smoe-dropout   equal slices behind a fixed random router, for training with growing k (Chen et al. 2023)
   rmoe           routers linked over depth, for models that are mixtures: Mixtral, Qwen3-MoE, OLMoE (Qiu et al. 2025)
@@ -20,7 +21,7 @@ _ABOUT = """  read-me        an expert for each domain of text, and one router b
     "convert",
     "make experts of a model's feed-forward layers",
     group="feed-forward layers",
-    place=70,
+    place=84,
     settings=[Section(Conversion, but=("method",))],
     operands={"method": "read-me, cmoe, smoe-dropout or rmoe"},
     about=lambda: _ABOUT,

@@ -12,12 +12,13 @@ from moesaic.cli.show import print_json, show
 from moesaic.cli.verbs import verb
 from moesaic.errors import ConfigError, suggest
 from moesaic.runs.method import PLAIN, adapter_settings, methods
-from moesaic.runs.recipe import PACKAGED, load_recipe, packaged
+from moesaic.runs.recipe import PACKAGED, load_recipe, packaged, packaged_pretrainings
 from moesaic.runs.settings import read_yaml
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+_CONVERT = "convert/"
 _USE = """in a recipe or on the command line: adapter.{setting}=…
 in Python: {config}({setting}=…)"""
 
@@ -44,9 +45,11 @@ def run(name: str | None, *, as_json: bool = False) -> None:
 def overview() -> list[dict[str, Any]]:
     """Every method in a line: {"method", "summary", "paper", "recipe"}, the last None where none comes along."""
     known = packaged()
+    rows = [(name, _about(name), name if name in known else None) for name in sorted(methods())]
+    rows += [(f"{_CONVERT}{name}", kind, None) for name, kind in ffn_methods().items()]
     return [
-        {"method": name, "summary": about.summary, "paper": about.paper, "recipe": name if name in known else None}
-        for name, about in sorted((name, _about(name)) for name in methods())
+        {"method": name, "summary": about.summary, "paper": about.paper, "recipe": recipe}
+        for name, about, recipe in rows
     ]
 
 
@@ -61,6 +64,8 @@ def describe(name: str) -> dict[str, Any]:
     """
     from moesaic.lora import MixtureConfig
 
+    if name.startswith(_CONVERT):
+        return _converting(name)
     known = methods()
     if name not in known:
         raise ConfigError(f"no method '{name}'; {suggest(name, known)}")
@@ -89,6 +94,33 @@ def describe(name: str) -> dict[str, Any]:
     }
 
 
+def ffn_methods() -> dict[str, Any]:
+    from moesaic.ffn.model import methods as found
+
+    return dict(found())
+
+
+def _converting(name: str) -> dict[str, Any]:
+    """`describe` for a method of feed-forward layers, which `moesaic convert` and pre-training recipes take."""
+    found = ffn_methods()
+    kind = found.get(name.removeprefix(_CONVERT))
+    if kind is None:
+        raise ConfigError(f"no method '{name}'; {suggest(name, [_CONVERT + other for other in found])}")
+    return {
+        "method": name,
+        "summary": kind.summary,
+        "paper": kind.paper,
+        "about": (sys.modules[kind.__module__].__doc__ or "").strip(),
+        "config": f"{kind.__module__}.{kind.__name__}",
+        "recipes": [r for r in packaged_pretrainings() if read_yaml(PACKAGED / f"{r}.yaml").get("method") == kind.name],
+        "settings": [
+            {"name": f.name, "default": f.default, "recipe": None, "help": f.metadata["help"], "shared": False}
+            for f in fields(kind)
+            if "help" in f.metadata
+        ],
+    }
+
+
 def shown(about: dict[str, Any]) -> RenderableType:
     """What `describe` found, for a terminal."""
     from rich.console import Group
@@ -108,7 +140,8 @@ def shown(about: dict[str, Any]) -> RenderableType:
                 table.add_row(*map(Text, (row["name"], _plain(row["default"]), recipe, row["help"])))
             parts.append(table)
     first = about["settings"][0]["name"]
-    return Group(*parts, Text(f"\n{_USE.format(setting=first, config=about['config'])}"))
+    use = _USE.replace("adapter.", "experts.") if about["method"].startswith(_CONVERT) else _USE
+    return Group(*parts, Text(f"\n{use.format(setting=first, config=about['config'])}"))
 
 
 def _about(name: str) -> Any:

@@ -15,7 +15,7 @@ _ABOUT = """  moesaic perplexity smollm2 converted domains=stdlib,pydoc       a 
     "perplexity",
     "held-out text by domain: models side by side, or one at several k",
     group="feed-forward layers",
-    place=72,
+    place=86,
     settings=[Section(PerplexitySettings)],
     takes="MODEL | key=value",
     about=lambda: f"takes models and folders, then settings\n\n{_ABOUT}",

@@ -79,8 +79,9 @@ def parted(texts: Sequence[str]) -> tuple[list[str], list[str]]:
         lines = "\n".join(texts).splitlines(keepends=True)
         size = max(1, -(-len(lines) // (2 * HELD_OUT)))
         pieces = ["".join(lines[i : i + size]) for i in range(0, len(lines), size)]
-    held = pieces[HELD_OUT - 1 :: HELD_OUT] or pieces[-1:]
-    return [text for i, text in enumerate(pieces) if i % HELD_OUT != HELD_OUT - 1], held
+    if len(pieces) < HELD_OUT:
+        return pieces[:-1], pieces[-1:]
+    return [text for i, text in enumerate(pieces) if i % HELD_OUT != HELD_OUT - 1], pieces[HELD_OUT - 1 :: HELD_OUT]
 
 
 def rows(tokenizer: Any, texts: Iterable[str], length: int, limit: int | None = None) -> Tensor:

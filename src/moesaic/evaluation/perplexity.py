@@ -44,7 +44,7 @@ def perplexities(names: Sequence[str], settings: PerplexitySettings) -> dict[str
         raise ConfigError(f"precision={settings.precision}; known: bf16, fp32")
     made: dict[str, dict[str, dict[str, float]]] = {}
     for name in names:
-        inner = Path(name).expanduser() / "model"
+        inner = Path(name).expanduser() / "model"  # of a pre-training's run
         place = str(inner) if (inner / "config.json").is_file() else name
         wanted = named(settings.domains) or _own(Path(name).expanduser())
         if not wanted:

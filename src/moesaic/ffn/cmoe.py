@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from moesaic.errors import ConfigError
 from moesaic.ffn.layer import Activation, ExpertLayer, GatedExperts, PlainExperts, bank_of
-from moesaic.ffn.model import Method, put, sites
+from moesaic.ffn.model import Method, put, setting, sites
 from moesaic.ffn.split import Dense, Seat, cut, even, read, seats
 from moesaic.ffn.watching import Text, batches_of, evaluating, tokens_of, watching
 from moesaic.host import Host
@@ -123,20 +123,16 @@ def group(marks: Tensor, num_experts: int, shared_experts: int, *, iterations: i
 
 @dataclass
 class CMoE(Method):
-    """Settings.
-
-    Args:
-        num_experts: parts of the layer, the shared ones counted; a divisor of d_ff.
-        shared_experts: parts that every token takes.
-        top_k: of the others, how many a token takes.
-    """
+    """Its settings."""
 
     name: ClassVar[str] = "cmoe"
+    summary: ClassVar[str] = "shared experts by activation rates, the rest clustered, an analytic router: no training"
+    paper: ClassVar[str] = "CMoE (arXiv 2502.04416)"
     needs_text: ClassVar[bool] = True
 
-    num_experts: int = 8
-    shared_experts: int = 2
-    top_k: int = 2
+    num_experts: int = setting(8, "parts of the layer, the shared ones counted; a divisor of d_ff")
+    shared_experts: int = setting(2, "parts that every token takes")
+    top_k: int = setting(2, "of the others, how many a token takes")
 
     def __post_init__(self) -> None:
         routed = self.num_experts - self.shared_experts

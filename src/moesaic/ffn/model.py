@@ -32,11 +32,18 @@ PREFIX = "moesaic_"
 """In front of the base's model_type."""
 
 
+def setting(default: Any, said: str) -> Any:
+    """A setting of a method, and what help says of it."""
+    return dataclasses.field(default=default, metadata={"help": said})
+
+
 @dataclasses.dataclass
 class Method(ABC):
     """What is done to a model's feed-forward layers, with its settings. A subclass registers itself by its name."""
 
     name: ClassVar[str]
+    summary: ClassVar[str]
+    paper: ClassVar[str]
     needs_text: ClassVar[bool] = False
     """Whether a conversion reads text of some domains."""
     METHODS: ClassVar[dict[str, type[Method]]] = {}
@@ -68,12 +75,20 @@ def method_of(name: str) -> type[Method]:
     Raises:
         ConfigError: where none does.
     """
+    known = methods()
+    if name not in known:
+        raise ConfigError(f"no method {name!r} of feed-forward layers; {suggest(name, known)}")
+    return known[name]
+
+
+def methods() -> dict[str, type[Method]]:
+    """Every method of this room, by name."""
     room = importlib.import_module(__package__)
     for module in pkgutil.iter_modules(room.__path__):
         importlib.import_module(f"{__package__}.{module.name}")
-    if name not in Method.METHODS:
-        raise ConfigError(f"unknown method {name!r}: {suggest(name, Method.METHODS)}")
-    return Method.METHODS[name]
+    return {
+        name: kind for name, kind in sorted(Method.METHODS.items()) if kind.__module__.startswith(f"{__package__}.")
+    }
 
 
 def convert(model: PreTrainedModel, method: Method, **parts: Any) -> PreTrainedModel:

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from moesaic.errors import ConfigError
 from moesaic.ffn.layer import ExpertLayer, bank_of
 from moesaic.ffn.masks import Masks, masks, scores, shared
-from moesaic.ffn.model import Method, put, sites
+from moesaic.ffn.model import Method, put, setting, sites
 from moesaic.ffn.pregate import PreGate
 from moesaic.ffn.split import Seat, cut, read, seats
 from moesaic.ffn.watching import Text, batches_of
@@ -82,26 +82,21 @@ def route(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
 
 @dataclass
 class ReadMe(Method):
-    """Settings of a converted model.
-
-    Args:
-        domains: the experts' names.
-        width: d, neurons of one expert; 0 takes half of the layers' own.
-        residual: "fused": each expert holds the shared neurons too; "separate": they are an FFN of their own.
-        shared_widths: how many neurons the experts share, by layer.
-        router_dim: the pre-gate's width; 512 in the paper.
-        router_heads: of its attention.
-    """
+    """Its settings."""
 
     name: ClassVar[str] = "read-me"
+    summary: ClassVar[str] = "an expert for each domain of text, and one router before the model runs"
+    paper: ClassVar[str] = "Read-ME (NeurIPS 2024, arXiv 2410.19123)"
     needs_text: ClassVar[bool] = True
 
     domains: list[str]
-    width: int = 0
-    residual: Literal["fused", "separate"] = "fused"
+    width: int = setting(0, "d, neurons of one expert; half of the layers' own where left out")
+    residual: Literal["fused", "separate"] = setting(
+        "fused", "fused: each expert holds the neurons that all share; separate: they are a layer of their own"
+    )
     shared_widths: list[int] = field(default_factory=list)
-    router_dim: int = 512
-    router_heads: int = 4
+    router_dim: int = setting(512, "width of the router before the model")
+    router_heads: int = setting(4, "of its attention")
 
     def __post_init__(self) -> None:
         if len(self.domains) < 2 or len(set(self.domains)) < len(self.domains):

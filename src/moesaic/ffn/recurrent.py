@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from moesaic.errors import ConfigError
 from moesaic.ffn.layer import NAME
-from moesaic.ffn.model import Method
+from moesaic.ffn.model import Method, setting
 from moesaic.host import Host
 from moesaic.routing import Record, Routing, Site, no_autocast
 from moesaic.routing.recurrent import Cell, Recurrence, RecurrentRouter
@@ -100,31 +100,21 @@ def gates(model: nn.Module) -> list[tuple[str, Any]]:
 
 @dataclass
 class RMoE(Method):
-    """Settings; the paper's ablations are among them.
-
-    Args:
-        state_dim: p.
-        cell: gru, rnn or lstm.
-        recurrence: full, detach (no gradient to lower layers) or none (each layer starts at zero: its NP).
-        residual_alpha: r-alpha, the share of the lower layer's logits that is added.
-        residual_detach: no gradient through these.
-        shared_projector: one P for all layers.
-        shared_head: one G for all layers; with `recurrence="none"` and `shared_projector` a stateless shared router.
-        head: linear, or cosine (XMoE's).
-        cosine_dim: of the cosine's view.
-    """
+    """Its settings; the paper's ablations are among them."""
 
     name: ClassVar[str] = "rmoe"
+    summary: ClassVar[str] = "routers linked over depth by a GRU, for models that are mixtures already"
+    paper: ClassVar[str] = "RMoE (ICLR 2025, arXiv 2408.06793)"
 
-    state_dim: int = 128
-    cell: Cell = "gru"
-    recurrence: Recurrence = "full"
-    residual_alpha: float = 0.0
-    residual_detach: bool = False
-    shared_projector: bool = False
-    shared_head: bool = False
-    head: Literal["linear", "cosine"] = "linear"
-    cosine_dim: int = 16
+    state_dim: int = setting(128, "p, the size of the recurrent state")
+    cell: Cell = setting("gru", "gru, rnn or lstm")
+    recurrence: Recurrence = setting("full", "full, detach (no gradient to lower layers) or none (each starts at zero)")
+    residual_alpha: float = setting(0.0, "r-alpha, the share of the lower layer's logits that is added")
+    residual_detach: bool = setting(False, "no gradient through these")
+    shared_projector: bool = setting(False, "one P for all layers")
+    shared_head: bool = setting(False, "one G for all layers; with recurrence=none and one P a stateless shared router")
+    head: Literal["linear", "cosine"] = setting("linear", "linear, or cosine (XMoE's)")
+    cosine_dim: int = setting(16, "of the cosine's view")
 
     def __post_init__(self) -> None:
         if self.state_dim < 1 or self.cosine_dim < 1:

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from moesaic.errors import ConfigError
 from moesaic.ffn.layer import ExpertLayer, bank_of
-from moesaic.ffn.model import Method, put, routed_layers, sites
+from moesaic.ffn.model import Method, put, routed_layers, setting, sites
 from moesaic.ffn.split import Dense, Seat, Slices, cut, even, join, read
 from moesaic.host import Host
 from moesaic.routing import LinearRouter, Router, RoutingContext, Site, TopK
@@ -49,21 +49,16 @@ class FixedRouter(Router):
 
 @dataclass
 class SMoEDropout(Method):
-    """Settings.
-
-    Args:
-        num_experts: N, a divisor of the layers' d_ff.
-        top_k: experts a token; None takes all.
-        combine: "softmax" (the paper's) or "sum".
-        router: "fixed" (the paper's) or "learned".
-    """
+    """Its settings."""
 
     name: ClassVar[str] = "smoe-dropout"
+    summary: ClassVar[str] = "equal slices behind a fixed random router, for training with growing k"
+    paper: ClassVar[str] = "SMoE-Dropout (ICLR 2023, arXiv 2303.01610)"
 
-    num_experts: int = 16
-    top_k: int | None = None
-    combine: Literal["softmax", "sum"] = "softmax"
-    router: Literal["fixed", "learned"] = "fixed"
+    num_experts: int = setting(16, "N, a divisor of the layers' d_ff")
+    top_k: int | None = setting(None, "experts a token; all where left out")
+    combine: Literal["softmax", "sum"] = setting("softmax", "softmax (the paper's: a mean) or sum (weights of 1)")
+    router: Literal["fixed", "learned"] = setting("fixed", "fixed (the paper's) or learned")
 
     def __post_init__(self) -> None:
         k = self.num_experts if self.top_k is None else self.top_k

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -28,6 +28,7 @@ from moesaic.ffn.split import Seat
 from moesaic.ffn.watching import watching
 
 Batch = Mapping[str, Tensor]
+Around = Callable[[], AbstractContextManager[Any]]
 Said = Callable[[str, int, float], None]
 """Told of each step: the stage, the step, its loss."""
 
@@ -145,23 +146,25 @@ def tune(
     *,
     say: Said | None = None,
     first: int = 0,
+    around: Around = nullcontext,
 ) -> Iterator[int]:
     """Train in place; yields the number of each round that is done, for whoever keeps what was reached.
 
     Args:
         batches: of mixed domains, without end: `input_ids` and `attention_mask` (B, T).
         first: the round to begin with, after a break.
+        around: what each forward is in, such as autocast, whose copies of the weights must not outlive a step.
     """
     for number in range(first, rounds.rounds):
         share = rounds.decay**number
         router_loss = partial(_router_loss, model, pre_gate, masks, *_LOSSES[rounds.loss])
         stage(
             pre_gate, [model], rounds.router_steps, share * rounds.router_lr, rounds.weight_decay, batches,
-            router_loss, partial(say, "router") if say else None,
+            router_loss, partial(say, "router") if say else None, around,
         )  # fmt: skip
         stage(
             model, [pre_gate], rounds.expert_steps, share * rounds.expert_lr, rounds.weight_decay, batches,
-            partial(_expert_loss, model, pre_gate, masks), partial(say, "experts") if say else None,
+            partial(_expert_loss, model, pre_gate, masks), partial(say, "experts") if say else None, around,
         )  # fmt: skip
         yield number
 
@@ -192,7 +195,8 @@ def stage(
     weight_decay: float,
     batches: Iterator[Batch],
     loss_of: Callable[[Batch], Tensor],
-    say: Callable[[int, float], None] | None,
+    say: Callable[[int, float], None] | None = None,
+    around: Around = nullcontext,
 ) -> None:
     """One stage: AdamW with a cosine to nothing; what rests gets no gradient."""
     if not steps:
@@ -204,7 +208,8 @@ def stage(
     decline = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / steps))
     try:
         for step in range(steps):
-            loss = loss_of(next(batches))
+            with around():
+                loss = loss_of(next(batches))
             if not bool(loss.isfinite()):
                 raise TrainingError(f"the loss is {loss.item()} at step {step}: lower the learning rate")
             loss.backward()

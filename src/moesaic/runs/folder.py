@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 
 from moesaic.errors import ConfigError, first_line
 from moesaic.runs.recipe import load_recipe
-from moesaic.runs.settings import differences
+from moesaic.runs.settings import differences, read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -296,10 +296,14 @@ def run_path(folder: Path) -> RunFolder:
     """A run folder that can be evaluated: finished, or at least with an adapter. Raises ConfigError."""
     run = RunFolder(folder)
     if not run.recipe.is_file():
+        if (folder / "conversion.json").is_file():
+            raise ConfigError(f"{folder} is a converted model: `moesaic perplexity {folder}` scores it")
         outer = f"; it lies in one, {folder.parent}" if (folder.parent / "recipe.yaml").is_file() else ""
         raise ConfigError(
             f"{folder} is not a run folder: it has no recipe.yaml; `moesaic train` and compose make one{outer}"
         )
+    if "architecture" in read_yaml(run.recipe):
+        raise ConfigError(f"{folder} is a language model that was trained from nothing: `moesaic perplexity {folder}`")
     if not run.adapter.is_dir():
         raise ConfigError(f"{folder} is an unfinished run: run its `moesaic train` command again to finish it")
     return run

@@ -150,7 +150,7 @@ def _place(wanted: Conversion) -> Path:
     check_writable(out, f"out={wanted.out}")
     if out.is_file():
         raise ConfigError(f"out={wanted.out} is a file; name a folder")
-    if out.is_dir() and any(out.iterdir()):
+    if out.is_dir() and any(not entry.name.startswith(".") for entry in out.iterdir()):
         unfinished = (out / "rounds").is_dir() and not (out / RESULTS).is_file()
         ours = (out / RESULTS).is_file() or unfinished
         if not ours:
@@ -195,8 +195,9 @@ def _tune(
     used = done * (rounds.router_steps + rounds.expert_steps)
     batches = islice(mixed(domains, wanted.batch_size, wanted.seed), used, None)
     there = ({name: values.to(plan.device) for name, values in batch.items()} for batch in batches)
-    with _bar(rounds, used, shown=shown) as say, plan.context():
-        for number in tune(model, parts["pre_gate"], parts["masks"], there, rounds, say=say, first=done):
+    with _bar(rounds, used, shown=shown) as say:
+        pre_gate, found = parts["pre_gate"], parts["masks"]
+        for number in tune(model, pre_gate, found, there, rounds, say=say, first=done, around=plan.context):
             with atomic_folder(kept / str(number + 1)) as staging:
                 save_file(_state(model, parts), staging / "state.safetensors")
             discard(kept / str(number))

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from moesaic.data.sampling import InterleavedSampler
 from moesaic.errors import ConfigError, first_line, suggest
 from moesaic.ffn import model as ffn
 from moesaic.ffn.schedules import KSchedule, Schedule
+from moesaic.ffn.smoe_dropout import top_k
 from moesaic.models.embedded import resolve
 from moesaic.models.nano.corpus import DOMAINS
 from moesaic.runs.folder import RunFolder, atomic_folder, write_json, write_text, writing
@@ -39,6 +41,7 @@ def pretrain(recipe: Pretraining, *, command: str | None = None, progress: bool 
     check_place(folder, overwrite=recipe.overwrite)
     tokenizer = AutoTokenizer.from_pretrained(resolve(recipe.tokenizer))
     model = built(recipe, tokenizer)
+    schedule = _schedule(recipe, model)
     domains = _domains(recipe, tokenizer)
     layout = {"domains": {name: len(domain.train) for name, domain in domains.items()}}
     with (
@@ -50,6 +53,8 @@ def pretrain(recipe: Pretraining, *, command: str | None = None, progress: bool 
         write_json(folder.layout, layout)
         write_text(folder.recipe, dump(recipe))
         trainer = _trainer(recipe, model, domains, folder, progress=progress)
+        if schedule is not None:
+            trainer.add_callback(KSchedule(schedule))
         if step:
             logger.warning("%s: going on from step %d", folder.path, step)
         fit(trainer, folder, step)
@@ -103,8 +108,21 @@ def built(recipe: Pretraining, tokenizer: Any) -> PreTrainedModel:
         return ffn.fresh(base, config, kind(**recipe.experts))
     except ConfigError:
         raise
-    except (TypeError, ValueError, KeyError, RuntimeError) as error:
+    except (TypeError, ValueError, KeyError, RuntimeError, StrictDataclassError) as error:
         raise ConfigError(f"architecture {recipe.architecture} cannot be made so: {first_line(error)}") from None
+
+
+def _schedule(recipe: Pretraining, model: PreTrainedModel) -> Schedule | None:
+    """Of k over the steps. Raises ConfigError for what the model cannot do, as for rows longer than it reads."""
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and recipe.length > longest:
+        raise ConfigError(f"length={recipe.length} is above config.max_position_embeddings={longest}")
+    if not recipe.k_schedule:
+        return None
+    kind: Any = recipe.k_schedule
+    schedule = Schedule(kind, recipe.k_min, recipe.k_max, recipe.seed)
+    with top_k(model, recipe.k_max):
+        return schedule
 
 
 def _domains(recipe: Pretraining, tokenizer: Any) -> dict[str, Domain]:
@@ -123,9 +141,6 @@ def _trainer(
     trainer: Any = _PretrainingTrainer(model=model, args=args, train_dataset=rows, data_collator=_batch)
     shown = sys.stderr.isatty() if progress is None else progress
     trainer.attach(folder, InterleavedSampler(of, length, seed=recipe.seed), keep=recipe.keep, progress=shown)
-    if recipe.k_schedule:
-        kind: Any = recipe.k_schedule
-        trainer.add_callback(KSchedule(Schedule(kind, recipe.k_min, recipe.k_max, recipe.seed)))
     return trainer
 
 

@@ -1,0 +1,271 @@
+"""Language models trained from nothing, and models converted, on the command line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from moesaic.cli.main import main
+from moesaic.errors import ConfigError
+from moesaic.ffn import model as ffn
+from moesaic.ffn.layer import ExpertLayer
+from moesaic.runs.pretraining import load_pretraining
+from moesaic.runs.recipe import packaged_pretrainings
+from moesaic.training.pretrain import built, pretrain
+
+SMALL = ["steps=6", "batch_size=2", "length=16", "held_out=2", "domains=lists,say", "warmup=1"]
+
+
+def said(capsys: pytest.CaptureFixture[str], *line: str) -> str:
+    assert main([*line]) == 0, capsys.readouterr().err
+    return capsys.readouterr().out
+
+
+def refused(capsys: pytest.CaptureFixture[str], *line: str) -> str:
+    assert main([*line]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("moesaic: ")
+    return error
+
+
+# -- pre-training --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", packaged_pretrainings())
+def test_a_recipe_trains_and_its_folder_is_read_again(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    told = said(capsys, "train", name, *SMALL, f"out={out}")
+    assert "held-out loss" in told
+    results = json.loads((out / "results.json").read_text())
+    assert results["steps"] == 6
+    assert results["held_out"].keys() == {"lists", "say"}
+    assert not (out / "checkpoints" / "checkpoint-500").exists()
+    table = json.loads(said(capsys, "perplexity", str(out), "length=16", "held_out=2", "--json"))
+    for domain, figure in table[str(out)].items():
+        assert figure["loss"] == pytest.approx(results["held_out"][domain]["loss"], rel=1e-4)
+
+
+def test_a_model_is_initialised_as_its_architecture_does() -> None:
+    from transformers import AutoTokenizer
+
+    from moesaic import nano
+
+    recipe, tokenizer = load_pretraining("pretrain/smoe-dropout"), AutoTokenizer.from_pretrained(nano.path())
+    model = built(recipe, tokenizer)
+    for layer in ffn.expert_layers(model).values():
+        for parameter in layer.experts.parameters():
+            assert float(parameter.detach().std()) == pytest.approx(0.02, rel=0.1)
+    rmoe = built(load_pretraining("pretrain/rmoe"), tokenizer)
+    for name, parameter in rmoe.named_parameters():
+        if "projector" in name or "head" in name:
+            assert float(parameter.detach().std()) == pytest.approx(0.02, rel=0.1), name
+    again = built(recipe, tokenizer)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_an_interrupted_training_ends_as_one_that_was_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    how = [*SMALL, "k_min=1", "k_max=16", "save_every=2"]
+    whole, parts = (load_pretraining("pretrain/smoe-dropout", [*how, f"out={tmp_path / n}"]) for n in ("a", "b"))
+    pretrain(whole, progress=False)
+    from moesaic.training import trainer
+
+    seen: list[int] = []
+    step = trainer._Stopper.on_step_end
+
+    def stops(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        seen.append(state.global_step)
+        self.requested = state.global_step == 3
+        step(self, args, state, control, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer._Stopper, "on_step_end", stops)
+        with pytest.raises(KeyboardInterrupt, match="stopped at step 3 of 6"):
+            pretrain(parts, progress=False)
+    assert seen == [1, 2, 3]
+    assert pretrain(parts, progress=False)["resumed_from_step"] == 3
+    models = [ffn.load(tmp_path / name / "model") for name in ("a", "b")]
+    assert all(torch.equal(a, b) for a, b in zip(*(m.parameters() for m in models), strict=True))
+    with pytest.raises(ConfigError, match="holds a finished run"):
+        pretrain(parts, progress=False)
+
+
+def test_a_network_is_slimmed_by_a_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("smoe-dropout", "mixtral"):
+        out = str(tmp_path / name)
+        said(capsys, "train", f"pretrain/{name}", *SMALL, f"out={out}")
+        found = json.loads(said(capsys, "perplexity", out, "top_k=1,16", "length=16", "held_out=2", "--json"))
+        assert found.keys() == {"k=1", "k=16"}
+        assert found["k=1"]["lists"]["loss"] != found["k=16"]["lists"]["loss"]
+        assert "must be between 1 and 16" in refused(capsys, "perplexity", out, "top_k=17", "length=16")
+
+
+def test_what_cannot_be_pretrained_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for line, message in (
+        (["pretrain/dense", "architecture=lama"], "did you mean 'llama'"),
+        (["pretrain/dense", "config.num_attention_heads=3"], "architecture llama cannot be made so"),
+        (["pretrain/smoe-dropout", "experts.num_experts=7"], "7"),
+        (["pretrain/smoe-dropout", "experts.num_expert=8"], "num_expert"),
+        (["pretrain/smoe-dropout", "k_schedule=linea"], "unknown schedule 'linea'"),
+        (["pretrain/smoe-dropout", "k_max=17"], "top_k=17"),
+        (["pretrain/smoe-dropout", "k_min=9", "k_max=8"], "1 <= k_min <= k_max"),
+        (["pretrain/dense", "k_schedule=linear"], "no layers made of experts"),
+        (["pretrain/dense", "method=rmoe"], "has no routers to link"),
+        (["pretrain/dense", "method=rmeo"], "did you mean 'rmoe'"),
+        (["pretrain/dense", "step=5"], "unknown key 'step'"),
+        (["pretrain/dens"], "did you mean 'pretrain/dense'"),
+        (["pretrain/dense", "length=1024"], "length"),
+        (["pretrain/dense", "lr=nan"], "lr"),
+    ):
+        assert message in refused(capsys, "train", line[0], *SMALL, f"out={tmp_path / 'x'}", *line[1:]), line
+    assert not (tmp_path / "x").exists()
+
+
+def test_other_verbs_say_which_is_meant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said(capsys, "train", "pretrain/dense", *SMALL, f"out={tmp_path / 'run'}")
+    assert "moesaic perplexity" in refused(capsys, "eval", str(tmp_path / "run"))
+    said(capsys, "convert", "smoe-dropout", "model=nano", f"out={tmp_path / 'made'}")
+    assert "moesaic perplexity" in refused(capsys, "eval", str(tmp_path / "made"))
+
+
+# -- conversion ----------------------------------------------------------------------------------------------------
+
+FEW = ["length=32", "rows=4", "held_out=2", "batch_size=2"]
+TUNED = ["tune.rounds=2", "tune.router_steps=2", "tune.expert_steps=2", "experts.router_dim=16"]
+
+
+def converted(capsys: pytest.CaptureFixture[str], out: Path, method: str, *more: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(
+        said(capsys, "convert", method, "model=nano", f"out={out}", *FEW, *more, "--json")
+    )
+    return found
+
+
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        ("read-me", ["domains=lists,prose", *TUNED]),
+        ("read-me", ["domains={a: lists, b: prose}", "tune.rounds=0", "experts.residual=separate", "experts.width=64"]),
+        ("cmoe", ["domains=lists,prose", "experts.top_k=3"]),
+        ("smoe-dropout", ["experts.combine=sum", "domains=lists"]),
+        ("smoe-dropout", []),
+    ],
+)
+def test_a_folder_is_converted_and_read_again(
+    method: str, more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "made"
+    results = converted(capsys, out, method, *more)
+    assert json.loads((out / "conversion.json").read_text()) == results
+    assert not (out / "rounds").exists()
+    if results["before"]:
+        how = ("length=32", "held_out=2")
+        table = json.loads(
+            said(capsys, "perplexity", "nano", str(out), f"domains={json.dumps(results['domains'])}", *how, "--json")
+        )
+        for name, key in (("nano", "before"), (str(out), "after")):
+            for domain, figure in table[name].items():
+                assert figure["loss"] == pytest.approx(results[key][domain]["loss"], rel=1e-4)
+    assert "overwrite=true replaces it" in refused(capsys, "convert", method, "model=nano", f"out={out}", *FEW, *more)
+    again = converted(capsys, out, method, "overwrite=true", *more)
+    assert again["after"] == results["after"]
+
+
+def test_an_interrupted_conversion_goes_on_as_if_it_had_not_been(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = ["domains=lists,prose", *TUNED]
+    converted(capsys, tmp_path / "a", "read-me", *line)
+    from moesaic.ffn import tune
+
+    stage, stages = tune.stage, []
+
+    def stops(*args: Any, **kwargs: Any) -> None:
+        stages.append(args)
+        if len(stages) == 3:
+            raise KeyboardInterrupt
+        stage(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tune, "stage", stops)
+        assert main(["convert", "read-me", "model=nano", f"out={tmp_path / 'b'}", *FEW, *line]) == 130
+    assert [p.name for p in (tmp_path / "b" / "rounds").glob("[0-9]*")] == ["1"]
+    other = refused(capsys, "convert", "read-me", "model=nano", f"out={tmp_path / 'b'}", *FEW, *line, "seed=1")
+    assert "unfinished conversion with seed=0, now 1" in other
+    converted(capsys, tmp_path / "b", "read-me", *line)
+    kept = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b")]
+    assert kept[0] == kept[1]
+
+
+def test_a_mixtral_is_exported_for_those_without_moesaic(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    converted(capsys, tmp_path / "made", "smoe-dropout", "experts.num_experts=8")
+    told = said(capsys, "export", str(tmp_path / "made"), f"out={tmp_path / 'stock'}", "top_k=4")
+    assert "8 experts, 4 a token" in told
+    probe = f"""
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "stock")!r})
+assert type(model).__name__ == "MixtralForCausalLM" and not any(m.startswith("moesaic") for m in sys.modules)
+print(model(torch.arange(2, 12)[None]).logits.sum().item())
+"""
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    own = ffn.load(tmp_path / "made")
+    for layer in own.modules():
+        if isinstance(layer, ExpertLayer):
+            layer.top_k = 4
+    with torch.no_grad():
+        assert float(done.stdout) == pytest.approx(own(torch.arange(2, 12)[None]).logits.sum().item(), rel=1e-4)
+    assert "converted model is exported whole" in refused(
+        capsys, "export", str(tmp_path / "made"), f"out={tmp_path / 'x'}", "expert=a"
+    )
+
+
+def test_a_recurrent_router_is_put_into_a_mixture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said(capsys, "train", "pretrain/mixtral", *SMALL, f"out={tmp_path / 'run'}")
+    made = ["convert", "rmoe", f"model={tmp_path / 'run' / 'model'}", f"out={tmp_path / 'made'}", "experts.state_dim=8"]
+    said(capsys, *made)
+    assert type(ffn.load(tmp_path / "made")).__name__ == "MoesaicMixtralForCausalLM"
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "made")).__name__ == "MoesaicMixtralForCausalLM"
+
+
+def test_what_cannot_be_converted_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    for line, message in (
+        (["read-me", "model=nano"], "reads text: domains="),
+        (["read-me", "model=nano", "domains=lists"], "two domains at least"),
+        (["read-me", "model=nano", f"domains=lists,{empty}"], "holds no text"),
+        (["read-me", "model=nano", "domains=lists,listz"], "did you mean 'lists'"),
+        (["read-me", "model=nano", "domains=lists,say", "experts.width=9999"], "cannot be cut out of 512"),
+        (["read-me", "model=nano", "domains=lists,say", "tune.round=1"], "did you mean 'rounds'"),
+        (["read-me", "model=nano", "domains=lists,say", "tune.loss=x"], "loss='x'"),
+        (["read-me", "model=nano", "domains=lists,say", "experts.heads=1"], "no setting experts.heads"),
+        (["read-me", "domains=lists,say"], "model is missing"),
+        (["read-me", "model=minilm", "domains=lists,say"], "is an encoder"),
+        (["cmoe", "model=nano", "domains=lists", "experts.top_k=9"], "top_k"),
+        (["cmoe", "model=nano", "domains=lists", "tune.rounds=1"], "tune belongs to read-me"),
+        (["smoe-dropout", "model=nano", "experts.num_experts=7"], "7"),
+        (["rmoe", "model=nano"], "has no routers to link"),
+        (["redme", "model=nano"], "did you mean 'read-me'"),
+        (["smoe-dropout", "model=none/such"], "cannot load model"),
+        (["smoe-dropout", "model=nano", "length=4"], "length=4 must be at least 8"),
+    ):
+        where = f"out={tmp_path / 'x'}"
+        assert message in refused(capsys, "convert", *line, where, *(["rows=2"] if "length=4" not in line else [])), (
+            line
+        )
+    assert not [entry for entry in (tmp_path / "x").glob("*") if not entry.name.startswith(".")]
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("keep me")
+    told = refused(capsys, "convert", "smoe-dropout", "model=nano", f"out={tmp_path / 'full'}", "overwrite=true")
+    assert "not a conversion's" in told
+    assert (tmp_path / "full" / "mine.txt").read_text() == "keep me"
