@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
+from collections import Counter, defaultdict
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -82,18 +83,25 @@ def items(waiting: Any, since: int = 0) -> list[Item]:
     return [Item(i, tuple(experts), since) for i, (experts,) in enumerate(waiting)]
 
 
+def rest_of(waiting: list[Item], batch: list[Item]) -> list[Item]:
+    """What still waits after a batch."""
+    ran = {item.request: item.tokens for item in batch}
+    left = [replace(item, experts=item.experts[ran.get(item.request, 0) :]) for item in waiting]
+    return [item for item in left if item.experts]
+
+
 @given(WAITING, st.integers(1, 20), st.sampled_from(["experts", "fcfs", "decode-first", "prefill-first"]))
 def test_10_every_token_runs_once_within_the_budget(waiting: Any, budget: int, order: Any) -> None:
-    left, ran, now = items(waiting), Counter(), 0
+    left, ran, now = items(waiting), defaultdict(tuple), 0
     while left:
         batch = choose(left, budget, order, now=now, max_wait=5)
-        assert batch
-        assert sum(item.tokens for item in batch) <= budget or len(batch) == 1
+        assert sum(item.tokens for item in batch) == min(budget, sum(item.tokens for item in left))
         assert len({item.request for item in batch}) == len(batch)
-        ran.update(item.request for item in batch)
-        left = [item for item in left if item not in batch]
+        for item in batch:
+            ran[item.request] += item.experts
+        left = rest_of(left, batch)
         now += 1
-    assert ran == Counter(range(len(waiting)))
+    assert ran == {i: tuple(experts) for i, (experts,) in enumerate(waiting)}
     assert choose([], budget, order) == []
 
 
@@ -121,15 +129,19 @@ def test_nobody_starves() -> None:
     assert now == 10
 
 
-def test_a_prompt_goes_as_a_whole_and_its_experts_come_for_nothing() -> None:
-    prompt = Item("p", (1, 1, 2), 0)
-    waiting = [prompt, *(Item(i, (e,), 0) for i, e in enumerate([3, 3, 1, 2, 2]))]
+def test_a_prompt_goes_as_far_as_its_experts_are_there() -> None:
+    prompt = Item("p", (1, 1, 2, 4), 0)
+    waiting = [prompt, *(Item(i, (e,), 0, decodes=True) for i, e in enumerate([3, 3, 1, 2, 2]))]
     batch = choose(waiting, 6)
-    assert prompt in batch
     assert {e for item in batch for e in item.experts} == {1, 2}
-    assert choose(waiting, 2, "prefill-first") == [prompt], "longer than the budget, it runs alone"
+    assert batch[0] == prompt.first(3)
+    assert choose(waiting, 3) == [prompt.first(2), waiting[3]]
+    assert choose(waiting, 2, "prefill-first") == [prompt.first(2)]
+    assert choose(waiting, 7, "prefill-first") == [prompt, *waiting[1:4]]
     assert choose(waiting, 2, "decode-first") == waiting[1:3]
-    assert [i.request for i in choose(waiting, 4, "fcfs")] == ["p", 0]
+    assert choose(waiting, 7, "decode-first") == [*waiting[1:], prompt.first(2)]
+    assert choose(waiting, 5, "fcfs") == [prompt, waiting[1]]
+    assert choose(waiting, 5, now=9, max_wait=9) == [prompt, waiting[1]], "those that have waited too long"
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -4,15 +4,17 @@
         e = argmax_e |Q[e]|;   S += as many of Q[e], oldest first, as fit
 
 The printed algorithm indexes by the wrong letter and does not end on empty queues. Longest-queue-first alone may let a
-token of a rare expert wait for ever: whatever has waited `max_wait` batches goes first. A prompt cannot be parted by
-expert, for its tokens attend to each other: it waits in the queue of each of its experts and goes as a whole.
+token of a rare expert wait for ever: whatever has waited `max_wait` batches goes first. A prompt's tokens attend to
+those before them and run in their order, but not all at once: it waits in the queue of its next token's expert, and as
+much of it goes as needs no other expert, or as the budget takes.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Literal, get_args
 
 from moesaic.errors import ConfigError
@@ -22,27 +24,29 @@ Order = Literal["experts", "fcfs", "decode-first", "prefill-first"]
 
 @dataclass(frozen=True)
 class Item:
-    """What one request has to run next: a prompt, or one token."""
+    """What one request has to run next: the rest of a prompt, or one token."""
 
     request: Hashable
     experts: tuple[int, ...]
     """Of each token."""
     since: int
     """The batch before which it arrived; it decides who is older, and within one batch the order of arrival does."""
+    decodes: bool = False
+    """Whether it is a token that was written, and no prompt."""
 
     @property
     def tokens(self) -> int:
         return len(self.experts)
 
-    @property
-    def decodes(self) -> bool:
-        return len(self.experts) == 1
+    def first(self, count: int) -> Item:
+        """Its first tokens."""
+        return replace(self, experts=self.experts[:count])
 
 
 def choose(
     items: Sequence[Item], budget: int, order: Order = "experts", *, now: int = 0, max_wait: int = 64
 ) -> list[Item]:
-    """The next batch: of at most `budget` tokens, but of one item at least.
+    """The next batch, of at most `budget` tokens: of each item that is in it, the first tokens.
 
     Args:
         items: all that wait, in the order of their arrival.
@@ -65,42 +69,33 @@ def _same(item: Item) -> bool:
 
 
 def _fill(items: Iterable[Item], budget: int) -> list[Item]:
-    """Items in their order while they fit; the first goes however long it is, and none overtakes one that waits."""
+    """Items in their order until the budget is spent."""
     taken: list[Item] = []
-    left = budget
     for item in items:
-        if taken and item.tokens > left:
+        if budget <= 0:
             break
-        taken.append(item)
-        left -= item.tokens
+        taken.append(item.first(budget))
+        budget -= taken[-1].tokens
     return taken
 
 
 def _by_expert(items: Sequence[Item], budget: int, now: int, max_wait: int) -> list[Item]:
-    taken = _fill([item for item in items if now - item.since >= max_wait], budget)
-    left = budget - sum(item.tokens for item in taken)
-    chosen = {item.request for item in taken}
-    queues: dict[int, list[Item]] = defaultdict(list)
-    size: Counter[int] = Counter()
-    for item in items:
-        if item.request not in chosen:
-            for expert in set(item.experts):
-                queues[expert].append(item)
-                size[expert] += item.experts.count(expert)
-    have = {expert for item in taken for expert in item.experts}
-    while left > 0 and size:
-        expert = max(size, key=lambda e: (e in have, size[e], -e))
-        del size[expert]
-        for item in queues[expert]:
-            if item.request in chosen or (item.tokens > left and taken):
-                continue
-            taken.append(item)
-            chosen.add(item.request)
-            left -= item.tokens
-            have |= {*item.experts}
-            for other in set(item.experts) & size.keys():
-                size[other] -= item.experts.count(other)
-            if left <= 0:
-                break
-        size = +size
-    return taken
+    taken = {item.request: item.tokens for item in _fill((i for i in items if now - i.since >= max_wait), budget)}
+    left = budget - sum(taken.values())
+    have = {expert for item in items for expert in item.experts[: taken.get(item.request, 0)]}
+    while left > 0:
+        queues: Counter[int] = Counter()
+        for item in items:
+            rest = item.experts[taken.get(item.request, 0) :]
+            run = len([*takewhile(have.__contains__, rest)])
+            if run and left:
+                run = min(run, left)
+                taken[item.request] = taken.get(item.request, 0) + run
+                left -= run
+                rest = rest[run:]
+            if rest:
+                queues[rest[0]] += len([*takewhile(rest[0].__eq__, rest)])
+        if not queues:
+            break
+        have.add(max(queues, key=lambda expert: (queues[expert], -expert)))
+    return [item.first(taken[item.request]) for item in items if item.request in taken]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +26,9 @@ from moesaic.ffn.serving.batching import Item, Order, choose
 from moesaic.ffn.serving.files import ExpertFiles
 from moesaic.ffn.serving.residency import Policy, Residency
 from moesaic.ffn.serving.streamed import Key, Store, StreamedBank
+
+HORIZON = 8
+"""Batches that are looked ahead for what is needed next."""
 
 
 @dataclass
@@ -65,9 +68,9 @@ class Engine:
     Args:
         folder: of the model.
         budget: bytes of expert weights in memory; None holds all of them.
-        policy: who leaves memory: belady (over the tokens that wait), lru, fifo or random.
+        policy: who leaves memory: belady (over the next batches, as far as tokens wait), lru, fifo or random.
         order: how batches are made: experts, fcfs, decode-first or prefill-first.
-        batch_tokens: most tokens of a batch; a longer prompt runs alone.
+        batch_tokens: most tokens of a batch; a longer prompt takes several.
         max_wait: batches after which whoever waits goes first.
         prefetch: read the next layer's experts while this one computes.
         direct: read past the page cache.
@@ -111,8 +114,8 @@ class Engine:
         self.batches: list[Batch] = []
         self._numbers = itertools.count()
         self._start = time.perf_counter()
-        self._pending: list[int] = [0] * self.num_experts
         self._current: set[int] = set()
+        self._coming: dict[int, int] = {}
 
     # -- requests ------------------------------------------------------------------------------------------------
 
@@ -146,8 +149,6 @@ class Engine:
         """Tokens that have to run, and which expert each goes to."""
         logits, request.router_past = self.router(torch.tensor([tokens]), None, request.router_past)
         request.waiting, request.experts = tokens, tuple(logits[0].argmax(-1).tolist())
-        for expert in request.experts:
-            self._pending[expert] += 1
 
     # -- running -------------------------------------------------------------------------------------------------
 
@@ -159,38 +160,39 @@ class Engine:
     def step(self) -> list[Request]:
         """One batch; returns the requests that ended with it."""
         begun = self.now
-        items = [Item(r.name, r.experts, r.since) for r in self.open.values()]
+        items = [Item(r.name, r.experts, r.since, decodes=bool(r.written)) for r in self.open.values()]
         chosen = choose(items, self.batch_tokens, self.order, now=len(self.batches), max_wait=self.max_wait)
-        requests = [self.open[item.request] for item in chosen]
+        self._foresee(items, chosen)
         done: list[Request] = []
-        while requests:
+        while chosen:
             try:
-                written = self._forward(requests)
+                written = self._forward(chosen)
             except AdapterError as error:
-                lost = self._lost(requests, str(error))
+                lost = self._lost(chosen, str(error))
                 done += lost
-                requests = [r for r in requests if r not in lost]
+                chosen = [item for item in chosen if item.request in self.open]
                 continue
-            done += self._commit(requests, written)
+            done += self._commit(chosen, written)
             break
-        used = {expert for r in requests for expert in r.experts}
-        self.batches.append(Batch(sum(len(r.waiting) for r in requests), len(used), self.now - begun))
+        used = {expert for item in chosen for expert in item.experts}
+        self.batches.append(Batch(sum(item.tokens for item in chosen), len(used), self.now - begun))
         return done
 
     @torch.no_grad()
-    def _forward(self, requests: list[Request]) -> list[int]:
-        """The token behind each request's last."""
-        ids = [token for r in requests for token in r.waiting]
-        experts = [expert for r in requests for expert in r.experts]
-        places = [r.past.length + i for r in requests for i in range(len(r.waiting))]
+    def _forward(self, chosen: list[Item]) -> list[int]:
+        """The token behind the last of each that is chosen."""
+        parts = [(self.open[item.request], item.tokens) for item in chosen]
+        ids = [token for r, count in parts for token in r.waiting[:count]]
+        experts = [expert for item in chosen for expert in item.experts]
+        places = [r.past.length + i for r, count in parts for i in range(count)]
         plan = sorted(set(experts))
         self._current = set(plan)
         self.store.begin([plan] * self.num_layers)
         model: Any = self.model
         model.known_routes = torch.nn.functional.one_hot(torch.tensor([experts]), self.num_experts).float()
-        lasts = list(itertools.accumulate(len(r.waiting) for r in requests))
+        lasts = list(itertools.accumulate(count for _, count in parts))
         try:
-            with attention.running([(r.past, len(r.waiting)) for r in requests]):
+            with attention.running([(r.past, count) for r, count in parts]):
                 out = model(
                     input_ids=torch.tensor([ids]),
                     position_ids=torch.tensor([places]),
@@ -201,11 +203,14 @@ class Engine:
             model.known_routes = None
         return [int(token) for token in out.logits[0].argmax(-1)]
 
-    def _commit(self, requests: list[Request], written: list[int]) -> list[Request]:
+    def _commit(self, chosen: list[Item], written: list[int]) -> list[Request]:
         done = []
-        for request, token in zip(requests, written, strict=True):
-            request.past.length += len(request.waiting)
-            self._ran(request)
+        for item, token in zip(chosen, written, strict=True):
+            request = self.open[item.request]
+            request.past.length += item.tokens
+            request.waiting, request.experts = request.waiting[item.tokens :], request.experts[item.tokens :]
+            if request.waiting:
+                continue
             request.written.append(token)
             request.times.append(self.now)
             if token in self.ends or len(request.written) == request.max_new_tokens:
@@ -216,30 +221,43 @@ class Engine:
                 self.open[request.name] = self.open.pop(request.name)
         return done
 
-    def _lost(self, requests: list[Request], error: str) -> list[Request]:
+    def _lost(self, chosen: list[Item], error: str) -> list[Request]:
         """Requests whose expert cannot be read fail; the others' keys and values are as they were before the batch."""
         bad = {expert for _, expert in self.store.broken}
-        lost = [r for r in requests if bad & {*r.experts}]
+        lost = [self.open[item.request] for item in chosen if bad & {*item.experts}]
         self.store.broken.clear()
         for request in lost:
             request.error = error
-            self._ran(request)
             del self.open[request.name]
         return lost
 
-    def _ran(self, request: Request) -> None:
-        for expert in request.experts:
-            self._pending[expert] -= 1
+    def _foresee(self, items: Sequence[Item], chosen: Sequence[Item]) -> None:
+        """In how many batches each expert is needed next, as far as tokens wait.
+
+        Batches are made of them as they will be. What a running request writes next is not known: its expert is taken
+        to stay.
+        """
+        self._coming = {}
+        waiting, batch, now = list(items), list(chosen), len(self.batches)
+        for ahead in range(1, HORIZON + 1):
+            ran = {item.request: item.tokens for item in batch}
+            left = [replace(i, experts=i.experts[ran.get(i.request, 0) :]) for i in waiting]
+            ended = [Item(i.request, i.experts[-1:], now + ahead, decodes=True) for i in waiting]
+            waiting = [rest for rest in left if rest.experts]
+            waiting += [new for new, rest in zip(ended, left, strict=True) if not rest.experts]
+            if len(self._coming) == self.num_experts or not waiting:
+                return
+            batch = choose(waiting, self.batch_tokens, self.order, now=now + ahead, max_wait=self.max_wait)
+            for expert in {expert for item in batch for expert in item.experts}:
+                self._coming.setdefault(expert, ahead)
 
     def _next_use(self, key: Key) -> float:
-        """In layers from now: of this batch, or of a later one, the sooner the more tokens wait for the expert."""
+        """In layers from now."""
         layer, expert = key
         ahead = layer - self.store.now
         if ahead > 0 and expert in self._current:
             return ahead
-        waiting = self._pending[expert]
-        rounds = 1 + sum(other > waiting for other in self._pending)
-        return float("inf") if waiting == 0 else rounds * self.num_layers + ahead
+        return self._coming.get(expert, float("inf")) * self.num_layers + ahead
 
     def close(self) -> None:
         self.store.close()

@@ -19,6 +19,8 @@ from moesaic.ffn.layer import Activation
 from moesaic.ffn.serving.files import ExpertFiles
 from moesaic.ffn.serving.residency import Residency
 
+READERS = 2
+"""Threads that read: one leaves half of a disk's rate unused."""
 Key = tuple[int, int]
 """Layer and expert."""
 
@@ -77,7 +79,7 @@ class Store:
         self.plan: Sequence[Sequence[int]] = ()
         """The running batch's experts, by layer."""
         self._held: dict[Key, Pending[dict[str, Tensor]]] = {}
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="experts")
+        self._reader = ThreadPoolExecutor(READERS, thread_name_prefix="experts")
         self._lock = threading.Lock()
         self.now = 0
         """The layer that runs."""
@@ -109,6 +111,8 @@ class Store:
 
     def _ahead(self, running: Sequence[Key], coming: Sequence[Key]) -> None:
         """Begin to read what comes next, as far as it fits in beside what this batch still needs.
+
+        No further than the next layer: reads that are begun earlier only delay those that are waited for.
 
         What would have to be read again because of it is not worth it: all together, no more is read than on demand.
         """

@@ -1,0 +1,413 @@
+"""What experts inside the feed-forward layer came to: blocks of docs/smoe-dropout.md, read-me.md, rmoe.md; pictures.
+
+`scripts/results.py` puts them there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import conversions
+import pretraining
+
+from moesaic.report import charts
+from moesaic.report.page import alone
+
+Cells = dict[str, list[dict[str, Any]]]
+SLIM = {
+    "smoe-dropout": "SMoE-Dropout, fixed router, k from 8 to 16",
+    "smoe-dropout-from-1": "fixed router, k from 1 to 16",
+    "elastic": "learned router, k drawn from 1 to 16 (elastic)",
+    "learned-2": "learned router, k = 2",
+    "fixed-2": "fixed router, k = 2",
+    "dense": "dense",
+    "dense-eighth": "dense, an eighth of the width (as wide as k = 2)",
+}
+DEPTH = {
+    "linear": "linear routers (Mixtral's own)",
+    "rmoe": "RMoE",
+    "rmoe-detach": "RMoE, gradient cut between layers",
+    "rmoe-np": "RMoE, no state from below (NP)",
+    "stateless-shared": "one stateless router for all layers",
+}
+CONVERSIONS = {
+    "dense": "the model itself",
+    "dense-tuned": "the model, tuned",
+    "told": "Read-ME, domain told",
+    "read-me": "**Read-ME**",
+    "read-me-released": "Read-ME, the released loss",
+    "prune": "dense prune to half the neurons, tuned",
+    "cmoe-tuned": "CMoE's split, 2 shared + 2 of 6, tuned",
+    "told-untuned": "Read-ME's masks, domain told, untuned",
+    "prune-untuned": "dense prune, untuned",
+    "cmoe": "CMoE's split, untuned",
+}
+
+
+def cells(folder: Path) -> Cells:
+    """By arm, its cells in the order of their seeds."""
+    found: Cells = defaultdict(list)
+    for file in sorted(folder.glob("*.json")):
+        made = json.loads(file.read_text())
+        found[made["arm"]].append(made)
+    return {arm: sorted(of, key=lambda cell: cell["seed"]) for arm, of in found.items()}
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    if len(values) < 2:
+        return f"{statistics.mean(values):,.{digits}f}"
+    return f"{statistics.mean(values):,.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+def paired(found: Cells, arm: str, other: str, value: Callable[[dict[str, Any]], float]) -> list[float]:
+    """Differences of two arms, seed by seed, where both have the seed."""
+    of = {cell["seed"]: value(cell) for cell in found[other]}
+    return [value(cell) - of[cell["seed"]] for cell in found[arm] if cell["seed"] in of]
+
+
+def holds(values: Sequence[float]) -> str:
+    """A difference and whether it is more than two of its standard deviations over seeds."""
+    if len(values) < 3:
+        return f"{spread(values)} (fewer than three seeds)"
+    sure = abs(statistics.mean(values)) > 2 * statistics.stdev(values)
+    return f"{statistics.mean(values):+.3f} ± {statistics.stdev(values):.3f}{'' if sure else ', within two deviations'}"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(header) + " |", "| --- " + "| ---: " * (len(header) - 1) + "|"]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+
+
+# -- SMoE-Dropout --------------------------------------------------------------------------------------------------
+
+
+def at(cell: dict[str, Any], k: int) -> float:
+    return float(cell["by_k"][str(k)])
+
+
+def slim(results: Path) -> str:
+    found = cells(results / "pretraining" / "slim")
+    rows = []
+    for arm, said in SLIM.items():
+        if arm in found:
+            of = found[arm]
+            by_k = [spread([at(c, k) for c in of]) if "by_k" in of[0] else "" for k in pretraining.KS]
+            rows.append([said, *(by_k if any(by_k) else ["", "", "", "", spread([c["mean_loss"] for c in of])])])
+    first = next(iter(found.values()))[0]
+    seeds = ", ".join(str(c["seed"]) for c in found["smoe-dropout"])
+    lines = [
+        f"Held-out loss, nats a token, mean over seven domains of generated text; seeds {seeds}; "
+        f"{first['steps']:,} steps of 2,048 tokens, 4 layers of 128, d_ff 512 in 16 experts, 1.1 M parameters. Dense "
+        "twins stand at k = 16. Command: `python scripts/pretraining.py slim`.",
+        "",
+        *table(["", *(f"k = {k}" for k in pretraining.KS)], rows),
+        "",
+    ]
+    rise = [at(c, 16) - at(c, 2) for c in found["learned-2"]]
+    lines.append(f"- The learned router, from the k it was trained at to k = 16: {holds(rise)}.")
+    for arm in ("smoe-dropout-from-1", "smoe-dropout", "elastic"):
+        fall = [at(c, 16) - at(c, 1) for c in found[arm]]
+        monotone = all(at(c, a) >= at(c, b) for c in found[arm] for a, b in pairwise(pretraining.KS))
+        lines.append(
+            f"- {SLIM[arm]}: from k = 1 to 16 {holds(fall)}; {'' if monotone else 'not '}falling at every step of k, "
+            "for every seed."
+        )
+    for arm in ("smoe-dropout", "smoe-dropout-from-1", "elastic"):
+        gaps = [at(c, 16) - d["mean_loss"] for c, d in zip(found[arm], found["dense"], strict=False)]
+        lines.append(f"- {SLIM[arm]}, at k = 16, from the dense twin: {holds(gaps)}.")
+    against = paired(
+        found, "smoe-dropout-from-1", "elastic", lambda c: statistics.mean(at(c, k) for k in pretraining.KS)
+    )
+    lines.append(f"- Fixed router from 1 to 16, from elastic training, mean over the five k: {holds(against)}.")
+    best = [at(c, 16) - at(d, 2) for c, d in zip(found["smoe-dropout"], found["learned-2"], strict=False)]
+    lines.append(f"- SMoE-Dropout at k = 16, from the learned router at its best, k = 2: {holds(best)}.")
+    return "\n".join(lines)
+
+
+def slimming(results: Path) -> str:
+    """Loss at every k."""
+    found = cells(results / "pretraining" / "slim")
+    drawn = []
+    for number, arm in enumerate(a for a in SLIM if "by_k" in found.get(a, [{}])[0]):
+        points = [(math.log2(k), statistics.mean(at(c, k) for c in found[arm])) for k in pretraining.KS]
+        drawn.append(charts.Line(arm, points, number))
+    dense = statistics.mean(c["mean_loss"] for c in found["dense"])
+    drawn.append(charts.Line("dense", [(0, dense), (4, dense)], len(drawn)))
+    said = "; ".join(f"{line.label} {line.points[0][1]:.2f} at k=1, {line.points[-1][1]:.2f} at 16" for line in drawn)
+    title = "Held-out loss by the number of experts at inference"
+    across = "log2 of k, experts a token at inference"
+    return alone(charts.lines(drawn, across=across, up="nats a token", title=title, description=said))
+
+
+# -- RMoE ----------------------------------------------------------------------------------------------------------
+
+
+def depth(results: Path) -> str:
+    found = cells(results / "pretraining" / "depth")
+    rows = []
+    for arm, said in DEPTH.items():
+        of = found.get(arm)
+        if of is None:
+            continue
+        routing = [
+            spread([c["routing"][key] for c in of], 2)
+            for key in ("layer_information", "inner_balance", "outer_balance")
+        ]
+        first, last = (
+            spread([100 * (c["gradients"]["trained"][0 if end == 0 else -1]) for c in of], 2) for end in (0, 1)
+        )
+        rows.append(
+            [
+                said,
+                spread([c["mean_loss"] for c in of]),
+                *routing,
+                first,
+                last if len(of[0]["gradients"]["trained"]) > 1 else "",
+            ]
+        )
+    first_cell = next(iter(found.values()))[0]
+    seeds = ", ".join(str(c["seed"]) for c in found["rmoe"])
+    lines = [
+        f"A Mixtral of 6 layers of 96, 16 experts of width 96, 2 a token, balance loss 0.01; seeds {seeds}; "
+        f"{first_cell['steps']:,} steps of 2,048 tokens of generated text. Loss: held out, nats a token. Information: "
+        "bits that a token's first expert in one layer tells of its first in the next. Inner balance: first over "
+        "second probability; outer: spread of utilisation. Gradients: of the loss to the lowest and the highest "
+        "layer's map of its input (P, or a linear router's weight), percent of that map's norm, after training. "
+        "Command: `python scripts/pretraining.py depth`.",
+        "",
+        *table(
+            ["", "loss", "information", "inner balance", "outer balance", "gradient, lowest", "gradient, highest"], rows
+        ),
+        "",
+    ]
+    figures: tuple[tuple[str, Callable[[dict[str, Any]], float]], ...] = (
+        ("loss", lambda c: c["mean_loss"]),
+        ("information, bits", lambda c: c["routing"]["layer_information"]),
+    )
+    for said, value in figures:
+        for other in ("linear", "rmoe-np", "rmoe-detach"):
+            lines.append(f"- RMoE from {DEPTH[other]}, {said}: {holds(paired(found, 'rmoe', other, value))}.")
+    return "\n".join(lines)
+
+
+def routers(results: Path) -> str:
+    """Information between layers against loss, a point an arm."""
+    found = cells(results / "pretraining" / "depth")
+    dots = []
+    for number, (arm, of) in enumerate((arm, found[arm]) for arm in DEPTH if arm in found):
+        losses = [100 * c["mean_loss"] for c in of]
+        bits = statistics.mean(c["routing"]["layer_information"] for c in of)
+        dots.append(charts.Point(arm, bits, statistics.mean(losses), statistics.stdev(losses), number))
+    title = "Held-out loss and what one layer's expert says of the next"
+    said = "; ".join(f"{dot.label}: {dot.x:.2f} bits, {dot.y / 100:.3f} nats" for dot in dots)
+    across, up = "bits that a token's expert tells of its expert in the next layer", "loss, hundredths of a nat"
+    return alone(charts.scatter(dots, across=across, up=up, title=title, description=said)[0])
+
+
+# -- conversions ---------------------------------------------------------------------------------------------------
+
+
+def perplexities(found: Cells) -> dict[str, list[dict[str, float]]]:
+    """By name of CONVERSIONS, perplexities by domain, a dict a seed."""
+    made = {arm: [c["perplexity"] for c in of] for arm, of in found.items()}
+    for name, arm, key in (
+        ("dense", "read-me", "dense"),
+        ("told", "read-me", "told"),
+        ("told-untuned", "read-me", "told-untuned"),
+        ("prune-untuned", "prune", "untuned"),
+    ):
+        if arm in found:
+            made[name] = [c[key] for c in found[arm]]
+    return made
+
+
+def mean_of(by_domain: dict[str, float]) -> float:
+    """Geometric."""
+    return math.exp(statistics.mean(map(math.log, by_domain.values())))
+
+
+def converted(results: Path) -> str:
+    parts = []
+    for setting, said in (
+        ("smollm2", "SmolLM2-135M-Instruct, four domains of real text"),
+        ("nano", "nano, four kinds of generated lines"),
+    ):
+        found = cells(results / "conversions" / setting)
+        if not found:
+            continue
+        made = perplexities(found)
+        domains = list(made["read-me"][0])
+        how = conversions.SETTINGS[setting]["rounds"]
+        rows = [
+            [
+                said,
+                *(spread([one[d] for one in made[name]], 2) for d in domains),
+                spread([mean_of(one) for one in made[name]], 2),
+            ]
+            for name, said in CONVERSIONS.items()
+            if name in made
+        ]
+        seeds = ", ".join(str(c["seed"]) for c in found["read-me"])
+        right = [statistics.mean(c["routed_right"].values()) for c in found["read-me"]]
+        sizes = conversions.SETTINGS[setting]
+        parts += [
+            f"**{said}**: held-out perplexity; seeds {seeds}; {how.rounds} rounds of {how.router_steps} + "
+            f"{how.expert_steps} steps of {sizes['batch']} x {sizes['length']} tokens, the others tuned for as many "
+            f"steps as the experts. All but the model itself have half the neurons active. Mean: geometric. Command: "
+            f"`python scripts/conversions.py {setting}`.",
+            "",
+            *table(["", *domains, "mean"], rows),
+            "",
+            f"- Read-ME's router sends {spread([100 * r for r in right], 1)} % of held-out tokens to "
+            "their domain's expert.",
+        ]
+        logs: Cells = {
+            name: [{"seed": i, "log": math.log(mean_of(one))} for i, one in enumerate(of)] for name, of in made.items()
+        }
+        for other in ("told", "prune", "cmoe-tuned", "dense-tuned"):
+            gaps = paired(logs, "read-me", other, lambda c: c["log"])
+            lines = f"- Read-ME from {CONVERSIONS[other]}, mean loss in nats: {holds(gaps)}."
+            parts.append(lines)
+        parts.append("")
+    return "\n".join(parts).rstrip()
+
+
+def domains_picture(results: Path) -> str:
+    """Mean loss of each way above the dense model's, SmolLM2."""
+    made = perplexities(cells(results / "conversions" / "smollm2"))
+    base = [math.log(mean_of(one)) for one in made["dense"]]
+    dots = []
+    for name in sorted(set(CONVERSIONS) & set(made) - {"dense"}, key=lambda n: statistics.mean(map(mean_of, made[n]))):
+        above = [math.log(mean_of(one)) - of for one, of in zip(made[name], base, strict=False)]
+        series = 1 if name.startswith(("read-me", "told")) else 0 if name.startswith("dense") else 2
+        dots.append(charts.Dot(name, statistics.mean(above), (min(above), max(above)), above, series))
+    said = "; ".join(f"{dot.label} {dot.value:+.2f}" for dot in dots)
+    title = "Loss above the dense model's, hundredths of a nat: Read-ME in blue, other halves in orange"
+    return alone(charts.intervals(dots, zero="the model itself", title=title, description=said)[0])
+
+
+# -- serving -------------------------------------------------------------------------------------------------------
+
+
+def serving(results: Path) -> str:
+    found = json.loads((results / "serving.json").read_text())
+    engines = found["engines"]
+    rows = []
+    base = engines["decode first"]
+    for name, of in engines.items():
+        ratios = [
+            spread([100 * (a[key] / b[key] - 1) for a, b in zip(of, base, strict=True)], 1)
+            if name != "decode first"
+            else ""
+            for key in ("mean", "p95")
+        ]
+        rows.append([
+            name, spread([c["mean"] for c in of], 2), ratios[0], spread([c["p95"] for c in of], 2), ratios[1],
+            spread([c["experts_a_batch"] for c in of], 2), spread([100 * c["hit_ratio"] for c in of], 1),
+            spread([c["moved_mib"] for c in of], 0), spread([100 * c["hidden"] for c in of], 0),
+        ])  # fmt: skip
+    right, asked = found["answers_equal"]
+    lines = [
+        f"SmolLM2 with {found['experts']} experts a layer (`{found['conversion']}`), {found['requests']} requests of "
+        f"{found['prompt_tokens'][0]} to {found['prompt_tokens'][1]} tokens, {found['new_tokens']} new tokens each, "
+        f"Poisson arrivals, batches of {found['batch_tokens']} tokens, memory for {found['kept']} of "
+        f"{found['experts']} experts ({found['budget_mib']:.0f} MiB), reads past the page cache, one "
+        f"torch thread; {found['rounds']} rounds with every engine in turn, mean ± standard deviation over rounds. "
+        f"Latency from arrival to the last token, seconds; {right} of {asked} runs gave the same tokens as the first. Command: `{found['command']}`.",
+        "",
+        *table(
+            ["", "mean latency", "to decode first, %", "p95", "to decode first, %", "experts a full batch", "hits, %",
+             "MiB read", "loading hidden, %"], rows,
+        ),
+        "",
+        "By budget, all requests at once, prefetch beside reading on demand:",
+        "",
+    ]  # fmt: skip
+    by_budget = []
+    for kept, of in found["budgets"].items():
+        ahead, demand = of["prefetch"], of["on demand"]
+        by_budget.append([
+            f"{kept} of {found['experts']} experts", f"{100 * demand['hit_ratio']:.1f}",
+            f"{ahead['moved_mib'] / demand['moved_mib']:.2f}", f"{100 * ahead['hidden']:.0f}",
+            f"{ahead['seconds'] / demand['seconds']:.2f}",
+        ])  # fmt: skip
+    lines += table(["memory for", "hits, %", "bytes read, ratio", "loading hidden, %", "time, ratio"], by_budget)
+    lines += ["", "Peak memory of a process beside what it may hold, MiB:", ""]
+    lines += table(
+        ["expert budget", "model without experts", "before", "peak", "above before, of budget + model"],
+        [
+            [f"{m['budget_mib']:.0f}", f"{m['resident_mib']:.0f}", f"{m['before_mib']:.0f}", f"{m['peak_mib']:.0f}",
+             f"{(m['peak_mib'] - m['before_mib']) / (m['budget_mib'] + m['resident_mib']):.2f}"]
+            for m in found["memory"]
+        ],
+    )  # fmt: skip
+    simulated = found["simulated"]
+    lines += [
+        "",
+        "Simulated, uses of one expert a token by 64 requests in turn that keep the last token's expert with "
+        "probability 0.95, 5 seeds; and the routes of the trace's own prompts. Hits in a cache of k of 7 experts, percent:",
+        "",
+    ]
+    hit_rows = []
+    for policy in simulated["prompts"]:
+        sticky = [spread([one[policy][i] for one in simulated["sticky"]], 1) for i in range(4)]
+        own = [f"{value:.1f}" for value in simulated["prompts"][policy]]
+        hit_rows.append([policy, *sticky, *own])
+    lines += table(["", *(f"k = {k}" for k in (2, 3, 4, 5)), *(f"prompts, k = {k}" for k in (2, 3, 4, 5))], hit_rows)
+    fcfs, by = ([one[order] for one in simulated["sticky_experts"]] for order in ("fcfs", "experts"))
+    own = simulated["prompts_experts"]
+    lines += [
+        "",
+        f"- Experts a batch of 16 from one pool: first come {spread(fcfs, 2)}, by expert {spread(by, 2)} "
+        f"({100 * (1 - statistics.mean(by) / statistics.mean(fcfs)):.0f} % fewer); the trace's own prompts "
+        f"{own['fcfs']:.2f} and {own['experts']:.2f} ({100 * (1 - own['experts'] / own['fcfs']):.0f} % fewer).",
+    ]
+    return "\n".join(lines)
+
+
+def latencies(results: Path) -> str:
+    engines = json.loads((results / "serving.json").read_text())["engines"]
+    dots = []
+    for number, (name, of) in enumerate(engines.items()):
+        ratios = [a["p95"] / b["p95"] - 1 for a, b in zip(of, engines["decode first"], strict=True)]
+        dots.append(
+            charts.Dot(name, statistics.mean(ratios), (min(ratios), max(ratios)), ratios, 1 if number == 0 else 0)
+        )
+    said = "; ".join(f"{dot.label} {100 * dot.value:+.1f} %" for dot in dots)
+    title = "95th percentile of latency, percent above decode-first batches"
+    return alone(charts.intervals(dots, zero="decode first", title=title, description=said)[0])
+
+
+BLOCKS: dict[str, dict[str, tuple[str, Callable[[Path], str]]]] = {
+    "smoe-dropout.md": {"slim": ("pretraining/slim", slim)},
+    "rmoe.md": {"depth": ("pretraining/depth", depth)},
+    "read-me.md": {"conversions": ("conversions/smollm2", converted), "serving": ("serving.json", serving)},
+}
+"""Page -> block -> what it is made of, and how."""
+PICTURES: dict[str, tuple[str, Callable[[Path], str]]] = {
+    "slimming.svg": ("pretraining/slim", slimming),
+    "rmoe.svg": ("pretraining/depth", routers),
+    "read-me.svg": ("conversions/smollm2", domains_picture),
+    "serving.svg": ("serving.json", latencies),
+}
+
+
+def filled(page: str, text: str, results: Path) -> str:
+    """A page's text with its blocks made anew."""
+    for name, (source, make) in BLOCKS[page].items():
+        if (results / source).exists():
+            head, mark, rest = text.partition(f"<!-- {name} -->\n")
+            assert mark, f"{page} has no block {name}"
+            text = f"{head}{mark}{make(results)}\n<!-- end -->{rest.partition('<!-- end -->')[2]}"
+    return text
+
+
+def pictures(results: Path) -> dict[str, str]:
+    return {name: make(results) for name, (source, make) in PICTURES.items() if (results / source).exists()}
