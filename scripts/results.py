@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import results_adapters
+import results_ffn
 
 from moesaic import bench
 from moesaic.lora import METHODS
@@ -326,12 +327,17 @@ def page(results: Path) -> str:
 def main() -> None:
     results, docs = ROOT / "results", ROOT / "docs"
     (docs / "results.md").write_text(page(results))
-    for name, drawing in results_adapters.pictures(results).items():
+    for name, drawing in {**results_adapters.pictures(results), **results_ffn.pictures(results)}.items():
         (docs / name).write_text(drawing)
+    for name in results_ffn.BLOCKS:
+        page_file = docs / name
+        page_file.write_text(results_ffn.filled(name, page_file.read_text(), results))
     if (results / "bench.json").is_file():
         parts = [performance(results / "bench.json")]
         if (results / "bench-smollm2.json").is_file():
             parts.append(on_smollm2(results / "bench-smollm2.json"))
+        if (results / "bench-experts.json").is_file():
+            parts.append(results_ffn.backends(results / "bench-experts.json"))
         (docs / "performance.md").write_text("\n".join(parts))
 
 

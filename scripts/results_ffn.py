@@ -311,7 +311,7 @@ def serving(results: Path) -> str:
         rows.append([
             name, spread([c["mean"] for c in of], 2), ratios[0], spread([c["p95"] for c in of], 2), ratios[1],
             spread([c["experts_a_batch"] for c in of], 2), spread([100 * c["hit_ratio"] for c in of], 1),
-            spread([c["moved_mib"] for c in of], 0), spread([100 * c["hidden"] for c in of], 0),
+            spread([c["moved_mib"] for c in of], 0), spread([c["waiting"] for c in of], 1),
         ])  # fmt: skip
     right, asked = found["answers_equal"]
     lines = [
@@ -320,11 +320,12 @@ def serving(results: Path) -> str:
         f"Poisson arrivals, batches of {found['batch_tokens']} tokens, memory for {found['kept']} of "
         f"{found['experts']} experts ({found['budget_mib']:.0f} MiB), reads past the page cache, one "
         f"torch thread; {found['rounds']} rounds with every engine in turn, mean ± standard deviation over rounds. "
-        f"Latency from arrival to the last token, seconds; {right} of {asked} runs gave the same tokens as the first. Command: `{found['command']}`.",
+        f"Latency from arrival to the last token, seconds; {right} of {asked} runs gave the same tokens as the first. "
+        f"Command: `{found['command']}`.",
         "",
         *table(
             ["", "mean latency", "to decode first, %", "p95", "to decode first, %", "experts a full batch", "hits, %",
-             "MiB read", "loading hidden, %"], rows,
+             "MiB read", "waiting for experts, s"], rows,
         ),
         "",
         "By budget, all requests at once, prefetch beside reading on demand:",
@@ -335,7 +336,8 @@ def serving(results: Path) -> str:
         ahead, demand = of["prefetch"], of["on demand"]
         by_budget.append([
             f"{kept} of {found['experts']} experts", f"{100 * demand['hit_ratio']:.1f}",
-            f"{ahead['moved_mib'] / demand['moved_mib']:.2f}", f"{100 * ahead['hidden']:.0f}",
+            f"{ahead['moved_mib'] / demand['moved_mib']:.2f}",
+            f"{100 * (1 - ahead['waiting'] / demand['waiting']):.0f}",
             f"{ahead['seconds'] / demand['seconds']:.2f}",
         ])  # fmt: skip
     lines += table(["memory for", "hits, %", "bytes read, ratio", "loading hidden, %", "time, ratio"], by_budget)
@@ -352,7 +354,8 @@ def serving(results: Path) -> str:
     lines += [
         "",
         "Simulated, uses of one expert a token by 64 requests in turn that keep the last token's expert with "
-        "probability 0.95, 5 seeds; and the routes of the trace's own prompts. Hits in a cache of k of 7 experts, percent:",
+        "probability 0.95, 5 seeds; and the routes of the trace's own prompts. Hits in a cache of k of 7 experts, "
+        "percent:",
         "",
     ]
     hit_rows = []
@@ -383,6 +386,31 @@ def latencies(results: Path) -> str:
     said = "; ".join(f"{dot.label} {100 * dot.value:+.1f} %" for dot in dots)
     title = "95th percentile of latency, percent above decode-first batches"
     return alone(charts.intervals(dots, zero="decode first", title=title, description=said)[0])
+
+
+def backends(file: Path) -> str:
+    """A layer of experts on each backend beside the loop."""
+    found = json.loads(file.read_text())
+    rows = []
+    for name, of in found["found"].items():
+        cells = [name, f"{of['eager']['ms']:.1f}"]
+        for backend in ("grouped_mm", "batched_mm"):
+            row = of.get(backend)
+            cells.append(f"{row['ratio']:.2f} [{row['low']:.2f}, {row['high']:.2f}]" if row else "")
+        rows.append(cells)
+    lines = [
+        "## A layer of experts on Transformers' backends",
+        "",
+        f"Forward and backward of one feed-forward layer, one thread, {found['rounds']} rounds with every backend in "
+        "turn, medians and quartiles of the ratios to the loop over experts (`eager`). `grouped_mm` is the default; "
+        "where a token takes three quarters of the experts or more, one product over all of them stands in for it. "
+        "`batched_mm` copies an expert's weights for each token and is for GPUs; wide layers leave it out. Command: "
+        f"`{found['command']}`.",
+        "",
+        *table(["layer", "loop, ms", "grouped_mm", "batched_mm"], rows),
+        "",
+    ]
+    return "\n".join(lines)
 
 
 BLOCKS: dict[str, dict[str, tuple[str, Callable[[Path], str]]]] = {

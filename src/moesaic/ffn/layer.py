@@ -33,10 +33,21 @@ class _Fitting(ExpertsInterface):
         chosen = cast(Callable[..., Tensor], ALL_EXPERTS_FUNCTIONS.get_interface(experts_implementation, default))
         if experts_implementation != "grouped_mm":
             return chosen
-        return lambda bank, *routed: (chosen if fits(bank.down_proj) else default)(bank, *routed)
+        return lambda bank, *routed: _best(bank, chosen, default, *routed)
 
 
 _INTERFACE = _Fitting()
+WHOLE = 0.75
+"""Share of the experts from which on one product over all of them is faster than one for each group of tokens.
+
+Measured on a CPU, forward and backward: 0.54 to 1.2 of grouped_mm's time at three quarters, 0.35 to 0.88 at all.
+"""
+
+
+def _best(bank: Any, grouped: Any, loop: Any, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    if index.shape[-1] >= WHOLE * bank.num_experts:
+        return cast(Tensor, bank.whole(x, index, weights))
+    return cast(Tensor, (grouped if fits(bank.down_proj) else loop)(bank, x, index, weights))
 
 
 def fits(weight: Tensor) -> bool:
@@ -73,6 +84,16 @@ class _Bank(nn.Module, ABC):
             out = out.index_add(0, token, made.to(out.dtype))
         return out
 
+    @abstractmethod
+    def hidden(self, x: Tensor) -> Tensor:
+        """The hidden units of all experts, (T, N, f)."""
+
+    def whole(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """All experts as one dense layer, those that are not taken weighted 0."""
+        by_expert = weights.new_zeros(len(x), self.num_experts).scatter(1, index, weights)
+        weighed = self.hidden(x) * by_expert.to(x.dtype)[..., None]
+        return F.linear(weighed.flatten(1), self.down_proj.transpose(0, 1).flatten(1))
+
     def extra_repr(self) -> str:
         return f"experts={self.num_experts}, width={self.width}"
 
@@ -88,6 +109,10 @@ class GatedExperts(_Bank):
 
     def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         return self.loop(x, index, weights)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        gate, up = F.linear(x, self.gate_up_proj.flatten(0, 1)).unflatten(1, (self.num_experts, -1)).chunk(2, dim=-1)
+        return self.act_fn(gate) * up
 
     def one(self, expert: int, x: Tensor) -> Tensor:
         gate, up = F.linear(x, self.gate_up_proj[expert]).chunk(2, dim=-1)
@@ -121,6 +146,10 @@ class PlainExperts(_Bank):
 
     def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         return self.loop(x, index, weights)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        made = F.linear(x, self.up_proj.flatten(0, 1), self.up_proj_bias.flatten())
+        return self.act_fn(made).unflatten(1, (self.num_experts, -1))
 
     def one(self, expert: int, x: Tensor) -> Tensor:
         hidden = self.act_fn(F.linear(x, self.up_proj[expert], self.up_proj_bias[expert]))

@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from moesaic.report import charts
 from moesaic.report.tables import MATCHED
-from moesaic.report.text import facts, grids, missing
+from moesaic.report.text import Grid, facts, grids, missing
 
 HERE = Path(__file__).parent
 
@@ -31,22 +31,48 @@ class Figure:
 
 
 def html(summary: dict[str, Any]) -> str:
-    """The page of a summary."""
+    """The page of a comparison's summary."""
+    return _rendered(
+        kicker="moesaic compare",
+        judged=True,
+        title=f"{len(summary['arms'])} arms on {len(summary['tasks'])} tasks",
+        facts=facts(summary),
+        verdicts=summary["verdicts"],
+        missing=missing(summary),
+        grids=grids(summary) if _done(summary) else [],
+        figures=figures(summary),
+        settings=summary["settings"],
+        versions=summary["versions"],
+    )
+
+
+def of_run(
+    kicker: str,
+    title: str,
+    *,
+    facts: Sequence[tuple[str, str]],
+    grids: Sequence[Grid],
+    figures: Sequence[Figure],
+    settings: dict[str, Any],
+    versions: dict[str, str],
+) -> str:
+    """The page of one run: what it was, tables, and figures below the first of them."""
+    return _rendered(
+        kicker=kicker, judged=False, title=title, facts=facts, verdicts=[], missing=[], grids=grids, figures=figures,
+        settings=settings, versions=versions,
+    )  # fmt: skip
+
+
+def _rendered(*, settings: dict[str, Any], **parts: Any) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     return environment.get_template("page.html.j2").render(
-        title=f"{len(summary['arms'])} arms on {len(summary['tasks'])} tasks",
         style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
-        facts=facts(summary),
-        verdicts=summary["verdicts"],
-        missing=missing(summary),
-        grids=grids(summary) if _done(summary) else [],
-        figures=figures(summary),
-        settings=json.dumps(summary["settings"], indent=2, ensure_ascii=False, default=str),
-        versions=summary["versions"],
+        settings=json.dumps(settings, indent=2, ensure_ascii=False, default=str),
+        **parts,
     )
 
 

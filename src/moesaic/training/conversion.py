@@ -26,11 +26,21 @@ from moesaic.ffn.serving.files import write_checksums
 from moesaic.ffn.tune import Rounds, tune
 from moesaic.models.embedded import load_model, resolve
 from moesaic.models.precision import Numerics, numerics
+from moesaic.report.domains import page
 from moesaic.runs.conversion import Conversion
-from moesaic.runs.folder import atomic_folder, check_writable, discard, locked, read_json, write_json, writing
+from moesaic.runs.folder import (
+    atomic_folder,
+    check_writable,
+    discard,
+    locked,
+    read_json,
+    write_json,
+    write_text,
+    writing,
+)
 from moesaic.runs.results import command_line, count_total, device_name, versions
 from moesaic.runs.settings import differences, names
-from moesaic.training.domains import Domain, domains_of, figures, mixed, named
+from moesaic.training.domains import Domain, domains_of, figures, mixed, named, routing
 
 logger = logging.getLogger(__name__)
 
@@ -86,13 +96,33 @@ def convert(wanted: Conversion, *, command: str | None = None, progress: bool | 
             "command": command,
             "versions": versions(),
         }
+        routed = routing(made, domains, batch_size=wanted.batch_size)
         with writing(out), atomic_folder(out) as staging:
             made.save_pretrained(str(staging))
             base.tokenizer.save_pretrained(str(staging))
             if isinstance(method, ReadMe):
                 write_checksums(staging, [f"{name}.experts" for name in ffn.expert_layers(made)])
+            write_text(staging / "report.html", _page(wanted, results, routed))
             write_json(staging / RESULTS, results)
     return results
+
+
+def _page(wanted: Conversion, results: dict[str, Any], routed: Any) -> str:
+    counts = results["parameters"]
+    facts = [
+        ("model", wanted.model),
+        ("method", results["method"]),
+        ("parameters before", f"{counts['before']:,}"),
+        ("parameters after", f"{counts['after']:,}"),
+        ("seed", str(wanted.seed)),
+        ("device", results["device"]),
+        ("command", results["command"]),
+    ]
+    return page(
+        "moesaic convert", f"{wanted.method} on {wanted.model}", facts=facts,
+        columns={key: results[key] for key in ("before", "after")}, routing=routed, curve=[],
+        settings=wanted.describes(), versions=results["versions"],
+    )  # fmt: skip
 
 
 def load_any(name: str) -> Any:

@@ -139,3 +139,24 @@ def mixed(domains: Mapping[str, Domain], batch_size: int, seed: int) -> Iterator
     order = interleave(groups, 2**62, seed=seed)
     while True:
         yield {"input_ids": every[list(islice(order, batch_size))]}
+
+
+def routing(model: Any, domains: Mapping[str, Domain], *, batch_size: int = 8) -> dict[str, Any] | None:
+    """What a converted model's routers do on held-out rows; None for a model without any of ours.
+
+    Returns:
+        `by_layer`, layer -> domain -> each expert's share of the weight; `entropy`, domain -> layer -> 0 to 1.
+    """
+    if not domains or getattr(model, "host", None) is None:
+        return None
+    from moesaic.host import trace
+
+    by_layer: dict[str, dict[str, list[float]]] = {}
+    entropy = {}
+    for name, domain in domains.items():
+        with trace(model) as found:
+            loss(model, domain.held, batch_size=batch_size)
+        entropy[name] = {str(layer): value for layer, value in found.entropy_by_layer().items()}
+        for layer, shares in found.by_layer().items():
+            by_layer.setdefault(str(layer), {})[name] = [round(share, 4) for share in shares.tolist()]
+    return {"by_layer": by_layer, "entropy": entropy}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -18,11 +20,12 @@ from moesaic.ffn.schedules import KSchedule, Schedule
 from moesaic.ffn.smoe_dropout import top_k
 from moesaic.models.embedded import resolve
 from moesaic.models.nano.corpus import DOMAINS
+from moesaic.report.domains import page
 from moesaic.runs.folder import RunFolder, atomic_folder, write_json, write_text, writing
 from moesaic.runs.pretraining import Pretraining, load_pretraining
 from moesaic.runs.recipe import dump
 from moesaic.runs.results import command_line, count_total, count_trainable, device_name, peak_memory, versions
-from moesaic.training.domains import Domain, domains_of, figures, named
+from moesaic.training.domains import Domain, domains_of, figures, named, routing
 from moesaic.training.run import check_place, fit, plain
 from moesaic.training.trainer import RunMixin, training_arguments
 
@@ -79,8 +82,34 @@ def pretrain(recipe: Pretraining, *, command: str | None = None, progress: bool 
             "command": command,
             "versions": versions(),
         }
+        write_text(folder.path / "report.html", _page(recipe, results, routing(model, domains), _curve(folder)))
         write_json(folder.results, results)
     return results
+
+
+def _curve(folder: RunFolder, most: int = 60) -> list[tuple[float, float]]:
+    """(step, loss), neighbouring steps averaged to at most so many points."""
+    lines = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
+    size = -(-len(lines) // most)
+    parts = [lines[i : i + size] for i in range(0, len(lines), size)]
+    return [(part[-1]["step"], sum(line["loss"] for line in part) / len(part)) for part in parts]
+
+
+def _page(recipe: Pretraining, results: dict[str, Any], routed: Any, curve: list[tuple[float, float]]) -> str:
+    name = recipe.name or recipe.architecture
+    facts = [
+        ("architecture", recipe.architecture),
+        ("method", recipe.method or "none"),
+        ("parameters", f"{results['total_parameters']:,}"),
+        ("steps", f"{results['steps']:,} of {recipe.batch_size * recipe.accumulation} x {recipe.length} tokens"),
+        ("seed", str(recipe.seed)),
+        ("device", results["device"]),
+        ("command", results["command"]),
+    ]
+    return page(
+        "moesaic train", name, facts=facts, columns={"held out": results["held_out"]}, routing=routed, curve=curve,
+        settings=asdict(recipe), versions=results["versions"],
+    )  # fmt: skip
 
 
 def built(recipe: Pretraining, tokenizer: Any) -> PreTrainedModel:

@@ -1,0 +1,57 @@
+"""The examples of the pages on feed-forward layers run as written, and their commands are known."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moesaic.ffn.model import methods
+from moesaic.runs.conversion import load_conversion
+from moesaic.runs.pretraining import load_pretraining
+
+ROOT = Path(__file__).parents[1]
+PAGES = ("smoe-dropout", "read-me", "rmoe")
+
+
+def blocks(page: str, language: str) -> list[str]:
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    ("page", "said"),
+    [
+        ("smoe-dropout", r"8 sort 4 1 8 : 1 4 8.*\n4 sort 4 1 8 :"),
+        ("read-me", r"tensor\(\[\[0.*\n 1 4 8.* \d+ \d+"),
+        ("rmoe", r"tensor\(.*tensor\(.* 2\nMoesaicMixtralForCausalLM"),
+    ],
+)
+def test_an_example_runs_as_written(page: str, said: str, tmp_path: Path) -> None:
+    code = "\n".join(blocks(page, "python"))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.search(said, done.stdout), done.stdout
+
+
+def commands() -> list[list[str]]:
+    pages = [block for page in PAGES for block in blocks(page, "sh")]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    pages += re.findall(r"```sh\n(.*?)```", readme, flags=re.DOTALL)
+    lines = [shlex.split(line, comments=True) for block in pages for line in block.splitlines()]
+    ours = [line[1:] for line in lines if line[:1] == ["moesaic"]]
+    return [line for line in ours if line[0] == "convert" or line[1].startswith("pretrain/")]
+
+
+@pytest.mark.parametrize("line", commands(), ids=" ".join)
+def test_a_command_is_one_that_is_understood(line: list[str]) -> None:
+    verb, name, *settings = line
+    if verb == "convert":
+        assert name in methods()
+        assert load_conversion(name, settings).method == name
+    else:
+        assert load_pretraining(name, settings).steps > 0
