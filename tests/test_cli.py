@@ -183,7 +183,8 @@ def test_methods_lists_every_registered_one(capsys):
 
     assert main(["methods", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert {row["method"] for row in rows} == {"lora", "rslora", "dora", *METHODS}
+    inside = {f"convert/{name}" for name in ("cmoe", "read-me", "rmoe", "smoe-dropout")}
+    assert {row["method"] for row in rows} == {"lora", "rslora", "dora", *METHODS, *inside}
     assert all(row["summary"] and row["paper"] for row in rows)
     assert main(["methods"]) == 0
     assert "hotmoe" in capsys.readouterr().out

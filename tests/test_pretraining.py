@@ -154,7 +154,7 @@ def converted(capsys: pytest.CaptureFixture[str], out: Path, method: str, *more:
     [
         ("read-me", ["domains=lists,prose", *TUNED]),
         ("read-me", ["domains={a: lists, b: prose}", "tune.rounds=0", "experts.residual=separate", "experts.width=64"]),
-        ("cmoe", ["domains=lists,prose", "experts.top_k=3"]),
+        ("cmoe", ["domains=lists,prose", "experts.top_k=3", "dtype=bfloat16"]),
         ("smoe-dropout", ["experts.combine=sum", "domains=lists"]),
         ("smoe-dropout", []),
     ],

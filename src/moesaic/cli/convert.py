@@ -41,4 +41,5 @@ def run(method: str, arguments: list[str], *, as_json: bool = False) -> None:
     parts = [perplexity_table({"before": results["before"], "after": results["after"]})] if results["before"] else []
     show(*parts)
     print(f"{wanted.out}: {method}, {count['before']:,} parameters before, {count['after']:,} after")
-    print(f"next: moesaic perplexity {wanted.out} domains=…, or moesaic.ffn.model.load({wanted.out!r})")
+    print(f"what the routers do: {wanted.out}/report.html" if results["before"] else "no domains were given to look at")
+    print(f"next: from moesaic.ffn import load; model = load({wanted.out!r})")

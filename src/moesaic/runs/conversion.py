@@ -33,6 +33,7 @@ class Conversion:
     batch_size: int = field(default=8, metadata={"help": "rows in a forward"})
     seed: int = field(default=0, metadata={"help": "of generated text, the router and the order"})
     precision: str = field(default="auto", metadata={"help": "of tuning: auto, bf16 (autocast) or fp32"})
+    dtype: str = field(default="float32", metadata={"help": "of the weights that are written: float32 or bfloat16"})
     out: str = field(default="converted", metadata={"help": "folder to write"})
     overwrite: bool = field(default=False, metadata={"help": "replace it if it is there"})
 
@@ -51,6 +52,8 @@ def load_conversion(method: str, arguments: Sequence[str]) -> Conversion:
     for key, least in (("length", 8), ("rows", 1), ("held_out", 1), ("batch_size", 1)):
         if getattr(settings, key) < least:
             raise ConfigError(f"{key}={getattr(settings, key)} must be at least {least}")
+    if settings.dtype not in ("float32", "bfloat16"):
+        raise ConfigError(f"dtype={settings.dtype}; known: float32, bfloat16")
     if settings.precision not in ("auto", "bf16", "fp32"):
         raise ConfigError(f"precision={settings.precision}; known: auto, bf16, fp32")
     return settings

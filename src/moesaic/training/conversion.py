@@ -82,7 +82,7 @@ def convert(wanted: Conversion, *, command: str | None = None, progress: bool | 
         if rounds is not None:
             _tune(model, parts, domains, wanted, rounds, plan, out, shown=shown)
         dense = count_total(model)
-        made = ffn.convert(model, method, **parts)
+        made = ffn.convert(model, method, **parts).to(getattr(torch, wanted.dtype))
         results = {
             "method": method.name,
             "model": wanted.model,
