@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,6 @@ from moesaic.data.examples import has_split
 from moesaic.errors import AdapterError, ConfigError, path_of
 from moesaic.models.embedded import load_outline, resolve
 from moesaic.runs.folder import (
-    STAGING,
     RunFolder,
     atomic_folder,
     check_writable,
@@ -139,8 +137,6 @@ def run_compose(arguments: Sequence[str], *, as_json: bool = False) -> None:
         write_text(run.recipe, dump({key: getattr(recipe, key) for key in _KEPT} | {"adapter": kept_settings}))
         layout = {} if base.layout is None else base.layout.to_dict()
         write_json(run.layout, {"tasks": list(base.tasks), **layout})
-    with suppress(OSError):
-        (out.parent / STAGING).rmdir()
     if as_json:
         facts = {"folder": str(out), "method": recipe.method, "model": recipe.model, "experts": rows}
         print_json(facts)

@@ -41,13 +41,20 @@ def atomic_folder(final: Path) -> Iterator[Path]:
         yield staging
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
+        _remove_empty(staging.parent)
         raise
     for file in staging.rglob("*"):
         _sync(file)
     _sync(staging)
     discard(final)
     os.replace(staging, final)
+    _remove_empty(staging.parent)
     _sync(final.parent)
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):  # another writer's folder is in it
+        folder.rmdir()
 
 
 def write_json(file: Path, content: Any) -> None:
