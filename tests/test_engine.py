@@ -143,7 +143,13 @@ def test_a_damaged_expert_fails_its_requests_and_no_other(
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        (lambda e: e.add([]), "a request needs a prompt of one token at least"),
+        (lambda e: e.add([]), "a request needs a prompt, a list of one token id at least"),
+        (lambda e: e.add([3], max_new_tokens=1.5), "and room for one more"),
+        (lambda e: e.add([3, 1000]), "1000 is no token id of the model"),
+        (lambda e: e.add([3, -1]), "-1 is no token id of the model"),
+        (lambda e: e.add([3.5]), "3.5 is no token id of the model"),
+        (lambda e: Engine(e.folder, budget=1.5), "budget=1.5 must be a whole number"),
+        (lambda e: Engine(e.folder, max_wait=-1), "max_wait=-1 must be at least 1"),
         (lambda e: e.add([3] * 3000), "are more than the model's 2048 positions"),
         (lambda e: (e.add([3], name="a"), e.add([3], name="a")), "a request 'a' is open already"),
         (lambda e: Engine(e.folder, budget=10), "budget=10 bytes hold no expert: one takes 12,288"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -165,7 +166,7 @@ def test_a_folder_is_converted_and_read_again(
     out = tmp_path / "made"
     results = converted(capsys, out, method, *more)
     assert json.loads((out / "conversion.json").read_text()) == results
-    assert not (out / "rounds").exists()
+    assert "Perplexity" in (out / "report.html").read_text()
     if results["before"]:
         how = ("length=32", "held_out=2")
         table = json.loads(
@@ -197,10 +198,12 @@ def test_an_interrupted_conversion_goes_on_as_if_it_had_not_been(
     with monkeypatch.context() as patch:
         patch.setattr(tune, "stage", stops)
         assert main(["convert", "read-me", "model=nano", f"out={tmp_path / 'b'}", *FEW, *line]) == 130
-    assert [p.name for p in (tmp_path / "b" / "rounds").glob("[0-9]*")] == ["1"]
+    assert [p.name for p in (tmp_path / ".b.rounds").glob("[0-9]*")] == ["1"]
+    assert not (tmp_path / "b").exists()
     other = refused(capsys, "convert", "read-me", "model=nano", f"out={tmp_path / 'b'}", *FEW, *line, "seed=1")
-    assert "unfinished conversion with seed=0, now 1" in other
+    assert re.search("unfinished conversion to .*b with seed=0, now 1", other)
     converted(capsys, tmp_path / "b", "read-me", *line)
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
     kept = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b")]
     assert kept[0] == kept[1]
 
@@ -232,8 +235,11 @@ print(model(torch.arange(2, 12)[None]).logits.sum().item())
 def test_a_recurrent_router_is_put_into_a_mixture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said(capsys, "train", "pretrain/mixtral", *SMALL, f"out={tmp_path / 'run'}")
     made = ["convert", "rmoe", f"model={tmp_path / 'run' / 'model'}", f"out={tmp_path / 'made'}", "experts.state_dim=8"]
-    said(capsys, *made)
-    assert type(ffn.load(tmp_path / "made")).__name__ == "MoesaicMixtralForCausalLM"
+    said(capsys, *made, "domains=lists", "length=16", "held_out=2")
+    linked, stock = ffn.load(tmp_path / "made"), AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert type(linked).__name__ == "MoesaicMixtralForCausalLM"
+    for own, theirs in zip(linked.model.layers, stock.model.layers, strict=True):
+        assert torch.equal(own.mlp.experts.gate_up_proj, theirs.mlp.experts.gate_up_proj)
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "made")).__name__ == "MoesaicMixtralForCausalLM"
 
 
@@ -263,7 +269,7 @@ def test_what_cannot_be_converted_is_one_clear_line(tmp_path: Path, capsys: pyte
         assert message in refused(capsys, "convert", *line, where, *(["rows=2"] if "length=4" not in line else [])), (
             line
         )
-    assert not [entry for entry in (tmp_path / "x").glob("*") if not entry.name.startswith(".")]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["empty.txt"]
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("keep me")
     told = refused(capsys, "convert", "smoe-dropout", "model=nano", f"out={tmp_path / 'full'}", "overwrite=true")

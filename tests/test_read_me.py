@@ -278,7 +278,7 @@ def test_the_released_loss_is_that_of_the_code() -> None:
         (lambda: scores(made("llama"), {"a": [domain(3)], "b": []}), "the domain 'b' has no token"),
         (lambda: masks({"x": torch.rand(2, 8)}, 9), "an expert of 9 neurons cannot be cut out of 8"),
         (lambda: ReadMe(["a", "a"], 8), "needs two domains at least, of different names: a, a"),
-        (lambda: ReadMe(["a", "b"], 8, "none"), "residual='none' must be fused or separate"),  # type: ignore[arg-type]
+        (lambda: ReadMe(["a", "b"], 8, "none"), "residual='none' must be one of fused, separate"),  # type: ignore[arg-type]
         (lambda: PreGate(9, 2, dim=20, heads=4), "router_dim=20 must be a multiple of twice router_heads=4"),
         (lambda: Rounds(loss="mine"), "loss='mine' must be one of paper, released"),  # type: ignore[arg-type]
         (lambda: logits_without_ids(), "call the whole model with input_ids"),

@@ -88,23 +88,22 @@ def _converted(folder: Path) -> Path | None:
 
 
 def _as_mixtral(folder: Path, out: Path, settings: ExportSettings, *, as_json: bool) -> None:
-    from transformers import AutoTokenizer
-
-    from moesaic.ffn.model import load
     from moesaic.ffn.smoe_dropout import set_top_k
     from moesaic.ffn.stock import as_mixtral
+    from moesaic.training.conversion import load_any
 
     if settings.expert or settings.rank is not None:
         raise ConfigError("expert and rank are of composed adapters: a converted model is exported whole")
     if out.exists():
         raise ConfigError(f"out={settings.out} is there already; name another folder")
-    model = load(folder)
+    base = load_any(str(folder))
+    model, tokenizer = base.model, base.tokenizer
     if settings.top_k is not None:
         set_top_k(model, settings.top_k)
     stock = as_mixtral(model)
     with writing(out), atomic_folder(out) as staging:
         stock.save_pretrained(str(staging))
-        AutoTokenizer.from_pretrained(folder).save_pretrained(str(staging))
+        tokenizer.save_pretrained(str(staging))
     facts = {"folder": str(out), "experts": stock.config.num_local_experts, "top_k": stock.config.num_experts_per_tok}
     if as_json:
         print_json(facts)

@@ -64,11 +64,11 @@ def describe(name: str) -> dict[str, Any]:
     """
     from moesaic.lora import MixtureConfig
 
-    if name.startswith(_CONVERT):
-        return _converting(name)
     known = methods()
+    if name.startswith(_CONVERT) or (name not in known and name in ffn_methods()):
+        return _converting(_CONVERT + name.removeprefix(_CONVERT))
     if name not in known:
-        raise ConfigError(f"no method '{name}'; {suggest(name, known)}")
+        raise ConfigError(f"no method '{name}'; {suggest(name, [*known, *ffn_methods()])}")
     config, about = known[name], _about(name)
     shared = {f.name for f in fields(MixtureConfig)} - get_annotations(config).keys()
     allowed = adapter_settings(name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import glob
 import importlib
+import re
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -46,13 +47,16 @@ def documents(source: str) -> list[str]:
 
 
 def _from_files(source: str) -> Iterator[str]:
+    if not source.strip():
+        raise DataError("a source of text is empty: name a file, a folder or a pattern")
     place = path_of(source)
     if place.suffix == ".jsonl" or (place.is_dir() and any(place.glob("*.jsonl"))):
         for row in load(place):
             turns = [text for _, text in row.messages] or [row.prompt, row.completion or _choice(row)]
             yield " ".join(filter(None, turns))
         return
-    pattern = str(place / "**" / "*") if place.is_dir() else str(place)
+    pattern = glob.escape(str(place)) + "/**/*" if place.is_dir() else str(place)
+    pattern = glob.escape(str(place)) if place.is_file() else pattern
     files = sorted(file for file in map(Path, glob.iglob(pattern, recursive=True)) if file.is_file())
     if not files:
         raise DataError(f"there is no text at {source}: name a file, a folder, a pattern, or {' or '.join(BUILT_IN)}")
@@ -73,10 +77,16 @@ def _read(file: Path) -> str:
 
 
 def parted(texts: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Documents to learn from and documents that are held out, every tenth; fewer than ten are cut by lines first."""
+    """Documents to learn from and documents that are held out, every tenth.
+
+    Fewer than ten are cut into twenty first, between lines, or between words where there are few lines.
+    """
     pieces = list(texts)
     if len(pieces) < HELD_OUT:
-        lines = "\n".join(texts).splitlines(keepends=True)
+        whole = "\n".join(texts)
+        lines = whole.splitlines(keepends=True)
+        if len(lines) < 2 * HELD_OUT:
+            lines = re.findall(r"\s*\S+\s*", whole) or lines
         size = max(1, -(-len(lines) // (2 * HELD_OUT)))
         pieces = ["".join(lines[i : i + size]) for i in range(0, len(lines), size)]
     if len(pieces) < HELD_OUT:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moesaic.errors import ConfigError
+from moesaic.errors import ConfigError, path_of
 
 
 @dataclass
@@ -20,8 +20,8 @@ class PerplexitySettings:
     top_k: list[int] | None = field(
         default=None, metadata={"help": "experts a token takes, several to compare: 1,2,4,8"}
     )
-    length: int = field(default=256, metadata={"help": "tokens a row"})
-    held_out: int = field(default=16, metadata={"help": "most rows of a domain"})
+    length: int = field(default=0, metadata={"help": "tokens a row; 256, or as a folder was converted or trained with"})
+    held_out: int = field(default=0, metadata={"help": "most rows of a domain; 16, or as a folder was made with"})
     batch_size: int = field(default=8, metadata={"help": "rows in a forward"})
     precision: str = field(default="fp32", metadata={"help": "of the weights: bf16 or fp32"})
 
@@ -42,21 +42,30 @@ def perplexities(names: Sequence[str], settings: PerplexitySettings) -> dict[str
 
     if settings.precision not in ("bf16", "fp32"):
         raise ConfigError(f"precision={settings.precision}; known: bf16, fp32")
+    for key, least in (("length", 8), ("held_out", 1)):
+        if getattr(settings, key) and getattr(settings, key) < least:
+            raise ConfigError(f"{key}={getattr(settings, key)} must be at least {least}")
+    if not 1 <= settings.batch_size <= 1_000_000:
+        raise ConfigError(f"batch_size={settings.batch_size} must be between 1 and 1,000,000")
     made: dict[str, dict[str, dict[str, float]]] = {}
-    for name in names:
-        inner = Path(name).expanduser() / "model"  # of a pre-training's run
-        place = str(inner) if (inner / "config.json").is_file() else name
-        wanted = named(settings.domains) or _own(Path(name).expanduser())
+    own = [_own(path_of(name)) for name in names]
+    known: dict[str, Any] = next(filter(None, own), {})
+    length, held = (getattr(settings, k) or known.get(k, d) for k, d in (("length", 256), ("held_out", 16)))
+    for name, of in zip(names, own, strict=True):
+        inner = path_of(name) / "model"  # of a pre-training's run
+        is_run = (path_of(name) / "recipe.yaml").is_file()
+        if is_run and not (inner / "config.json").is_file():
+            raise ConfigError(f"{name} is an unfinished run: run its `moesaic train` command again to finish it")
+        place = str(inner) if is_run else name
+        wanted = named(settings.domains) or of.get("domains") or known.get("domains")
         if not wanted:
             raise ConfigError(f"domains is missing: {name} does not say what it was trained on; domains=a.txt,src/")
         base = load_any(place)
         if base.kind != "causal":
             raise ConfigError(f"{name} is an encoder: it has no perplexity")
         model = base.model.to(torch.bfloat16 if settings.precision == "bf16" else torch.float32)
-        longest = getattr(model.config, "max_position_embeddings", None) or settings.length
-        domains = domains_of(
-            wanted, base.tokenizer, length=min(settings.length, longest), train=1, held=settings.held_out
-        )
+        longest = getattr(model.config, "max_position_embeddings", None) or length
+        domains = domains_of(wanted, base.tokenizer, length=min(length, longest), train=1, held=held)
         how = {"batch_size": settings.batch_size}
         if not settings.top_k:
             made[name] = figures(model, domains, **how)
@@ -66,17 +75,21 @@ def perplexities(names: Sequence[str], settings: PerplexitySettings) -> dict[str
     return made
 
 
-def _own(folder: Path) -> dict[str, str]:
-    """The domains that a folder of ours says it was made with."""
-    from moesaic.runs.folder import read_json
+def _own(folder: Path) -> dict[str, Any]:
+    """What a folder of ours says it was made with: `domains`, `length`, `held_out`; empty for any other."""
+    from moesaic.runs.folder import read_json, reading
     from moesaic.training.domains import named
 
-    if (folder / "conversion.json").is_file():
-        return dict(read_json(folder / "conversion.json")["domains"])
+    if (file := folder / "conversion.json").is_file():
+        with reading(file):
+            found = read_json(file)
+            return {**{key: int(found[key]) for key in ("length", "held_out")}, "domains": named(found["domains"])}
     if (folder / "recipe.yaml").is_file():
         from moesaic.models.nano.corpus import DOMAINS
-        from moesaic.runs.pretraining import load_pretraining
+        from moesaic.runs.pretraining import is_pretraining, load_pretraining
 
-        stored = load_pretraining(str(folder)).domains
-        return named(list(DOMAINS) if stored is None else stored)
+        if is_pretraining(str(folder)):
+            stored = load_pretraining(str(folder))
+            wanted = named(list(DOMAINS) if stored.domains is None else stored.domains)
+            return {"domains": wanted, "length": stored.length, "held_out": stored.held_out}
     return {}

@@ -135,6 +135,7 @@ class CMoE(Method):
     top_k: int = setting(2, "of the others, how many a token takes")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         routed = self.num_experts - self.shared_experts
         if self.shared_experts < 0 or not 1 <= self.top_k <= routed:
             raise ConfigError(

@@ -18,10 +18,12 @@ from typing import Any, ClassVar, cast
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
-from moesaic.errors import AdapterError, ConfigError, suggest
+from moesaic.errors import AdapterError, ConfigError, first_line, suggest
+from moesaic.ffn.checking import check
 from moesaic.ffn.layer import NAME, ExpertLayer
 from moesaic.ffn.split import Seat, seats
 from moesaic.ffn.watching import Text
@@ -46,6 +48,8 @@ class Method(ABC):
     paper: ClassVar[str]
     needs_text: ClassVar[bool] = False
     """Whether a conversion reads text of some domains."""
+    slims: ClassVar[bool] = True
+    """Whether a token may take another number of experts than the model was made for."""
     METHODS: ClassVar[dict[str, type[Method]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -56,6 +60,9 @@ class Method(ABC):
     @abstractmethod
     def install(self, model: PreTrainedModel, host: Host) -> None:
         """Put the method's layers in, with weights of any value: they are loaded or filled afterwards."""
+
+    def __post_init__(self) -> None:
+        check(self)
 
     def parts(self, model: PreTrainedModel, text: Text, *, batch_size: int = 8, seed: int = 0) -> dict[str, Any]:
         """What `convert` takes beside the model, made of text (where the method `needs_text`)."""
@@ -95,9 +102,14 @@ def convert(model: PreTrainedModel, method: Method, **parts: Any) -> PreTrainedM
     """Give a model the method's feed-forward layers, in place; returns it.
 
     Raises:
-        ConfigError: for models without feed-forward layers of a known kind, settings that do not fit them, and models
-            that have been converted before. Nothing is changed then.
+        ConfigError: for models without feed-forward layers of a known kind, settings or parts that do not fit them, and
+            models that have been converted before. Nothing is changed then.
     """
+    if not isinstance(method, Method):
+        raise ConfigError(f"{method!r} is no method: moesaic.ffn has SMoEDropout, ReadMe, CMoE and RMoE")
+    if bool(parts) != method.needs_text:
+        wants = "takes method.parts(model, text)" if method.needs_text else f"takes no {', '.join(parts)}"
+        raise ConfigError(f"convert with {method.name} {wants}")
     if not isinstance(model, PreTrainedModel):
         raise ConfigError(f"{type(model).__name__} is no Transformers model: only those are converted")
     if isinstance(model, _Routed):
@@ -108,6 +120,11 @@ def convert(model: PreTrainedModel, method: Method, **parts: Any) -> PreTrainedM
     model.config.__class__ = routed_config(type(model.config))  # type: ignore[arg-type]
     model.config.moesaic = {"method": method.name, **dataclasses.asdict(method)}
     model.__class__ = routed_class(was)  # type: ignore[arg-type]
+    own: Any = model
+    own._weight_conversions = []  # a file that was read in another layout is not written back in it
+    for module in own.modules():
+        if hasattr(module, "_output_capturing_hooks_installed"):
+            module._output_capturing_hooks_installed = False  # those on routers went with them
     _attach(cast(_Routed, model), host, implementation)
     method.attached(model)
     return model
@@ -130,12 +147,39 @@ def hosted(model: Any) -> list[nn.Module]:
 
 
 def load(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """A converted model from the folder that `save_pretrained` wrote; `kwargs` as `from_pretrained` takes them."""
-    return cast(PreTrainedModel, class_of(folder).from_pretrained(folder, **kwargs))
+    """A converted model from the folder that `save_pretrained` wrote; `kwargs` as `from_pretrained` takes them.
+
+    Args:
+        folder: of the model, or of a run that trained it.
+
+    Raises:
+        AdapterError: the folder holds none, or one that is damaged.
+    """
+    inner = Path(folder) / "model"
+    place = inner if is_converted(inner) and not is_converted(folder) else Path(folder)
+    return read(class_of(place), place, **kwargs)
+
+
+def read(made: type[PreTrainedModel], folder: Path, **kwargs: Any) -> PreTrainedModel:
+    """`from_pretrained`, in which nothing may be missing. Raises AdapterError."""
+    try:
+        loaded: Any = made.from_pretrained(folder, output_loading_info=True, **kwargs)
+    except ConfigError as error:
+        raise AdapterError(f"{folder} is damaged: {error}") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise AdapterError(f"{folder} cannot be read: {first_line(error)}") from None
+    model, found = loaded
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if found[what]:
+            first = min(map(str, found[what]))
+            raise AdapterError(
+                f"{folder} is damaged: {what.replace('_', ' ')} in its weights, {len(found[what])}, such as {first}"
+            )
+    return cast(PreTrainedModel, model)
 
 
 def is_converted(folder: str | Path) -> bool:
-    return _described(folder).get("model_type", "").startswith(PREFIX)
+    return str(_described(folder).get("model_type", "")).startswith(PREFIX)
 
 
 def class_of(folder: str | Path) -> type[PreTrainedModel]:
@@ -145,11 +189,14 @@ def class_of(folder: str | Path) -> type[PreTrainedModel]:
         AdapterError: where the folder holds none of ours.
     """
     found = _described(folder)
-    [architecture] = found.get("architectures") or [""]
-    base = getattr(transformers, architecture.removeprefix("Moesaic"), None)
-    if base is None or not found.get("model_type", "").startswith(PREFIX):
+    architecture = found.get("architectures")
+    if not is_converted(folder):
         raise AdapterError(f"{folder} holds no converted model: `moesaic convert` makes one")
-    return routed_class(base)
+    name = str(architecture[0] if isinstance(architecture, list) and architecture else "").removeprefix("Moesaic")
+    base = getattr(transformers, name, None) if name.isidentifier() else None
+    if not (isinstance(base, type) and issubclass(base, PreTrainedModel)) or not isinstance(found.get("moesaic"), dict):
+        raise AdapterError(f"{folder}/config.json is damaged: restore it, or convert the model again")
+    return routed_class(base)  # type: ignore[arg-type]
 
 
 def _described(folder: str | Path) -> dict[str, Any]:
@@ -171,7 +218,10 @@ class _Routed:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         settings = dict(config.moesaic)
         host = Host()
-        method = method_of(settings.pop("method"))(**settings)
+        kind = method_of(str(settings.pop("method", None)))
+        if unknown := settings.keys() - {f.name for f in dataclasses.fields(kind)}:
+            raise ConfigError(f"{kind.name} has no setting {', '.join(sorted(unknown))}")
+        method = kind(**settings)
         method.install(cast(PreTrainedModel, self), host)
         _attach(self, host, wanted)
         method.attached(self)
@@ -242,6 +292,15 @@ def routed_layers(model: nn.Module) -> list[Any]:
         if isinstance(module, ExpertLayer)
         or (type(module).__name__.endswith("TopKRouter") and hasattr(module, "top_k"))
     ]
+
+
+def active_parameters(model: nn.Module) -> int:
+    """How many parameters a token uses: of a layer's experts, those that it takes."""
+    idle = 0
+    for layer in expert_layers(model).values():
+        share = 1 - layer.top_k / layer.num_experts
+        idle += round(share * sum(p.numel() for p in layer.experts.parameters()))
+    return sum(p.numel() for p in model.parameters()) - idle
 
 
 def expert_layers(model: nn.Module) -> dict[str, ExpertLayer]:

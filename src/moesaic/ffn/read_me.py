@@ -88,6 +88,7 @@ class ReadMe(Method):
     summary: ClassVar[str] = "an expert for each domain of text, and one router before the model runs"
     paper: ClassVar[str] = "Read-ME (NeurIPS 2024, arXiv 2410.19123)"
     needs_text: ClassVar[bool] = True
+    slims: ClassVar[bool] = False
 
     domains: list[str]
     width: int = setting(0, "d, neurons of one expert; half of the layers' own where left out")
@@ -95,16 +96,19 @@ class ReadMe(Method):
         "fused", "fused: each expert holds the neurons that all share; separate: they are a layer of their own"
     )
     shared_widths: list[int] = field(default_factory=list)
-    router_dim: int = setting(512, "width of the router before the model")
+    router_dim: int = setting(0, "width of the router before the model; the model's own, at most 512, where left out")
     router_heads: int = setting(4, "of its attention")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if len(self.domains) < 2 or len(set(self.domains)) < len(self.domains):
             raise ConfigError(
                 f"Read-ME needs two domains at least, of different names: {', '.join(self.domains) or 'none'}"
             )
-        if self.residual not in ("fused", "separate"):
-            raise ConfigError(f"residual={self.residual!r} must be fused or separate")
+        if self.width < 0 or self.router_dim < 0 or self.router_heads < 1:
+            raise ConfigError(
+                f"width={self.width}, router_dim={self.router_dim}, router_heads={self.router_heads}: not below 0"
+            )
 
     def layer(self, model: PreTrainedModel, seat: Seat, site: Site, host: Host, common: int) -> ExpertLayer:
         dense = read(model, seat)
@@ -131,8 +135,10 @@ class ReadMe(Method):
 
     def parts(self, model: PreTrainedModel, text: Text, *, batch_size: int = 8, seed: int = 0) -> dict[str, Any]:
         """Masks of the model as it is, and a router that knows nothing yet but the model's embedding."""
-        torch.manual_seed(seed)
+        torch.manual_seed(seed % 2**63)
         table = cast(nn.Embedding, model.get_input_embeddings())
+        even = 2 * self.router_heads
+        self.router_dim = self.router_dim or max(even, min(512, table.embedding_dim) // even * even)
         router = PreGate(table.num_embeddings, len(self.domains), dim=self.router_dim, heads=self.router_heads)
         router.take_embedding(table.weight)
         self.width = self.width or min(seat.d_ff for seat in seats(model)) // 2
@@ -141,6 +147,9 @@ class ReadMe(Method):
 
     def convert(self, model: PreTrainedModel, host: Host, *, masks: Masks, pre_gate: PreGate) -> None:  # type: ignore[override]
         found = sites(model)
+        if any(len(masks[seat.name]) != len(self.domains) for seat, _ in found):
+            raise ConfigError(f"masks are of another number of domains than {', '.join(self.domains)}")
+        self.router_dim, self.width = pre_gate.dim, self.width or int(masks[found[0][0].name][0].sum())
         self.shared_widths = [int(shared(masks[seat.name]).sum()) for seat, _ in found]
         made = []
         for (seat, site), common in zip(found, self.shared_widths, strict=True):

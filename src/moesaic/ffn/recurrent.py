@@ -117,6 +117,7 @@ class RMoE(Method):
     cosine_dim: int = setting(16, "of the cosine's view")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.state_dim < 1 or self.cosine_dim < 1:
             raise ConfigError(f"state_dim={self.state_dim} and cosine_dim={self.cosine_dim} must be at least 1")
 

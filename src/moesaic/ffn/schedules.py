@@ -42,6 +42,8 @@ class Schedule:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not all(type(k) is int for k in (self.k_min, self.k_max)):
+            raise ConfigError(f"k_min={self.k_min!r} and k_max={self.k_max!r} must be whole numbers")
         if self.kind not in get_args(Kind):
             raise ConfigError(f"unknown schedule {self.kind!r}: choose one of {', '.join(get_args(Kind))}")
         if not 1 <= self.k_min <= self.k_max:
@@ -74,6 +76,8 @@ class KSchedule(TrainerCallback):
     """Sets k before each step of a Trainer; a resumed training goes on where it was, as k follows from the step."""
 
     def __init__(self, schedule: Schedule) -> None:
+        if not isinstance(schedule, Schedule):
+            raise ConfigError(f"KSchedule({schedule!r}): give it a Schedule, such as Schedule('linear', 8, 16)")
         self.schedule = schedule
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from moesaic.errors import ConfigError
 from moesaic.ffn.layer import ExpertLayer, bank_of
-from moesaic.ffn.model import Method, put, routed_layers, setting, sites
+from moesaic.ffn.model import Method, method_of, put, routed_layers, setting, sites
 from moesaic.ffn.split import Dense, Seat, Slices, cut, even, join, read
 from moesaic.host import Host
 from moesaic.routing import LinearRouter, Router, RoutingContext, Site, TopK
@@ -61,6 +61,9 @@ class SMoEDropout(Method):
     router: Literal["fixed", "learned"] = setting("fixed", "fixed (the paper's) or learned")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_experts < 1:
+            raise ConfigError(f"num_experts={self.num_experts} must be at least 1")
         k = self.num_experts if self.top_k is None else self.top_k
         if not 1 <= k <= self.num_experts:
             raise ConfigError(f"top_k={k} must be between 1 and num_experts={self.num_experts}")
@@ -118,7 +121,12 @@ def set_top_k(model: nn.Module, k: int) -> None:
     layers = routed_layers(model)
     if not layers:
         raise ConfigError("this model has no layers made of experts: `moesaic convert` makes them")
+    settings = getattr(getattr(model, "config", None), "moesaic", {})
+    if settings and not method_of(settings["method"]).slims:
+        raise ConfigError(f"a {settings['method']} model takes the experts that it was made for: top_k cannot be set")
     most = min(layer.num_experts for layer in layers)
+    if type(k) is not int:
+        raise ConfigError(f"top_k={k!r} must be a whole number")
     if not 1 <= k <= most:
         raise ConfigError(f"top_k={k} must be between 1 and {most}")
     for layer in layers:

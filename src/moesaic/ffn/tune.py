@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from moesaic.errors import ConfigError, TrainingError
+from moesaic.ffn.checking import check
 from moesaic.ffn.masks import Masks, shared
 from moesaic.ffn.pregate import PreGate
 from moesaic.ffn.split import Seat
@@ -56,10 +57,10 @@ class Rounds:
     loss: Literal["paper", "released"] = "paper"
 
     def __post_init__(self) -> None:
-        if self.loss not in _LOSSES:
-            raise ConfigError(f"loss={self.loss!r} must be one of {', '.join(_LOSSES)}")
-        if min(self.rounds, self.router_steps, self.expert_steps) < 0:
-            raise ConfigError("rounds, router_steps and expert_steps must not be negative")
+        check(self)
+        for name in ("rounds", "router_steps", "expert_steps", "router_lr", "expert_lr", "decay", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must not be negative")
 
 
 @contextmanager

@@ -1,14 +1,15 @@
 """From the settings of `moesaic convert` to a folder: the converted model, its tokenizer, its perplexities.
 
-A conversion that is tuned keeps every round that is done in `<out>/rounds`, and goes on from there.
+A conversion that is tuned keeps every round that is done in a hidden folder beside it, and goes on from there.
 """
 
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from itertools import islice
 from pathlib import Path
@@ -17,14 +18,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
-from moesaic.errors import AdapterError, ConfigError, suggest
+from moesaic.errors import AdapterError, ConfigError, first_line, path_of, suggest
 from moesaic.ffn import model as ffn
 from moesaic.ffn.read_me import ReadMe
 from moesaic.ffn.serving.files import write_checksums
 from moesaic.ffn.tune import Rounds, tune
-from moesaic.models.embedded import load_model, resolve
+from moesaic.models.embedded import LoadedModel, load_model, resolve
 from moesaic.models.precision import Numerics, numerics
 from moesaic.report.domains import page
 from moesaic.runs.conversion import Conversion
@@ -40,7 +41,7 @@ from moesaic.runs.folder import (
 )
 from moesaic.runs.results import command_line, count_total, device_name, versions
 from moesaic.runs.settings import differences, names
-from moesaic.training.domains import Domain, domains_of, figures, mixed, named, routing
+from moesaic.training.domains import Domain, digest, domains_of, figures, mixed, named, routing
 
 logger = logging.getLogger(__name__)
 
@@ -51,45 +52,38 @@ def convert(wanted: Conversion, *, command: str | None = None, progress: bool | 
     """Convert a model and write it; returns what is written to `conversion.json`.
 
     Raises:
-        MoesaicError: of the kind that fits; nothing is written then but rounds that are done.
+        MoesaicError: of the kind that fits; nothing is written or replaced then.
         KeyboardInterrupt: rounds that are done are kept, and the same command goes on from them.
     """
     command = command or command_line()
     shown = sys.stderr.isatty() if progress is None else progress
-    method = method_of(wanted)
+    method, rounds = method_of(wanted), _rounds(wanted)
     out = _place(wanted)
-    rounds = _rounds(wanted)
     plan = numerics(wanted.precision)
     base = load_any(wanted.model)
     if base.kind != "causal":
         raise ConfigError(f"model={wanted.model} is an encoder: `moesaic convert` takes language models")
     model: PreTrainedModel = base.model.to(plan.device)
-    domains = domains_of(
-        named(wanted.domains),
-        base.tokenizer,
-        length=_length(wanted, model),
-        train=wanted.rows,
-        held=wanted.held_out,
-        seed=wanted.seed,
-    )
+    length = _length(wanted, model)
+    sizes = {"length": length, "train": wanted.rows, "held": wanted.held_out, "seed": wanted.seed}
+    domains = domains_of(named(wanted.domains), base.tokenizer, **sizes)
     before = figures(model, domains, batch_size=wanted.batch_size)
     rows = {name: domain.train for name, domain in domains.items()}
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-    with locked(out):
-        _check_same(out, wanted)
+    dense = count_total(model)
+    with _working(out, wanted, domains) as work:
         parts = method.parts(model, rows, batch_size=wanted.batch_size, seed=wanted.seed)
         if rounds is not None:
-            _tune(model, parts, domains, wanted, rounds, plan, out, shown=shown)
-        dense = count_total(model)
+            _tune(model, parts, domains, wanted, rounds, plan, work, shown=shown)
         made = ffn.convert(model, method, **parts).to(getattr(torch, wanted.dtype))
         results = {
             "method": method.name,
             "model": wanted.model,
             "settings": made.config.moesaic,
             "domains": named(wanted.domains),
+            "length": length,
+            "held_out": wanted.held_out,
             "seed": wanted.seed,
-            "parameters": {"before": dense, "after": count_total(made)},
+            "parameters": {"before": dense, "after": count_total(made), "active": ffn.active_parameters(made)},
             "before": before,
             "after": figures(made, domains, batch_size=wanted.batch_size),
             "device": device_name(plan.device),
@@ -105,6 +99,52 @@ def convert(wanted: Conversion, *, command: str | None = None, progress: bool | 
             write_text(staging / "report.html", _page(wanted, results, routed))
             write_json(staging / RESULTS, results)
     return results
+
+
+@contextmanager
+def _working(out: Path, wanted: Conversion, domains: dict[str, Domain]) -> Iterator[Path]:
+    """The hidden folder beside `out` that rounds are kept in, for this process alone; gone when all is done."""
+    work = out.with_name(f".{out.name}.rounds")
+    described = wanted.describes() | {"data_sha256": digest(domains)}
+    with writing(work):
+        work.mkdir(parents=True, exist_ok=True)
+    with locked(work):
+        _place(wanted)  # another process may have been faster
+        file = work / SETTINGS
+        if not file.is_file():
+            for entry in work.glob("[0-9]*"):
+                shutil.rmtree(entry, ignore_errors=True)
+        elif changed := differences(read_json(file), described):
+            if not wanted.overwrite:
+                raise ConfigError(
+                    f"there is an unfinished conversion to {out} with {changed}: set it back to go on, or "
+                    "overwrite=true, or another out="
+                )
+            for entry in work.glob("[0-9]*"):
+                shutil.rmtree(entry, ignore_errors=True)
+        write_json(file, described)
+        try:
+            yield work
+        except BaseException:
+            if not _done(work):
+                shutil.rmtree(work, ignore_errors=True)
+            raise
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def load_any(name: str) -> LoadedModel:
+    """A base model as `load_model` has it, also one that was converted before."""
+    place = resolve(name)
+    if not ffn.is_converted(place):
+        inner = path_of(name) / "model"
+        if (inner / "config.json").is_file():
+            raise ConfigError(f"{name} is a run: its model is {inner}")
+        return load_model(name)
+    model = ffn.load(place, dtype=torch.float32)
+    try:
+        return LoadedModel(model, AutoTokenizer.from_pretrained(place), "causal")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AdapterError(f"{place} has no tokenizer that can be read: {first_line(error)}; save it there") from None
 
 
 def _page(wanted: Conversion, results: dict[str, Any], routed: Any) -> str:
@@ -125,31 +165,32 @@ def _page(wanted: Conversion, results: dict[str, Any], routed: Any) -> str:
     )  # fmt: skip
 
 
-def load_any(name: str) -> Any:
-    """A base model as `load_model` has it, also one that was converted before."""
-    with suppress(AdapterError):
-        ffn.class_of(resolve(name))  # makes Transformers know its kind
-    return load_model(name)
-
-
 def method_of(wanted: Conversion) -> ffn.Method:
     """The method with its settings. Raises ConfigError for what it does not know or refuses."""
-    kind = ffn.method_of(wanted.method)
-    known = [f.name for f in fields(kind) if f.name not in _FOUND]
-    for key in wanted.experts:
-        if key not in known:
-            raise ConfigError(f"method {wanted.method} has no setting experts.{key}; {suggest(key, known)}")
     domains = named(wanted.domains)
+    kind = ffn.method_of(wanted.method)
     if kind.needs_text and not domains:
         raise ConfigError(
             f"method {wanted.method} reads text: domains=a.txt,src/ names files or folders, one a domain; stdlib and "
             "pydoc come with Python"
         )
     found = {"domains": list(domains)} if "domains" in names(kind) else {}
+    return method_with(wanted.method, wanted.experts, **found)
+
+
+def method_with(name: str, experts: Any, **found: Any) -> ffn.Method:
+    """A method of feed-forward layers with `experts.*` settings. Raises ConfigError for what it does not know."""
+    kind = ffn.method_of(name)
+    known = [f.name for f in fields(kind) if f.name not in _FOUND]
+    for key in experts:
+        if key not in known:
+            raise ConfigError(f"method {name} has no setting experts.{key}; {suggest(key, known)}")
+    if missing := [key for key in ("domains",) if key in names(kind) and key not in found]:
+        raise ConfigError(f"method {name} is made of a trained model: `moesaic convert {name}` ({', '.join(missing)})")
     try:
-        return kind(**found, **wanted.experts)
-    except TypeError as error:
-        raise ConfigError(f"experts settings of {wanted.method}: {error}") from None
+        return kind(**found, **experts)
+    except ConfigError as error:
+        raise ConfigError(f"experts settings of {name}: {error}") from None
 
 
 _FOUND = ("domains", "shared_widths")
@@ -166,7 +207,7 @@ def _rounds(wanted: Conversion) -> Rounds | None:
             raise ConfigError(f"read-me has no setting tune.{key}; {suggest(key, names(Rounds))}")
     try:
         return Rounds(**{"rounds": 2, **wanted.tune})
-    except TypeError as error:
+    except ConfigError as error:
         raise ConfigError(f"tune settings: {error}") from None
 
 
@@ -176,29 +217,30 @@ def _length(wanted: Conversion, model: Any) -> int:
 
 
 def _place(wanted: Conversion) -> Path:
-    out = Path(wanted.out).expanduser()
+    """Where the model is written. Raises ConfigError for a place that holds anything but a conversion to replace."""
+    out = path_of(wanted.out)
     check_writable(out, f"out={wanted.out}")
     if out.is_file():
         raise ConfigError(f"out={wanted.out} is a file; name a folder")
-    if out.is_dir() and any(not entry.name.startswith(".") for entry in out.iterdir()):
-        unfinished = (out / "rounds").is_dir() and not (out / RESULTS).is_file()
-        ours = (out / RESULTS).is_file() or unfinished
-        if not ours:
+    out = out.resolve()
+    if out in (Path.cwd(), *Path.cwd().parents):
+        raise ConfigError(f"out={wanted.out} is the folder that this runs in, or one around it; name another")
+    source = path_of(wanted.model).resolve()
+    if source.exists() and (out == source or out in source.parents or source in out.parents):
+        raise ConfigError(f"out={wanted.out} and model={wanted.model} lie in each other: write somewhere else")
+    if (out.parent / RESULTS).is_file():
+        raise ConfigError(f"out={wanted.out} lies in a converted model: write somewhere else")
+    if out.is_dir() and any(out.iterdir()):
+        if not (out / RESULTS).is_file():
             raise ConfigError(f"out={wanted.out} holds files that are not a conversion's; name another folder")
-        if wanted.overwrite:
-            discard(out)
-        elif not unfinished:
+        if not wanted.overwrite:
             raise ConfigError(f"{wanted.out} holds a converted model; overwrite=true replaces it, out=… goes elsewhere")
     return out
 
 
-def _check_same(out: Path, wanted: Conversion) -> None:
-    file = out / "rounds" / SETTINGS
-    if file.is_file() and (changed := differences(read_json(file), wanted.describes())):
-        raise ConfigError(
-            f"{out} holds an unfinished conversion with {changed}: set it back to go on, or overwrite=true, or another "
-            "out="
-        )
+def _done(work: Path) -> list[int]:
+    """Numbers of the rounds that are kept."""
+    return sorted(int(folder.name) for folder in work.glob("[0-9]*") if folder.name.isdecimal())
 
 
 def _tune(
@@ -208,20 +250,15 @@ def _tune(
     wanted: Conversion,
     rounds: Rounds,
     plan: Numerics,
-    out: Path,
+    kept: Path,
     *,
     shown: bool,
 ) -> None:
     """Read-ME's rounds, in place, each kept as it is done; goes on behind those that are."""
-    kept = out / "rounds"
-    done = max((int(folder.name) for folder in kept.glob("[0-9]*")), default=0)
+    done = max(_done(kept), default=0)
     if done:
-        logger.warning("%s: going on from round %d", out, done + 1)
+        logger.warning("%s: going on from round %d", wanted.out, done + 1)
         _restore(kept / str(done), model, parts)
-    else:
-        with writing(kept):
-            kept.mkdir(exist_ok=True)
-        write_json(kept / SETTINGS, wanted.describes())
     used = done * (rounds.router_steps + rounds.expert_steps)
     batches = islice(mixed(domains, wanted.batch_size, wanted.seed), used, None)
     there = ({name: values.to(plan.device) for name, values in batch.items()} for batch in batches)
@@ -250,7 +287,9 @@ def _restore(folder: Path, model: PreTrainedModel, parts: dict[str, Any]) -> Non
             values.copy_(held[f"pre_gate.{name}"])
         parts["masks"] = {name: held[f"masks.{name}"] for name in parts["masks"]}
     except Exception as error:  # whatever safetensors makes of damage
-        raise AdapterError(f"{folder} is damaged ({type(error).__name__}): overwrite=true begins anew") from None
+        raise AdapterError(
+            f"{folder} is damaged ({type(error).__name__}): remove {folder.parent} to begin anew"
+        ) from None
 
 
 class _bar:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moesaic.data import text
-from moesaic.errors import ConfigError, suggest
+from moesaic.errors import ConfigError, path_of, suggest
 from moesaic.models.nano.corpus import DOMAINS as GENERATED
 from moesaic.models.nano.corpus import lines
 
@@ -38,15 +39,25 @@ def named(domains: Any) -> dict[str, str]:
         ConfigError: it is no such thing, or two have one name.
     """
     if isinstance(domains, dict):
-        if not all(isinstance(source, str) for source in domains.values()):
+        if not all(isinstance(source, str) and source.strip() for source in domains.values()):
             raise ConfigError("domains must name a source of text for each: 'domains={NAME: SOURCE, …}'")
         return {str(name): source for name, source in domains.items()}
-    listed = [str(entry) for entry in ([domains] if isinstance(domains, str) else domains or [])]
-    found = [source if _is_known(source) else Path(source).stem for source in listed]
+    listed = [domains] if isinstance(domains, str) else [] if domains is None else domains
+    if not isinstance(listed, list) or not all(isinstance(entry, str) and entry.strip() for entry in listed):
+        raise ConfigError(
+            f"domains={domains!r} must be sources of text, comma-separated, or 'domains={{NAME: SOURCE}}'"
+        )
+    found = [source if _is_known(source) else _last(source) for source in listed]
     doubled = next((name for name in found if found.count(name) > 1), None)
     if doubled:
         raise ConfigError(f"two domains are called {doubled!r}: give them names, 'domains={{NAME: SOURCE, …}}'")
     return dict(zip(found, listed, strict=True))
+
+
+def _last(source: str) -> str:
+    """The last part of a path that is no pattern, without its suffix."""
+    parts = [part for part in Path(source).parts if not any(sign in part for sign in "*?[")]
+    return Path(parts[-1]).stem if parts else source
 
 
 def _is_known(source: str) -> bool:
@@ -72,7 +83,7 @@ def domains_of(
         if source in GENERATED:
             parts = _generated(source, seed), _generated(source, HELD_OUT_SEED)
         else:
-            if not Path(source).expanduser().exists() and source.isidentifier() and not _is_known(source):
+            if not path_of(source).exists() and source.isidentifier() and not _is_known(source):
                 known = suggest(source, [*GENERATED, *text.BUILT_IN])
                 raise ConfigError(f"there is no domain {source!r}: {known}; or a file, a folder or a pattern of text")
             parts = tuple(map(iter, text.parted(text.documents(source))))
@@ -91,6 +102,16 @@ def domains_of(
 
 def _generated(kind: str, seed: int) -> Iterator[str]:
     return (line.text for line in lines(seed, domain=kind))
+
+
+def digest(domains: Mapping[str, Domain]) -> str:
+    """Of all rows."""
+    found = hashlib.sha256()
+    for name, domain in domains.items():
+        found.update(name.encode())
+        for rows in (domain.train, domain.held):
+            found.update(rows.numpy().tobytes())
+    return found.hexdigest()
 
 
 @torch.no_grad()

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from moesaic.data.sampling import InterleavedSampler
@@ -25,7 +24,8 @@ from moesaic.runs.folder import RunFolder, atomic_folder, write_json, write_text
 from moesaic.runs.pretraining import Pretraining, load_pretraining
 from moesaic.runs.recipe import dump
 from moesaic.runs.results import command_line, count_total, count_trainable, device_name, peak_memory, versions
-from moesaic.training.domains import Domain, domains_of, figures, named, routing
+from moesaic.training.conversion import method_with
+from moesaic.training.domains import Domain, digest, domains_of, figures, named, routing
 from moesaic.training.run import check_place, fit, plain
 from moesaic.training.trainer import RunMixin, training_arguments
 
@@ -46,7 +46,8 @@ def pretrain(recipe: Pretraining, *, command: str | None = None, progress: bool 
     model = built(recipe, tokenizer)
     schedule = _schedule(recipe, model)
     domains = _domains(recipe, tokenizer)
-    layout = {"domains": {name: len(domain.train) for name, domain in domains.items()}}
+    rows = {name: len(domain.train) for name, domain in domains.items()}
+    layout = {"domains": rows, "data_sha256": digest(domains)}
     with (
         folder.prepared(
             overwrite=recipe.overwrite, resume=recipe.resume, description=plain(recipe), layout=layout
@@ -127,22 +128,53 @@ def built(recipe: Pretraining, tokenizer: Any) -> PreTrainedModel:
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
     }
+    if own := ends.keys() & recipe.config.keys():
+        raise ConfigError(f"config.{min(own)} follows from the tokenizer: leave it out")
     torch.manual_seed(recipe.seed)
+    method = method_with(recipe.method, recipe.experts) if recipe.method else None
     try:
+        plain_config = transformers.AutoConfig.for_model(recipe.architecture)
+        for key in recipe.config:
+            if not hasattr(plain_config, key):
+                near = suggest(key, [name for name in vars(plain_config) if not name.startswith("_")])
+                raise ConfigError(f"architecture {recipe.architecture} has no setting config.{key}; {near}")
         config = transformers.AutoConfig.for_model(recipe.architecture, **{**ends, **recipe.config})
-        if not recipe.method:
-            return AutoModelForCausalLM.from_config(config)
-        kind = ffn.method_of(recipe.method)
-        base: Any = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        return ffn.fresh(base, config, kind(**recipe.experts))
+        if method is None:
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        else:
+            base: Any = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            model = ffn.fresh(base, config, method)
+        _check_runs(model, recipe)
     except ConfigError:
         raise
-    except (TypeError, ValueError, KeyError, RuntimeError, StrictDataclassError) as error:
+    except Exception as error:  # whatever an architecture makes of sizes that cannot be
         raise ConfigError(f"architecture {recipe.architecture} cannot be made so: {first_line(error)}") from None
+    return model
+
+
+@torch.no_grad()
+def _check_runs(model: PreTrainedModel, recipe: Pretraining) -> None:
+    """Raise ConfigError for a model that sees what it is to predict, and whatever it raises on a row."""
+    ids = torch.arange(8)[None] % model.config.vocab_size
+    other = ids.clone()
+    other[0, -1] = 0
+    model.eval()
+    one, two = (model(input_ids=row, use_cache=False).logits[0, 0] for row in (ids, other))
+    model.train()
+    if not torch.allclose(one, two, atol=1e-4):
+        raise ConfigError(
+            f"architecture {recipe.architecture} attends to what comes after a token: it predicts nothing"
+        )
 
 
 def _schedule(recipe: Pretraining, model: PreTrainedModel) -> Schedule | None:
     """Of k over the steps. Raises ConfigError for what the model cannot do, as for rows longer than it reads."""
+    if recipe.experts and not recipe.method:
+        raise ConfigError("experts are settings of a method, and there is none: method=smoe-dropout or rmoe")
+    if not recipe.k_schedule and (recipe.k_min, recipe.k_max) != (1, 1):
+        raise ConfigError("k_min and k_max are ends of a schedule, and there is none: k_schedule=linear")
+    if recipe.k_schedule and recipe.experts.get("top_k") is not None:
+        raise ConfigError("experts.top_k and k_schedule disagree: k follows the schedule, from k_min to k_max")
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and recipe.length > longest:
         raise ConfigError(f"length={recipe.length} is above config.max_position_embeddings={longest}")
@@ -156,6 +188,8 @@ def _schedule(recipe: Pretraining, model: PreTrainedModel) -> Schedule | None:
 
 def _domains(recipe: Pretraining, tokenizer: Any) -> dict[str, Domain]:
     wanted = named(list(DOMAINS) if recipe.domains is None else recipe.domains)
+    if not wanted:
+        raise ConfigError("domains is empty: name sources of text, or leave it out for all that is generated")
     rows = -(-recipe.steps * recipe.batch_size * recipe.accumulation // len(wanted))
     return domains_of(wanted, tokenizer, length=recipe.length, train=rows, held=recipe.held_out, seed=recipe.seed)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moesaic.errors import AdapterError, ConfigError
-from moesaic.ffn.model import class_of, expert_layers
+from moesaic.ffn.model import class_of, expert_layers, read
 from moesaic.ffn.pregate import PreGate
 from moesaic.ffn.read_me import banks_of
 from moesaic.ffn.serving import attention
@@ -90,7 +90,12 @@ class Engine:
         direct: bool = True,
         dtype: Any = None,
     ) -> None:
-        choose([], batch_tokens, order, max_wait=max_wait)  # refuses settings that cannot be
+        for key, value in (("budget", budget), ("batch_tokens", batch_tokens), ("max_wait", max_wait)):
+            if type(value) is not int and not (key == "budget" and value is None):
+                raise ConfigError(f"{key}={value!r} must be a whole number")
+        if max_wait < 1:
+            raise ConfigError(f"max_wait={max_wait} must be at least 1")
+        choose([], batch_tokens, order)  # refuses settings that cannot be
         self.folder = Path(folder)
         self.order, self.batch_tokens, self.max_wait = order, batch_tokens, max_wait
         self.model = _without_experts(self.folder, dtype)
@@ -103,12 +108,16 @@ class Engine:
         for number, bank in enumerate(banks):
             bank.store, bank.layer = self.store, number
         self.num_layers, self.num_experts = len(banks), banks[0].num_experts
+        for layer, expert in files.keys:
+            files.check(layer, expert, banks[layer].num_experts, banks[layer].width)
         largest = max(files.size(*key) for key in files.keys)
         if self.residency.limit < largest:
             raise ConfigError(f"budget={self.residency.limit:,} bytes hold no expert: one takes {largest:,}")
         self.router = cast(PreGate, self.model.pre_gate)
         ends = self.model.generation_config.eos_token_id if self.model.generation_config else None
         self.ends = {*ends} if isinstance(ends, list) else {ends} - {None}
+        self.vocabulary = self.router.embedding.num_embeddings
+        self.closed = False
         self.longest = getattr(self.model.config, "max_position_embeddings", None)
         self.open: dict[Hashable, Request] = {}
         self.batches: list[Batch] = []
@@ -125,14 +134,20 @@ class Engine:
         Raises:
             ConfigError: an empty prompt, or more tokens than the model has positions.
         """
-        if not prompt or max_new_tokens < 1:
-            raise ConfigError("a request needs a prompt of one token at least, and room for one more")
+        if self.closed:
+            raise ConfigError("this engine is closed: make another")
+        prompt = list(prompt) if isinstance(prompt, (list, tuple)) else []
+        if not prompt or type(max_new_tokens) is not int or max_new_tokens < 1:
+            raise ConfigError("a request needs a prompt, a list of one token id at least, and room for one more")
+        if bad := [token for token in prompt if type(token) is not int or not 0 <= token < self.vocabulary]:
+            raise ConfigError(f"{bad[0]!r} is no token id of the model, which has 0 to {self.vocabulary - 1}")
         if self.longest is not None and len(prompt) + max_new_tokens > self.longest:
             raise ConfigError(
                 f"a prompt of {len(prompt)} tokens and {max_new_tokens} new ones are more than the model's "
                 f"{self.longest} positions"
             )
-        request = Request(next(self._numbers) if name is None else name, list(prompt), max_new_tokens)
+        name = next(n for n in self._numbers if n not in self.open) if name is None else name
+        request = Request(name, prompt, max_new_tokens)
         if request.name in self.open:
             raise ConfigError(f"a request {request.name!r} is open already")
         request.arrived, request.since = self.now, len(self.batches)
@@ -159,6 +174,8 @@ class Engine:
 
     def step(self) -> list[Request]:
         """One batch; returns the requests that ended with it."""
+        if self.closed:
+            raise ConfigError("this engine is closed: make another")
         begun = self.now
         items = [Item(r.name, r.experts, r.since, decodes=bool(r.written)) for r in self.open.values()]
         chosen = choose(items, self.batch_tokens, self.order, now=len(self.batches), max_wait=self.max_wait)
@@ -260,6 +277,8 @@ class Engine:
         return self._coming.get(expert, float("inf")) * self.num_layers + ahead
 
     def close(self) -> None:
+        """End the threads that read; requests that are open stay so."""
+        self.closed = True
         self.store.close()
 
 
@@ -271,5 +290,7 @@ def _without_experts(folder: Path, dtype: Any) -> PreTrainedModel:
     left_out = {"_keys_to_ignore_on_load_unexpected": [r"\.experts\."], "__module__": __name__}
     with banks_of(StreamedBank):
         streamed = cast(type[PreTrainedModel], type(made.__name__, (made,), left_out))
-        model = streamed.from_pretrained(folder, dtype=dtype or torch.float32, attn_implementation=attention.NAME)
-    return cast(PreTrainedModel, model.eval())
+        model = read(streamed, folder, dtype=dtype or torch.float32, attn_implementation=attention.NAME)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()  # not of the file any more, which may be cut while it is served
+    return model.eval()

@@ -78,6 +78,15 @@ class ExpertFiles:
         """Bytes of an expert."""
         return sum(piece.size for piece in self._pieces[layer, expert])
 
+    def check(self, layer: int, expert: int, num_experts: int, width: int) -> None:
+        """Raise AdapterError where an expert is not of the size that the model's config says."""
+        shapes = [piece.shape for piece in self._pieces[layer, expert]]
+        if expert >= num_experts or not any(width in shape for shape in shapes):
+            raise AdapterError(
+                f"{self.folder} is damaged: config.json has {num_experts} experts of width {width} in layer {layer}, "
+                f"expert {expert} is of {' and '.join(map(str, shapes))}"
+            )
+
     @property
     def keys(self) -> list[tuple[int, int]]:
         return sorted(self._pieces)
@@ -125,8 +134,8 @@ def write_checksums(folder: Path, banks: list[str]) -> None:
 def _checksums(folder: Path) -> dict[str, int]:
     file = folder / CHECKSUMS
     try:
-        return dict(json.loads(file.read_text())) if file.is_file() else {}
-    except ValueError:
+        return dict(json.loads(file.read_text())) if file.exists() else {}
+    except (OSError, ValueError, TypeError):
         raise AdapterError(f"{file} is damaged: convert the model again") from None
 
 
