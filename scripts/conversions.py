@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from moesaic.ffn import model as ffn
+from moesaic import ffn
 from moesaic.ffn.cmoe import CMoE
 from moesaic.ffn.masks import Masks, masks, scores
 from moesaic.ffn.pregate import PreGate

@@ -49,7 +49,7 @@ def cell(suite: str, arm: str, seed: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     from transformers import AutoTokenizer
 
-    from moesaic.ffn import model as ffn
+    from moesaic import ffn
     from moesaic.runs.pretraining import load_pretraining
     from moesaic.training.domains import domains_of, figures, named
     from moesaic.training.pretrain import built, pretrain

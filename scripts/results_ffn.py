@@ -129,7 +129,9 @@ def slim(results: Path) -> str:
     best = [at(c, 16) - at(d, 2) for c, d in zip(found["smoe-dropout"], found["learned-2"], strict=False)]
     lines.append(f"- SMoE-Dropout at k = 16, from the learned router at its best, k = 2: {holds(best)}.")
     width = paired(found, "dense", "dense-eighth", lambda c: c["mean_loss"])
-    lines.append(f"- The dense twin, from the one of an eighth of its width: {holds(width)}: how much width this text needs.")
+    lines.append(
+        f"- The dense twin, from the one of an eighth of its width: {holds(width)}: how much width this text needs."
+    )
     return "\n".join(lines)
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from moesaic import ffn
 from moesaic.errors import ConfigError
-from moesaic.ffn import model as ffn
 from moesaic.ffn.cmoe import AnalyticRouter, CMoE, group, markers
 from moesaic.ffn.smoe_dropout import top_k
 from moesaic.ffn.split import read, seats

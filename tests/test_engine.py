@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from moesaic import ffn
 from moesaic.errors import AdapterError, ConfigError
-from moesaic.ffn import model as ffn
 from moesaic.ffn.serving.engine import Engine
 from moesaic.ffn.serving.files import ExpertFiles, write_checksums
 from moesaic.ffn.smoe_dropout import SMoEDropout

@@ -32,8 +32,8 @@ from transformers import (
 )
 
 import moesaic
+from moesaic import ffn
 from moesaic.errors import AdapterError, ConfigError
-from moesaic.ffn import model as ffn
 from moesaic.ffn.layer import ExpertLayer, GatedExperts, PlainExperts, fits
 from moesaic.ffn.schedules import KSchedule, Schedule
 from moesaic.ffn.smoe_dropout import FixedRouter, SMoEDropout, dense_of, set_top_k, top_k
@@ -299,7 +299,7 @@ def test_a_folder_is_read_in_a_fresh_process(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     torch.save(logits(model), tmp_path / "wanted.pt")
     code = (
-        "import sys, torch; from moesaic.ffn.model import load; model = load(sys.argv[1]).eval()\n"
+        "import sys, torch; from moesaic.ffn import load; model = load(sys.argv[1]).eval()\n"
         "wanted = torch.load(sys.argv[1] + '/wanted.pt'); ids = torch.arange(14).view(2, 7) % 47 + 3\n"
         "assert torch.equal(model(input_ids=ids).logits, wanted)"
     )

@@ -27,7 +27,7 @@ def blocks(page: str, language: str) -> list[str]:
     ("page", "said"),
     [
         ("smoe-dropout", r"8 sort 4 1 8 : 1 4 8.*\n4 sort 4 1 8 :"),
-        ("read-me", r"tensor\(\[\[0.*\n 1 4 8.* \d+ \d+"),
+        ("read-me", r"round 2\ntensor\(\[\[0.*\n 1 4 8.*memory \d+ read \d+"),
         ("rmoe", r"tensor\(.*tensor\(.* 2\nMoesaicMixtralForCausalLM"),
     ],
 )

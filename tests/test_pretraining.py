@@ -13,9 +13,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from moesaic import ffn
 from moesaic.cli.main import main
 from moesaic.errors import ConfigError
-from moesaic.ffn import model as ffn
 from moesaic.ffn.layer import ExpertLayer
 from moesaic.runs.pretraining import load_pretraining
 from moesaic.runs.recipe import packaged_pretrainings
@@ -120,6 +120,14 @@ def test_what_cannot_be_pretrained_is_one_clear_line(tmp_path: Path, capsys: pyt
         (["pretrain/smoe-dropout", "k_min=9", "k_max=8"], "1 <= k_min <= k_max"),
         (["pretrain/dense", "k_schedule=linear"], "no layers made of experts"),
         (["pretrain/dense", "method=rmoe"], "has no routers to link"),
+        (["pretrain/dense", "method=read-me"], "made of a trained model"),
+        (["pretrain/dense", "experts.num_experts=4"], "experts are settings of a method"),
+        (["pretrain/dense", "k_max=7"], "k_min and k_max are ends of a schedule"),
+        (["pretrain/smoe-dropout", "experts.top_k=2"], "experts.top_k and k_schedule disagree"),
+        (["pretrain/dense", "config.foo=3"], "has no setting config.foo"),
+        (["pretrain/dense", "config.vocab_size=3"], "config.vocab_size follows from the tokenizer"),
+        (["pretrain/dense", "config.num_key_value_heads=3"], "architecture llama cannot be made so"),
+        (["pretrain/dense", "domains=[]"], "domains is empty"),
         (["pretrain/dense", "method=rmeo"], "did you mean 'rmoe'"),
         (["pretrain/dense", "step=5"], "unknown key 'step'"),
         (["pretrain/dens"], "did you mean 'pretrain/dense'"),
@@ -128,6 +136,16 @@ def test_what_cannot_be_pretrained_is_one_clear_line(tmp_path: Path, capsys: pyt
     ):
         assert message in refused(capsys, "train", line[0], *SMALL, f"out={tmp_path / 'x'}", *line[1:]), line
     assert not (tmp_path / "x").exists()
+
+
+def test_what_sees_the_next_token_is_not_trained_to_predict_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = "{hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 32}"
+    (tmp_path / "bert.yaml").write_text(f"architecture: bert\nconfig: {size}\n")
+    told = refused(capsys, "train", str(tmp_path / "bert.yaml"), *SMALL, f"out={tmp_path / 'x'}")
+    assert "attends to what comes after a token" in told
+    said(capsys, "train", str(tmp_path / "bert.yaml"), *SMALL, f"out={tmp_path / 'x'}", "config.is_decoder=true")
 
 
 def test_other_verbs_say_which_is_meant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -275,3 +293,139 @@ def test_what_cannot_be_converted_is_one_clear_line(tmp_path: Path, capsys: pyte
     told = refused(capsys, "convert", "smoe-dropout", "model=nano", f"out={tmp_path / 'full'}", "overwrite=true")
     assert "not a conversion's" in told
     assert (tmp_path / "full" / "mine.txt").read_text() == "keep me"
+
+
+@pytest.mark.parametrize("more", [["model=./made"], ["domains=nosuch"], ["experts.num_experts=3"]])
+def test_what_fails_replaces_nothing(
+    more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said(capsys, "convert", "smoe-dropout", "model=nano", "out=made")
+    before = {file.name: file.read_bytes() for file in Path("made").iterdir()}
+    refused(capsys, "convert", "smoe-dropout", "model=nano", "out=made", "overwrite=true", *more)
+    assert {file.name: file.read_bytes() for file in Path("made").iterdir()} == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["made"]
+
+
+def test_folders_of_others_are_left_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("rounds", ".git"):
+        (tmp_path / name / name).mkdir(parents=True)
+        told = refused(capsys, "convert", "smoe-dropout", "model=nano", f"out={tmp_path / name}", "overwrite=true")
+        assert "not a conversion's" in told
+        assert (tmp_path / name / name).is_dir()
+    monkeypatch.chdir(tmp_path)
+    assert "the folder that this runs in" in refused(capsys, "convert", "smoe-dropout", "model=nano", "out=.")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    said(capsys, "convert", "smoe-dropout", "model=nano", "out=link")
+    assert (tmp_path / "real" / "config.json").is_file()
+    assert "lies in a converted model" in refused(capsys, "convert", "smoe-dropout", "model=nano", "out=real/model")
+
+
+@pytest.mark.parametrize(
+    ("method", "setting", "message"),
+    [
+        ("smoe-dropout", "experts.combine=foo", "combine='foo' must be one of softmax, sum"),
+        ("smoe-dropout", "experts.router=null", "router=None must be one of fixed, learned"),
+        ("smoe-dropout", "experts.top_k=1.5", "top_k=1.5 must be a whole number"),
+        ("smoe-dropout", "experts.num_experts=true", "num_experts=True must be a whole number"),
+        ("cmoe", "experts.top_k=1.5", "top_k=1.5 must be a whole number"),
+        ("read-me", "experts.width=abc", "width='abc' must be a whole number"),
+        ("read-me", "experts.router_heads=0", "router_heads=0"),
+        ("read-me", "tune.router_lr=abc", "router_lr='abc' must be a number"),
+        ("read-me", "tune.decay=-1", "decay=-1 must not be negative"),
+        ("read-me", "tune.rounds=1.5", "rounds=1.5 must be a whole number"),
+        ("rmoe", "experts.recurrence=foo", "recurrence='foo' must be one of full, detach, none"),
+        ("rmoe", "experts.residual_alpha=nan", "residual_alpha=nan must be a number"),
+        ("cmoe", "domains=5", "domains=5 must be sources of text"),
+        ("cmoe", "domains=~nosuchuser/x", "no such user"),
+    ],
+)
+def test_a_setting_is_of_its_kind(
+    method: str, setting: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = [] if setting.startswith("domains") or method in ("smoe-dropout", "rmoe") else ["domains=lists,say"]
+    assert message in refused(capsys, "convert", method, "model=nano", f"out={tmp_path / 'x'}", *FEW, *text, setting)
+    assert not any(tmp_path.iterdir())
+
+
+def test_text_that_changed_is_no_unfinished_conversions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moesaic.ffn import tune
+
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text("\n".join(f"{name} line {i} of a text" for i in range(200)))
+    line = ["convert", "read-me", "model=nano", f"out={tmp_path / 'x'}", *FEW, *TUNED]
+    line.append(f"domains={tmp_path / 'a.txt'},{tmp_path / 'b.txt'}")
+    stage, stages = tune.stage, []
+
+    def stops(*args: Any, **kwargs: Any) -> None:
+        stages.append(args)
+        if len(stages) == 3:
+            raise KeyboardInterrupt
+        stage(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tune, "stage", stops)
+        assert main(line) == 130
+    (tmp_path / "b.txt").write_text("\n".join(f"quite another line {i}" for i in range(200)))
+    assert "data_sha256" in refused(capsys, *line)
+    said(capsys, *line, "overwrite=true")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.pop("moesaic"), "config.json is damaged"),
+        (lambda c: c["moesaic"].update(more=1), "has no setting more"),
+        (lambda c: c["moesaic"].update(num_experts="abc"), "num_experts='abc' must be a whole number"),
+        (lambda c: c.update(architectures=[5]), "config.json is damaged"),
+        (lambda c: c.update(num_hidden_layers=2), "unexpected keys in its weights"),
+        (lambda c: c["moesaic"].update(num_experts=8), "cannot be read|mismatched keys"),
+    ],
+)
+def test_a_damaged_folder_is_one_clear_line(
+    change: Any, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = tmp_path / "made"
+    said(capsys, "convert", "smoe-dropout", "model=nano", f"out={made}")
+    config = json.loads((made / "config.json").read_text())
+    change(config)
+    (made / "config.json").write_text(json.dumps(config))
+    assert re.search(message, refused(capsys, "perplexity", str(made), "domains=lists", "length=16"))
+    assert re.search(message, refused(capsys, "export", str(made), f"out={tmp_path / 'x'}"))
+
+
+def test_weights_that_are_gone_or_cut_are_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    made = tmp_path / "made"
+    said(capsys, "convert", "smoe-dropout", "model=nano", f"out={made}")
+    file = made / "model.safetensors"
+    weights = load_file(file)
+    lost = weights.pop("model.layers.0.mlp.experts.down_proj")
+    save_file(weights, file, metadata={"format": "pt"})
+    asked = ["perplexity", str(made), "domains=lists", "length=16"]
+    assert "missing keys in its weights, 1, such as model.layers.0.mlp.experts.down_proj" in refused(capsys, *asked)
+    assert lost.numel() > 0
+    file.write_bytes(file.read_bytes()[:5000])
+    assert "cannot be read" in refused(capsys, *asked)
+    assert "cannot be read" in refused(capsys, "export", str(made), f"out={tmp_path / 'x'}")
+
+
+def test_a_model_of_one_expert_a_token_is_not_slimmed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    converted(capsys, tmp_path / "made", "read-me", "domains=lists,say", "tune.rounds=0", "experts.router_dim=16")
+    assert "top_k cannot be set" in refused(capsys, "perplexity", str(tmp_path / "made"), "top_k=2")
+
+
+def test_perplexity_asks_for_what_can_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for setting, message in (
+        ("length=-5", "length=-5 must be at least 8"),
+        ("batch_size=0", "batch_size=0 must be between 1"),
+        ("held_out=-1", "held_out=-1 must be at least 1"),
+        ("top_k=2", "no layers made of experts"),
+    ):
+        assert message in refused(capsys, "perplexity", "nano", "domains=lists", setting)

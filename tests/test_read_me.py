@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moesaic import ffn
 from moesaic.errors import ConfigError
-from moesaic.ffn import model as ffn
 from moesaic.ffn.layer import ExpertLayer
 from moesaic.ffn.masks import Masks, masks, scores, shared
 from moesaic.ffn.pregate import PreGate

@@ -21,8 +21,8 @@ from transformers import (
 )
 
 import moesaic
+from moesaic import ffn
 from moesaic.errors import ConfigError
-from moesaic.ffn import model as ffn
 from moesaic.ffn.recurrent import RecurrentGate, RMoE, gates
 from moesaic.routing import RoutingContext
 from tests.test_ffn import IDS
@@ -226,6 +226,20 @@ def test_a_folder_gives_the_model_back_on_every_backend(kind: str, settings: Any
     for backend in ("eager", "batched_mm"):
         again.set_experts_implementation(backend)
         torch.testing.assert_close(run(again).logits, run(model).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3", "olmoe"])
+def test_a_trained_mixture_that_was_read_and_run_keeps_its_experts(kind: str, tmp_path: Path) -> None:
+    FAMILIES[kind]().save_pretrained(tmp_path / "stock")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "stock")
+    stock = {name: p.clone() for name, p in model.named_parameters() if "gate.weight" not in name}
+    assert len(run(model).router_logits) == L, "hooks that record logits are on the routers now"
+    ffn.convert(model, RMoE(state_dim=P))
+    assert len(run(model).router_logits) == L
+    model.save_pretrained(tmp_path / "linked")
+    again = ffn.load(tmp_path / "linked")
+    assert torch.equal(run(again).logits, run(model).logits)
+    assert all(torch.equal(dict(again.named_parameters())[name], p) for name, p in stock.items())
 
 
 def test_routers_learn_alone_beside_a_frozen_model() -> None:

@@ -38,8 +38,13 @@ def run(method: str, arguments: list[str], *, as_json: bool = False) -> None:
     from moesaic.report.tables import perplexity_table
 
     count = results["parameters"]
-    parts = [perplexity_table({"before": results["before"], "after": results["after"]})] if results["before"] else []
-    show(*parts)
-    print(f"{wanted.out}: {method}, {count['before']:,} parameters before, {count['after']:,} after")
-    print(f"what the routers do: {wanted.out}/report.html" if results["before"] else "no domains were given to look at")
-    print(f"next: from moesaic.ffn import load; model = load({wanted.out!r})")
+    if results["before"]:
+        rows = f"{results['held_out']} rows of {results['length']} tokens at most"
+        show(perplexity_table({"before": results["before"], "after": results["after"]}, rows))
+    print(
+        f"{wanted.out}: {method}, {count['before']:,} parameters before, {count['after']:,} after, of which a token "
+        f"uses {count['active']:,}"
+    )
+    if results["before"]:
+        print(f"what the routers do: {wanted.out}/report.html")
+    print(f"next: moesaic perplexity {wanted.model} {wanted.out}, or in Python moesaic.ffn.load({wanted.out!r})")

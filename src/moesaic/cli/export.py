@@ -82,7 +82,7 @@ def run_export(folder: str, arguments: Sequence[str], *, as_json: bool = False) 
 
 def _converted(folder: Path) -> Path | None:
     """The folder itself, or the model of a run in it, where its feed-forward layers were converted."""
-    from moesaic.ffn.model import is_converted
+    from moesaic.ffn.stored import is_converted
 
     return next((place for place in (folder, folder / "model") if is_converted(place)), None)
 

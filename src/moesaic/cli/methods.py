@@ -117,6 +117,16 @@ def _converting(name: str) -> dict[str, Any]:
             {"name": f.name, "default": f.default, "recipe": None, "help": f.metadata["help"], "shared": False}
             for f in fields(kind)
             if "help" in f.metadata
+        ]
+        + [
+            {
+                "name": f"tune.{f.name}",
+                "default": f.default,
+                "recipe": None,
+                "help": f.metadata["help"],
+                "shared": False,
+            }
+            for f in (fields(kind.training) if kind.training else ())
         ],
     }
 

@@ -60,7 +60,7 @@ def _pretrain(name: str, arguments: list[str], *, dry_run: bool, as_json: bool) 
     show(perplexity_table({folder.name: results["held_out"]}))
     for line in trained({**results, "final_loss": results["mean_loss"]}):
         print(f"{folder}: {line.replace('last loss', 'held-out loss')}")
-    several = " top_k=1,2,4" if wanted.method or "num_local_experts" in wanted.config else ""
+    several = " top_k=1,2,4,8" if wanted.method == "smoe-dropout" else ""
     print(f"what it learned: {folder}/report.html")
     print(f"next: moesaic perplexity {folder}{several}")
 

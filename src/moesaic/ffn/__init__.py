@@ -1,12 +1,13 @@
 """Experts that are slices of a feed-forward layer: stock Transformers models in, stock Transformers models out."""
 
 from moesaic.ffn.cmoe import CMoE
-from moesaic.ffn.model import Method, convert, expert_layers, fresh, load
+from moesaic.ffn.model import Method, active_parameters, convert, expert_layers, fresh, method_of, methods
 from moesaic.ffn.read_me import ReadMe
 from moesaic.ffn.recurrent import RMoE
 from moesaic.ffn.schedules import KSchedule, Schedule
 from moesaic.ffn.smoe_dropout import SMoEDropout, set_top_k, top_k
 from moesaic.ffn.stock import as_mixtral
+from moesaic.ffn.stored import class_of, is_converted, load
 
 __all__ = [
     "CMoE",
@@ -16,11 +17,16 @@ __all__ = [
     "ReadMe",
     "SMoEDropout",
     "Schedule",
+    "active_parameters",
     "as_mixtral",
+    "class_of",
     "convert",
     "expert_layers",
     "fresh",
+    "is_converted",
     "load",
+    "method_of",
+    "methods",
     "set_top_k",
     "top_k",
 ]

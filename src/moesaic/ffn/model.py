@@ -1,28 +1,25 @@
 """Stock models whose feed-forward layers are made of experts, as ordinary Transformers models.
 
-`convert(model, method)` changes a model in place; `save_pretrained` writes it, `load(folder)` reads it, and trainers,
-`generate` and the hub take it as any other: its class is the model's own with the method's layers put in, its config
-the model's own with the method's settings under `moesaic`.
+`convert(model, method)` changes a model in place; `save_pretrained` writes it, `load(folder)` of `stored.py` reads it,
+and trainers, `generate` and the hub take it as any other: its class is the model's own with the method's layers put in,
+its config the model's own with the method's settings under `moesaic`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
-import json
 import pkgutil
 from abc import ABC, abstractmethod
 from functools import cache
-from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
-from moesaic.errors import AdapterError, ConfigError, first_line, suggest
+from moesaic.errors import ConfigError, suggest
 from moesaic.ffn.checking import check
 from moesaic.ffn.layer import NAME, ExpertLayer
 from moesaic.ffn.split import Seat, seats
@@ -48,6 +45,8 @@ class Method(ABC):
     paper: ClassVar[str]
     needs_text: ClassVar[bool] = False
     """Whether a conversion reads text of some domains."""
+    training: ClassVar[type | None] = None
+    """Settings of a training on conversion, a dataclass."""
     slims: ClassVar[bool] = True
     """Whether a token may take another number of experts than the model was made for."""
     METHODS: ClassVar[dict[str, type[Method]]] = {}
@@ -144,67 +143,6 @@ def fresh(base: type[PreTrainedModel], config: Any, method: Method) -> PreTraine
 def hosted(model: Any) -> list[nn.Module]:
     """The modules that a method put into a model, in the model's order."""
     return [module for module in model.modules() if module is not model and getattr(module, "host", None) is model.host]
-
-
-def load(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """A converted model from the folder that `save_pretrained` wrote; `kwargs` as `from_pretrained` takes them.
-
-    Args:
-        folder: of the model, or of a run that trained it.
-
-    Raises:
-        AdapterError: the folder holds none, or one that is damaged.
-    """
-    inner = Path(folder) / "model"
-    place = inner if is_converted(inner) and not is_converted(folder) else Path(folder)
-    return read(class_of(place), place, **kwargs)
-
-
-def read(made: type[PreTrainedModel], folder: Path, **kwargs: Any) -> PreTrainedModel:
-    """`from_pretrained`, in which nothing may be missing. Raises AdapterError."""
-    try:
-        loaded: Any = made.from_pretrained(folder, output_loading_info=True, **kwargs)
-    except ConfigError as error:
-        raise AdapterError(f"{folder} is damaged: {error}") from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
-        raise AdapterError(f"{folder} cannot be read: {first_line(error)}") from None
-    model, found = loaded
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if found[what]:
-            first = min(map(str, found[what]))
-            raise AdapterError(
-                f"{folder} is damaged: {what.replace('_', ' ')} in its weights, {len(found[what])}, such as {first}"
-            )
-    return cast(PreTrainedModel, model)
-
-
-def is_converted(folder: str | Path) -> bool:
-    return str(_described(folder).get("model_type", "")).startswith(PREFIX)
-
-
-def class_of(folder: str | Path) -> type[PreTrainedModel]:
-    """The class that a folder was written by, made again and told to Transformers' Auto classes.
-
-    Raises:
-        AdapterError: where the folder holds none of ours.
-    """
-    found = _described(folder)
-    architecture = found.get("architectures")
-    if not is_converted(folder):
-        raise AdapterError(f"{folder} holds no converted model: `moesaic convert` makes one")
-    name = str(architecture[0] if isinstance(architecture, list) and architecture else "").removeprefix("Moesaic")
-    base = getattr(transformers, name, None) if name.isidentifier() else None
-    if not (isinstance(base, type) and issubclass(base, PreTrainedModel)) or not isinstance(found.get("moesaic"), dict):
-        raise AdapterError(f"{folder}/config.json is damaged: restore it, or convert the model again")
-    return routed_class(base)  # type: ignore[arg-type]
-
-
-def _described(folder: str | Path) -> dict[str, Any]:
-    try:
-        found = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 class _Routed:

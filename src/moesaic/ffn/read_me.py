@@ -27,6 +27,7 @@ from moesaic.ffn.masks import Masks, masks, scores, shared
 from moesaic.ffn.model import Method, put, setting, sites
 from moesaic.ffn.pregate import PreGate
 from moesaic.ffn.split import Seat, cut, read, seats
+from moesaic.ffn.tune import Rounds
 from moesaic.ffn.watching import Text, batches_of
 from moesaic.host import Host
 from moesaic.routing import Router, RoutingContext, Site, TopK
@@ -88,6 +89,7 @@ class ReadMe(Method):
     summary: ClassVar[str] = "an expert for each domain of text, and one router before the model runs"
     paper: ClassVar[str] = "Read-ME (NeurIPS 2024, arXiv 2410.19123)"
     needs_text: ClassVar[bool] = True
+    training: ClassVar[type | None] = Rounds
     slims: ClassVar[bool] = False
 
     domains: list[str]

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from moesaic.errors import ConfigError, TrainingError
 from moesaic.ffn.checking import check
 from moesaic.ffn.masks import Masks, shared
+from moesaic.ffn.model import setting
 from moesaic.ffn.pregate import PreGate
 from moesaic.ffn.split import Seat
 from moesaic.ffn.watching import watching
@@ -36,25 +37,16 @@ Said = Callable[[str, int, float], None]
 
 @dataclass
 class Rounds:
-    """How Read-ME is trained; the defaults are the paper's, whose batches are of 64 (router) and 128 (experts) x 4096.
+    """How Read-ME is trained; all but `rounds` are the paper's, whose batches are of 64 and 128 rows of 4096 tokens."""
 
-    Args:
-        rounds: how often both stages are run.
-        router_steps, expert_steps: of a round.
-        router_lr, expert_lr: in the first round, a cosine to nothing within each.
-        decay: of both rates from round to round.
-        weight_decay: AdamW's.
-        loss: of the router, "paper" or "released".
-    """
-
-    rounds: int = 8
-    router_steps: int = 100
-    expert_steps: int = 200
-    router_lr: float = 5e-4
-    expert_lr: float = 5e-5
-    decay: float = 0.8
-    weight_decay: float = 0.01
-    loss: Literal["paper", "released"] = "paper"
+    rounds: int = setting(2, "how often both stages are run; 8 in the paper")
+    router_steps: int = setting(100, "of the router, in a round")
+    expert_steps: int = setting(200, "of the experts, in a round")
+    router_lr: float = setting(5e-4, "in the first round, a cosine to nothing in each")
+    expert_lr: float = setting(5e-5, "likewise")
+    decay: float = setting(0.8, "of both rates from round to round")
+    weight_decay: float = setting(0.01, "AdamW's")
+    loss: Literal["paper", "released"] = setting("paper", "of the router: paper, or released (the authors' code)")
 
     def __post_init__(self) -> None:
         check(self)

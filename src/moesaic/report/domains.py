@@ -63,7 +63,11 @@ def _shares(routing: Mapping[str, Any] | None) -> Figure | None:
         return None
     title = "Experts' share of the weight by layer and domain"
     said = "One row a domain, one block of columns a layer, one column an expert."
-    drawn = charts.shares(routing["by_layer"], title=title, description=said)
+    layers = routing["by_layer"]
+    first, *others = layers.values()
+    if others and all(other == first for other in others):
+        layers = {"all": first}
+    drawn = charts.shares(layers, title=title, description=said)
     caption = "Rows that look alike mean that domains are not told apart."
     return Figure("Who does what", [("", drawn)], caption)
 
@@ -75,7 +79,7 @@ def _entropy(routing: Mapping[str, Any] | None) -> Figure | None:
         charts.Line(domain, [(float(layer), value) for layer, value in of.items()], i)
         for i, (domain, of) in enumerate(routing["entropy"].items())
     ]
-    if len(series[0].points) < 2:
+    if len(series[0].points) < 2 or all(len({y for _, y in line.points}) == 1 for line in series):
         return None
     title = "Router entropy by layer"
     drawn = charts.lines(series, across="layer", up="entropy over log E", title=title, description="One line a domain.")

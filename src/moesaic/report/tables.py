@@ -120,7 +120,7 @@ def _cell(score: dict[str, Any] | None) -> str:
     return f"{text} (MCC {score['matthews']:.2f})" if "matthews" in score else text
 
 
-def perplexity_table(columns: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Table:
+def perplexity_table(columns: Mapping[str, Mapping[str, Mapping[str, float]]], rows: str = "") -> Table:
     """Perplexities by domain (rows) of several models, or of one before and after (columns); their geometric mean."""
     table = Table("domain", *columns, title="perplexity of held-out text")
     for column in table.columns[1:]:
@@ -131,4 +131,5 @@ def perplexity_table(columns: Mapping[str, Mapping[str, Mapping[str, float]]]) -
     means = [math.exp(sum(found[d]["loss"] for d in domains) / len(domains)) for found in columns.values()]
     table.add_section()
     table.add_row("mean", *[f"{value:,.2f}" for value in means])
+    table.caption = rows
     return table

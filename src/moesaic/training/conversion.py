@@ -6,10 +6,8 @@ A conversion that is tuned keeps every round that is done in a hidden folder bes
 from __future__ import annotations
 
 import logging
-import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import fields
 from itertools import islice
 from pathlib import Path
@@ -20,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
+from moesaic import ffn
 from moesaic.errors import AdapterError, ConfigError, first_line, path_of, suggest
-from moesaic.ffn import model as ffn
 from moesaic.ffn.read_me import ReadMe
 from moesaic.ffn.serving.files import write_checksums
 from moesaic.ffn.tune import Rounds, tune
@@ -31,21 +29,17 @@ from moesaic.report.domains import page
 from moesaic.runs.conversion import Conversion
 from moesaic.runs.folder import (
     atomic_folder,
-    check_writable,
     discard,
-    locked,
-    read_json,
     write_json,
     write_text,
     writing,
 )
 from moesaic.runs.results import command_line, count_total, device_name, versions
-from moesaic.runs.settings import differences, names
-from moesaic.training.domains import Domain, digest, domains_of, figures, mixed, named, routing
+from moesaic.runs.settings import names
+from moesaic.training.domains import Domain, domains_of, figures, mixed, named, routing
+from moesaic.training.workplace import RESULTS, place_of, rounds_in, working
 
 logger = logging.getLogger(__name__)
-
-RESULTS, SETTINGS = "conversion.json", "settings.json"
 
 
 def convert(wanted: Conversion, *, command: str | None = None, progress: bool | None = None) -> dict[str, Any]:
@@ -58,7 +52,7 @@ def convert(wanted: Conversion, *, command: str | None = None, progress: bool | 
     command = command or command_line()
     shown = sys.stderr.isatty() if progress is None else progress
     method, rounds = method_of(wanted), _rounds(wanted)
-    out = _place(wanted)
+    out = place_of(wanted)
     plan = numerics(wanted.precision)
     base = load_any(wanted.model)
     if base.kind != "causal":
@@ -70,7 +64,7 @@ def convert(wanted: Conversion, *, command: str | None = None, progress: bool | 
     before = figures(model, domains, batch_size=wanted.batch_size)
     rows = {name: domain.train for name, domain in domains.items()}
     dense = count_total(model)
-    with _working(out, wanted, domains) as work:
+    with working(out, wanted, domains) as work:
         parts = method.parts(model, rows, batch_size=wanted.batch_size, seed=wanted.seed)
         if rounds is not None:
             _tune(model, parts, domains, wanted, rounds, plan, work, shown=shown)
@@ -101,37 +95,6 @@ def convert(wanted: Conversion, *, command: str | None = None, progress: bool | 
     return results
 
 
-@contextmanager
-def _working(out: Path, wanted: Conversion, domains: dict[str, Domain]) -> Iterator[Path]:
-    """The hidden folder beside `out` that rounds are kept in, for this process alone; gone when all is done."""
-    work = out.with_name(f".{out.name}.rounds")
-    described = wanted.describes() | {"data_sha256": digest(domains)}
-    with writing(work):
-        work.mkdir(parents=True, exist_ok=True)
-    with locked(work):
-        _place(wanted)  # another process may have been faster
-        file = work / SETTINGS
-        if not file.is_file():
-            for entry in work.glob("[0-9]*"):
-                shutil.rmtree(entry, ignore_errors=True)
-        elif changed := differences(read_json(file), described):
-            if not wanted.overwrite:
-                raise ConfigError(
-                    f"there is an unfinished conversion to {out} with {changed}: set it back to go on, or "
-                    "overwrite=true, or another out="
-                )
-            for entry in work.glob("[0-9]*"):
-                shutil.rmtree(entry, ignore_errors=True)
-        write_json(file, described)
-        try:
-            yield work
-        except BaseException:
-            if not _done(work):
-                shutil.rmtree(work, ignore_errors=True)
-            raise
-        shutil.rmtree(work, ignore_errors=True)
-
-
 def load_any(name: str) -> LoadedModel:
     """A base model as `load_model` has it, also one that was converted before."""
     place = resolve(name)
@@ -147,13 +110,22 @@ def load_any(name: str) -> LoadedModel:
         raise AdapterError(f"{place} has no tokenizer that can be read: {first_line(error)}; save it there") from None
 
 
+def _shared_neurons(settings: dict[str, Any]) -> list[tuple[str, str]]:
+    widths = settings.get("shared_widths")
+    if not widths:
+        return []
+    return [("neurons that all experts share", f"{sum(widths) / len(widths) / settings['width']:.0%} of an expert's")]
+
+
 def _page(wanted: Conversion, results: dict[str, Any], routed: Any) -> str:
     counts = results["parameters"]
     facts = [
         ("model", wanted.model),
         ("method", results["method"]),
         ("parameters before", f"{counts['before']:,}"),
-        ("parameters after", f"{counts['after']:,}"),
+        ("parameters after", f"{counts['after']:,}, of which a token uses {counts['active']:,}"),
+        ("held out", f"{wanted.held_out} rows of {results['length']} tokens a domain, at most"),
+        *_shared_neurons(results["settings"]),
         ("seed", str(wanted.seed)),
         ("device", results["device"]),
         ("command", results["command"]),
@@ -198,7 +170,7 @@ _FOUND = ("domains", "shared_widths")
 
 
 def _rounds(wanted: Conversion) -> Rounds | None:
-    if wanted.method != ReadMe.name:
+    if ffn.method_of(wanted.method).training is None:
         if wanted.tune:
             raise ConfigError(f"tune belongs to read-me: {wanted.method} is not trained on conversion")
         return None
@@ -206,7 +178,7 @@ def _rounds(wanted: Conversion) -> Rounds | None:
         if key not in names(Rounds):
             raise ConfigError(f"read-me has no setting tune.{key}; {suggest(key, names(Rounds))}")
     try:
-        return Rounds(**{"rounds": 2, **wanted.tune})
+        return Rounds(**wanted.tune)
     except ConfigError as error:
         raise ConfigError(f"tune settings: {error}") from None
 
@@ -214,33 +186,6 @@ def _rounds(wanted: Conversion) -> Rounds | None:
 def _length(wanted: Conversion, model: Any) -> int:
     longest = getattr(model.config, "max_position_embeddings", None)
     return wanted.length if longest is None else min(wanted.length, longest)
-
-
-def _place(wanted: Conversion) -> Path:
-    """Where the model is written. Raises ConfigError for a place that holds anything but a conversion to replace."""
-    out = path_of(wanted.out)
-    check_writable(out, f"out={wanted.out}")
-    if out.is_file():
-        raise ConfigError(f"out={wanted.out} is a file; name a folder")
-    out = out.resolve()
-    if out in (Path.cwd(), *Path.cwd().parents):
-        raise ConfigError(f"out={wanted.out} is the folder that this runs in, or one around it; name another")
-    source = path_of(wanted.model).resolve()
-    if source.exists() and (out == source or out in source.parents or source in out.parents):
-        raise ConfigError(f"out={wanted.out} and model={wanted.model} lie in each other: write somewhere else")
-    if (out.parent / RESULTS).is_file():
-        raise ConfigError(f"out={wanted.out} lies in a converted model: write somewhere else")
-    if out.is_dir() and any(out.iterdir()):
-        if not (out / RESULTS).is_file():
-            raise ConfigError(f"out={wanted.out} holds files that are not a conversion's; name another folder")
-        if not wanted.overwrite:
-            raise ConfigError(f"{wanted.out} holds a converted model; overwrite=true replaces it, out=… goes elsewhere")
-    return out
-
-
-def _done(work: Path) -> list[int]:
-    """Numbers of the rounds that are kept."""
-    return sorted(int(folder.name) for folder in work.glob("[0-9]*") if folder.name.isdecimal())
 
 
 def _tune(
@@ -255,7 +200,7 @@ def _tune(
     shown: bool,
 ) -> None:
     """Read-ME's rounds, in place, each kept as it is done; goes on behind those that are."""
-    done = max(_done(kept), default=0)
+    done = max(rounds_in(kept), default=0)
     if done:
         logger.warning("%s: going on from round %d", wanted.out, done + 1)
         _restore(kept / str(done), model, parts)
@@ -293,7 +238,7 @@ def _restore(folder: Path, model: PreTrainedModel, parts: dict[str, Any]) -> Non
 
 
 class _bar:
-    """A progress bar over the steps of all rounds."""
+    """A progress bar over the steps of all rounds; a line every so often where it is not `shown`."""
 
     def __init__(self, rounds: Rounds, used: int, *, shown: bool) -> None:
         self.total, self.used, self.shown = rounds.rounds * (rounds.router_steps + rounds.expert_steps), used, shown
@@ -309,6 +254,9 @@ class _bar:
     def _say(self, stage: str, step: int, loss: float) -> None:
         self.bar.set_postfix({stage: f"{loss:.3f}"}, refresh=False)
         self.bar.update()
+        self.used += 1
+        if not self.shown and self.used % 50 == 0:
+            print(f"step {self.used} of {self.total}, {stage}: loss {loss:.3f}", file=sys.stderr, flush=True)
 
     def __exit__(self, *_: Any) -> None:
         self.bar.close()

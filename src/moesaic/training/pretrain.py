@@ -12,9 +12,9 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from moesaic import ffn
 from moesaic.data.sampling import InterleavedSampler
 from moesaic.errors import ConfigError, first_line, suggest
-from moesaic.ffn import model as ffn
 from moesaic.ffn.schedules import KSchedule, Schedule
 from moesaic.ffn.smoe_dropout import top_k
 from moesaic.models.embedded import resolve

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moesaic.errors import AdapterError, ConfigError
-from moesaic.ffn.model import class_of, expert_layers, read
+from moesaic.ffn.model import expert_layers
 from moesaic.ffn.pregate import PreGate
 from moesaic.ffn.read_me import banks_of
 from moesaic.ffn.serving import attention
@@ -26,6 +26,7 @@ from moesaic.ffn.serving.batching import Item, Order, choose
 from moesaic.ffn.serving.files import ExpertFiles
 from moesaic.ffn.serving.residency import Policy, Residency
 from moesaic.ffn.serving.streamed import Key, Store, StreamedBank
+from moesaic.ffn.stored import class_of, read
 
 HORIZON = 8
 """Batches that are looked ahead for what is needed next."""
