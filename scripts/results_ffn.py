@@ -52,12 +52,16 @@ CONVERSIONS = {
 
 
 def cells(folder: Path) -> Cells:
-    """By arm, its cells in the order of their seeds."""
+    """By arm, its cells in the order of their seeds; a seed that an arm lacks is left out."""
     found: Cells = defaultdict(list)
     for file in sorted(folder.glob("*.json")):
         made = json.loads(file.read_text())
         found[made["arm"]].append(made)
-    return {arm: sorted(of, key=lambda cell: cell["seed"]) for arm, of in found.items()}
+    common = set.intersection(*({cell["seed"] for cell in of} for of in found.values())) if found else set()
+    return {
+        arm: sorted((cell for cell in of if cell["seed"] in common), key=lambda cell: cell["seed"])
+        for arm, of in found.items()
+    }
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:
@@ -147,7 +151,8 @@ def slimming(results: Path) -> str:
     said = "; ".join(f"{line.label} {line.points[0][1]:.2f} at k=1, {line.points[-1][1]:.2f} at 16" for line in drawn)
     title = "Held-out loss by the number of experts at inference"
     across = "log2 of k, experts a token at inference"
-    return alone(charts.lines(drawn, across=across, up="nats a token", title=title, description=said))
+    how = {"across": across, "up": "nats a token", "title": title, "description": said}
+    return alone(charts.lines(drawn, logarithmic=True, **how))
 
 
 # -- RMoE ----------------------------------------------------------------------------------------------------------
@@ -208,7 +213,7 @@ def routers(results: Path) -> str:
     for number, (arm, of) in enumerate((arm, found[arm]) for arm in DEPTH if arm in found):
         losses = [100 * c["mean_loss"] for c in of]
         bits = statistics.mean(c["routing"]["layer_information"] for c in of)
-        dots.append(charts.Point(arm, bits, statistics.mean(losses), statistics.stdev(losses), number))
+        dots.append(charts.Point(arm, bits, statistics.mean(losses), statistics.pstdev(losses), number))
     title = "Held-out loss and what one layer's expert says of the next"
     said = "; ".join(f"{dot.label}: {dot.x:.2f} bits, {dot.y / 100:.3f} nats" for dot in dots)
     across, up = "bits that a token's expert tells of its expert in the next layer", "loss, hundredths of a nat"
@@ -302,26 +307,25 @@ def domains_picture(results: Path) -> str:
 
 def serving(results: Path) -> str:
     found = json.loads((results / "serving.json").read_text())
-    engines = found["engines"]
     rows = []
-    base = engines["decode first"]
-    for name, of in engines.items():
-        ratios = [
-            spread([100 * (a[key] / b[key] - 1) for a, b in zip(of, base, strict=True)], 1)
-            if name != "decode first"
-            else ""
-            for key in ("mean", "p95")
-        ]
-        rows.append([
-            name, spread([c["mean"] for c in of], 2), ratios[0], spread([c["p95"] for c in of], 2), ratios[1],
-            spread([c["experts_a_batch"] for c in of], 2), spread([100 * c["hit_ratio"] for c in of], 1),
-            spread([c["moved_mib"] for c in of], 0), spread([c["waiting"] for c in of], 1),
-        ])  # fmt: skip
+    for load, engines in found["engines"].items():
+        base = engines["decode first"]
+        for name, of in engines.items():
+            ratios = [
+                "" if of is base else spread([100 * (a[key] / b[key] - 1) for a, b in zip(of, base, strict=True)], 1)
+                for key in ("mean", "p95")
+            ]
+            rows.append([
+                f"{load}: {name}", spread([c["mean"] for c in of], 2), ratios[0], spread([c["p95"] for c in of], 2),
+                ratios[1], spread([c["experts_a_batch"] for c in of], 2), spread([100 * c["hit_ratio"] for c in of], 1),
+                spread([c["moved_mib"] for c in of], 0), spread([c["waiting"] for c in of], 1),
+            ])  # fmt: skip
     right, asked = found["answers_equal"]
     lines = [
         f"SmolLM2 with {found['experts']} experts a layer (`{found['conversion']}`), {found['requests']} requests of "
         f"{found['prompt_tokens'][0]} to {found['prompt_tokens'][1]} tokens, {found['new_tokens']} new tokens each, "
-        f"Poisson arrivals, batches of {found['batch_tokens']} tokens, memory for {found['kept']} of "
+        f"Poisson arrivals at 0.8 and 1.5 of what decode-first batches take, "
+        f"batches of {found['batch_tokens']} tokens, memory for {found['kept']} of "
         f"{found['experts']} experts ({found['budget_mib']:.0f} MiB), reads past the page cache, one "
         f"torch thread; {found['rounds']} rounds with every engine in turn, mean ± standard deviation over rounds. "
         f"Latency from arrival to the last token, seconds; {right} of {asked} runs gave the same tokens as the first. "
@@ -380,15 +384,19 @@ def serving(results: Path) -> str:
 
 
 def latencies(results: Path) -> str:
-    engines = json.loads((results / "serving.json").read_text())["engines"]
+    found = json.loads((results / "serving.json").read_text())["engines"]
     dots = []
-    for number, (name, of) in enumerate(engines.items()):
-        ratios = [a["p95"] / b["p95"] - 1 for a, b in zip(of, engines["decode first"], strict=True)]
-        dots.append(
-            charts.Dot(name, statistics.mean(ratios), (min(ratios), max(ratios)), ratios, 1 if number == 0 else 0)
-        )
+    for load, engines in found.items():
+        for name, of in engines.items():
+            if name == "routers by layer":  # some times as long: in the table
+                continue
+            ratios = [a["p95"] / b["p95"] - 1 for a, b in zip(of, engines["decode first"], strict=True)]
+            series = 1 if name == "experts" else 0
+            dots.append(
+                charts.Dot(f"{load}: {name}", statistics.mean(ratios), (min(ratios), max(ratios)), ratios, series)
+            )
     said = "; ".join(f"{dot.label} {100 * dot.value:+.1f} %" for dot in dots)
-    title = "95th percentile of latency, percent above decode-first batches"
+    title = "95th percentile of latency, percent above decode-first batches, at two loads"
     return alone(charts.intervals(dots, zero="decode first", title=title, description=said)[0])
 
 

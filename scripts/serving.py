@@ -1,6 +1,6 @@
 """Serving Read-ME's experts: `python scripts/serving.py FOLDER [rounds=3]`, FOLDER from `moesaic convert read-me`.
 
-One request trace (prompts of the folder's own domains, Poisson arrivals at four fifths of what decode-first batches can
+One request trace (prompts of the folder's own domains, Poisson arrivals at 0.8 and 1.5 of what decode-first batches can
 take) through the engine by every order of batches and at several budgets, all in turn in each round, in this process on
 one torch thread; and through the simulator: hit ratios of caches of k experts, experts a batch. Writes
 results/serving.json.
@@ -8,6 +8,7 @@ results/serving.json.
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import statistics
@@ -25,7 +26,7 @@ from moesaic.ffn.serving.engine import Engine, Request
 from moesaic.ffn.serving.residency import replay
 
 ROOT = Path(__file__).parents[1]
-REQUESTS, NEW, BATCH = 48, 24, 16
+REQUESTS, NEW, BATCH = 32, 12, 16
 PROMPT = (12, 48)
 """Shortest and longest prompt, in tokens."""
 ENGINES: dict[str, dict[str, Any]] = {
@@ -38,6 +39,8 @@ ENGINES: dict[str, dict[str, Any]] = {
     "routers by layer": {"order": "decode-first", "prefetch": False, "policy": "lru"},
 }
 """The last has what a mixture with a router in each layer has: nothing is known before the layer runs."""
+LOADS = (0.8, 1.5)
+"""Arrivals, of what decode-first batches take."""
 POLICIES = ("random", "fifo", "lru", "belady")
 
 
@@ -188,19 +191,18 @@ def main() -> None:
     k = max(1, experts // 2)
     budget = whole * k // experts
     burst = served(folder, prompts, [0.0] * REQUESTS, order="decode-first", budget=budget)
-    rate = 0.8 * REQUESTS / burst["seconds"]
-    cells: dict[str, list[dict[str, Any]]] = {name: [] for name in ENGINES}
+    rates = {load: load * REQUESTS / burst["seconds"] for load in LOADS}
+    cells: dict[float, dict[str, list[dict[str, Any]]]] = {load: {name: [] for name in ENGINES} for load in LOADS}
     answers = burst.pop("written")
     equal = 0
-    for number in range(rounds):
+    for number, load in itertools.product(range(rounds), LOADS):
         draw = random.Random(number)
-        gaps = [draw.expovariate(rate) for _ in prompts]
-        arrivals = [sum(gaps[: i + 1]) for i in range(len(gaps))]
+        arrivals = [*itertools.accumulate(draw.expovariate(rates[load]) for _ in prompts)]
         for name in random.Random(number).sample([*ENGINES], len(ENGINES)):
             made = served(folder, prompts, arrivals, budget=budget, **ENGINES[name])
             equal += made.pop("written") == answers
-            cells[name].append(made)
-            print(number, name, {key: round(value, 3) for key, value in made.items()}, flush=True)
+            cells[load][name].append(made)
+            print(number, load, name, {key: round(value, 3) for key, value in made.items()}, flush=True)
     budgets = {}
     for kept in range(2, experts):
         of = {}
@@ -224,9 +226,9 @@ def main() -> None:
         "command": "python scripts/serving.py FOLDER" + (f" rounds={rounds}" if rest else ""),
         "conversion": json.loads((folder / "conversion.json").read_text())["command"],
         "requests": REQUESTS, "new_tokens": NEW, "batch_tokens": BATCH, "prompt_tokens": PROMPT, "rounds": rounds,
-        "experts": experts, "kept": k, "budget_mib": budget / 2**20, "arrivals_a_second": rate,
+        "experts": experts, "kept": k, "budget_mib": budget / 2**20, "arrivals_a_second": rates,
         "engines": cells, "budgets": budgets, "memory": memory,
-        "answers_equal": [equal, rounds * len(ENGINES) + 2 * len(budgets)],
+        "answers_equal": [equal, rounds * len(LOADS) * len(ENGINES) + 2 * len(budgets)],
         "simulated": {
             "sticky": [hits(sticky(64, 64, 7, 0.95, seed), seed) for seed in range(5)],
             "sticky_experts": [experts_a_batch(sticky(64, 64, 7, 0.95, seed), 16) for seed in range(5)],

@@ -132,10 +132,12 @@ def test_nobody_starves() -> None:
 def test_a_prompt_goes_as_far_as_its_experts_are_there() -> None:
     prompt = Item("p", (1, 1, 2, 4), 0)
     waiting = [prompt, *(Item(i, (e,), 0, decodes=True) for i, e in enumerate([3, 3, 1, 2, 2]))]
-    batch = choose(waiting, 6)
-    assert {e for item in batch for e in item.experts} == {1, 2}
-    assert batch[0] == prompt.first(3)
-    assert choose(waiting, 3) == [prompt.first(2), waiting[3]]
+    assert choose(waiting, 2) == waiting[4:], "what was written goes first, the longest queue of it"
+    assert choose(waiting, 6) == [prompt.first(1), *waiting[1:]]
+    assert choose(waiting, 8) == [prompt.first(3), *waiting[1:]]
+    prompts = [prompt, Item("q", (2, 1), 0), Item("r", (4,), 0)]
+    assert choose(prompts, 5) == [prompt.first(3), prompts[1]], "4 comes last, and is the rarest"
+    assert choose(prompts, 3) == [prompt.first(3)]
     assert choose(waiting, 2, "prefill-first") == [prompt.first(2)]
     assert choose(waiting, 7, "prefill-first") == [prompt, *waiting[1:4]]
     assert choose(waiting, 2, "decode-first") == waiting[1:3]

@@ -6,7 +6,8 @@
 The printed algorithm indexes by the wrong letter and does not end on empty queues. Longest-queue-first alone may let a
 token of a rare expert wait for ever: whatever has waited `max_wait` batches goes first. A prompt's tokens attend to
 those before them and run in their order, but not all at once: it waits in the queue of its next token's expert, and as
-much of it goes as needs no other expert, or as the budget takes.
+much of it goes as needs no other expert, or as the budget takes. Tokens that were written go first, prompts where room
+is left: that lowers latency, as what runs ends sooner.
 """
 
 from __future__ import annotations
@@ -83,19 +84,20 @@ def _by_expert(items: Sequence[Item], budget: int, now: int, max_wait: int) -> l
     taken = {item.request: item.tokens for item in _fill((i for i in items if now - i.since >= max_wait), budget)}
     left = budget - sum(taken.values())
     have = {expert for item in items for expert in item.experts[: taken.get(item.request, 0)]}
-    while left > 0:
-        queues: Counter[int] = Counter()
-        for item in items:
-            rest = item.experts[taken.get(item.request, 0) :]
-            run = len([*takewhile(have.__contains__, rest)])
-            if run and left:
-                run = min(run, left)
-                taken[item.request] = taken.get(item.request, 0) + run
-                left -= run
-                rest = rest[run:]
-            if rest:
-                queues[rest[0]] += len([*takewhile(rest[0].__eq__, rest)])
-        if not queues:
-            break
-        have.add(max(queues, key=lambda expert: (queues[expert], -expert)))
+    for group in ([item for item in items if item.decodes], items):
+        while left > 0:
+            queues: Counter[int] = Counter()
+            for item in group:
+                rest = item.experts[taken.get(item.request, 0) :]
+                run = len([*takewhile(have.__contains__, rest)])
+                if run and left:
+                    run = min(run, left)
+                    taken[item.request] = taken.get(item.request, 0) + run
+                    left -= run
+                    rest = rest[run:]
+                if rest:
+                    queues[rest[0]] += len([*takewhile(rest[0].__eq__, rest)])
+            if not queues:
+                break
+            have.add(max(queues, key=lambda expert: (queues[expert], -expert)))
     return [item.first(taken[item.request]) for item in items if item.request in taken]
