@@ -76,6 +76,10 @@ def paired(found: Cells, arm: str, other: str, value: Callable[[dict[str, Any]],
     return [value(cell) - of[cell["seed"]] for cell in found[arm] if cell["seed"] in of]
 
 
+def _begun(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
 def holds(values: Sequence[float]) -> str:
     """A difference and whether it is more than two of its standard deviations over seeds."""
     if len(values) < 3:
@@ -120,12 +124,12 @@ def slim(results: Path) -> str:
         fall = [at(c, 16) - at(c, 1) for c in found[arm]]
         monotone = all(at(c, a) >= at(c, b) for c in found[arm] for a, b in pairwise(pretraining.KS))
         lines.append(
-            f"- {SLIM[arm]}: from k = 1 to 16 {holds(fall)}; {'' if monotone else 'not '}falling at every step of k, "
+            f"- {_begun(SLIM[arm])}: from k = 1 to 16 {holds(fall)}; {'' if monotone else 'not '}falling at every step of k, "
             "for every seed."
         )
     for arm in ("smoe-dropout", "smoe-dropout-from-1", "elastic"):
         gaps = [at(c, 16) - d["mean_loss"] for c, d in zip(found[arm], found["dense"], strict=False)]
-        lines.append(f"- {SLIM[arm]}, at k = 16, from the dense twin: {holds(gaps)}.")
+        lines.append(f"- {_begun(SLIM[arm])}, at k = 16, from the dense twin: {holds(gaps)}.")
     against = paired(
         found, "smoe-dropout-from-1", "elastic", lambda c: statistics.mean(at(c, k) for k in pretraining.KS)
     )
