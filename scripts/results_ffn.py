@@ -124,8 +124,8 @@ def slim(results: Path) -> str:
         fall = [at(c, 16) - at(c, 1) for c in found[arm]]
         monotone = all(at(c, a) >= at(c, b) for c in found[arm] for a, b in pairwise(pretraining.KS))
         lines.append(
-            f"- {_begun(SLIM[arm])}: from k = 1 to 16 {holds(fall)}; {'' if monotone else 'not '}falling at every step of k, "
-            "for every seed."
+            f"- {_begun(SLIM[arm])}: from k = 1 to 16 {holds(fall)}; {'' if monotone else 'not '}falling at every step "
+            "of k, for every seed."
         )
     for arm in ("smoe-dropout", "smoe-dropout-from-1", "elastic"):
         gaps = [at(c, 16) - d["mean_loss"] for c, d in zip(found[arm], found["dense"], strict=False)]
