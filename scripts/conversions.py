@@ -7,7 +7,6 @@ ones learn from the same batches for the same steps. Each cell is a file in resu
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from moesaic.ffn.tune import Rounds, masked, stage, tune
 from moesaic.ffn.watching import batches_of
 from moesaic.models.embedded import load_model
 from moesaic.models.precision import numerics
+from moesaic.runs.folder import write_json
 from moesaic.runs.results import device_name, versions
 from moesaic.training.domains import Domain, domains_of, figures, loss, mixed
 
@@ -165,11 +165,8 @@ def main() -> None:
         for arm in ARMS:
             file = OUT / setting / f"{arm}-s{seed}.json"
             if not file.is_file():
-                made = cell(setting, arm, seed)
                 file.parent.mkdir(parents=True, exist_ok=True)
-                part = file.with_suffix(".part")
-                part.write_text(json.dumps(made, indent=1) + "\n")
-                part.replace(file)
+                write_json(file, cell(setting, arm, seed))
             print(file.relative_to(ROOT), flush=True)
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -140,14 +139,13 @@ def gradients(model: Any, rows: Any) -> list[float]:
     return found
 
 
-def kept(suite: str, arm: str, seed: int, measure: Callable[..., dict[str, Any]] = cell) -> str:
+def kept(suite: str, arm: str, seed: int) -> str:
+    from moesaic.runs.folder import write_json
+
     file = OUT / suite / f"{arm}-s{seed}.json"
     if not file.is_file():
-        made = measure(suite, arm, seed)
         file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps(made, indent=1) + "\n")
-        part.replace(file)
+        write_json(file, cell(suite, arm, seed))
     return str(file.relative_to(ROOT))
 
 

@@ -198,11 +198,8 @@ def test_a_folder_is_converted_and_read_again(
     assert again["after"] == results["after"]
 
 
-def test_an_interrupted_conversion_goes_on_as_if_it_had_not_been(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    line = ["domains=lists,prose", *TUNED]
-    converted(capsys, tmp_path / "a", "read-me", *line)
+def interrupted(monkeypatch: pytest.MonkeyPatch, line: list[str]) -> None:
+    """Run a conversion that is interrupted in its second round."""
     from moesaic.ffn import tune
 
     stage, stages = tune.stage, []
@@ -215,7 +212,15 @@ def test_an_interrupted_conversion_goes_on_as_if_it_had_not_been(
 
     with monkeypatch.context() as patch:
         patch.setattr(tune, "stage", stops)
-        assert main(["convert", "read-me", "model=nano", f"out={tmp_path / 'b'}", *FEW, *line]) == 130
+        assert main(line) == 130
+
+
+def test_an_interrupted_conversion_goes_on_as_if_it_had_not_been(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = ["domains=lists,prose", *TUNED]
+    converted(capsys, tmp_path / "a", "read-me", *line)
+    interrupted(monkeypatch, ["convert", "read-me", "model=nano", f"out={tmp_path / 'b'}", *FEW, *line])
     assert [p.name for p in (tmp_path / ".b.rounds").glob("[0-9]*")] == ["1"]
     assert not (tmp_path / "b").exists()
     other = refused(capsys, "convert", "read-me", "model=nano", f"out={tmp_path / 'b'}", *FEW, *line, "seed=1")
@@ -354,23 +359,11 @@ def test_a_setting_is_of_its_kind(
 def test_text_that_changed_is_no_unfinished_conversions(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moesaic.ffn import tune
-
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text("\n".join(f"{name} line {i} of a text" for i in range(200)))
     line = ["convert", "read-me", "model=nano", f"out={tmp_path / 'x'}", *FEW, *TUNED]
     line.append(f"domains={tmp_path / 'a.txt'},{tmp_path / 'b.txt'}")
-    stage, stages = tune.stage, []
-
-    def stops(*args: Any, **kwargs: Any) -> None:
-        stages.append(args)
-        if len(stages) == 3:
-            raise KeyboardInterrupt
-        stage(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(tune, "stage", stops)
-        assert main(line) == 130
+    interrupted(monkeypatch, line)
     (tmp_path / "b.txt").write_text("\n".join(f"quite another line {i}" for i in range(200)))
     assert "data_sha256" in refused(capsys, *line)
     said(capsys, *line, "overwrite=true")

@@ -222,14 +222,14 @@ def _autos(base: type) -> list[Any]:
     return [auto for auto in known if auto._model_mapping.get(base.config_class, None) is base]  # type: ignore[attr-defined]
 
 
+def is_top_k_router(module: nn.Module) -> bool:
+    """Whether a module is what Transformers' mixtures choose their experts by."""
+    return type(module).__name__.endswith("TopKRouter") and hasattr(module, "top_k")
+
+
 def routed_layers(model: nn.Module) -> list[Any]:
     """What takes `top_k` experts a token: converted layers, and the top-k routers of models that are mixtures."""
-    return [
-        module
-        for module in model.modules()
-        if isinstance(module, ExpertLayer)
-        or (type(module).__name__.endswith("TopKRouter") and hasattr(module, "top_k"))
-    ]
+    return [module for module in model.modules() if isinstance(module, ExpertLayer) or is_top_k_router(module)]
 
 
 def active_parameters(model: nn.Module) -> int:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from moesaic.errors import ConfigError
 from moesaic.ffn.layer import NAME
-from moesaic.ffn.model import Method, setting
+from moesaic.ffn.model import Method, is_top_k_router, setting
 from moesaic.host import Host
 from moesaic.routing import Record, Routing, Site, no_autocast
 from moesaic.routing.recurrent import Cell, Recurrence, RecurrentRouter
@@ -88,7 +88,7 @@ def gates(model: nn.Module) -> list[tuple[str, Any]]:
     found = [
         (name, module)
         for name, module in model.named_modules()
-        if type(module).__name__.endswith("TopKRouter") and hasattr(module, "top_k") and hasattr(module, "hidden_dim")
+        if is_top_k_router(module) and hasattr(module, "hidden_dim")
     ]
     if not found:
         raise ConfigError(

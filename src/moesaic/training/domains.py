@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moesaic.data import text
+from moesaic.data.sampling import interleave
 from moesaic.errors import ConfigError, path_of, suggest
 from moesaic.models.nano.corpus import DOMAINS as GENERATED
 from moesaic.models.nano.corpus import lines
@@ -147,16 +148,9 @@ def figures(model: Any, domains: Mapping[str, Domain], **how: Any) -> dict[str, 
 
 def mixed(domains: Mapping[str, Domain], batch_size: int, seed: int) -> Iterator[dict[str, Tensor]]:
     """Batches without end, the domains in turn in each, rows in an order of the seed's."""
-    from moesaic.data.sampling import interleave
-
-    held = list(domains.values())
-    starts, rows = 0, []
-    groups = []
-    for domain in held:
-        groups.append(range(starts, starts + len(domain.train)))
-        starts += len(domain.train)
-        rows.append(domain.train)
-    every = torch.cat(rows)
+    every = torch.cat([domain.train for domain in domains.values()])
+    ends = list(accumulate(len(domain.train) for domain in domains.values()))
+    groups = [range(start, end) for start, end in pairwise([0, *ends])]
     order = interleave(groups, 2**62, seed=seed)
     while True:
         yield {"input_ids": every[list(islice(order, batch_size))]}

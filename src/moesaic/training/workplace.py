@@ -46,21 +46,18 @@ def working(out: Path, wanted: Conversion, domains: dict[str, Domain]) -> Iterat
     with writing(work):
         work.mkdir(parents=True, exist_ok=True)
     with locked(work):
-        place_of(wanted)  # another process may have been faster
-        file = work / SETTINGS
-        if not file.is_file():
-            for entry in work.glob("[0-9]*"):
-                shutil.rmtree(entry, ignore_errors=True)
-        elif changed := differences(read_json(file), described):
-            if not wanted.overwrite:
+        try:
+            place_of(wanted)  # another process may have been faster
+            file = work / SETTINGS
+            changed = differences(read_json(file), described) if file.is_file() else "settings that are lost"
+            if file.is_file() and changed and not wanted.overwrite:
                 raise ConfigError(
                     f"there is an unfinished conversion to {out} with {changed}: set it back to go on, or "
                     "overwrite=true, or another out="
                 )
-            for entry in work.glob("[0-9]*"):
-                shutil.rmtree(entry, ignore_errors=True)
-        write_json(file, described)
-        try:
+            for number in rounds_in(work) if changed else ():
+                shutil.rmtree(work / str(number), ignore_errors=True)
+            write_json(file, described)
             yield work
         except BaseException:
             if not rounds_in(work):
