@@ -1,9 +1,12 @@
 """The command line as a person meets it: a subprocess, one line for a mistake, JSON for machines."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from importlib import metadata
 
 import pytest
@@ -199,6 +202,20 @@ def test_an_interrupt_is_exit_code_130(monkeypatch, capsys):
     monkeypatch.setattr(moesaic.training.run, "train", interrupted)
     assert main(["train", "lora", "data=x"]) == 130
     assert capsys.readouterr().err.startswith("moesaic: stopped at step 3")
+
+
+def test_being_asked_to_end_is_an_interrupt(monkeypatch, capsys):
+    import moesaic.training.conversion
+
+    def terminated(wanted):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    monkeypatch.setattr(moesaic.training.conversion, "convert", terminated)
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["convert", "cmoe", "model=nano", "domains=prose"]) == 130
+    assert capsys.readouterr().err == "moesaic: interrupted\n"
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_nothing_is_scored_where_one_of_the_runs_is_damaged(world, tmp_path, capsys):

@@ -8,7 +8,7 @@ from itertools import groupby
 
 from moesaic.cli.verbs import Verb, find, verbs_with
 from moesaic.errors import ConfigError, UnknownSetting
-from moesaic.runs.process import exit_code
+from moesaic.runs.process import exit_code, termination_interrupts
 
 _EXAMPLES = """settings are given as key=value, and `moesaic VERB --help` tells a verb's; examples:
   moesaic demo                                                   both acts in minutes, no download
@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(verb: Verb, args: argparse.Namespace) -> int | None:
     try:
-        return verb.call(args)
+        with termination_interrupts():
+            return verb.call(args)
     except UnknownSetting as error:
         others = [f"`moesaic {name}`" for name in verbs_with(error.key) if name != verb.name]
         if not others:

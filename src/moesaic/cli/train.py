@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 from moesaic.cli.show import print_json, show
 from moesaic.cli.verbs import Section, verb
-from moesaic.runs.pretraining import is_pretraining, load_pretraining
+from moesaic.runs.pretraining import Pretraining, is_pretraining, load_pretraining
 from moesaic.runs.recipe import Recipe, adapter_config, as_used, dump, load_recipe, packaged, packaged_pretrainings
 from moesaic.runs.results import trained
+
+_SHARED = {f.name for f in fields(Recipe)} - {"method", "steps", "lr", "schedule"}
 
 
 @verb(
@@ -16,13 +19,16 @@ from moesaic.runs.results import trained
     "fine-tune a model by a recipe, or continue an interrupted run",
     group="mixtures",
     place=30,
-    settings=[Section(Recipe)],
+    settings=[
+        Section(Recipe),
+        Section(Pretraining, "settings of language models from nothing, beside those above:", but=_SHARED),
+    ],
     operands={"recipe": "a packaged recipe's name, or the path of a .yaml file"},
     dry_run="print the resolved recipe and stop",
     about=lambda: (
         f"packaged recipes: {', '.join(packaged())}\n\n"
-        f"language models from nothing (settings: `moesaic train {packaged_pretrainings()[0]} --dry-run`): "
-        f"{', '.join(packaged_pretrainings())}"
+        f"language models from nothing: {', '.join(packaged_pretrainings())}\n\n"
+        "--dry-run prints a recipe with all its values"
     ),
 )
 def run(recipe: str, arguments: list[str], *, dry_run: bool = False, as_json: bool = False) -> None:

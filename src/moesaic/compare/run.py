@@ -19,7 +19,6 @@ from moesaic.compare.folder import check_folder, check_same, claimed, command, p
 from moesaic.compare.settings import CompareSettings, load
 from moesaic.compare.show import Report, progress, show_plan
 from moesaic.errors import path_of
-from moesaic.runs.process import termination_interrupts
 
 
 def run(arguments: Sequence[str], *, dry_run: bool = False, as_json: bool = False) -> int:
@@ -42,7 +41,7 @@ def run(arguments: Sequence[str], *, dry_run: bool = False, as_json: bool = Fals
     if dry_run:
         show_plan(planned, as_json)
         return 0
-    with claimed(out, planned), termination_interrupts():
+    with claimed(out, planned):
         ended, trials = _run(planned, out)
         summary = comparison.summarise(
             ended, baseline=settings.baseline, split=settings.split, settings=_described(planned, out, trials)

@@ -10,11 +10,14 @@ from __future__ import annotations
 import glob
 import importlib
 import re
+import sys
 import sysconfig
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -99,14 +102,17 @@ def rows(tokenizer: Any, texts: Iterable[str], length: int, limit: int | None = 
 
     What does not fill the last row is left out. At most `limit` rows are made, and no more text is read for them.
     """
-    made: list[list[int]] = []
-    left: list[int] = []
+    from tqdm import tqdm
+
+    ids = array("q")
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    for text in texts:
-        left += [*tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], *end]
-        while len(left) >= length and (limit is None or len(made) < limit):
-            made.append(left[:length])
-            left = left[length:]
-        if limit is not None and len(made) >= limit:
-            break
-    return torch.tensor(made, dtype=torch.long).view(-1, length)
+    shown = {"unit": "row", "file": sys.stderr, "leave": False, "delay": 5, "disable": not sys.stderr.isatty()}
+    with tqdm(total=limit, desc="reading text", **shown) as bar:
+        for text in texts:
+            ids.extend(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + end)
+            count = len(ids) // length
+            bar.update(count - bar.n)
+            if limit is not None and count >= limit:
+                break
+    count = len(ids) // length if limit is None else min(len(ids) // length, limit)
+    return torch.from_numpy(np.array(ids[: count * length], dtype=np.int64)).view(-1, length)

@@ -44,7 +44,6 @@ def run(arguments: list[str], *, as_json: bool = False) -> None:
 
     from moesaic.models.nano.tasks import make_split
     from moesaic.runs.folder import locked, read_json, write_json
-    from moesaic.runs.process import termination_interrupts
     from moesaic.runs.recipe import parse_settings
     from moesaic.runs.results import command_line, versions
 
@@ -59,7 +58,7 @@ def run(arguments: list[str], *, as_json: bool = False) -> None:
     _check_place(folder, settings)
     splits = make_split(settings.train_per_task, settings.test_per_task, settings.seed)
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder), termination_interrupts():
+    with locked(folder):
         found = _prepare(folder, settings, splits) | {"command": command_line(), "versions": versions()}
         with workers() as pool:
             for act in settings.acts:
