@@ -1,4 +1,4 @@
-"""Dense models made into experts, beside what costs as much: `python scripts/conversions.py nano|smollm2 [seeds=3]`.
+"""Dense models made into experts, beside what costs as much: `python scripts/conversions.py nano|smollm2 [workers=N]`.
 
 Held-out perplexity by domain of the model itself, of Read-ME (and of its experts with the domain told: the bound of its
 router), of a split after CMoE, and of a dense model that is pruned to as many active neurons. All but the untrained
@@ -10,8 +10,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "rounds": Rounds(rounds=2, router_steps=60, expert_steps=120),
     },
 }  # fmt: skip
+SEEDS = (0, 1, 2)
 ARMS = ("read-me", "read-me-released", "prune", "cmoe", "cmoe-tuned", "dense-tuned")
 
 
@@ -157,17 +160,26 @@ def _lm(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return found
 
 
+def kept(setting: str, arm: str, seed: int) -> str:
+    file = OUT / setting / f"{arm}-s{seed}.json"
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, cell(setting, arm, seed))
+    return str(file.relative_to(ROOT))
+
+
 def main() -> None:
     setting, *rest = sys.argv[1:] or [""]
-    if setting not in SETTINGS or any(not text.startswith("seeds=") for text in rest):
+    if setting not in SETTINGS or any(not text.startswith("workers=") for text in rest):
         sys.exit(__doc__)
-    for seed in range(int(rest[0].partition("=")[2]) if rest else 3):
-        for arm in ARMS:
-            file = OUT / setting / f"{arm}-s{seed}.json"
-            if not file.is_file():
-                file.parent.mkdir(parents=True, exist_ok=True)
-                write_json(file, cell(setting, arm, seed))
-            print(file.relative_to(ROOT), flush=True)
+    workers = int(rest[0].partition("=")[2]) if rest else 1
+    cells = [(setting, arm, seed) for seed in SEEDS for arm in ARMS]
+    threads = max(1, torch.get_num_threads() // workers)
+    with ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)
+    ) as pool:
+        for done in pool.map(kept, *zip(*cells, strict=True)):
+            print(done, flush=True)
 
 
 if __name__ == "__main__":

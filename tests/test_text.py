@@ -47,6 +47,18 @@ def test_sources_are_files_folders_patterns_rows_and_what_python_brings_along(tm
     ]
     (task / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert documents(str(task)) == documents(str(task / "train.jsonl")) == ["2 + 2 = 4", "which? that", "hi ho"]
+    (task / "test.jsonl").write_text(json.dumps({"prompt": "held", "completion": "out"}))
+    assert documents(str(task)) == documents(str(tmp_path / "*" / "train.jsonl"))
+    assert documents(str(tmp_path / "*" / "test.jsonl")) == ["held out"], "the folder names the task"
+    (task / "train.jsonl").write_text(json.dumps({"text": "a page", "url": "…"}))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "train.jsonl").write_text(json.dumps({"prompt": "q", "completion": "a"}))
+    assert documents(str(task)) == ["a page"]
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    (mixed / "notes.jsonl").write_text(json.dumps({"text": "noted"}))
+    (mixed / "a.txt").write_text("plain")
+    assert documents(str(mixed)) == ["plain", "noted"]
     assert any("def " in text for text in documents("stdlib"))
     assert any("statement" in text for text in documents("pydoc"))
 
@@ -95,7 +107,7 @@ def test_generated_domains_are_the_same_for_a_seed_and_held_out_ones_for_all() -
     assert torch.equal(first.train, again.train)
     assert not torch.equal(first.train, other.train)
     assert torch.equal(first.held, other.held)
-    written = "".join(tokenizer.batch_decode(first.held, clean_up_tokenization_spaces=False))
+    written = "".join(tokenizer.batch_decode(first.held, clean_up_tokenization_spaces=False)).replace("<eos>", "")
     assert first.bytes_per_token == len(written.encode()) / first.held.numel()
     batches = mixed({"a": first, "b": other}, 2, seed=0)
     drawn = torch.cat([next(batches)["input_ids"] for _ in range(4)])

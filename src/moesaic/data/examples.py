@@ -249,18 +249,24 @@ def _select(examples: list[Example], tasks: Sequence[str] | None, where: str) ->
 
 
 def _read(file: Path, on_bad_lines: str, *, of: str | None = None) -> list[Example]:
-    def rows() -> Iterator[tuple[str, Any]]:
-        try:
-            text = file.read_bytes().decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-        except OSError as error:
-            raise DataError(f"cannot read {file}: {first_line(error)}") from None
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                yield f"{file}:{number}", line
+    return _collect(lines(file), on_bad_lines, str(file), of=of)
 
-    return _collect(rows(), on_bad_lines, str(file), of=of)
+
+def lines(file: Path) -> Iterator[tuple[str, str]]:
+    """Each line of a JSONL file that is not empty, behind "file:line"; `decode` reads it.
+
+    Raises:
+        DataError: it cannot be read, or is no text.
+    """
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except OSError as error:
+        raise DataError(f"cannot read {file}: {first_line(error)}") from None
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield f"{file}:{number}", line
 
 
 def _hub(name: str, split: str, on_bad_lines: str) -> list[Example]:
@@ -283,7 +289,7 @@ def _collect(
     examples, skipped = [], 0
     for where, row in rows:
         try:
-            examples.append(replace(parse(_decode(row, where), where, of=of), where=where))
+            examples.append(replace(parse(decode(row, where), where, of=of), where=where))
         except DataError as error:
             if on_bad_lines == "error":
                 raise
@@ -296,7 +302,8 @@ def _collect(
     return examples
 
 
-def _decode(row: Any, where: str) -> Any:
+def decode(row: Any, where: str) -> Any:
+    """The value of a line, or what is one already. Raises DataError, which opens with `where`."""
     if not isinstance(row, str):
         return row
     try:

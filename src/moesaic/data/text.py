@@ -1,8 +1,8 @@
 """Running text by domain, for language models: documents, a held-out part of them, rows of tokens.
 
-A source is a text file, a folder or a pattern (`src/**/*.py`) of them, a JSONL file or a folder of one task, whose
-prompts and answers are read, or one of two that every Python brings along: `stdlib`, the sources of its standard
-library, and `pydoc`, the pages of its language reference.
+A source is a text file, a folder or a pattern (`src/**/*.py`) of them, or one of two that every Python brings along:
+`stdlib`, the sources of its standard library, and `pydoc`, the pages of its language reference. Of a JSONL file each row
+is a document: its `text`, or its prompt and answer; of a folder of tasks or of one task, the rows to learn from.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moesaic.data.examples import load
+from moesaic.data.examples import decode, has_split, lines, parse
 from moesaic.errors import DataError, path_of
 
 HELD_OUT = 10
@@ -53,21 +53,26 @@ def _from_files(source: str) -> Iterator[str]:
     if not source.strip():
         raise DataError("a source of text is empty: name a file, a folder or a pattern")
     place = path_of(source)
-    if place.suffix == ".jsonl" or (place.is_dir() and any(place.glob("*.jsonl"))):
-        for row in load(place):
-            turns = [text for _, text in row.messages] or [row.prompt, row.completion or _choice(row)]
-            yield " ".join(filter(None, turns))
-        return
-    pattern = glob.escape(str(place)) + "/**/*" if place.is_dir() else str(place)
-    pattern = glob.escape(str(place)) if place.is_file() else pattern
+    pattern = str(place)
+    if place.exists():
+        tasks = place.is_dir() and has_split(place, "train")
+        pattern = glob.escape(pattern) + ("/**/train.jsonl" if tasks else "/**/*" if place.is_dir() else "")
     files = sorted(file for file in map(Path, glob.iglob(pattern, recursive=True)) if file.is_file())
     if not files:
         raise DataError(f"there is no text at {source}: name a file, a folder, a pattern, or {' or '.join(BUILT_IN)}")
-    yield from map(_read, files)
+    for file in files:
+        yield from _rows(file) if file.suffix == ".jsonl" else [_read(file)]
 
 
-def _choice(row: Any) -> str:
-    return row.choices[row.answer] if row.choices and isinstance(row.answer, int) else ""
+def _rows(file: Path) -> Iterator[str]:
+    for where, line in lines(file):
+        row = decode(line, where)
+        if isinstance(row, dict) and isinstance(row.get("text"), str):
+            yield row["text"]
+            continue
+        found = parse(row, where, of=file.parent.name or "rows")
+        chosen = found.choices[found.label] if found.choices else found.completion
+        yield " ".join(filter(None, [text for _, text in found.messages] or [found.prompt, chosen]))
 
 
 def _read(file: Path) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain, zip_longest
 from typing import Any, ClassVar
 
 import torch
@@ -164,9 +165,9 @@ class CMoE(Method):
         return made.to(dense.up.device, dense.up.dtype).train(model.training)
 
     def parts(self, model: PreTrainedModel, text: Text, *, batch_size: int = 8, seed: int = 0) -> dict[str, Any]:
-        """Groups of neurons, by their markers on some of each domain in turn."""
-        in_turn = zip(*(batches_of(rows, 1) for rows in text.values()), strict=False)
-        found = markers(model, (batch for several in in_turn for batch in several))
+        """`groups` of neurons by layer, by their markers on a row of each domain in turn; nothing is drawn."""
+        in_turn = chain.from_iterable(zip_longest(*(batches_of(rows, 1) for rows in text.values())))
+        found = markers(model, filter(None, in_turn))
         return {"groups": {name: group(marks, self.num_experts, self.shared_experts) for name, marks in found.items()}}
 
     def install(self, model: PreTrainedModel, host: Host) -> None:

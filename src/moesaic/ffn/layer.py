@@ -229,5 +229,7 @@ class ExpertLayer(nn.Module):
             routing = self.routing_gate(logits)
         if self.host.wants(NAME):
             self.host.record(NAME, Record.of(self.site, routing, context, self.gate))
-        weights, index = routing.weights.topk(self.top_k, dim=-1)
-        return (torch.ones_like(weights) if self.combine == "sum" else weights), index
+        if self.combine == "sum":  # by logits, as weights that are next to nothing are all 0
+            logits, index = routing.logits.topk(self.top_k, dim=-1)
+            return torch.ones_like(logits), index
+        return routing.weights.topk(self.top_k, dim=-1)

@@ -96,7 +96,8 @@ def domains_of(
                 f"the domain {name!r} has too little text: {len(learned)} rows of {length} tokens to learn from and "
                 f"{len(kept)} held out; give it more, or a smaller length"
             )
-        written = sum(len(t.encode()) for t in tokenizer.batch_decode(kept, clean_up_tokenization_spaces=False))
+        plain = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        written = sum(len(t.encode()) for t in tokenizer.batch_decode(kept, **plain))
         made[name] = Domain(name, learned, kept, written / kept.numel())
     return made
 
