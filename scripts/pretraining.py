@@ -77,7 +77,7 @@ def cell(suite: str, arm: str, seed: int) -> dict[str, Any]:
         return statistics.mean(figure["loss"] for figure in figures(model, held).values())
 
     if suite == "slim":
-        from moesaic.ffn.smoe_dropout import top_k
+        from moesaic.ffn.slimming import top_k
 
         if wanted.method:
             made["by_k"] = {}

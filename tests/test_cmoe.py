@@ -11,7 +11,7 @@ import torch
 from moesaic import ffn
 from moesaic.errors import ConfigError
 from moesaic.ffn.cmoe import AnalyticRouter, CMoE, group, markers
-from moesaic.ffn.smoe_dropout import top_k
+from moesaic.ffn.slimming import top_k
 from moesaic.ffn.split import read, seats
 from tests.test_ffn import IDS, WIDE, logits, made
 

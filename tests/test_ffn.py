@@ -36,7 +36,8 @@ from moesaic import ffn
 from moesaic.errors import AdapterError, ConfigError
 from moesaic.ffn.layer import ExpertLayer, GatedExperts, PlainExperts, fits
 from moesaic.ffn.schedules import KSchedule, Schedule
-from moesaic.ffn.smoe_dropout import FixedRouter, SMoEDropout, dense_of, set_top_k, top_k
+from moesaic.ffn.slimming import set_top_k, top_k
+from moesaic.ffn.smoe_dropout import FixedRouter, SMoEDropout, dense_of
 from moesaic.ffn.split import cut, even, join, read, seats
 from moesaic.ffn.stock import as_mixtral
 

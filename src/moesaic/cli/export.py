@@ -88,7 +88,7 @@ def _converted(folder: Path) -> Path | None:
 
 
 def _as_mixtral(folder: Path, out: Path, settings: ExportSettings, *, as_json: bool) -> None:
-    from moesaic.ffn.smoe_dropout import set_top_k
+    from moesaic.ffn.slimming import set_top_k
     from moesaic.ffn.stock import as_mixtral
     from moesaic.training.conversion import load_any
 

@@ -1,8 +1,8 @@
 """Running text by domain, for language models: documents, a held-out part of them, rows of tokens.
 
 A source is a text file, a folder or a pattern (`src/**/*.py`) of them, or one of two that every Python brings along:
-`stdlib`, the sources of its standard library, and `pydoc`, the pages of its language reference. Of a JSONL file each row
-is a document: its `text`, or its prompt and answer; of a folder of tasks or of one task, the rows to learn from.
+`stdlib`, the sources of its standard library, and `pydoc`, the pages of its language reference. Of a JSONL file each
+row is a document: its `text`, or its prompt and answer; of a folder of tasks or of one task, the rows to learn from.
 """
 
 from __future__ import annotations

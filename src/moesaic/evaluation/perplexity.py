@@ -36,7 +36,7 @@ def perplexities(names: Sequence[str], settings: PerplexitySettings) -> dict[str
     """
     import torch
 
-    from moesaic.ffn.smoe_dropout import top_k
+    from moesaic.ffn.slimming import top_k
     from moesaic.training.conversion import load_any
     from moesaic.training.domains import domains_of, figures, named
 

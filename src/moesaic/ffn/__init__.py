@@ -5,7 +5,8 @@ from moesaic.ffn.model import Method, active_parameters, convert, expert_layers,
 from moesaic.ffn.read_me import ReadMe
 from moesaic.ffn.recurrent import RMoE
 from moesaic.ffn.schedules import KSchedule, Schedule
-from moesaic.ffn.smoe_dropout import SMoEDropout, set_top_k, top_k
+from moesaic.ffn.slimming import set_top_k, top_k
+from moesaic.ffn.smoe_dropout import SMoEDropout
 from moesaic.ffn.stock import as_mixtral
 from moesaic.ffn.stored import class_of, is_converted, load
 

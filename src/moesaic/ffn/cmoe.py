@@ -129,7 +129,7 @@ class CMoE(Method):
     name: ClassVar[str] = "cmoe"
     summary: ClassVar[str] = "shared experts by activation rates, the rest clustered, an analytic router: no training"
     paper: ClassVar[str] = "CMoE (arXiv 2502.04416)"
-    needs_text: ClassVar[bool] = True
+    takes: ClassVar[tuple[str, ...]] = ("groups",)
 
     num_experts: int = setting(8, "parts of the layer, the shared ones counted; a divisor of d_ff")
     shared_experts: int = setting(2, "parts that every token takes")
@@ -174,8 +174,9 @@ class CMoE(Method):
         for seat, site in sites(model):
             put(model, seat, self.layer(model, seat, site, host))
 
-    def convert(self, model: PreTrainedModel, host: Host, **parts: Any) -> None:
-        groups: Mapping[str, Groups] = parts["groups"]
+    def convert(self, model: PreTrainedModel, host: Host, *, groups: Mapping[str, Groups]) -> None:  # type: ignore[override]
+        if groups.keys() != {seat.name for seat in seats(model)}:
+            raise ConfigError("groups are of another model: its feed-forward layers go by other names")
         made = []
         for seat, site in sites(model):
             layer, dense, found = self.layer(model, seat, site, host), read(model, seat), groups[seat.name]

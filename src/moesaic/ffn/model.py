@@ -1,12 +1,13 @@
 """Stock models whose feed-forward layers are made of experts, as ordinary Transformers models.
 
 `convert(model, method)` changes a model in place; `save_pretrained` writes it, `load(folder)` of `stored.py` reads it,
-and trainers, `generate` and the hub take it as any other: its class is the model's own with the method's layers put in,
-its config the model's own with the method's settings under `moesaic`.
+and trainers and `generate` take it as any other: its class is the model's own with the method's layers put in, its
+config the model's own with the method's settings under `moesaic`.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib
 import pkgutil
@@ -43,8 +44,8 @@ class Method(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     paper: ClassVar[str]
-    needs_text: ClassVar[bool] = False
-    """Whether a conversion reads text of some domains."""
+    takes: ClassVar[tuple[str, ...]] = ()
+    """What `convert` takes beside the model, by name: `parts` makes it of text of some domains."""
     training: ClassVar[type | None] = None
     """Settings of a training on conversion, a dataclass."""
     slims: ClassVar[bool] = True
@@ -64,7 +65,13 @@ class Method(ABC):
         check(self)
 
     def parts(self, model: PreTrainedModel, text: Text, *, batch_size: int = 8, seed: int = 0) -> dict[str, Any]:
-        """What `convert` takes beside the model, made of text (where the method `needs_text`)."""
+        """What `convert` takes beside the model, made of the model as it is and of text.
+
+        Args:
+            text: by domain, rows (n, T) of token ids.
+            batch_size: rows in a forward.
+            seed: of what is drawn.
+        """
         return {}
 
     @abstractmethod
@@ -76,15 +83,15 @@ class Method(ABC):
 
 
 def method_of(name: str) -> type[Method]:
-    """The method of that name, from whichever file of this room defines it.
+    """The method of that name: one of this room, or a subclass of `Method` that is defined elsewhere.
 
     Raises:
         ConfigError: where none does.
     """
     known = methods()
-    if name not in known:
+    if name not in Method.METHODS:
         raise ConfigError(f"no method {name!r} of feed-forward layers; {suggest(name, known)}")
-    return known[name]
+    return Method.METHODS[name]
 
 
 def methods() -> dict[str, type[Method]]:
@@ -105,19 +112,20 @@ def convert(model: PreTrainedModel, method: Method, **parts: Any) -> PreTrainedM
             models that have been converted before. Nothing is changed then.
     """
     if not isinstance(method, Method):
-        raise ConfigError(f"{method!r} is no method: moesaic.ffn has SMoEDropout, ReadMe, CMoE and RMoE")
-    if bool(parts) != method.needs_text:
-        wants = "takes method.parts(model, text)" if method.needs_text else f"takes no {', '.join(parts)}"
+        known = ", ".join(kind.__name__ for kind in methods().values())
+        raise ConfigError(f"{method!r} is no method: moesaic.ffn has {known}")
+    if parts.keys() != {*method.takes}:
+        wants = "takes **method.parts(model, text)" if method.takes else f"takes no {', '.join(parts)}"
         raise ConfigError(f"convert with {method.name} {wants}")
     if not isinstance(model, PreTrainedModel):
         raise ConfigError(f"{type(model).__name__} is no Transformers model: only those are converted")
     if isinstance(model, _Routed):
         raise ConfigError(f"this model has the layers of {model.config.moesaic['method']} already")
-    host, was = Host(), type(model)
+    host, was, method = Host(), type(model), copy.copy(method)
     implementation = model.config._experts_implementation if was._can_set_experts_implementation() else None
     method.convert(model, host, **parts)
-    model.config.__class__ = routed_config(type(model.config))  # type: ignore[arg-type]
-    model.config.moesaic = {"method": method.name, **dataclasses.asdict(method)}
+    _own_config(model)
+    _describe(model.config, method)
     model.__class__ = routed_class(was)  # type: ignore[arg-type]
     own: Any = model
     own._weight_conversions = []  # a file that was read in another layout is not written back in it
@@ -130,14 +138,34 @@ def convert(model: PreTrainedModel, method: Method, **parts: Any) -> PreTrainedM
 
 
 def fresh(base: type[PreTrainedModel], config: Any, method: Method) -> PreTrainedModel:
-    """An untrained model of a Transformers class with the method's layers, initialised as that class does its own."""
-    config.__class__ = routed_config(type(config))  # type: ignore[arg-type]
-    config.moesaic = {"method": method.name, **dataclasses.asdict(method)}
+    """An untrained model of a Transformers class with the method's layers, initialised as that class does its own.
+
+    Raises:
+        ConfigError: for methods that are made of a trained model and text.
+    """
+    if method.takes:
+        raise ConfigError(f"{method.name} is made of a trained model: `moesaic convert {method.name}`")
+    config = copy.deepcopy(config)
+    _describe(config, method)
     model = routed_class(base)(config)  # type: ignore[arg-type]
     for layer in hosted(model):
         for module in layer.modules():
             model._init_weights(module)
     return model
+
+
+def _own_config(model: PreTrainedModel) -> None:
+    """A copy of its config, for it and its parts: others may be made of the same."""
+    copies: dict[int, Any] = {}
+    copy.deepcopy(model.config, copies)
+    for module in model.modules():
+        if id(getattr(module, "config", None)) in copies:
+            module.config = copies[id(module.config)]
+
+
+def _describe(config: Any, method: Method) -> None:
+    config.__class__ = routed_config(type(config))  # type: ignore[arg-type]
+    config.moesaic = {"method": method.name, **dataclasses.asdict(method)}
 
 
 def hosted(model: Any) -> list[nn.Module]:
@@ -173,7 +201,8 @@ class _Routed:
         super()._init_weights(module)  # type: ignore[misc]
         if isinstance(module, ExpertLayer):
             std = getattr(self.config, "initializer_range", 0.02)
-            for name, values in module.experts.named_parameters():
+            banks = [module.experts] if module.shared is None else [module.experts, module.shared]
+            for name, values in (found for bank in banks for found in bank.named_parameters()):
                 torch.nn.init.zeros_(values) if name.endswith("bias") else torch.nn.init.normal_(values, std=std)
 
 
@@ -235,9 +264,12 @@ def routed_layers(model: nn.Module) -> list[Any]:
 def active_parameters(model: nn.Module) -> int:
     """How many parameters a token uses: of a layer's experts, those that it takes."""
     idle = 0
-    for layer in expert_layers(model).values():
-        share = 1 - layer.top_k / layer.num_experts
-        idle += round(share * sum(p.numel() for p in layer.experts.parameters()))
+    for module in model.modules():
+        experts: Any = getattr(module, "experts", None)
+        routes: Any = module if isinstance(module, ExpertLayer) else getattr(module, "gate", None)
+        if isinstance(experts, nn.Module) and hasattr(routes, "top_k"):
+            count = sum(p.numel() for p in experts.parameters())
+            idle += count - count * routes.top_k // routes.num_experts
     return sum(p.numel() for p in model.parameters()) - idle
 
 

@@ -51,7 +51,11 @@ class PreGate(nn.Module):
         self.embedding.weight[: len(weight), :width] = weight[:, :width].to(self.embedding.weight)
 
     def forward(
-        self, ids: Tensor, real: Tensor | None = None, past: tuple[Tensor, Tensor] | None = None
+        self,
+        ids: Tensor,
+        real: Tensor | None = None,
+        past: tuple[Tensor, Tensor] | None = None,
+        sequences: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Logits (B, T, N), and keys and values (B, P + T, p) of all tokens so far.
 
@@ -59,22 +63,27 @@ class PreGate(nn.Module):
             ids: (B, T).
             real: (B, P + T), False on padding; None if every token is one.
             past: keys and values of the P tokens before.
+            sequences: of several that share a row, which one each token belongs to (B, T); with no past.
         """
         h = self.embedding(ids)
         read = self.norm_attention(h)
         key, value = self.key(read), self.value(read)
         if past is not None:
             key, value = torch.cat([past[0], key], dim=1), torch.cat([past[1], value], dim=1)
-        h = h + self.out(self._attend(self.query(read), key, value, real))
+        h = h + self.out(self._attend(self.query(read), key, value, real, sequences))
         h = h + self.down(F.silu(self.up(self.norm_mlp(h))))
         return self.head(self.norm_out(h)).float(), (key, value)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, real: Tensor | None) -> Tensor:
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, real: Tensor | None, sequences: Tensor | None
+    ) -> Tensor:
         tokens, total = query.shape[1], key.shape[1]
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (query, key, value))
         places = torch.arange(total, device=q.device)
         q, k = _rotated(q, places[total - tokens :]), _rotated(k, places)
         seen = places <= places[total - tokens :, None]
+        if sequences is not None:
+            seen = seen & (sequences[:, None, :, None] == sequences[:, None, None, :])
         if real is not None:
             own = torch.eye(total, dtype=torch.bool, device=q.device)[total - tokens :]
             seen = seen & real[:, None, None, :].bool() | own

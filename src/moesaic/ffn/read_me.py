@@ -30,6 +30,8 @@ from moesaic.ffn.split import Seat, cut, read, seats
 from moesaic.ffn.tune import Rounds
 from moesaic.ffn.watching import Text, batches_of
 from moesaic.host import Host
+from moesaic.host import masks as token_masks
+from moesaic.host.paged import is_paged
 from moesaic.routing import Router, RoutingContext, Site, TopK
 
 ROUTES = "read-me routes"
@@ -65,18 +67,24 @@ class PreGated(Router):
 def route(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Before the model runs: every token's logits into the frame, the router's keys and values onto the KV cache."""
     frame = model.host.frame
-    ids = kwargs.get("input_ids", args[0] if args else None)
-    if frame is None or not isinstance(ids, Tensor):
-        return
-    if (known := getattr(model, "known_routes", None)) is not None:
+    if frame is not None and (known := getattr(model, "known_routes", None)) is not None:
         frame.state[ROUTES] = known
         return
+    arguments = token_masks.bind(model, args, kwargs)
+    ids, real = arguments.get("input_ids"), arguments.get("attention_mask")
+    if frame is None or not isinstance(ids, Tensor):
+        return
+    if is_paged(arguments):
+        raise ConfigError(
+            "generate_batch keeps no keys and values for Read-ME's router: moesaic.ffn.serving.engine has continuous "
+            "batches for these models"
+        )
     memory: MutableMapping[Any, Any] = frame.memory
     past, start = memory.get(PAST), frame.memory.past
     past = None if past is None or start == 0 else tuple(t[:, :start] for t in past)
-    real = kwargs.get("attention_mask")
     real = real if isinstance(real, Tensor) and real.dim() == 2 else None
-    frame.state[ROUTES], kept = model.pre_gate(ids, real, past)
+    packed = token_masks.packed_sequences(arguments, training=frame.training and frame.grad)
+    frame.state[ROUTES], kept = model.pre_gate(ids, real, past, packed if past is None else None)
     if frame.keeps:
         memory[PAST] = kept
 
@@ -88,7 +96,7 @@ class ReadMe(Method):
     name: ClassVar[str] = "read-me"
     summary: ClassVar[str] = "an expert for each domain of text, and one router before the model runs"
     paper: ClassVar[str] = "Read-ME (NeurIPS 2024, arXiv 2410.19123)"
-    needs_text: ClassVar[bool] = True
+    takes: ClassVar[tuple[str, ...]] = ("masks", "pre_gate")
     training: ClassVar[type | None] = Rounds
     slims: ClassVar[bool] = False
 
@@ -137,21 +145,30 @@ class ReadMe(Method):
 
     def parts(self, model: PreTrainedModel, text: Text, *, batch_size: int = 8, seed: int = 0) -> dict[str, Any]:
         """Masks of the model as it is, and a router that knows nothing yet but the model's embedding."""
-        torch.manual_seed(seed % 2**63)
+        if text.keys() != {*self.domains}:
+            raise ConfigError(f"text is of {', '.join(text)}, and the domains are {', '.join(self.domains)}")
         table = cast(nn.Embedding, model.get_input_embeddings())
         even = 2 * self.router_heads
-        self.router_dim = self.router_dim or max(even, min(512, table.embedding_dim) // even * even)
-        router = PreGate(table.num_embeddings, len(self.domains), dim=self.router_dim, heads=self.router_heads)
+        dim = self.router_dim or max(even, min(512, table.embedding_dim) // even * even)
+        width = self.width or min(seat.d_ff for seat in seats(model)) // 2
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed % 2**63)
+            router = PreGate(table.num_embeddings, len(self.domains), dim=dim, heads=self.router_heads)
         router.take_embedding(table.weight)
-        self.width = self.width or min(seat.d_ff for seat in seats(model)) // 2
-        found = scores(model, {name: batches_of(rows, batch_size) for name, rows in text.items()})
-        return {"masks": masks(found, self.width), "pre_gate": router.to(model.device)}
+        found = scores(model, {name: batches_of(text[name], batch_size) for name in self.domains})
+        return {"masks": masks(found, width), "pre_gate": router.to(model.device)}
 
     def convert(self, model: PreTrainedModel, host: Host, *, masks: Masks, pre_gate: PreGate) -> None:  # type: ignore[override]
         found = sites(model)
-        if any(len(masks[seat.name]) != len(self.domains) for seat, _ in found):
-            raise ConfigError(f"masks are of another number of domains than {', '.join(self.domains)}")
-        self.router_dim, self.width = pre_gate.dim, self.width or int(masks[found[0][0].name][0].sum())
+        self.width = self.width or int(next(iter(masks.values())).sum(dim=1)[0])
+        self._check_masks(masks, [seat for seat, _ in found])
+        vocab = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+        if (pre_gate.num_experts, pre_gate.embedding.num_embeddings) != (len(self.domains), vocab):
+            raise ConfigError(
+                f"pre_gate routes {pre_gate.embedding.num_embeddings:,} tokens to {pre_gate.num_experts} experts: the "
+                f"model has {vocab:,}, and there are {len(self.domains)} domains"
+            )
+        self.router_dim, self.router_heads = pre_gate.dim, pre_gate.heads
         self.shared_widths = [int(shared(masks[seat.name]).sum()) for seat, _ in found]
         made = []
         for (seat, site), common in zip(found, self.shared_widths, strict=True):
@@ -164,6 +181,18 @@ class ReadMe(Method):
         for seat, layer in made:
             put(model, seat, layer)
         model.pre_gate = pre_gate
+
+    def _check_masks(self, found: Masks, places: list[Seat]) -> None:
+        """Raise ConfigError for masks of another model, other domains, or another width."""
+        if found.keys() != {seat.name for seat in places}:
+            raise ConfigError("masks are of another model: its feed-forward layers go by other names")
+        for seat in places:
+            mask = found[seat.name]
+            if mask.shape != (len(self.domains), seat.d_ff) or bool((mask.sum(dim=1) != self.width).any()):
+                raise ConfigError(
+                    f"the mask of {seat.name} must be of {len(self.domains)} domains and {seat.d_ff} neurons, "
+                    f"{self.width} of them in each"
+                )
 
     def attached(self, model: Any) -> None:
         model.register_forward_pre_hook(route, with_kwargs=True)

@@ -9,6 +9,7 @@ model whose rest is frozen.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, Literal, cast
@@ -64,14 +65,37 @@ class RecurrentGate(nn.Module):
         context = self.host.context(self.site, self.stack, False, x)
         logits = self.recurrent(x, context)
         with no_autocast(x.device.type):
-            probs = logits.softmax(dim=-1)
-            weights, index = probs.topk(self.top_k, dim=-1)
-            if self.norm_topk_prob:
-                weights = weights / weights.sum(dim=-1, keepdim=True)
+            probs, weights, index = _taken(logits, self.top_k, renormalised=self.norm_topk_prob)
             if self.host.wants(NAME):
                 routing = Routing(torch.zeros_like(probs).scatter(-1, index, weights), probs, logits)
                 self.host.record(NAME, Record.of(self.site, routing, context, self.recurrent))
         return logits.to(x.dtype), weights.to(x.dtype), index
+
+
+@torch.no_grad()
+def _check_is_plain(gate: Any) -> None:
+    """Raise ConfigError for a router that does more with its logits than softmax, top-k and a renormalisation."""
+    own = copy.deepcopy(gate).to("cpu", torch.float32)
+    torch.nn.init.normal_(own.weight, generator=(draw := torch.Generator().manual_seed(0)))
+    x = torch.randn(16, own.hidden_dim, generator=draw)
+    logits = F.linear(x, own.weight)
+    weights, index = _taken(logits, own.top_k, renormalised=getattr(own, "norm_topk_prob", True))[1:]
+    try:
+        plain = all(map(torch.allclose, own(x), (logits, weights, index)))
+    except (TypeError, ValueError, RuntimeError):  # it takes or gives other things
+        plain = False
+    if not plain:
+        raise ConfigError(
+            f"{type(gate).__name__} is no plain top-k router (softmax, the k largest, renormalised or not), which is "
+            "all that RMoE stands in for"
+        )
+
+
+def _taken(logits: Tensor, k: int, *, renormalised: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Probabilities (T, N), and the weights and index (T, k) of the k largest."""
+    probs = logits.softmax(dim=-1)
+    weights, index = probs.topk(k, dim=-1)
+    return probs, weights / weights.sum(dim=-1, keepdim=True) if renormalised else weights, index
 
 
 @cache
@@ -147,4 +171,6 @@ class RMoE(Method):
             setattr(model.get_submodule(parent), leaf, placed)
 
     def convert(self, model: PreTrainedModel, host: Host, **parts: Any) -> None:
+        for gate in {type(gate): gate for _, gate in gates(model)}.values():
+            _check_is_plain(gate)
         self.install(model, host)

@@ -25,6 +25,7 @@ from transformers import TrainerCallback
 
 from moesaic.errors import ConfigError
 from moesaic.ffn.model import routed_layers
+from moesaic.ffn.slimming import check_top_k, set_top_k, take
 
 Kind = Literal[
     "linear", "cosine", "exp", "multi_step", "constant", "elastic",
@@ -50,7 +51,7 @@ class Schedule:
             raise ConfigError(f"k_min={self.k_min} and k_max={self.k_max}: 1 <= k_min <= k_max")
 
     def at(self, step: int, steps: int, layer: int = 0) -> int:
-        """k of a layer at `step` of `steps`."""
+        """k of a layer (counted from 0) at `step` of `steps`: within k_min and k_max, and at the end one of the two."""
         low, high, share = self.k_min, self.k_max, min(step / max(steps, 1), 1.0)
         kind, _, down = self.kind.partition("-")
         if kind == "constant" or share == 1:
@@ -73,7 +74,10 @@ class Schedule:
 
 
 class KSchedule(TrainerCallback):
-    """Sets k before each step of a Trainer; a resumed training goes on where it was, as k follows from the step."""
+    """Sets k before each step of a Trainer; a resumed training goes on where it was, as k follows from the step.
+
+    The model that is saved at the end takes the k of the end.
+    """
 
     def __init__(self, schedule: Schedule) -> None:
         if not isinstance(schedule, Schedule):
@@ -84,10 +88,14 @@ class KSchedule(TrainerCallback):
         apply(self.schedule, model, state.global_step, state.max_steps)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        apply(self.schedule, model, state.max_steps, state.max_steps)
+        set_top_k(model, self.schedule.at(state.max_steps, state.max_steps))
 
 
 def apply(schedule: Schedule, model: nn.Module, step: int, steps: int) -> None:
-    """Each layer's k at a step of a training, for loops that are no Trainer's."""
-    for i, layer in enumerate(routed_layers(model)):
-        layer.top_k = schedule.at(step, steps, layer=i)
+    """Each layer's k at a step of a training, for loops that are no Trainer's; end them with `set_top_k`.
+
+    Raises:
+        ConfigError: where the model has no layers made of experts, or fewer than k_max.
+    """
+    check_top_k(model, schedule.k_max)
+    take(model, [schedule.at(step, steps, layer=i) for i, _ in enumerate(routed_layers(model))])

@@ -1,6 +1,6 @@
 """SMoE-Dropout: a fixed random router over more and more experts (Chen et al., ICLR 2023, arXiv 2303.01610).
 
-    s = G x,   (v, i) = top-k(s),   w = softmax(v)        G (N, d) random and never trained
+    s = G x,   (v, i) = top-k(s),   w = softmax(v)        G (N, d) random and never trained; w by routing.TopK
     y = sum_j w_j E_{i_j}(x)                              E_e the e-th of N equal slices of the feed-forward layer
     k(t) = clip(round((k_max - k_min) t / T) + k_min)     grows while training: `KSchedule`
 
@@ -8,25 +8,23 @@ A network so trained is slimmed by taking fewer experts, with no more training: 
 
 `combine="softmax"` is the paper's: a mean of k experts, so that the output keeps its scale over k. An even split of a
 trained layer is scaled by N for it, or the mean would be a kth of the sum. `combine="sum"` gives each expert the weight
-1: with k = N that is the dense layer, exactly. Both equal renormalised softmax over all, by routing.TopK.
+1: with k = N that is the dense layer, exactly.
 
 Departures from the authors' code: one output bias a layer instead of one an expert; evaluation leaves k as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from moesaic.errors import ConfigError
 from moesaic.ffn.layer import ExpertLayer, bank_of
-from moesaic.ffn.model import Method, method_of, put, routed_layers, setting, sites
+from moesaic.ffn.model import Method, put, setting, sites
 from moesaic.ffn.split import Dense, Seat, Slices, cut, even, join, read
 from moesaic.host import Host
 from moesaic.routing import LinearRouter, Router, RoutingContext, Site, TopK
@@ -110,36 +108,3 @@ def dense_of(layer: ExpertLayer) -> Dense:
     neurons = even(layer.experts.num_experts * layer.experts.width, layer.experts.num_experts)
     bias = None if layer.bias is None else layer.bias.detach()
     return join(slices, neurons, bias=bias, activation=layer.experts.act_fn)
-
-
-def set_top_k(model: nn.Module, k: int) -> None:
-    """Take k experts a token in every layer, of a converted model or of one that is a mixture; nothing is loaded again.
-
-    Raises:
-        ConfigError: where k is not between 1 and the number of experts, or no layer has any.
-    """
-    layers = routed_layers(model)
-    if not layers:
-        raise ConfigError("this model has no layers made of experts: `moesaic convert` makes them")
-    settings = getattr(getattr(model, "config", None), "moesaic", {})
-    if settings and not method_of(settings["method"]).slims:
-        raise ConfigError(f"a {settings['method']} model takes the experts that it was made for: top_k cannot be set")
-    most = min(layer.num_experts for layer in layers)
-    if type(k) is not int:
-        raise ConfigError(f"top_k={k!r} must be a whole number")
-    if not 1 <= k <= most:
-        raise ConfigError(f"top_k={k} must be between 1 and {most}")
-    for layer in layers:
-        layer.top_k = k
-
-
-@contextmanager
-def top_k(model: nn.Module, k: int) -> Iterator[None]:
-    """k experts a token inside, and what there was before afterwards."""
-    before = {layer: layer.top_k for layer in routed_layers(model)}
-    set_top_k(model, k)
-    try:
-        yield
-    finally:
-        for layer, kept in before.items():
-            layer.top_k = kept

@@ -81,16 +81,19 @@ class Slices:
 
 
 def seats(model: nn.Module) -> list[Seat]:
-    """All feed-forward layers of a model, in its order.
+    """All feed-forward layers of a dense model, in its order.
 
     Raises:
-        ConfigError: where there is none of a known kind.
+        ConfigError: where there is none of a known kind, or the model is a mixture already.
     """
+    if any(type(module).__name__.endswith(("TopKRouter", "TopkRouter")) for module in model.modules()):
+        raise ConfigError(f"{type(model).__name__} is a mixture already: `moesaic convert rmoe` links its routers")
     found = [seat for name, module in model.named_modules() if (seat := _seat(name, module)) is not None]
     if not found:
-        known = ", ".join("/".join((first, last)) for first, _, last in PLAIN)
+        known = ", ".join(dict.fromkeys("/".join((first, last)) for first, _, last in PLAIN))
         raise ConfigError(
-            f"{type(model).__name__} has no feed-forward layer of a known kind: gate_proj/up_proj/down_proj, or {known}"
+            f"{type(model).__name__} has no feed-forward layer of a known kind: gate_proj/up_proj/down_proj without "
+            f"biases on the first two, or {known}"
         )
     return found
 

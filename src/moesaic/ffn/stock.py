@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
+from transformers import LlamaForCausalLM, MistralForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from moesaic.errors import ConfigError
 from moesaic.ffn.layer import ExpertLayer
@@ -17,7 +17,7 @@ from moesaic.ffn.model import expert_layers
 
 
 def as_mixtral(model: PreTrainedModel) -> MixtralForCausalLM:
-    """The same model as a `MixtralForCausalLM`: equal logits, at the k that it has now.
+    """The same model as a `MixtralForCausalLM`: equal logits, at the k that it has now; the two share their weights.
 
     Raises:
         ConfigError: for methods and bases that Mixtral's layout does not hold, with the reason.
@@ -29,6 +29,9 @@ def as_mixtral(model: PreTrainedModel) -> MixtralForCausalLM:
         "combine=sum gives every expert the weight 1": settings.get("combine") == "sum",
         f"{config.model_type.removeprefix('moesaic_')} is no Llama or Mistral": config.model_type
         not in ("moesaic_llama", "moesaic_mistral"),
+        f"{type(model).__name__} is no causal language model": not isinstance(
+            model, (LlamaForCausalLM, MistralForCausalLM)
+        ),
         "its attention has biases": bool(getattr(config, "attention_bias", False)),
         "its layers have biases": any(layer.bias is not None for layer in expert_layers(model).values()),
         "its layers differ in k": len({layer.top_k for layer in expert_layers(model).values()}) > 1,

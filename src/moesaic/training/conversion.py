@@ -141,24 +141,30 @@ def method_of(wanted: Conversion) -> ffn.Method:
     """The method with its settings. Raises ConfigError for what it does not know or refuses."""
     domains = named(wanted.domains)
     kind = ffn.method_of(wanted.method)
-    if kind.needs_text and not domains:
+    if kind.takes and not domains:
         raise ConfigError(
             f"method {wanted.method} reads text: domains=a.txt,src/ names files or folders, one a domain; stdlib and "
             "pydoc come with Python"
         )
     found = {"domains": list(domains)} if "domains" in names(kind) else {}
-    return method_with(wanted.method, wanted.experts, **found)
+    return method_with(wanted.method, wanted.experts, text=True, **found)
 
 
-def method_with(name: str, experts: Any, **found: Any) -> ffn.Method:
-    """A method of feed-forward layers with `experts.*` settings. Raises ConfigError for what it does not know."""
+def method_with(name: str, experts: Any, *, text: bool = False, **found: Any) -> ffn.Method:
+    """A method of feed-forward layers with `experts.*` settings.
+
+    Args:
+        text: whether there is text to make it of.
+    Raises:
+        ConfigError: for settings that it does not know or refuses, or a method that needs text where there is none.
+    """
     kind = ffn.method_of(name)
+    if kind.takes and not text:
+        raise ConfigError(f"method {name} is made of a trained model: `moesaic convert {name}`")
     known = [f.name for f in fields(kind) if f.name not in _FOUND]
     for key in experts:
         if key not in known:
             raise ConfigError(f"method {name} has no setting experts.{key}; {suggest(key, known)}")
-    if missing := [key for key in ("domains",) if key in names(kind) and key not in found]:
-        raise ConfigError(f"method {name} is made of a trained model: `moesaic convert {name}` ({', '.join(missing)})")
     try:
         return kind(**found, **experts)
     except ConfigError as error:

@@ -16,7 +16,7 @@ from moesaic import ffn
 from moesaic.data.sampling import InterleavedSampler
 from moesaic.errors import ConfigError, first_line, suggest
 from moesaic.ffn.schedules import KSchedule, Schedule
-from moesaic.ffn.smoe_dropout import top_k
+from moesaic.ffn.slimming import check_top_k
 from moesaic.models.embedded import resolve
 from moesaic.models.nano.corpus import DOMAINS
 from moesaic.report.domains import page
@@ -182,8 +182,8 @@ def _schedule(recipe: Pretraining, model: PreTrainedModel) -> Schedule | None:
         return None
     kind: Any = recipe.k_schedule
     schedule = Schedule(kind, recipe.k_min, recipe.k_max, recipe.seed)
-    with top_k(model, recipe.k_max):
-        return schedule
+    check_top_k(model, recipe.k_max)
+    return schedule
 
 
 def _domains(recipe: Pretraining, tokenizer: Any) -> dict[str, Domain]:

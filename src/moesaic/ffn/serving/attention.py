@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from moesaic.errors import ConfigError
+
 NAME = "moesaic_requests"
 
 
@@ -60,18 +62,30 @@ def attend(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """(1, heads, T, size) to (1, T, heads, size)."""
+    """(1, heads, T, size) to (1, T, heads, size).
+
+    Raises:
+        ConfigError: for layers that cap their scores or have sinks.
+    """
+    if softcap is not None or s_aux is not None:
+        raise ConfigError("the engine does not serve models whose attention caps its scores or has sinks")
     made, start = [], 0
     layer: int = module.layer_idx  # type: ignore[assignment]
     for past, count in _RUNNING.get():
         own = slice(start, start + count)
         keys, values = past.add(layer, key[0, :, own], value[0, :, own])
         seen = None
-        if count > 1:
+        if count > 1 or sliding_window is not None:
             places = torch.arange(keys.shape[1], device=keys.device)
-            seen = places <= places[keys.shape[1] - count :, None]
+            now = places[keys.shape[1] - count :, None]
+            seen = places <= now
+            if sliding_window is not None:
+                seen &= places > now - sliding_window
         out = F.scaled_dot_product_attention(
             query[:, :, own], keys[None], values[None], attn_mask=seen, scale=scaling, enable_gqa=True
         )

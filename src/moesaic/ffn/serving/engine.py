@@ -75,7 +75,10 @@ class Engine:
         max_wait: batches after which whoever waits goes first.
         prefetch: read the next layer's experts while this one computes.
         direct: read past the page cache.
-        dtype: of the model that stays in memory; experts are cast to it.
+        dtype: of the model that stays in memory, and of what is computed; float32 where left out.
+    Raises:
+        ConfigError: settings that cannot be, or a model whose attention the engine does not have.
+        AdapterError: the folder holds no Read-ME model, or one that is damaged.
     """
 
     def __init__(
@@ -100,6 +103,7 @@ class Engine:
         self.folder = Path(folder)
         self.order, self.batch_tokens, self.max_wait = order, batch_tokens, max_wait
         self.model = _without_experts(self.folder, dtype)
+        _check_attention(self.model.config)
         layers = expert_layers(self.model)
         banks = [cast(StreamedBank, layer.experts) for layer in layers.values()]
         files = ExpertFiles(self.folder, [f"{name}.experts" for name in layers], direct=direct)
@@ -178,6 +182,8 @@ class Engine:
         if self.closed:
             raise ConfigError("this engine is closed: make another")
         begun = self.now
+        if not self.open:
+            return []
         items = [Item(r.name, r.experts, r.since, decodes=bool(r.written)) for r in self.open.values()]
         chosen = choose(items, self.batch_tokens, self.order, now=len(self.batches), max_wait=self.max_wait)
         self._foresee(items, chosen)
@@ -281,6 +287,15 @@ class Engine:
         """End the threads that read; requests that are open stay so."""
         self.closed = True
         self.store.close()
+
+
+def _check_attention(config: Any) -> None:
+    """Raise ConfigError for what `attention.attend` does not do."""
+    others = {*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}
+    if getattr(config, "attn_logit_softcapping", None):
+        others.add("scores that are capped")
+    if others:
+        raise ConfigError(f"the engine does not serve models with {', '.join(sorted(others))}")
 
 
 def _without_experts(folder: Path, dtype: Any) -> PreTrainedModel:

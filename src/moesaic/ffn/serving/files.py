@@ -6,6 +6,7 @@ past the page cache where the system allows it (O_DIRECT): what is kept in memor
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
 import os
@@ -61,6 +62,10 @@ class ExpertFiles:
                 raise AdapterError(f"{folder} holds no weights of {bank}: convert the model again")
             for name, (file, offset, entry) in own.items():
                 number, *rest = entry["shape"]
+                if entry["dtype"] not in _DTYPES:
+                    raise AdapterError(
+                        f"{folder} has experts in {entry['dtype']}: save the model in float32, bfloat16 or float16"
+                    )
                 begin, end = entry["data_offsets"]
                 size = (end - begin) // number
                 for expert in range(number):
@@ -75,7 +80,7 @@ class ExpertFiles:
                     self._pieces.setdefault((layer, expert), []).append(piece)
 
     def size(self, layer: int, expert: int) -> int:
-        """Bytes of an expert."""
+        """Of an expert, in bytes, as it lies on disk."""
         return sum(piece.size for piece in self._pieces[layer, expert])
 
     def check(self, layer: int, expert: int, num_experts: int, width: int) -> None:
@@ -106,7 +111,8 @@ class ExpertFiles:
                     f"expert {expert} of layer {layer} cannot be read from {piece.file}: {error}"
                 ) from None
             check = zlib.crc32(data, check)
-            made[piece.name] = torch.frombuffer(data, dtype=piece.dtype).view(piece.shape)
+            held = torch.frombuffer(data, dtype=piece.dtype) if piece.size else torch.empty(0, dtype=piece.dtype)
+            made[piece.name] = held.view(piece.shape)
         wanted = self._checksums.get(f"{layer} {expert}")
         if wanted is not None and wanted != check:
             raise AdapterError(f"expert {expert} of layer {layer} is damaged in {self._pieces[layer, expert][0].file}")
@@ -123,8 +129,14 @@ class ExpertFiles:
         return found
 
 
-def write_checksums(folder: Path, banks: list[str]) -> None:
-    """Beside the weights, what each expert must come to when it is read."""
+def write_checksums(folder: str | Path, banks: list[str]) -> None:
+    """Write a CRC-32 of each expert beside the weights, for reading to be held to.
+
+    Args:
+        folder: of a converted model.
+        banks: the names of its bank modules, in the order of the layers: "model.layers.0.mlp.experts" …
+    """
+    folder = Path(folder)
     text = json.dumps(ExpertFiles(folder, banks, direct=False).checksums())
     part = folder / f"{CHECKSUMS}.part"
     part.write_text(text)
@@ -159,20 +171,27 @@ def _tensors(folder: Path) -> dict[str, tuple[Path, int, dict[str, Any]]]:
 
 def _read(file: Path, start: int, size: int, *, direct: bool) -> memoryview:
     """Bytes of a file, in memory of their own; raises OSError where there are fewer."""
+    if not size:
+        return memoryview(b"")
     flag = getattr(os, "O_DIRECT", 0) if direct else 0
     try:
         descriptor = os.open(file, os.O_RDONLY | flag)
     except OSError:
         if not flag:
             raise
-        descriptor = os.open(file, os.O_RDONLY)
+        return _read(file, start, size, direct=False)
     try:
         begin = start // BLOCK * BLOCK
         wanted = start - begin + size
         buffer = mmap.mmap(-1, -(-wanted // BLOCK) * BLOCK)
         view, got = memoryview(buffer), 0
         while got < wanted:
-            count = os.preadv(descriptor, [view[got:]], begin + got)
+            try:
+                count = os.preadv(descriptor, [view[got:]], begin + got)
+            except OSError as error:
+                if not flag or error.errno != errno.EINVAL:
+                    raise
+                return _read(file, start, size, direct=False)  # opened so, and yet not read so
             if count == 0:
                 raise OSError(f"it ends {wanted - got:,} bytes early")
             got += count

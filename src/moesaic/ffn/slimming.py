@@ -1,0 +1,69 @@
+"""How many experts a token takes: a setting of a model, nothing of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from moesaic.errors import ConfigError
+from moesaic.ffn.model import method_of, routed_layers
+
+
+def set_top_k(model: nn.Module, k: int) -> None:
+    """Take k experts a token in every layer, of a converted model or of one that is a mixture; nothing is loaded again.
+
+    It is saved with the model.
+
+    Raises:
+        ConfigError: where k is not between 1 and the number of experts, or no layer has any.
+    """
+    check_top_k(model, k)
+    take(model, [k] * len(routed_layers(model)))
+    config: Any = getattr(model, "config", None)
+    if "top_k" in getattr(config, "moesaic", {}):
+        config.moesaic = {**config.moesaic, "top_k": k}
+    elif hasattr(config, "num_experts_per_tok"):
+        config.num_experts_per_tok = k
+
+
+@contextmanager
+def top_k(model: nn.Module, k: int) -> Iterator[None]:
+    """k experts a token inside, and what there was before afterwards. Raises ConfigError as `set_top_k` does."""
+    check_top_k(model, k)
+    before = [layer.top_k for layer in routed_layers(model)]
+    take(model, [k] * len(before))
+    try:
+        yield
+    finally:
+        take(model, before)
+
+
+def take(model: nn.Module, by_layer: Sequence[int]) -> None:
+    """So many experts a token in each layer, for now.
+
+    The balance loss of a mixture knows one k for all layers: the largest.
+    """
+    for layer, k in zip(routed_layers(model), by_layer, strict=True):
+        layer.top_k = k
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and hasattr(module, "num_experts_per_tok"):
+            setattr(module, "num_experts_per_tok", max(by_layer))  # noqa: B010
+
+
+def check_top_k(model: nn.Module, k: int) -> None:
+    """Raise ConfigError where a token cannot take k experts in every layer."""
+    layers = routed_layers(model)
+    if not layers:
+        raise ConfigError("this model has no layers made of experts: `moesaic convert` makes them")
+    settings = getattr(getattr(model, "config", None), "moesaic", {})
+    if settings and not method_of(settings["method"]).slims:
+        raise ConfigError(f"a {settings['method']} model takes the experts that it was made for: top_k cannot be set")
+    most = min(layer.num_experts for layer in layers)
+    if type(k) is not int:
+        raise ConfigError(f"top_k={k!r} must be a whole number")
+    if not 1 <= k <= most:
+        raise ConfigError(f"top_k={k} must be between 1 and {most}")
