@@ -119,26 +119,26 @@ def slim(results: Path) -> str:
         "",
     ]
     rise = [at(c, 16) - at(c, 2) for c in found["learned-2"]]
-    lines.append(f"- The learned router, from the k it was trained at to k = 16: {holds(rise)}.")
+    lines.append(f"- The learned router at k = 16 minus at k = 2, which it was trained at: {holds(rise)}.")
     for arm in ("smoe-dropout-from-1", "smoe-dropout", "elastic"):
         fall = [at(c, 16) - at(c, 1) for c in found[arm]]
         monotone = all(at(c, a) >= at(c, b) for c in found[arm] for a, b in pairwise(pretraining.KS))
         lines.append(
-            f"- {_begun(SLIM[arm])}: from k = 1 to 16 {holds(fall)}; {'' if monotone else 'not '}falling at every step "
+            f"- {_begun(SLIM[arm])}: at k = 16 minus at k = 1 {holds(fall)}; {'' if monotone else 'not '}falling at every step "
             "of k, for every seed."
         )
     for arm in ("smoe-dropout", "smoe-dropout-from-1", "elastic"):
         gaps = [at(c, 16) - d["mean_loss"] for c, d in zip(found[arm], found["dense"], strict=False)]
-        lines.append(f"- {_begun(SLIM[arm])}, at k = 16, from the dense twin: {holds(gaps)}.")
+        lines.append(f"- {_begun(SLIM[arm])}, at k = 16, minus the dense twin: {holds(gaps)}.")
     against = paired(
         found, "smoe-dropout-from-1", "elastic", lambda c: statistics.mean(at(c, k) for k in pretraining.KS)
     )
-    lines.append(f"- Fixed router from 1 to 16, from elastic training, mean over the five k: {holds(against)}.")
+    lines.append(f"- Fixed router from 1 to 16 minus elastic training, mean over the five k: {holds(against)}.")
     best = [at(c, 16) - at(d, 2) for c, d in zip(found["smoe-dropout"], found["learned-2"], strict=False)]
-    lines.append(f"- SMoE-Dropout at k = 16, from the learned router at its best, k = 2: {holds(best)}.")
+    lines.append(f"- SMoE-Dropout at k = 16 minus the learned router at its best, k = 2: {holds(best)}.")
     width = paired(found, "dense", "dense-eighth", lambda c: c["mean_loss"])
     lines.append(
-        f"- The dense twin, from the one of an eighth of its width: {holds(width)}: how much width this text needs."
+        f"- The dense twin minus the one of an eighth of its width: {holds(width)}: how much width this text needs."
     )
     return "\n".join(lines)
 
@@ -206,7 +206,9 @@ def depth(results: Path) -> str:
     )
     for said, value in figures:
         for other in ("linear", "rmoe-np", "rmoe-detach"):
-            lines.append(f"- RMoE from {DEPTH[other]}, {said}: {holds(paired(found, 'rmoe', other, value))}.")
+            lines.append(
+                f"- {_begun(said)}, RMoE minus {DEPTH[other].removeprefix('RMoE, ')}: {holds(paired(found, 'rmoe', other, value))}."
+            )
     return "\n".join(lines)
 
 
@@ -286,7 +288,7 @@ def converted(results: Path) -> str:
         }
         for other in ("told", "prune", "cmoe-tuned", "dense-tuned"):
             gaps = paired(logs, "read-me", other, lambda c: c["log"])
-            lines = f"- Read-ME from {CONVERSIONS[other]}, mean loss in nats: {holds(gaps)}."
+            lines = f"- Mean loss in nats, Read-ME minus {CONVERSIONS[other]}: {holds(gaps)}."
             parts.append(lines)
         parts.append("")
     return "\n".join(parts).rstrip()

@@ -109,6 +109,19 @@ def test_a_network_is_slimmed_by_a_setting(tmp_path: Path, capsys: pytest.Captur
         assert "must be between 1 and 16" in refused(capsys, "perplexity", out, "top_k=17", "length=16")
 
 
+def test_a_folder_is_the_model_that_was_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "run")
+    told = said(capsys, "train", "pretrain/smoe-dropout", *SMALL, "k_min=1", "k_max=3", f"out={out}")
+    assert f"moesaic perplexity {out} top_k=1,2" in told
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    found = json.loads(said(capsys, "perplexity", out, "--json"))[out]
+    assert found["say"]["loss"] == pytest.approx(results["held_out"]["say"]["loss"], rel=1e-5)
+    at_all = json.loads(said(capsys, "perplexity", out, "top_k=16", "--json"))["k=16"]
+    assert found["say"]["loss"] != pytest.approx(at_all["say"]["loss"], rel=1e-5)
+    assert "16 experts, 3 a token" in said(capsys, "export", out, f"out={tmp_path / 'stock'}")
+    assert "moesaic convert cmoe" in refused(capsys, "train", "pretrain/dense", "method=cmoe", f"out={tmp_path / 'b'}")
+
+
 def test_what_cannot_be_pretrained_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for line, message in (
         (["pretrain/dense", "architecture=lama"], "did you mean 'llama'"),
@@ -281,7 +294,7 @@ def test_what_cannot_be_converted_is_one_clear_line(tmp_path: Path, capsys: pyte
         (["read-me", "domains=lists,say"], "model is missing"),
         (["read-me", "model=minilm", "domains=lists,say"], "is an encoder"),
         (["cmoe", "model=nano", "domains=lists", "experts.top_k=9"], "top_k"),
-        (["cmoe", "model=nano", "domains=lists", "tune.rounds=1"], "tune belongs to read-me"),
+        (["cmoe", "model=nano", "domains=lists", "tune.rounds=1"], "is not trained on conversion"),
         (["smoe-dropout", "model=nano", "experts.num_experts=7"], "7"),
         (["rmoe", "model=nano"], "has no routers to link"),
         (["redme", "model=nano"], "did you mean 'read-me'"),

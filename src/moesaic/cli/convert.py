@@ -47,4 +47,5 @@ def run(method: str, arguments: list[str], *, as_json: bool = False) -> None:
     )
     if results["before"]:
         print(f"what the routers do: {wanted.out}/report.html")
-    print(f"next: moesaic perplexity {wanted.model} {wanted.out}, or in Python moesaic.ffn.load({wanted.out!r})")
+    asked = "" if results["before"] else " domains=TEXT"
+    print(f"next: moesaic perplexity {wanted.model} {wanted.out}{asked}, or moesaic.ffn.load({wanted.out!r}) in Python")

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 _CONVERT = "convert/"
 _USE = """in a recipe or on the command line: adapter.{setting}=…
 in Python: {config}({setting}=…)"""
+_USE_CONVERTED = """on the command line: moesaic {method} … experts.{setting}=…
+in Python: help({config})"""
 
 
 @verb(
@@ -111,7 +113,7 @@ def _converting(name: str) -> dict[str, Any]:
         "summary": kind.summary,
         "paper": kind.paper,
         "about": (sys.modules[kind.__module__].__doc__ or "").strip(),
-        "config": f"{kind.__module__}.{kind.__name__}",
+        "config": f"moesaic.ffn.{kind.__name__}",
         "recipes": [r for r in packaged_pretrainings() if read_yaml(PACKAGED / f"{r}.yaml").get("method") == kind.name],
         "settings": [
             {"name": f.name, "default": f.default, "recipe": None, "help": f.metadata["help"], "shared": False}
@@ -150,8 +152,11 @@ def shown(about: dict[str, Any]) -> RenderableType:
                 table.add_row(*map(Text, (row["name"], _plain(row["default"]), recipe, row["help"])))
             parts.append(table)
     first = about["settings"][0]["name"]
-    use = _USE.replace("adapter.", "experts.") if about["method"].startswith(_CONVERT) else _USE
-    return Group(*parts, Text(f"\n{use.format(setting=first, config=about['config'])}"))
+    converted = about["method"].startswith(_CONVERT)
+    said = (_USE_CONVERTED if converted else _USE).format(
+        setting=first, config=about["config"], method=about["method"].replace("/", " ")
+    )
+    return Group(*parts, Text(f"\n{said}"))
 
 
 def _about(name: str) -> Any:

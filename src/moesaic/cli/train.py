@@ -66,9 +66,13 @@ def _pretrain(name: str, arguments: list[str], *, dry_run: bool, as_json: bool) 
     show(perplexity_table({folder.name: results["held_out"]}))
     for line in trained({**results, "final_loss": results["mean_loss"]}):
         print(f"{folder}: {line.replace('last loss', 'held-out loss')}")
-    several = " top_k=1,2,4,8" if wanted.method == "smoe-dropout" else ""
     print(f"what it learned: {folder}/report.html")
-    print(f"next: moesaic perplexity {folder}{several}")
+    print(f"next: moesaic perplexity {folder}{_several(wanted)}")
+
+
+def _several(wanted: Pretraining) -> str:
+    """The k to look at of a model that can be slimmed: powers of two, up to those that it was trained with."""
+    return f" top_k={','.join(str(2**i) for i in range(wanted.k_max.bit_length()))}" if wanted.k_schedule else ""
 
 
 def _resolved(recipe: Recipe) -> Recipe:

@@ -20,8 +20,12 @@ class PerplexitySettings:
     top_k: list[int] | None = field(
         default=None, metadata={"help": "experts a token takes, several to compare: 1,2,4,8"}
     )
-    length: int = field(default=0, metadata={"help": "tokens a row; 256, or as a folder was converted or trained with"})
-    held_out: int = field(default=0, metadata={"help": "most rows of a domain; 16, or as a folder was made with"})
+    length: int | None = field(
+        default=None, metadata={"help": "tokens a row; 256, or as a folder was converted or trained with"}
+    )
+    held_out: int | None = field(
+        default=None, metadata={"help": "most rows of a domain; 16, or as a folder was made with"}
+    )
     batch_size: int = field(default=8, metadata={"help": "rows in a forward"})
     precision: str = field(default="fp32", metadata={"help": "of the weights: bf16 or fp32"})
 
@@ -37,16 +41,18 @@ def perplexities(names: Sequence[str], settings: PerplexitySettings) -> dict[str
     import torch
 
     from moesaic.ffn.slimming import top_k
+    from moesaic.models.precision import numerics
     from moesaic.training.conversion import load_any
     from moesaic.training.domains import domains_of, figures, named
 
     if settings.precision not in ("bf16", "fp32"):
         raise ConfigError(f"precision={settings.precision}; known: bf16, fp32")
     for key, least in (("length", 8), ("held_out", 1)):
-        if getattr(settings, key) and getattr(settings, key) < least:
-            raise ConfigError(f"{key}={getattr(settings, key)} must be at least {least}")
+        if (given := getattr(settings, key)) is not None and given < least:
+            raise ConfigError(f"{key}={given} must be at least {least}")
     if not 1 <= settings.batch_size <= 1_000_000:
         raise ConfigError(f"batch_size={settings.batch_size} must be between 1 and 1,000,000")
+    device = numerics(settings.precision).device
     made: dict[str, dict[str, dict[str, float]]] = {}
     own = [_own(path_of(name)) for name in names]
     known: dict[str, Any] = next(filter(None, own), {})
@@ -63,7 +69,7 @@ def perplexities(names: Sequence[str], settings: PerplexitySettings) -> dict[str
         base = load_any(place)
         if base.kind != "causal":
             raise ConfigError(f"{name} is an encoder: it has no perplexity")
-        model = base.model.to(torch.bfloat16 if settings.precision == "bf16" else torch.float32)
+        model = base.model.to(device, torch.bfloat16 if settings.precision == "bf16" else torch.float32)
         longest = getattr(model.config, "max_position_embeddings", None) or length
         domains = domains_of(wanted, base.tokenizer, length=min(length, longest), train=1, held=held)
         how = {"batch_size": settings.batch_size}

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from moesaic.errors import ConfigError
+from moesaic.errors import ConfigError, MissingDependency
 from moesaic.ffn.layer import Activation, ExpertLayer, GatedExperts, PlainExperts, bank_of
-from moesaic.ffn.model import Method, put, setting, sites
+from moesaic.ffn.model import Method, setting
+from moesaic.ffn.places import put, sites
 from moesaic.ffn.split import Dense, Seat, cut, even, read, seats
 from moesaic.ffn.watching import Text, batches_of, evaluating, tokens_of, watching
 from moesaic.host import Host
@@ -70,7 +71,11 @@ class AnalyticRouter(Router):
 def markers(
     model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], *, active: int = 10, tokens: int = 4096
 ) -> dict[str, Tensor]:
-    """c of each layer (q, d_ff), as booleans, of at most `tokens` real tokens."""
+    """c of each layer (q, d_ff), as booleans, of at most `tokens` real tokens; `active` is K_a.
+
+    Raises:
+        ConfigError: for a model without feed-forward layers of a known kind, or no token.
+    """
     found: dict[str, list[Tensor]] = {seat.name: [] for seat in seats(model)}
     running: dict[str, Tensor] = {}
 
@@ -98,10 +103,22 @@ def markers(
     return {name: torch.cat(parts)[:tokens] for name, parts in found.items()}
 
 
-def group(marks: Tensor, num_experts: int, shared_experts: int, *, iterations: int = 1) -> Groups:
-    """Neurons (d_ff) of marks (q, d_ff) into `shared_experts` of `num_experts` equal parts, and clusters."""
-    from scipy.optimize import linear_sum_assignment
+def _assignment() -> Any:
+    """scipy's solver of assignments. Raises MissingDependency."""
+    try:
+        from scipy.optimize import linear_sum_assignment
+    except ImportError:
+        raise MissingDependency("scipy", "train") from None
+    return linear_sum_assignment
 
+
+def group(marks: Tensor, num_experts: int, shared_experts: int, *, iterations: int = 1) -> Groups:
+    """Neurons (d_ff) of marks (q, d_ff) into `shared_experts` of `num_experts` equal parts, and clusters.
+
+    Raises:
+        ConfigError: where `num_experts` does not divide d_ff.
+    """
+    assign = _assignment()
     columns = marks.float().t()
     width = even(len(columns), num_experts).shape[1]
     routed = num_experts - shared_experts
@@ -112,7 +129,7 @@ def group(marks: Tensor, num_experts: int, shared_experts: int, *, iterations: i
     for _ in range(iterations):
         far = torch.cdist(points, centres, p=1)
         slots = far.repeat_interleave(width, dim=1).numpy()
-        now = torch.from_numpy(linear_sum_assignment(slots)[1]) // width
+        now = torch.from_numpy(assign(slots)[1]) // width
         if torch.equal(now, assigned):
             break
         assigned = now
@@ -124,7 +141,14 @@ def group(marks: Tensor, num_experts: int, shared_experts: int, *, iterations: i
 
 @dataclass
 class CMoE(Method):
-    """Its settings."""
+    """Experts of a dense Llama, Qwen, Mistral, GPT-2 or BERT without training: `num_experts` equal parts of each
+    feed-forward layer, of which `shared_experts` serve every token and a router chooses `top_k` of the rest.
+
+        method = CMoE(num_experts=8, shared_experts=2, top_k=2)
+        convert(model, method, **method.parts(model, {"all": ids}))      # ids (n, T): some thousand tokens
+
+    Raises ConfigError for settings that cannot be. Pei et al. 2025, arXiv 2502.04416.
+    """
 
     name: ClassVar[str] = "cmoe"
     summary: ClassVar[str] = "shared experts by activation rates, the rest clustered, an analytic router: no training"
@@ -166,6 +190,7 @@ class CMoE(Method):
 
     def parts(self, model: PreTrainedModel, text: Text, *, batch_size: int = 8, seed: int = 0) -> dict[str, Any]:
         """`groups` of neurons by layer, by their markers on a row of each domain in turn; nothing is drawn."""
+        _assignment()  # before the model reads anything
         in_turn = chain.from_iterable(zip_longest(*(batches_of(rows, 1) for rows in text.values())))
         found = markers(model, filter(None, in_turn))
         return {"groups": {name: group(marks, self.num_experts, self.shared_experts) for name, marks in found.items()}}

@@ -24,7 +24,7 @@ def scores(model: PreTrainedModel, domains: Mapping[str, Iterable[Mapping[str, T
     Args:
         domains: by name, batches of `input_ids` and `attention_mask`; they are read once, one at a time.
     Raises:
-        ConfigError: for a domain without a token, or fewer than two.
+        ConfigError: fewer than two domains, or one without a token.
     """
     if len(domains) < 2:
         raise ConfigError(
@@ -51,7 +51,11 @@ def scores(model: PreTrainedModel, domains: Mapping[str, Iterable[Mapping[str, T
 
 
 def masks(found: Mapping[str, Tensor], width: int) -> Masks:
-    """m (N, d_ff) of each layer: the `width` neurons with the highest score of each domain."""
+    """m (N, d_ff) of each layer: the `width` neurons with the highest score of each domain.
+
+    Raises:
+        ConfigError: where a layer has fewer neurons than that.
+    """
     made = {}
     for name, score in found.items():
         if not 1 <= width <= score.shape[1]:

@@ -12,21 +12,22 @@ import dataclasses
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from functools import cache
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moesaic.errors import ConfigError, suggest
 from moesaic.ffn.checking import check
 from moesaic.ffn.layer import NAME, ExpertLayer
-from moesaic.ffn.split import Seat, seats
 from moesaic.ffn.watching import Text
 from moesaic.host import Host
-from moesaic.routing import Site
 
 PREFIX = "moesaic_"
 """In front of the base's model_type."""
@@ -47,7 +48,7 @@ class Method(ABC):
     takes: ClassVar[tuple[str, ...]] = ()
     """What `convert` takes beside the model, by name: `parts` makes it of text of some domains."""
     training: ClassVar[type | None] = None
-    """Settings of a training on conversion, a dataclass."""
+    """Settings of a training on conversion, a dataclass whose `steps` are all of it: see `tune`."""
     slims: ClassVar[bool] = True
     """Whether a token may take another number of experts than the model was made for."""
     METHODS: ClassVar[dict[str, type[Method]]] = {}
@@ -73,6 +74,30 @@ class Method(ABC):
             seed: of what is drawn.
         """
         return {}
+
+    def tune(
+        self,
+        model: PreTrainedModel,
+        parts: dict[str, Any],
+        batches: Iterator[Mapping[str, Tensor]],
+        settings: Any,
+        *,
+        say: Callable[[str, int, float], None] | None = None,
+        first: int = 0,
+        around: Any = nullcontext,
+    ) -> Iterator[int]:
+        """Train a model and its parts before the conversion, by settings of the kind `training`; yields rounds done.
+
+        Args:
+            batches: without end, `input_ids` (B, T).
+            say: told of each step: the stage, the step, its loss.
+            first: the round to begin with, after a break.
+            around: what each forward is in, such as autocast.
+        """
+        raise NotImplementedError(f"{self.name} is not trained on conversion")
+
+    def written(self, folder: Path, model: PreTrainedModel) -> None:  # noqa: B027
+        """Told of the folder that a converted model was saved into, for what the method keeps beside it."""
 
     @abstractmethod
     def convert(self, model: PreTrainedModel, host: Host, **parts: Any) -> None:
@@ -147,11 +172,7 @@ def fresh(base: type[PreTrainedModel], config: Any, method: Method) -> PreTraine
         raise ConfigError(f"{method.name} is made of a trained model: `moesaic convert {method.name}`")
     config = copy.deepcopy(config)
     _describe(config, method)
-    model = routed_class(base)(config)  # type: ignore[arg-type]
-    for layer in hosted(model):
-        for module in layer.modules():
-            model._init_weights(module)
-    return model
+    return routed_class(base)(config)  # type: ignore[arg-type]
 
 
 def _own_config(model: PreTrainedModel) -> None:
@@ -181,7 +202,12 @@ class _Routed:
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         wanted, config._experts_implementation_internal = config._experts_implementation, "eager"
-        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        own = type(config)
+        config.__class__ = own.__mro__[1]  # classifiers look up the base model of their config
+        try:
+            super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        finally:
+            config.__class__ = own
         settings = dict(config.moesaic)
         host = Host()
         kind = method_of(str(settings.pop("method", None)))
@@ -190,6 +216,8 @@ class _Routed:
         method = kind(**settings)
         method.install(cast(PreTrainedModel, self), host)
         _attach(self, host, wanted)
+        for module in (inner for layer in hosted(self) for inner in layer.modules()):
+            self._init_weights(module)
         method.attached(self)
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
@@ -249,55 +277,3 @@ def _autos(base: type) -> list[Any]:
     every = [getattr(transformers, name) for name in dir(transformers) if name.startswith("AutoModel")]
     known = [auto for auto in every if getattr(auto, "_model_mapping", None) is not None]
     return [auto for auto in known if auto._model_mapping.get(base.config_class, None) is base]  # type: ignore[attr-defined]
-
-
-def is_top_k_router(module: nn.Module) -> bool:
-    """Whether a module is what Transformers' mixtures choose their experts by."""
-    return type(module).__name__.endswith("TopKRouter") and hasattr(module, "top_k")
-
-
-def routed_layers(model: nn.Module) -> list[Any]:
-    """What takes `top_k` experts a token: converted layers, and the top-k routers of models that are mixtures."""
-    return [module for module in model.modules() if isinstance(module, ExpertLayer) or is_top_k_router(module)]
-
-
-def active_parameters(model: nn.Module) -> int:
-    """How many parameters a token uses: of a layer's experts, those that it takes."""
-    idle = 0
-    for module in model.modules():
-        experts: Any = getattr(module, "experts", None)
-        routes: Any = module if isinstance(module, ExpertLayer) else getattr(module, "gate", None)
-        if isinstance(experts, nn.Module) and hasattr(routes, "top_k"):
-            count = sum(p.numel() for p in experts.parameters())
-            idle += count - count * routes.top_k // routes.num_experts
-    return sum(p.numel() for p in model.parameters()) - idle
-
-
-def expert_layers(model: nn.Module) -> dict[str, ExpertLayer]:
-    """The converted layers of a model, by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, ExpertLayer)}
-
-
-def put(model: nn.Module, seat: Seat, layer: nn.Module) -> None:
-    """A layer in the place of a dense one; what stands around it (a dropout, a norm) stays."""
-    if seat.is_gated:
-        _set(model, seat.name, layer)
-        return
-    for name in (*seat.first, seat.activation):
-        _set(model, f"{seat.name}.{name}", nn.Identity())
-    _set(model, f"{seat.name}.{seat.last}", layer)
-
-
-def _set(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
-
-
-def sites(model: nn.Module) -> list[tuple[Seat, Site]]:
-    """The feed-forward layers of a model, and what their routers are told of their places."""
-    found = seats(model)
-    names = [seat.name if seat.is_gated else f"{seat.name}.{seat.last}" for seat in found]
-    return [
-        (seat, Site(name, seat.d_model, seat.d_model, layer=i, num_layers=len(found)))
-        for i, (seat, name) in enumerate(zip(found, names, strict=True))
-    ]

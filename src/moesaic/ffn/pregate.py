@@ -27,6 +27,8 @@ class PreGate(nn.Module):
         num_experts: N.
         dim: p; 512 in the paper, less for models that are narrower than that.
         heads: of its attention.
+    Raises:
+        ConfigError: where `dim` is no multiple of twice the heads.
     """
 
     def __init__(self, vocab_size: int, num_experts: int, *, dim: int = 512, heads: int = 4) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -24,10 +25,12 @@ from transformers import PreTrainedModel
 from moesaic.errors import ConfigError
 from moesaic.ffn.layer import ExpertLayer, bank_of
 from moesaic.ffn.masks import Masks, masks, scores, shared
-from moesaic.ffn.model import Method, put, setting, sites
+from moesaic.ffn.model import Method, setting
+from moesaic.ffn.places import expert_layers, put, sites
 from moesaic.ffn.pregate import PreGate
+from moesaic.ffn.serving.files import write_checksums
 from moesaic.ffn.split import Seat, cut, read, seats
-from moesaic.ffn.tune import Rounds
+from moesaic.ffn.tune import Rounds, tune
 from moesaic.ffn.watching import Text, batches_of
 from moesaic.host import Host
 from moesaic.host import masks as token_masks
@@ -91,7 +94,15 @@ def route(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
 
 @dataclass
 class ReadMe(Method):
-    """Its settings."""
+    """An expert of each feed-forward layer for every domain of text, of the same model: Llama, Qwen, Mistral, GPT-2 …
+
+        method = ReadMe(["code", "prose"])
+        convert(model, method, **method.parts(model, {"code": ids, "prose": others}))     # rows (n, T) of token ids
+
+    `tune.tune` trains masks and router before that. `domains` are the experts' names, in their order; `shared_widths`,
+    how many neurons all experts of a layer share, follows from the masks. Raises ConfigError for settings that cannot
+    be. Cai et al. 2024, arXiv 2410.19123.
+    """
 
     name: ClassVar[str] = "read-me"
     summary: ClassVar[str] = "an expert for each domain of text, and one router before the model runs"
@@ -157,6 +168,14 @@ class ReadMe(Method):
         router.take_embedding(table.weight)
         found = scores(model, {name: batches_of(text[name], batch_size) for name in self.domains})
         return {"masks": masks(found, width), "pre_gate": router.to(model.device)}
+
+    def tune(
+        self, model: PreTrainedModel, parts: dict[str, Any], batches: Any, settings: Any, **how: Any
+    ) -> Iterator[int]:
+        return tune(model, parts["pre_gate"], parts["masks"], batches, settings, **how)
+
+    def written(self, folder: Path, model: PreTrainedModel) -> None:
+        write_checksums(folder, [f"{name}.experts" for name in expert_layers(model)])
 
     def convert(self, model: PreTrainedModel, host: Host, *, masks: Masks, pre_gate: PreGate) -> None:  # type: ignore[override]
         found = sites(model)

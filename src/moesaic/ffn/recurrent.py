@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 
 from moesaic.errors import ConfigError
 from moesaic.ffn.layer import NAME
-from moesaic.ffn.model import Method, is_top_k_router, setting
+from moesaic.ffn.model import Method, setting
+from moesaic.ffn.places import is_top_k_router
 from moesaic.host import Host
 from moesaic.routing import Record, Routing, Site, no_autocast
 from moesaic.routing.recurrent import Cell, Recurrence, RecurrentRouter
@@ -124,7 +125,12 @@ def gates(model: nn.Module) -> list[tuple[str, Any]]:
 
 @dataclass
 class RMoE(Method):
-    """Its settings; the paper's ablations are among them."""
+    """Routers linked over depth, in place of those of a Mixtral, Qwen-MoE or OLMoE; the paper's ablations are settings.
+
+        convert(model, RMoE(state_dim=128))
+
+    Raises ConfigError for settings that cannot be. Qiu et al. 2025, arXiv 2408.06793.
+    """
 
     name: ClassVar[str] = "rmoe"
     summary: ClassVar[str] = "routers linked over depth by a GRU, for models that are mixtures already"

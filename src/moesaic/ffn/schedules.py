@@ -24,7 +24,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from moesaic.errors import ConfigError
-from moesaic.ffn.model import routed_layers
+from moesaic.ffn.places import routed_layers
 from moesaic.ffn.slimming import check_top_k, set_top_k, take
 
 Kind = Literal[

@@ -10,7 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moesaic.errors import ConfigError
-from moesaic.ffn.model import method_of, routed_layers
+from moesaic.ffn.model import method_of
+from moesaic.ffn.places import routed_layers
 
 
 def set_top_k(model: nn.Module, k: int) -> None:

@@ -24,7 +24,8 @@ from transformers import PreTrainedModel
 
 from moesaic.errors import ConfigError
 from moesaic.ffn.layer import ExpertLayer, bank_of
-from moesaic.ffn.model import Method, put, setting, sites
+from moesaic.ffn.model import Method, setting
+from moesaic.ffn.places import put, sites
 from moesaic.ffn.split import Dense, Seat, Slices, cut, even, join, read
 from moesaic.host import Host
 from moesaic.routing import LinearRouter, Router, RoutingContext, Site, TopK
@@ -47,7 +48,13 @@ class FixedRouter(Router):
 
 @dataclass
 class SMoEDropout(Method):
-    """Its settings."""
+    """`num_experts` equal slices of each feed-forward layer behind a router, in Llama, Qwen, Mistral, GPT-2, BERT …
+
+        convert(model, SMoEDropout(num_experts=8, combine="sum"))        # with all experts, the dense model exactly
+
+    Trained with a growing k (`KSchedule`) and run at any (`set_top_k`). Raises ConfigError for settings that cannot be.
+    Chen et al. 2023, arXiv 2303.01610.
+    """
 
     name: ClassVar[str] = "smoe-dropout"
     summary: ClassVar[str] = "equal slices behind a fixed random router, for training with growing k"
@@ -101,7 +108,13 @@ class SMoEDropout(Method):
 
 
 def dense_of(layer: ExpertLayer) -> Dense:
-    """The dense layer that the experts part."""
+    """The dense layer that the experts part: bit for bit with combine="sum", or N a power of two.
+
+    Raises:
+        ConfigError: for a layer of another method, whose experts are no slices in order.
+    """
+    if not isinstance(layer.gate, (FixedRouter, LinearRouter)) or layer.shared is not None:
+        raise ConfigError("only SMoE-Dropout's layers part a dense one in order")
     slices: Slices = layer.experts.slices()
     if layer.combine == "softmax":
         slices.down = slices.down / layer.experts.num_experts

@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM, MistralForCausalLM, MixtralConfig, Mi
 
 from moesaic.errors import ConfigError
 from moesaic.ffn.layer import ExpertLayer
-from moesaic.ffn.model import expert_layers
+from moesaic.ffn.places import expert_layers
 
 
 def as_mixtral(model: PreTrainedModel) -> MixtralForCausalLM:

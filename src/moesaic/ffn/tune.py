@@ -54,6 +54,11 @@ class Rounds:
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must not be negative")
 
+    @property
+    def steps(self) -> int:
+        """Of both stages, over all rounds."""
+        return self.rounds * (self.router_steps + self.expert_steps)
+
 
 @contextmanager
 def masked(model: PreTrainedModel, masks: Masks, chosen: Callable[[], Tensor]) -> Iterator[None]:

@@ -35,10 +35,11 @@ class Pretraining:
         default_factory=dict, metadata={"help": "the method's settings: experts.num_experts=16 experts.top_k=2 …"}
     )
     k_schedule: str = field(
-        default="", metadata={"help": "experts a token takes, over the steps: linear, cosine, exp, multi_step, elastic"}
+        default="",
+        metadata={"help": "k over the steps: linear, cosine, exp, multi_step, their -down, constant, elastic"},
     )
-    k_min: int = field(default=1, metadata={"help": "k at the first step"})
-    k_max: int = field(default=1, metadata={"help": "k at the last"})
+    k_min: int = field(default=1, metadata={"help": "fewest experts a token takes in the schedule"})
+    k_max: int = field(default=1, metadata={"help": "most"})
     domains: Any = field(
         default=None, metadata={"help": "sources of text, comma-separated, or {NAME: SOURCE}; all that is generated"}
     )

@@ -15,14 +15,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from moesaic import ffn
 from moesaic.errors import AdapterError, ConfigError, first_line, path_of, suggest
-from moesaic.ffn.read_me import ReadMe
-from moesaic.ffn.serving.files import write_checksums
-from moesaic.ffn.tune import Rounds, tune
 from moesaic.models.embedded import LoadedModel, load_model, resolve
 from moesaic.models.precision import Numerics, numerics
 from moesaic.report.domains import page
@@ -67,7 +64,7 @@ def convert(wanted: Conversion, *, command: str | None = None, progress: bool | 
     with working(out, wanted, domains) as work:
         parts = method.parts(model, rows, batch_size=wanted.batch_size, seed=wanted.seed)
         if rounds is not None:
-            _tune(model, parts, domains, wanted, rounds, plan, work, shown=shown)
+            _tune(method, model, parts, domains, wanted, rounds, plan, work, shown=shown)
         made = ffn.convert(model, method, **parts).to(getattr(torch, wanted.dtype))
         results = {
             "method": method.name,
@@ -88,8 +85,7 @@ def convert(wanted: Conversion, *, command: str | None = None, progress: bool | 
         with writing(out), atomic_folder(out) as staging:
             made.save_pretrained(str(staging))
             base.tokenizer.save_pretrained(str(staging))
-            if isinstance(method, ReadMe):
-                write_checksums(staging, [f"{name}.experts" for name in ffn.expert_layers(made)])
+            method.written(staging, made)
             write_text(staging / "report.html", _page(wanted, results, routed))
             write_json(staging / RESULTS, results)
     return results
@@ -161,7 +157,7 @@ def method_with(name: str, experts: Any, *, text: bool = False, **found: Any) ->
     kind = ffn.method_of(name)
     if kind.takes and not text:
         raise ConfigError(f"method {name} is made of a trained model: `moesaic convert {name}`")
-    known = [f.name for f in fields(kind) if f.name not in _FOUND]
+    known = [f.name for f in fields(kind) if "help" in f.metadata]  # the others follow from text and model
     for key in experts:
         if key not in known:
             raise ConfigError(f"method {name} has no setting experts.{key}; {suggest(key, known)}")
@@ -171,20 +167,18 @@ def method_with(name: str, experts: Any, *, text: bool = False, **found: Any) ->
         raise ConfigError(f"experts settings of {name}: {error}") from None
 
 
-_FOUND = ("domains", "shared_widths")
-"""Settings that follow from the text and the model."""
-
-
-def _rounds(wanted: Conversion) -> Rounds | None:
-    if ffn.method_of(wanted.method).training is None:
+def _rounds(wanted: Conversion) -> Any:
+    """Settings of the method's training; None where it has none."""
+    kind = ffn.method_of(wanted.method).training
+    if kind is None:
         if wanted.tune:
-            raise ConfigError(f"tune belongs to read-me: {wanted.method} is not trained on conversion")
+            raise ConfigError(f"tune: {wanted.method} is not trained on conversion")
         return None
     for key in wanted.tune:
-        if key not in names(Rounds):
-            raise ConfigError(f"read-me has no setting tune.{key}; {suggest(key, names(Rounds))}")
+        if key not in names(kind):
+            raise ConfigError(f"{wanted.method} has no setting tune.{key}; {suggest(key, names(kind))}")
     try:
-        return Rounds(**wanted.tune)
+        return kind(**wanted.tune)
     except ConfigError as error:
         raise ConfigError(f"tune settings: {error}") from None
 
@@ -195,37 +189,42 @@ def _length(wanted: Conversion, model: Any) -> int:
 
 
 def _tune(
+    method: ffn.Method,
     model: PreTrainedModel,
     parts: dict[str, Any],
     domains: dict[str, Domain],
     wanted: Conversion,
-    rounds: Rounds,
+    rounds: Any,
     plan: Numerics,
     kept: Path,
     *,
     shown: bool,
 ) -> None:
-    """Read-ME's rounds, in place, each kept as it is done; goes on behind those that are."""
+    """The method's training, in place, each round kept as it is done; goes on behind those that are."""
     done = max(rounds_in(kept), default=0)
     if done:
         logger.warning("%s: going on from round %d", wanted.out, done + 1)
         _restore(kept / str(done), model, parts)
-    used = done * (rounds.router_steps + rounds.expert_steps)
+    used = done * rounds.steps // max(rounds.rounds, 1)
     batches = islice(mixed(domains, wanted.batch_size, wanted.seed), used, None)
     there = ({name: values.to(plan.device) for name, values in batch.items()} for batch in batches)
-    with _bar(rounds, used, shown=shown) as say:
-        pre_gate, found = parts["pre_gate"], parts["masks"]
-        for number in tune(model, pre_gate, found, there, rounds, say=say, first=done, around=plan.context):
+    with _bar(rounds.steps, used, shown=shown) as say:
+        for number in method.tune(model, parts, there, rounds, say=say, first=done, around=plan.context):
             with atomic_folder(kept / str(number + 1)) as staging:
                 save_file(_state(model, parts), staging / "state.safetensors")
             discard(kept / str(number))
 
 
 def _state(model: PreTrainedModel, parts: dict[str, Any]) -> dict[str, Tensor]:
-    found = {f"pre_gate.{name}": values for name, values in parts["pre_gate"].state_dict().items()}
-    found |= {f"masks.{name}": values for name, values in parts["masks"].items()}
+    found = {f"{part}.{name}": values for part in parts for name, values in _tensors(parts[part]).items()}
     found |= {f"model.{name}": values for name, values in model.named_parameters()}  # tied ones once
     return {name: values.detach().contiguous() for name, values in found.items()}
+
+
+def _tensors(part: Any) -> dict[str, Tensor]:
+    """Of a module, or of what is a dict of them."""
+    found: dict[str, Tensor] = part.state_dict() if isinstance(part, nn.Module) else part
+    return found
 
 
 @torch.no_grad()
@@ -234,9 +233,9 @@ def _restore(folder: Path, model: PreTrainedModel, parts: dict[str, Any]) -> Non
         held = load_file(folder / "state.safetensors")
         for name, values in model.named_parameters():
             values.copy_(held[f"model.{name}"])
-        for name, values in parts["pre_gate"].state_dict().items():
-            values.copy_(held[f"pre_gate.{name}"])
-        parts["masks"] = {name: held[f"masks.{name}"] for name in parts["masks"]}
+        for part in parts:
+            for name, tensor in _tensors(parts[part]).items():
+                tensor.copy_(held[f"{part}.{name}"])
     except Exception as error:  # whatever safetensors makes of damage
         raise AdapterError(
             f"{folder} is damaged ({type(error).__name__}): remove {folder.parent} to begin anew"
@@ -246,8 +245,8 @@ def _restore(folder: Path, model: PreTrainedModel, parts: dict[str, Any]) -> Non
 class _bar:
     """A progress bar over the steps of all rounds; a line every so often where it is not `shown`."""
 
-    def __init__(self, rounds: Rounds, used: int, *, shown: bool) -> None:
-        self.total, self.used, self.shown = rounds.rounds * (rounds.router_steps + rounds.expert_steps), used, shown
+    def __init__(self, total: int, used: int, *, shown: bool) -> None:
+        self.total, self.used, self.shown = total, used, shown
 
     def __enter__(self) -> Callable[[str, int, float], None] | None:
         from tqdm import tqdm

@@ -55,6 +55,8 @@ def choose(
         order: "experts" (Read-ME's), "fcfs", "decode-first" or "prefill-first" (what engines do that know no experts).
         now: the number of this batch.
         max_wait: batches after which an item goes before all others, with "experts".
+    Raises:
+        ConfigError: for an order that is none, or a budget below 1.
     """
     if order not in get_args(Order):
         raise ConfigError(f"unknown order {order!r}: choose one of {', '.join(get_args(Order))}")

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moesaic.errors import AdapterError, ConfigError
-from moesaic.ffn.model import expert_layers
+from moesaic.ffn.places import expert_layers
 from moesaic.ffn.pregate import PreGate
 from moesaic.ffn.read_me import banks_of
 from moesaic.ffn.serving import attention
@@ -56,7 +56,7 @@ class Request:
 
 @dataclass
 class Batch:
-    """What one batch was."""
+    """What one batch was: its tokens, how many experts of a layer they took, and the seconds that it ran."""
 
     tokens: int
     experts: int

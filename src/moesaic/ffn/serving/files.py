@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import mmap
 import os
 import struct
@@ -20,6 +21,8 @@ import torch
 from torch import Tensor
 
 from moesaic.errors import AdapterError
+
+logger = logging.getLogger(__name__)
 
 BLOCK = 4096
 """What direct reads are aligned to."""
@@ -54,6 +57,8 @@ class ExpertFiles:
     def __init__(self, folder: Path, banks: list[str], *, direct: bool = True) -> None:
         self.folder, self.direct = folder, direct
         self._checksums = _checksums(folder)
+        if not self._checksums:
+            logger.warning("%s has no %s: damaged experts are not noticed; write_checksums makes it", folder, CHECKSUMS)
         found = _tensors(folder)
         self._pieces: dict[tuple[int, int], list[Piece]] = {}
         for layer, bank in enumerate(banks):

@@ -1,4 +1,4 @@
-"""Experts that are not in the model: fetched from disk when they are needed, or before, by a second thread."""
+"""Experts that are not in the model: fetched from disk when they are needed, or before, by threads that read."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Store:
     Args:
         files: where they lie.
         residency: what is kept.
-        prefetch: read the next layer's experts on a second thread while this one computes.
+        prefetch: read the next layer's experts while this one computes.
     """
 
     def __init__(self, files: ExpertFiles, residency: Residency, *, prefetch: bool = True) -> None:
@@ -112,9 +112,9 @@ class Store:
     def _ahead(self, running: Sequence[Key], coming: Sequence[Key]) -> None:
         """Begin to read what comes next, as far as it fits in beside what this batch still needs.
 
-        No further than the next layer: reads that are begun earlier only delay those that are waited for.
-
-        What would have to be read again because of it is not worth it: all together, no more is read than on demand.
+        No further than the next layer: reads that are begun earlier only delay those that are waited for. What is on
+        its way in takes a place beside what runs, so that a cache of few experts has less room for those that stay:
+        reading on demand may move fewer bytes.
         """
         missing = [key for key in coming if key not in self.residency.sizes] if self.prefetch else []
         if not missing:
