@@ -124,8 +124,8 @@ def slim(results: Path) -> str:
         fall = [at(c, 16) - at(c, 1) for c in found[arm]]
         monotone = all(at(c, a) >= at(c, b) for c in found[arm] for a, b in pairwise(pretraining.KS))
         lines.append(
-            f"- {_begun(SLIM[arm])}: at k = 16 minus at k = 1 {holds(fall)}; {'' if monotone else 'not '}falling at every step "
-            "of k, for every seed."
+            f"- {_begun(SLIM[arm])}: at k = 16 minus at k = 1 {holds(fall)}; "
+            f"{'' if monotone else 'not '}falling at every step of k, for every seed."
         )
     for arm in ("smoe-dropout", "smoe-dropout-from-1", "elastic"):
         gaps = [at(c, 16) - d["mean_loss"] for c, d in zip(found[arm], found["dense"], strict=False)]
@@ -206,9 +206,11 @@ def depth(results: Path) -> str:
     )
     for said, value in figures:
         for other in ("linear", "rmoe-np", "rmoe-detach"):
-            lines.append(
-                f"- {_begun(said)}, RMoE minus {DEPTH[other].removeprefix('RMoE, ')}: {holds(paired(found, 'rmoe', other, value))}."
-            )
+            gap = holds(paired(found, "rmoe", other, value))
+            lines.append(f"- {_begun(said)}, RMoE minus {DEPTH[other].removeprefix('RMoE, ')}: {gap}.")
+    gaps = (holds(paired(found, "rmoe", other, lambda c: c["mean_loss"])) for other in DEPTH if other != "rmoe")
+    if all("within" in gap for gap in gaps):
+        lines += ["", "So nothing is gained in loss at this size: no difference between RMoE and another row holds."]
     return "\n".join(lines)
 
 
