@@ -387,8 +387,35 @@ def serving(results: Path) -> str:
         f"- Experts a batch of 16 from one pool: first come {spread(fcfs, 2)}, by expert {spread(by, 2)} "
         f"({100 * (1 - statistics.mean(by) / statistics.mean(fcfs)):.0f} % fewer); the trace's own prompts "
         f"{own['fcfs']:.2f} and {own['experts']:.2f} ({100 * (1 - own['experts'] / own['fcfs']):.0f} % fewer).",
+        *_enlarged(found),
     ]
     return "\n".join(lines)
+
+
+def _enlarged(found: dict[str, Any]) -> list[str]:
+    """The engine's batches on a model that this machine cannot hold."""
+    machine = found["enlarged"]["machine"]
+    ways = list(next(iter(found["enlarged"]["experts"].values())))
+    rows = [
+        [
+            f"{order}, {kept} of {found['experts']} experts",
+            *(f"{of[way]['waiting']:.0f} of {of[way]['seconds']:.0f}" for way in ways),
+            *(f"{of[way]['moved'] / 1e9:,.0f}" for way in ways),
+        ]
+        for order in ("experts", "decode first")
+        for kept, of in found["enlarged"][order].items()
+    ]
+    near = "; ".join(f"{said:.1f} and {was:.1f} at {kept}" for kept, (said, was) in found["simulator"].items())
+    return [
+        "",
+        f"The engine's batches at the higher load, simulated (`moesaic.ffn.serving.simulator`) on a model of "
+        f"{machine['layers']} layers whose experts take {machine['expert_bytes'] / 1e6:.0f} MB (Llama-2-7B in bf16), "
+        f"read at {machine['bandwidth'] / 1e9:.0f} GB/s; a layer's {1000 * machine['layer_seconds']:.0f} ms are "
+        "assumed. Seconds of waiting and in all, and GB read. On the model above, on demand, the simulator says and the "
+        f"engine measured, seconds of waiting by experts kept: {near}.",
+        "",
+        *table(["", *(f"{way}, s" for way in ways), *(f"{way}, GB" for way in ways)], rows),
+    ]
 
 
 def latencies(results: Path) -> str:

@@ -2,8 +2,8 @@
 
 One request trace (prompts of the folder's own domains, Poisson arrivals at 0.8 and 1.5 of what decode-first batches can
 take) through the engine by every order of batches and at several budgets, all in turn in each round, in this process on
-one torch thread; and through the simulator: hit ratios of caches of k experts, experts a batch. Writes
-results/serving.json.
+one torch thread; and simulated: hit ratios of caches of k experts, experts a batch, and the engine's batches on a model
+of 7 B parameters. Writes results/serving.json.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 from moesaic.ffn.serving.batching import Item, choose
 from moesaic.ffn.serving.engine import Engine, Request
 from moesaic.ffn.serving.residency import replay
+from moesaic.ffn.serving.simulator import Machine, simulate
 
 ROOT = Path(__file__).parents[1]
 REQUESTS, NEW, BATCH = 32, 12, 16
@@ -38,7 +39,8 @@ ENGINES: dict[str, dict[str, Any]] = {
     "experts, LRU": {"order": "experts", "policy": "lru"},
     "routers by layer": {"order": "decode-first", "prefetch": False, "policy": "lru"},
 }
-"""The last has what a mixture with a router in each layer has: nothing is known before the layer runs."""
+"""The last has what a mixture with a router in each layer has: nothing is known before the layer runs. Its routes are
+those of the others."""
 LOADS = (0.8, 1.5)
 """Arrivals, of what decode-first batches take."""
 POLICIES = ("random", "fifo", "lru", "belady")
@@ -142,17 +144,45 @@ def served(folder: Path, prompts: list[list[int]], arrivals: list[float], **sett
         "first_token": statistics.mean(first),
         "seconds": seconds,
         "tokens_per_second": sum(batch.tokens for batch in engine.batches) / seconds,
-        "experts_a_batch": statistics.mean(batch.experts for batch in full or engine.batches),
+        "experts_a_batch": statistics.mean(len(batch.experts) for batch in full or engine.batches),
         "tokens_a_batch": statistics.mean(batch.tokens for batch in engine.batches),
         "hit_ratio": residency.hits / max(1, residency.hits + residency.misses),
         "moved_mib": residency.moved / 2**20,
         "loading": loads.loading,
         "waiting": loads.waiting,
         "hidden": 1 - loads.waiting / loads.loading if loads.loading else 1.0,
+        "trace": [batch.experts for batch in engine.batches],
         "written": [r.written for r in sorted(done, key=lambda r: int(str(r.name)))],
     }
     engine.close()
     return made
+
+
+LARGE = {"layers": 32, "expert_bytes": 3 * 4096 * 5504 * 2, "bandwidth": 25e9, "layer_seconds": 1e-3}
+"""Llama-2-7B with experts of half its width in bf16, read from a host's memory; a layer's time is assumed."""
+
+
+def enlarged(trace: Sequence[Sequence[int]], experts: int) -> dict[int, dict[str, dict[str, float]]]:
+    """A trace of batches on the large model, by experts kept and by what knows the future."""
+    ways: dict[str, dict[str, Any]] = {
+        "belady, prefetch": {},
+        "belady, on demand": {"prefetch": False},
+        "lru, on demand": {"prefetch": False, "policy": "lru"},
+    }
+    made: dict[int, dict[str, dict[str, float]]] = {}
+    for kept in range(2, experts - 1):
+        budget = LARGE["layers"] * kept * LARGE["expert_bytes"]
+        machine = Machine(**LARGE, budget=int(budget))  # type: ignore[arg-type]
+        made[kept] = {name: vars(simulate(trace, machine, **how)) for name, how in ways.items()}
+    return made
+
+
+def checked(trace: Sequence[Sequence[int]], made: dict[str, Any], layers: int, size: int, budget: int) -> list[float]:
+    """Seconds of waiting that the simulator says of a run on demand, and those of the run."""
+    rate = made["moved_mib"] * 2**20 / made["loading"]
+    pace = (made["seconds"] - made["waiting"]) / len(trace) / layers
+    found = simulate(trace, Machine(layers, size, budget, rate, pace), prefetch=False)
+    return [found.waiting, made["waiting"]]
 
 
 PEAK = """
@@ -183,7 +213,7 @@ def main() -> None:
     rounds = int(rest[0].partition("=")[2]) if rest else 3
     torch.set_num_threads(1)
     probe = Engine(folder)
-    whole, experts = probe.residency.limit, probe.num_experts
+    whole, experts, layers = probe.residency.limit, probe.num_experts, probe.num_layers
     prompts = prompts_of(folder, 0)
     with torch.no_grad():
         routes = [probe.router(torch.tensor([prompt]))[0][0].argmax(-1).tolist() for prompt in prompts]
@@ -194,13 +224,14 @@ def main() -> None:
     rates = {load: load * REQUESTS / burst["seconds"] for load in LOADS}
     cells: dict[float, dict[str, list[dict[str, Any]]]] = {load: {name: [] for name in ENGINES} for load in LOADS}
     answers = burst.pop("written")
-    equal = 0
+    equal, traces = 0, {}
     for number, load in itertools.product(range(rounds), LOADS):
         draw = random.Random(number)
         arrivals = [*itertools.accumulate(draw.expovariate(rates[load]) for _ in prompts)]
         for name in random.Random(number).sample([*ENGINES], len(ENGINES)):
             made = served(folder, prompts, arrivals, budget=budget, **ENGINES[name])
             equal += made.pop("written") == answers
+            traces[load, name] = made.pop("trace")
             cells[load][name].append(made)
             print(number, load, name, {key: round(value, 3) for key, value in made.items()}, flush=True)
     budgets = {}
@@ -209,6 +240,7 @@ def main() -> None:
         for prefetch in (True, False):
             made = served(folder, prompts, [0.0] * REQUESTS, budget=whole * kept // experts, prefetch=prefetch)
             equal += made.pop("written") == answers
+            traces[kept, prefetch] = made.pop("trace")
             of["prefetch" if prefetch else "on demand"] = made
         budgets[kept] = of
         print(kept, {how: round(made["hidden"], 2) for how, made in of.items()}, flush=True)
@@ -234,6 +266,14 @@ def main() -> None:
             "sticky_experts": [experts_a_batch(sticky(64, 64, 7, 0.95, seed), 16) for seed in range(5)],
             "prompts": hits(routes, 0),
             "prompts_experts": experts_a_batch(routes, 16),
+        },
+        "enlarged": {"machine": LARGE} | {
+            name: enlarged(traces[max(LOADS), name], experts) for name in ("experts", "decode first")
+        },
+        "simulator": {
+            kept: checked(traces[kept, False], of["on demand"], layers, whole // layers // experts,
+                          whole * kept // experts)
+            for kept, of in budgets.items()
         },
         "device": device_name(torch.device("cpu")), "versions": versions(),
     }  # fmt: skip

@@ -25,7 +25,7 @@ from moesaic.ffn.serving import attention
 from moesaic.ffn.serving.batching import Item, Order, choose
 from moesaic.ffn.serving.files import ExpertFiles
 from moesaic.ffn.serving.residency import Policy, Residency
-from moesaic.ffn.serving.streamed import Key, Store, StreamedBank
+from moesaic.ffn.serving.streamed import Store, StreamedBank
 from moesaic.ffn.stored import class_of, read
 
 HORIZON = 8
@@ -56,10 +56,10 @@ class Request:
 
 @dataclass
 class Batch:
-    """What one batch was: its tokens, how many experts of a layer they took, and the seconds that it ran."""
+    """What one batch was: its tokens, the experts of a layer that they took, and the seconds that it ran."""
 
     tokens: int
-    experts: int
+    experts: tuple[int, ...]
     seconds: float
 
 
@@ -108,7 +108,7 @@ class Engine:
         banks = [cast(StreamedBank, layer.experts) for layer in layers.values()]
         files = ExpertFiles(self.folder, [f"{name}.experts" for name in layers], direct=direct)
         whole = sum(files.size(*key) for key in files.keys)
-        self.residency = Residency(whole if budget is None else budget, policy, self._next_use)
+        self.residency = Residency(whole if budget is None else budget, policy)
         self.store = Store(files, self.residency, prefetch=prefetch)
         for number, bank in enumerate(banks):
             bank.store, bank.layer = self.store, number
@@ -128,8 +128,6 @@ class Engine:
         self.batches: list[Batch] = []
         self._numbers = itertools.count()
         self._start = time.perf_counter()
-        self._current: set[int] = set()
-        self._coming: dict[int, int] = {}
 
     # -- requests ------------------------------------------------------------------------------------------------
 
@@ -198,8 +196,8 @@ class Engine:
                 continue
             done += self._commit(chosen, written)
             break
-        used = {expert for item in chosen for expert in item.experts}
-        self.batches.append(Batch(sum(item.tokens for item in chosen), len(used), self.now - begun))
+        used = tuple(sorted({expert for item in chosen for expert in item.experts}))
+        self.batches.append(Batch(sum(item.tokens for item in chosen), used, self.now - begun))
         return done
 
     @torch.no_grad()
@@ -209,9 +207,7 @@ class Engine:
         ids = [token for r, count in parts for token in r.waiting[:count]]
         experts = [expert for item in chosen for expert in item.experts]
         places = [r.past.length + i for r, count in parts for i in range(count)]
-        plan = sorted(set(experts))
-        self._current = set(plan)
-        self.store.begin([plan] * self.num_layers)
+        self.store.begin([sorted(set(experts))] * self.num_layers)
         model: Any = self.model
         model.known_routes = torch.nn.functional.one_hot(torch.tensor([experts]), self.num_experts).float()
         lasts = list(itertools.accumulate(count for _, count in parts))
@@ -261,7 +257,7 @@ class Engine:
         Batches are made of them as they will be. What a running request writes next is not known: its expert is taken
         to stay.
         """
-        self._coming = {}
+        coming = self.store.coming = {}
         waiting, batch, now = list(items), list(chosen), len(self.batches)
         for ahead in range(1, HORIZON + 1):
             ran = {item.request: item.tokens for item in batch}
@@ -269,19 +265,11 @@ class Engine:
             ended = [Item(i.request, i.experts[-1:], now + ahead, decodes=True) for i in waiting]
             waiting = [rest for rest in left if rest.experts]
             waiting += [new for new, rest in zip(ended, left, strict=True) if not rest.experts]
-            if len(self._coming) == self.num_experts or not waiting:
+            if len(coming) == self.num_experts or not waiting:
                 return
             batch = choose(waiting, self.batch_tokens, self.order, now=now + ahead, max_wait=self.max_wait)
             for expert in {expert for item in batch for expert in item.experts}:
-                self._coming.setdefault(expert, ahead)
-
-    def _next_use(self, key: Key) -> float:
-        """In layers from now."""
-        layer, expert = key
-        ahead = layer - self.store.now
-        if ahead > 0 and expert in self._current:
-            return ahead
-        return self._coming.get(expert, float("inf")) * self.num_layers + ahead
+                coming.setdefault(expert, ahead)
 
     def close(self) -> None:
         """End the threads that read; requests that are open stay so."""

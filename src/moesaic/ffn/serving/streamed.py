@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future as Pending
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -69,15 +70,18 @@ class Store:
 
     Args:
         files: where they lie.
-        residency: what is kept.
+        residency: what is kept; its `next_use` becomes the store's.
         prefetch: read the next layer's experts while this one computes.
     """
 
     def __init__(self, files: ExpertFiles, residency: Residency, *, prefetch: bool = True) -> None:
         self.files, self.residency, self.prefetch = files, residency, prefetch
+        residency.next_use = self.next_use
         self.loads = Loads()
         self.plan: Sequence[Sequence[int]] = ()
         """The running batch's experts, by layer."""
+        self.coming: Mapping[int, int] = {}
+        """In how many batches an expert is needed next, as far as that is known."""
         self._held: dict[Key, Pending[dict[str, Tensor]]] = {}
         self._reader = ThreadPoolExecutor(READERS, thread_name_prefix="experts")
         self._lock = threading.Lock()
@@ -102,6 +106,14 @@ class Store:
             self._need(key, rest)
             self._ahead((key,), [*rest, *((layer + 1, expert) for expert in following)])
             yield key[1], self._get(key)
+
+    def next_use(self, key: Key) -> float:
+        """When an expert is needed next, in layers from now."""
+        layer, expert = key
+        ahead = layer - self.now
+        if ahead > 0 and expert in self.plan[layer]:
+            return ahead
+        return self.coming.get(expert, math.inf) * len(self.plan) + ahead
 
     def _need(self, key: Key, rest: Sequence[Key]) -> None:
         try:
@@ -132,7 +144,10 @@ class Store:
         for leaving in self.residency.use(key, self.files.size(*key), pinned=set(pinned), count=count):
             del self._held[leaving]  # type: ignore[arg-type]
         if missing:
-            self._held[key] = self._reader.submit(self._load, key)
+            self._fetch(key)
+
+    def _fetch(self, key: Key) -> None:
+        self._held[key] = self._reader.submit(self._load, key)
 
     def _load(self, key: Key) -> dict[str, Tensor]:
         begun = time.perf_counter()
