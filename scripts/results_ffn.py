@@ -411,8 +411,8 @@ def _enlarged(found: dict[str, Any]) -> list[str]:
         f"The engine's batches at the higher load, simulated (`moesaic.ffn.serving.simulator`) on a model of "
         f"{machine['layers']} layers whose experts take {machine['expert_bytes'] / 1e6:.0f} MB (Llama-2-7B in bf16), "
         f"read at {machine['bandwidth'] / 1e9:.0f} GB/s; a layer's {1000 * machine['layer_seconds']:.0f} ms are "
-        "assumed. Seconds of waiting and in all, and GB read. On the model above, on demand, the simulator says and the "
-        f"engine measured, seconds of waiting by experts kept: {near}.",
+        "assumed. Seconds of waiting and in all, and GB read. On the model above, on demand, the simulator says and "
+        f"the engine measured, seconds of waiting by experts kept: {near}.",
         "",
         *table(["", *(f"{way}, s" for way in ways), *(f"{way}, GB" for way in ways)], rows),
     ]
