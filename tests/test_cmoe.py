@@ -36,11 +36,40 @@ def test_all_experts_and_the_shared_ones_are_the_dense_model(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_marks_are_the_largest_of_each_real_token(kind: str) -> None:
-    model = made(kind)
+    """Of unit rows on unit inputs, one neuron after the other."""
+    model, read_by = made(kind), []
+    for seat in seats(model):
+        first = model.get_submodule(f"{seat.name}.{seat.first[0]}")
+        first.register_forward_pre_hook(lambda m, args: read_by.append(args[0].detach()))
     found = markers(model, BATCHES, active=5)
-    assert [marks.shape for marks in found.values()] == [(11, WIDE)] * 2
-    assert all((marks.sum(1) == 5).all() for marks in found.values())
+    for seat, x in zip(seats(model), read_by, strict=True):
+        dense, marks = read(model, seat), found[seat.name]
+        assert marks.shape == (11, WIDE)
+        for token, marked in zip(x[BATCHES[0]["attention_mask"].bool()], marks, strict=True):
+            size = []
+            for n in range(WIDE):
+                h = token @ dense.up[n] / (token.norm() * dense.up[n].norm())
+                if dense.gate is None:
+                    h = dense.activation(h + dense.up_bias[n])
+                else:
+                    h = h * dense.activation(token @ dense.gate[n] / (token.norm() * dense.gate[n].norm()))
+                size.append(abs(h.item()))
+            assert {*marked.nonzero().flatten().tolist()} == {*sorted(range(WIDE), key=lambda n: -size[n])[:5]}
     assert markers(model, BATCHES * 3, tokens=13)[next(iter(found))].shape == (13, WIDE)
+
+
+def test_domains_are_read_a_row_in_turn_and_a_longer_one_to_its_end() -> None:
+    model, seen = made("llama"), []
+    model.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
+    long, short = torch.randint(3, 50, (64, 7)), torch.randint(3, 50, (1, 7))
+    groups = CMoE(8, 2, 2).parts(model, {"long": long, "short": short})["groups"]
+    rows = torch.cat([long[:1], short, long[1:]])
+    assert torch.equal(torch.cat(seen), rows)
+    for name, marks in markers(model, [{"input_ids": row[None]} for row in rows]).items():
+        found, wanted = groups[name], group(marks, 8, 2)
+        assert torch.equal(found.shared, wanted.shared)
+        assert torch.equal(found.experts, wanted.experts)
+        assert torch.equal(found.representatives, wanted.representatives)
 
 
 def test_neurons_that_fire_together_are_one_expert() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,31 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertForSequenceClassification,
+    BloomConfig,
+    BloomForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 
@@ -35,7 +49,7 @@ import moesaic
 from moesaic import ffn
 from moesaic.errors import AdapterError, ConfigError
 from moesaic.ffn.layer import ExpertLayer, GatedExperts, PlainExperts, fits
-from moesaic.ffn.schedules import KSchedule, Schedule
+from moesaic.ffn.schedules import KSchedule, Schedule, apply
 from moesaic.ffn.slimming import set_top_k, top_k
 from moesaic.ffn.smoe_dropout import FixedRouter, SMoEDropout, dense_of
 from moesaic.ffn.split import cut, even, join, read, seats
@@ -173,16 +187,25 @@ def test_an_expert_that_no_token_takes_gets_no_gradient(backend: str, k: int) ->
         assert all(parameter.grad[e].any() for e in chosen)
 
 
-@pytest.mark.parametrize(("width", "dtype"), [(6, torch.float32), (8, torch.float64), (4, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("d_model", "width", "dtype"),
+    [
+        (D, 6, torch.float32),
+        (D, 8, torch.float64),
+        (D, 4, torch.bfloat16),
+        (30, 8, torch.float32),
+        (36, 8, torch.bfloat16),
+    ],
+)
 @pytest.mark.parametrize("bank", [GatedExperts, PlainExperts])
-def test_sizes_that_grouped_mm_refuses_take_the_loop(bank: Any, width: int, dtype: torch.dtype) -> None:
+def test_sizes_that_grouped_mm_refuses_take_the_loop(bank: Any, d_model: int, width: int, dtype: torch.dtype) -> None:
     config = LlamaConfig()
     config._experts_implementation_internal = "grouped_mm"
-    experts = bank(config, 3, D, width, F.silu).to(dtype)
+    experts = bank(config, 3, d_model, width, F.silu).to(dtype)
     for parameter in experts.parameters():
         nn.init.normal_(parameter)
     assert not fits(experts.down_proj)
-    x, index = torch.randn(5, D, dtype=dtype), torch.tensor([[0, 2], [1, 0], [2, 1], [0, 1], [2, 0]])
+    x, index = torch.randn(5, d_model, dtype=dtype), torch.tensor([[0, 2], [1, 0], [2, 1], [0, 1], [2, 0]])
     weights = torch.rand(5, 2, dtype=dtype)
     assert torch.equal(experts(x, index, weights), experts.loop(x, index, weights))
 
@@ -295,14 +318,26 @@ def test_a_folder_gives_the_model_back(kind: str, tmp_path: Path) -> None:
         assert torch.equal(auto.generate(IDS, **asked), model.generate(IDS, **asked))
 
 
-def test_a_folder_is_read_in_a_fresh_process(tmp_path: Path) -> None:
-    model = ffn.convert(made("llama"), SMoEDropout(num_experts=N, top_k=3))
-    model.save_pretrained(tmp_path)
-    torch.save(logits(model), tmp_path / "wanted.pt")
+def test_every_methods_folder_is_read_in_a_fresh_process(tmp_path: Path) -> None:
+    text = {"a": IDS[:1], "b": IDS[1:]}
+    shape = {"vocab_size": 50, "hidden_size": D, "intermediate_size": 16, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4}
+    for base, method in (
+        (made("llama"), SMoEDropout(num_experts=N, top_k=3)),
+        (made("llama"), ffn.ReadMe(["a", "b"], residual="separate", router_dim=16, router_heads=2)),
+        (made("gpt2"), ffn.CMoE(N, 2, 3)),
+        (MixtralForCausalLM(MixtralConfig(**shape)).eval(), ffn.RMoE(state_dim=8, residual_alpha=0.5, head="cosine")),
+    ):
+        model = ffn.convert(base, method, **method.parts(base, text))
+        model.save_pretrained(tmp_path / method.name)
+        torch.save(logits(model), tmp_path / method.name / "wanted.pt")
     code = (
-        "import sys, torch; from moesaic.ffn import load; model = load(sys.argv[1]).eval()\n"
-        "wanted = torch.load(sys.argv[1] + '/wanted.pt'); ids = torch.arange(14).view(2, 7) % 47 + 3\n"
-        "assert torch.equal(model(input_ids=ids).logits, wanted)"
+        "import sys, torch; from pathlib import Path; from moesaic.ffn import load\n"
+        "ids = torch.arange(14).view(2, 7) % 47 + 3; places = [*Path(sys.argv[1]).iterdir()]\n"
+        "for place in places:\n"
+        "    found = load(place).eval()(input_ids=ids).logits\n"
+        "    assert torch.equal(found, torch.load(place / 'wanted.pt')), place\n"
+        "assert len(places) == 4"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
 
@@ -384,3 +419,152 @@ def test_what_no_stock_model_holds_says_why() -> None:
     ):
         with pytest.raises(ConfigError, match=f"has no stock layout: {why}"):
             as_mixtral(ffn.convert(made(kind), method))
+
+
+def test_an_evaluation_leaves_k_as_the_step_before_it_had_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, int]] = []
+    forward = ExpertLayer.forward
+
+    def watched(self: ExpertLayer, x: Tensor) -> Tensor:
+        seen.append(("trained" if self.training else "evaluated", self.top_k))
+        return forward(self, x)
+
+    class After(TrainerCallback):
+        def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            seen.extend(("left", layer.top_k) for layer in ffn.expert_layers(model).values())
+
+    monkeypatch.setattr(ExpertLayer, "forward", watched)
+    model, schedule = ffn.convert(made("llama"), SMoEDropout(num_experts=N)), Schedule("elastic", 1, N)
+    args = TrainingArguments(
+        str(tmp_path), max_steps=6, per_device_train_batch_size=4, per_device_eval_batch_size=4, report_to=[],
+        eval_strategy="steps", eval_steps=1, save_strategy="no", use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    callbacks = [KSchedule(schedule), After()]
+    Trainer(model, args, train_dataset=data(), eval_dataset=data(4), callbacks=callbacks).train()
+    ks = [[schedule.at(step, 6, layer) for layer in (0, 1)] for step in range(6)]
+    assert any(first != second for first, second in ks), "each layer has its own"
+    assert seen == [(when, k) for step in ks for when in ("trained", "evaluated", "left") for k in step]
+    apply(schedule, model, 3, 6)
+    with top_k(model, N):
+        logits(model)
+    assert [layer.top_k for layer in ffn.expert_layers(model).values()] == ks[3]
+
+
+def test_a_sum_takes_the_largest_logits_where_their_weights_vanish() -> None:
+    model = ffn.convert(made("llama"), SMoEDropout(num_experts=4, top_k=2, combine="sum"))
+    layer = next(iter(ffn.expert_layers(model).values()))
+    orders = torch.tensor([*permutations((300.0, 120.0, 10.0, 1.0))])
+    layer.gate.weight[:, : len(orders)] = orders.t()
+    weights, index = layer.route(torch.eye(len(orders), D))
+    assert weights.eq(1).all()
+    assert torch.equal(index.sort().values, (orders > 100).nonzero()[:, 1].view(-1, 2))
+
+
+@pytest.mark.parametrize(
+    ("kind", "shared", "dtype"),
+    [
+        ("llama", False, torch.bfloat16),
+        ("llama", True, torch.bfloat16),
+        ("gpt2", True, torch.bfloat16),
+        ("gpt2", True, torch.float32),
+    ],
+)
+@pytest.mark.parametrize(("backend", "k"), [("eager", 2), ("grouped_mm", 2), ("batched_mm", 2), ("grouped_mm", 6)])
+def test_bfloat16_and_shared_experts_are_near_the_loop_over_tokens(
+    kind: str, shared: bool, dtype: torch.dtype, backend: str, k: int
+) -> None:
+    model = made(kind)
+    method = ffn.CMoE(N, 2, k) if shared else SMoEDropout(num_experts=N, top_k=k)
+    ffn.convert(model, method, **method.parts(model, {"all": IDS}))
+    model.to(dtype).set_experts_implementation(backend)
+    layer, exact = (next(iter(ffn.expert_layers(m).values())) for m in (model, copy.deepcopy(model).float()))
+    if not shared:
+        layer.gate.weight.mul_(64)
+        exact.gate.weight.mul_(64)
+    x, along = torch.randn(2, 9, D).to(dtype), torch.randn(2, 9, D)
+
+    def by_tokens(x: Tensor) -> Tensor:
+        weights, index = exact.route(x)
+        out = []
+        for token, ws, es in zip(x.flatten(0, 1), weights.flatten(0, 1), index.flatten(0, 1), strict=True):
+            y = sum(w * exact.experts.one(int(e), token[None])[0] for w, e in zip(ws, es, strict=True))
+            y = y + exact.shared.one(0, token[None])[0] if shared else y
+            out.append(y if exact.bias is None else y + exact.bias)
+        return torch.stack(out).view(x.shape)
+
+    found = []
+    for run, own, read_in in ((layer, layer, dtype), (by_tokens, exact, torch.float32)):
+        given = x.to(read_in).requires_grad_()
+        y = run(given)
+        learns = [p for name, p in own.named_parameters() if not name.startswith("gate.")]
+        found.append([y, *torch.autograd.grad((y * along.to(y.dtype)).sum(), [given, *learns])])
+    share = 0.03 if dtype == torch.bfloat16 else 1e-5
+    for got, wanted in zip(*found, strict=True):
+        assert got.dtype == dtype
+        most = wanted.abs().max().item()
+        assert most > 0
+        torch.testing.assert_close(got.float(), wanted, rtol=0, atol=share * most)
+
+
+def test_a_token_uses_the_experts_that_it_takes_and_all_else() -> None:
+    model = ffn.convert(made("llama"), SMoEDropout(num_experts=N, top_k=2))
+    attention, norms, neuron = 2 * D * D + 2 * D * 16, 2 * D, 3 * D
+    outside = 2 * 50 * D + 2 * (attention + norms) + D
+    assert ffn.active_parameters(model) == outside + 2 * (WIDE // 4) * neuron
+    set_top_k(model, N)
+    assert ffn.active_parameters(model) == outside + 2 * WIDE * neuron == sum(p.numel() for p in model.parameters())
+    base, method = made("llama"), ffn.CMoE(N, 2, 3)
+    model = ffn.convert(base, method, **method.parts(base, {"all": IDS}))
+    routers = 2 * 6 * 2 * D
+    assert ffn.active_parameters(model) == outside + 2 * (5 * WIDE // N) * neuron + routers
+
+
+def test_a_stock_layout_keeps_the_window_of_attention() -> None:
+    config = made("mistral").config
+    config.sliding_window = 3
+    torch.manual_seed(0)
+    model = ffn.convert(MistralForCausalLM(config).eval(), SMoEDropout(num_experts=N, top_k=3))
+    stock = as_mixtral(model)
+    torch.testing.assert_close(logits(stock), logits(model), rtol=1e-5, atol=1e-6)
+    stock.config.sliding_window = None
+    assert not torch.allclose(logits(stock)[:, 3:], logits(model)[:, 3:], atol=1e-4), "the window is seen"
+
+
+SMALL = {"vocab_size": 50, "hidden_size": D, "num_hidden_layers": 1}
+OTHERS: dict[str, Any] = {
+    "t5": lambda: T5ForConditionalGeneration(
+        T5Config(vocab_size=50, d_model=D, d_ff=WIDE, d_kv=16, num_layers=1, num_heads=2)
+    ),
+    "phi3": lambda: Phi3ForCausalLM(Phi3Config(**SMALL, intermediate_size=WIDE, num_attention_heads=2, pad_token_id=0)),
+    "mamba": lambda: MambaForCausalLM(MambaConfig(**SMALL, state_size=4)),
+    "bloom": lambda: BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=D, n_layer=1, n_head=2)),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_models_with_layers_of_another_layout_are_refused(kind: str) -> None:
+    model = OTHERS[kind]()
+    was = type(model)
+    for method in (SMoEDropout(num_experts=N), ffn.CMoE(N)):
+        with pytest.raises(ConfigError, match=f"{was.__name__} has no feed-forward layer of a known kind: gate_proj/"):
+            ffn.convert(model, method, **method.parts(model, {"all": IDS}))
+    assert type(model) is was
+
+
+def test_mixtures_are_not_cut_again() -> None:
+    shape = {"intermediate_size": WIDE, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+    model = Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(**SMALL, **shape, num_attention_heads=2, num_key_value_heads=1, num_experts=4)
+    )
+    for asked in (lambda: seats(model), lambda: ffn.convert(model, SMoEDropout(num_experts=N))):
+        with pytest.raises(ConfigError, match="Qwen2MoeForCausalLM is a mixture already: `moesaic convert rmoe`"):
+            asked()
+    assert type(model) is Qwen2MoeForCausalLM
+
+
+@pytest.mark.parametrize("neurons", [[[0, 1], [1, 2]], [[0, 1], [3, 4]], [[1, 2], [3, 4]]])
+def test_experts_that_do_not_part_the_neurons_are_not_joined(neurons: list[list[int]]) -> None:
+    dense = read(made("gpt2"), seats(made("gpt2"))[0])
+    which = torch.tensor(neurons)
+    with pytest.raises(ConfigError, match="these experts do not part the neurons between them"):
+        join(cut(dense, which), which, bias=None, activation=F.gelu)

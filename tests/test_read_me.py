@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,8 @@ from moesaic.ffn.layer import ExpertLayer
 from moesaic.ffn.masks import Masks, masks, scores, shared
 from moesaic.ffn.pregate import PreGate
 from moesaic.ffn.read_me import ReadMe
-from moesaic.ffn.split import seats
-from moesaic.ffn.tune import Rounds, distillation, masked, overlaps, released, targets, tune
+from moesaic.ffn.split import read, seats
+from moesaic.ffn.tune import Rounds, distillation, firing, masked, overlaps, released, targets, tune
 from tests.test_ffn import IDS, MODELS, WIDE, D, logits, made
 
 DOMAINS = ["a", "b", "c"]
@@ -73,12 +75,25 @@ def test_scores_are_mean_magnitudes_over_real_tokens_however_they_are_batched(ki
         with torch.no_grad():
             model(**row)
         kept[name] = [h.view(6, 17, -1)[row["attention_mask"].bool()].abs().mean(0) for _, h in found]
-    parted = {n: [{k: v[i : i + 2] for k, v in row.items()} for i in range(0, 6, 2)] for n, row in rows.items()}
-    for batches in ({n: [row] for n, row in rows.items()}, parted):
+    held: list[Any] = []
+    most = 0
+
+    def drawn(row: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+        nonlocal most
+        for i in range(0, 6, 2):
+            batch = {key: values[i : i + 2].clone() for key, values in row.items()}
+            held.append(weakref.ref(batch["input_ids"]))
+            most = max(most, sum(ids() is not None for ids in held))
+            yield batch
+            del batch
+
+    for batches in ({n: [row] for n, row in rows.items()}, {n: drawn(row) for n, row in rows.items()}):
         for i, (_, score) in enumerate(scores(model, batches).items()):
             assert score.shape == (3, WIDE)
             wanted = torch.stack([kept[name][i] for name in DOMAINS])
             torch.testing.assert_close(score.float(), wanted, rtol=1e-4, atol=1e-5)
+    assert len(held) == 9
+    assert most <= 2, "a batch is let go of before the one after the next is drawn"
 
 
 def test_6_planted_neurons_are_the_mask() -> None:
@@ -94,13 +109,28 @@ def test_6_planted_neurons_are_the_mask() -> None:
 
 
 def test_5_the_permanent_part_and_what_is_an_experts_own() -> None:
-    for mask in masks_of(made("llama")).values():
-        common = shared(mask)
-        own = mask & ~common
-        assert not (own & common).any()
-        assert (common.sum() + own.sum(1)).tolist() == [32] * 3, "exactly d neurons, not d-1"
-    overlap = {int((a & b).sum()) for m in masks_of(made("llama")).values() for a, b in [(m[0], m[1])]}
-    assert max(overlap) > 0
+    """Read off the converted layers: which of the dense model's neurons their rows are."""
+    model = made("llama")
+    found = masks_of(model)
+    layers = ffn.expert_layers(converted(model, found, residual="separate")).values()
+    overlap = 0
+    for seat, layer in zip(seats(model), layers, strict=True):
+        up = read(model, seat).up
+
+        def neurons(rows: Tensor, up: Tensor = up) -> set[int]:
+            which = (rows[:, None] == up).all(-1).nonzero()
+            assert which[:, 0].tolist() == list(range(len(rows))), "each row is one neuron's"
+            return {*which[:, 1].tolist()}
+
+        common = neurons(layer.shared.slices().up[0])
+        own = [neurons(rows) for rows in layer.experts.slices().up]
+        assert common == {*shared(found[seat.name]).nonzero().flatten().tolist()} != set()
+        for expert, mask in zip(own, found[seat.name], strict=True):
+            assert not expert & common
+            assert len(expert) + len(common) == 32, "exactly d neurons, not d-1"
+            assert expert | common == {*mask.nonzero().flatten().tolist()}
+        overlap += len(own[0] & own[1])
+    assert overlap > 0
 
 
 # -- the router ----------------------------------------------------------------------------------------------------
@@ -129,6 +159,18 @@ def test_keys_and_values_are_those_of_a_whole_pass_and_padding_is_not_seen(left:
     real = torch.cat([torch.zeros(2, 3), torch.ones(2, 7)] if left else [torch.ones(2, 7), torch.zeros(2, 3)], dim=1)
     found = router(ids, real)[0]
     torch.testing.assert_close(found[:, 3:] if left else found[:, :7], whole, rtol=1e-4, atol=1e-5)
+
+
+def test_the_router_begins_with_the_models_embedding_beside_masks_of_its_scores() -> None:
+    model, rows = made("llama"), {n: domain(s)["input_ids"] for n, s in zip(DOMAINS, STARTS, strict=True)}
+    table = model.get_input_embeddings().weight
+    for dim in (16, 48):
+        parts = ReadMe(DOMAINS, 32, router_dim=dim, router_heads=2).parts(model, rows, batch_size=3)
+        begun = parts["pre_gate"].embedding.weight
+        assert begun.shape == (50, dim)
+        assert torch.equal(begun[:, :D], table[:, :dim])
+    wanted = masks(scores(model, {n: [{"input_ids": ids}] for n, ids in rows.items()}), 32)
+    assert all(torch.equal(parts["masks"][name], mask) for name, mask in wanted.items())
 
 
 def test_the_routers_size_is_that_of_the_papers_table() -> None:
@@ -196,6 +238,28 @@ def test_a_folder_gives_the_model_back_and_decodes_with_its_cache(kind: str, res
     assert torch.equal(cached[:1, 2:], alone), "11: a batch is answered as its rows are"
 
 
+def test_what_is_cropped_off_the_cache_is_gone_for_the_router_too() -> None:
+    model, read_at = converted(made("llama"), masks_of(made("llama"))), []
+    model.pre_gate.register_forward_hook(lambda m, args, out: read_at.append((model.host.frame.memory.past, out[0])))
+    other = torch.cat([IDS[:, :3], IDS[:, 3:].flip(1)], dim=1)
+    with torch.no_grad():
+        cache = model(input_ids=IDS).past_key_values
+        cache.crop(-4)
+        found = model(input_ids=other[:, 3:], past_key_values=cache).logits
+        torch.testing.assert_close(found, model(input_ids=other).logits[:, 3:], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(read_at[1][1], read_at[2][1][:, 3:], rtol=1e-4, atol=1e-5)
+    ids = IDS[:1].repeat(1, 2)  # what comes twice is guessed to go on as before
+    how = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+    read_at.clear()
+    answer = model.generate(ids, **how, prompt_lookup_num_tokens=3)
+    guessed = list(read_at)
+    assert max(routes.shape[1] for _, routes in guessed[1:]) > 1
+    assert torch.equal(model.generate(ids, **how), answer)
+    model(input_ids=answer)
+    for start, routes in guessed:  # what follows the first may be a guess that was wrong
+        torch.testing.assert_close(routes[:, 0], read_at[-1][1][:, start], rtol=1e-4, atol=1e-5)
+
+
 # -- training ------------------------------------------------------------------------------------------------------
 
 
@@ -203,6 +267,11 @@ def test_8_distillation_is_a_divergence() -> None:
     counts = [torch.randint(0, 9, (2, 5, 3)).float() for _ in range(4)]
     assert distillation(torch.randn(2, 5, 3), counts) > 0
     assert distillation(counts[0] + 7, [counts[0]]) == pytest.approx(0, abs=1e-6)
+    g, o = ([math.exp(v) / sum(map(math.exp, row)) for v in row] for row in ([1.0, 0.0, -2.0], [0.0, 3.0, 1.0]))
+    wanted, backwards = (sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)) for p, q in ((g, o), (o, g)))
+    found = distillation(torch.tensor([[[1.0, 0.0, -2.0]]]), [torch.tensor([[[0.0, 3.0, 1.0]]])] * 2)
+    assert found.item() == pytest.approx(wanted, rel=1e-5)
+    assert found.item() != pytest.approx(backwards, rel=0.1)
     real = torch.ones(2, 5)
     real[1, 2:] = 0
     own = torch.randn(2, 5, 3)
@@ -215,6 +284,46 @@ def test_overlaps_count_the_larger_half() -> None:
     hidden = torch.tensor([[[3.0, -5.0, 0.1, 1.0], [0.0, 0.2, -4.0, 2.0]]])
     mask = torch.tensor([[True, True, False, False], [False, False, True, True]])
     assert overlaps(hidden, mask).tolist() == [[[2.0, 0.0], [0.0, 2.0]]]
+
+
+def test_firing_counts_an_experts_own_neurons_above_five_thresholds() -> None:
+    """n = 10 of each expert's own, which overlap, and 4 of all: `1[feat > q-th largest] / 3n`, signed."""
+    hidden, mask = torch.randn(2, 5, 34), torch.zeros(3, 34, dtype=torch.bool)
+    own = [range(4 + 8 * i, 14 + 8 * i) for i in range(3)]
+    for row, neurons in zip(mask, own, strict=True):
+        row[[*range(4), *neurons]] = True
+    wanted = []
+    for token in hidden.flatten(0, 1).tolist():
+        largest = sorted(token, reverse=True)
+        dist = [sum(token[c] > largest[q - 1] for q in (9, 8, 6, 4, 2) for c in neurons) / 30 for neurons in own]
+        wanted.append([10 * (count - sum(dist) / 3) for count in dist])
+    torch.testing.assert_close(firing(hidden, mask), torch.tensor(wanted).view(2, 5, 3))
+
+
+def test_rates_fall_by_a_cosine_in_each_stage_and_by_the_decay_from_round_to_round(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[tuple[float, float]] = []
+
+    class Watched(torch.optim.AdamW):
+        def step(self, closure: Any = None) -> Any:
+            seen.append((self.param_groups[0]["lr"], self.param_groups[0]["weight_decay"]))
+            return super().step(closure)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Watched)
+    model = made("llama")
+    rounds = Rounds(rounds=2, router_steps=4, expert_steps=2, router_lr=8e-4, expert_lr=2e-4, decay=0.5)
+    wanted = [
+        0.5**number * lr * (1 + math.cos(math.pi * step / steps)) / 2
+        for number in (0, 1)
+        for lr, steps in ((8e-4, 4), (2e-4, 2))
+        for step in range(steps)
+    ]
+    for first in (0, 1):  # from the beginning, and after a break
+        seen.clear()
+        assert list(tune(model, pre_gate(), masks_of(model), mixed(), rounds, first=first)) == [0, 1][first:]
+        assert [lr for lr, _ in seen] == pytest.approx(wanted[6 * first :])
+    assert {decay for _, decay in seen} == {0.01}
 
 
 @pytest.mark.parametrize("loss", ["paper", "released"])

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
     MixtralConfig,
@@ -19,11 +20,12 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 import moesaic
 from moesaic import ffn
 from moesaic.errors import ConfigError
-from moesaic.ffn.recurrent import RecurrentGate, RMoE, gates
+from moesaic.ffn.recurrent import CosineHead, RecurrentGate, RMoE, gates
 from moesaic.routing import RoutingContext
 from tests.test_ffn import IDS
 from tests.test_ffn import made as dense
@@ -98,28 +100,47 @@ def test_router_logits_the_balance_loss_and_gradients_go_on(kind: str) -> None:
     assert repr(trace).startswith(f"RoutingTrace({L} routers, 14 tokens")
 
 
-def chain(model: PreTrainedModel, xs: list[Tensor], states: Tensor | None = None) -> list[Tensor]:
+def chain(model: PreTrainedModel, xs: list[Tensor], alpha: float = 0.0) -> list[Tensor]:
     """The equations, layer by layer, with PyTorch's own GRU cell."""
     found, cell = [], placed(model)[0].recurrent.cell
-    state = torch.zeros(len(xs[0]), P) if states is None else states
+    state = torch.zeros(len(xs[0]), P)
     for gate, x in zip(placed(model), xs, strict=True):
         state = torch.nn.GRUCell.forward(cell, x @ gate.recurrent.projector.weight.t(), state)
-        found.append(state @ gate.recurrent.head.weight.t())
+        head = gate.recurrent.head
+        if isinstance(head, CosineHead):
+            view = state @ head.down.weight.t()
+            cosines = [F.cosine_similarity(view, embedding[None], dim=-1) for embedding in head.embeddings]
+            logits = torch.stack(cosines, dim=-1) / head.temperature
+        else:
+            logits = state @ head.weight.t()
+        found.append(logits + alpha * found[-1] if found else logits)
     return found
 
 
-def test_the_routers_are_a_gru_over_depth() -> None:
-    model, xs = made(), []
+@pytest.mark.parametrize("settings", [{}, {"residual_alpha": 0.5}, {"head": "cosine", "cosine_dim": 5}])
+def test_the_routers_are_a_gru_over_depth(settings: dict[str, Any]) -> None:
+    model, xs = made(**settings), []
     for gate in placed(model):
         gate.register_forward_pre_hook(lambda m, args: xs.append(args[0]))
+        assert gate.weight.shape == (N, settings.get("cosine_dim", P))
+        assert isinstance(gate.recurrent.head, CosineHead) == ("head" in settings)
     got = run(model).router_logits
-    for own, wanted in zip(got, chain(model, xs), strict=True):
+    for own, wanted in zip(got, chain(model, xs, settings.get("residual_alpha", 0.0)), strict=True):
         torch.testing.assert_close(own, wanted, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("recurrence", ["full", "detach", "none"])
-def test_gradients_cross_layers_only_where_the_recurrence_lets_them(recurrence: Any) -> None:
-    model = made(recurrence=recurrence)
+@pytest.mark.parametrize(
+    ("settings", "crosses"),
+    [
+        ({"recurrence": "full"}, True),
+        ({"recurrence": "detach"}, False),
+        ({"recurrence": "none"}, False),
+        ({"recurrence": "none", "residual_alpha": 0.5}, True),
+        ({"recurrence": "none", "residual_alpha": 0.5, "residual_detach": True}, False),
+    ],
+)
+def test_gradients_cross_layers_only_where_the_settings_let_them(settings: dict[str, Any], crosses: bool) -> None:
+    model = made(**settings)
     for layer in model.model.layers:  # what the next layer reads no longer depends on this one's routes
         layer.mlp.experts.register_forward_hook(lambda m, args, out: out.detach())
     last = model(input_ids=IDS, output_router_logits=True).router_logits[-1]
@@ -128,7 +149,7 @@ def test_gradients_cross_layers_only_where_the_recurrence_lets_them(recurrence: 
         last.square().sum(), [own.projector.weight, first.projector.weight], allow_unused=True
     )
     assert to_own.abs().sum() > 0
-    assert (to_first is not None and bool(to_first.abs().sum() > 0)) == (recurrence == "full")
+    assert (to_first is not None and bool(to_first.abs().sum() > 0)) == crosses
 
 
 def test_without_recurrence_a_layers_logits_are_its_own_inputs() -> None:
@@ -200,6 +221,18 @@ def test_parameters_follow_the_formula(settings: dict[str, Any], more: int) -> N
     assert after - before == wanted + more
 
 
+def test_a_token_uses_the_experts_that_it_takes_and_all_else() -> None:
+    shape = SHAPE | {"num_experts_per_tok": 1}
+    model = ffn.convert(
+        MixtralForCausalLM(MixtralConfig(**shape, intermediate_size=16, num_local_experts=N)), RMoE(state_dim=P)
+    )
+    attention, norms, expert = 2 * D * D + 2 * D * (D // 2), 2 * D, 3 * 16 * D
+    routers = L * (P * D + N * P) + 3 * 2 * (P * P + P)
+    by_hand = 2 * 50 * D + L * (attention + norms + expert) + D + routers
+    assert ffn.active_parameters(model) == by_hand
+    assert sum(p.numel() for p in model.parameters()) == by_hand + L * (N - 1) * expert
+
+
 def test_dense_layers_between_hand_the_state_on() -> None:
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
@@ -266,3 +299,24 @@ def test_bad_input_is_one_clear_line() -> None:
         ffn.convert(dense("llama"), RMoE())
     with pytest.raises(ConfigError, match="state_dim=0"):
         RMoE(state_dim=0)
+
+
+class ScaledTopKRouter(MixtralTopKRouter):
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits, weights, index = super().forward(hidden_states)
+        return logits, 2 * weights, index
+
+
+class MaskedTopKRouter(MixtralTopKRouter):
+    def forward(self, hidden_states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return super().forward(hidden_states * mask)
+
+
+@pytest.mark.parametrize("other", [ScaledTopKRouter, MaskedTopKRouter])
+def test_a_router_that_does_more_than_top_k_is_refused(other: Any) -> None:
+    model = FAMILIES["mixtral"]()
+    model.model.layers[1].mlp.gate.__class__ = other
+    with pytest.raises(ConfigError, match=f"{other.__name__} is no plain top-k router"):
+        ffn.convert(model, RMoE(state_dim=P))
+    assert type(model) is MixtralForCausalLM
+    assert not placed(model)
