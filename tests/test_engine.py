@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import copy
+import errno
+import itertools
+import os
+import random
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from moesaic import ffn
 from moesaic.errors import AdapterError, ConfigError
+from moesaic.ffn.masks import Masks
 from moesaic.ffn.serving.engine import Engine
-from moesaic.ffn.serving.files import ExpertFiles, write_checksums
+from moesaic.ffn.serving.files import BLOCK, ExpertFiles, write_checksums
+from moesaic.ffn.serving.residency import replay
 from moesaic.ffn.smoe_dropout import SMoEDropout
 from tests.test_ffn import made
 from tests.test_read_me import converted, masks_of
@@ -21,24 +37,34 @@ EXPERT = 3 * 32 * 32 * 4
 """Bytes of one: gate, up and down projections of 32 neurons of 32 inputs."""
 
 
-@pytest.fixture(scope="module")
-def model() -> PreTrainedModel:
-    base = made("llama")
+def read_me(base: PreTrainedModel, *, scale: float = 3, same: bool = False, **settings: Any) -> PreTrainedModel:
+    """Converted, its weights so large that what it writes varies; `same`: all domains have the first one's neurons."""
     with torch.no_grad():
         for parameter in base.parameters():
             if parameter.dim() > 1:
-                parameter.mul_(3)
-    made_of = converted(base, masks_of(base))
+                parameter.mul_(scale)
+    found: Masks = masks_of(base)
+    if same:
+        found = {name: mask[:1].expand_as(mask).clone() for name, mask in found.items()}
+    made_of = converted(base, found, **settings)
     made_of.generation_config.eos_token_id = 2
     return made_of
 
 
-@pytest.fixture(scope="module")
-def folder(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("read-me")
+def saved(model: PreTrainedModel, place: Path) -> Path:
     model.save_pretrained(place)
     write_checksums(place, banks(model))
     return place
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return read_me(made("llama"))
+
+
+@pytest.fixture(scope="module")
+def folder(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(model, tmp_path_factory.mktemp("read-me"))
 
 
 def banks(model: PreTrainedModel) -> list[str]:
@@ -51,22 +77,41 @@ def prompts(number: int = 10) -> list[list[int]]:
     return [torch.randint(3, 50, (length,), generator=draw).tolist() for length in lengths]
 
 
+def answer(model: PreTrainedModel, prompt: list[int]) -> list[int]:
+    asked = torch.tensor([prompt])
+    how = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(asked)}
+    return model.generate(asked, **how)[0, len(prompt) :].tolist()
+
+
 @pytest.fixture(scope="module")
 def answers(model: PreTrainedModel) -> list[list[int]]:
-    found = []
-    for prompt in prompts():
-        asked = torch.tensor([prompt])
-        how = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(asked)}
-        found.append(model.generate(asked, **how)[0, len(prompt) :].tolist())
-    return found
+    return [answer(model, prompt) for prompt in prompts()]
 
 
-def served(folder: Path, **settings: Any) -> tuple[list[Any], Engine]:
+def watched(engine: Engine) -> set[Any]:
+    """Hold an engine to its budget at every moment, and to what it reads ahead; returns what of that is unused yet."""
+    use, unused = engine.residency.use, set()
+
+    def held_to(key: Any, size: int, *, count: bool = True, **how: Any) -> list[Any]:
+        assert engine.store._held.keys() == engine.residency.sizes.keys()
+        left = use(key, size, count=count, **how)
+        assert engine.residency.held <= engine.residency.limit
+        assert not unused & {*left}, "read ahead for nothing"
+        (unused.discard if count else unused.add)(key)
+        return left
+
+    engine.residency.use = held_to
+    return unused
+
+
+def served(folder: Path, asked: Sequence[list[int]] = (), **settings: Any) -> tuple[list[Any], Engine]:
     engine = Engine(folder, **settings)
-    requests = [engine.add(prompt, max_new_tokens=9) for prompt in prompts()]
+    unused = watched(engine)
+    requests = [engine.add(prompt, max_new_tokens=9) for prompt in asked or prompts()]
     ended = list(engine.run())
     engine.close()
     assert sorted(r.name for r in ended) == [r.name for r in requests]
+    assert not unused
     return requests, engine
 
 
@@ -79,7 +124,10 @@ def test_answers_are_those_of_generate_at_every_budget(
         requests, engine = served(folder, budget=budget, order=order, prefetch=prefetch)
         assert [r.written for r in requests] == answers
         assert all(len(r.times) == len(r.written) and r.times == sorted(r.times) for r in requests)
-        assert engine.residency.held <= (budget or 6 * EXPERT)
+        assert engine.residency.limit == (budget or 6 * EXPERT)
+        assert (engine.store.loads.ahead > 0) is prefetch
+        if budget is None:
+            assert engine.store.loads.ahead == 6 * prefetch, "each is read before it is needed, and once"
         assert max(batch.tokens for batch in engine.batches) <= max(16, *map(len, prompts()))
 
 
@@ -87,6 +135,83 @@ def test_answers_are_those_of_generate_at_every_budget(
 def test_answers_do_not_hang_on_the_policy(folder: Path, answers: list[list[int]], policy: Any) -> None:
     requests, _ = served(folder, budget=3 * EXPERT, policy=policy, direct=False)
     assert [r.written for r in requests] == answers
+
+
+@pytest.mark.parametrize("slots", [2, 3, 4, 5])
+def test_9_who_leaves_is_decided_by_the_tokens_that_wait(folder: Path, slots: int) -> None:
+    hits, recent = 0, 0
+    for seed in (0, 9):
+        engine = Engine(folder, budget=slots * EXPERT, order="fcfs", batch_tokens=1, prefetch=False)
+        experts = random.Random(seed).choices(range(3), k=9)
+        for expert in experts:
+            engine.add([token_of(engine, expert)], max_new_tokens=1)
+        list(engine.run())
+        trace = [(layer, expert) for expert in experts for layer in range(2)]
+        assert engine.residency.hits == replay(trace, slots, "belady").hits
+        hits, recent = hits + engine.residency.hits, recent + replay(trace, slots, "lru").hits
+    assert hits > recent
+
+
+def token_of(engine: Engine, expert: int) -> int:
+    """One that begins a prompt at this expert."""
+    routes = engine.router(torch.arange(3, 50)[:, None])[0].argmax(-1).flatten().tolist()
+    return routes.index(expert) + 3
+
+
+@pytest.mark.parametrize(("max_wait", "batches"), [(1, 2), (3, 4), (64, 7)])
+def test_who_waits_for_a_rare_expert_is_served_after_max_wait_batches(
+    folder: Path, max_wait: int, batches: int
+) -> None:
+    engine = Engine(folder, batch_tokens=1, max_wait=max_wait)
+    engine.add([token_of(engine, 0)], max_new_tokens=6)
+    rare = engine.add([token_of(engine, 2)], max_new_tokens=1)
+    while not rare.written:
+        engine.step()
+    assert len(engine.batches) == batches
+
+
+LLAMA = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+LLAMA |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+
+
+@pytest.mark.parametrize(
+    ("base", "settings"),
+    [
+        (lambda: made("llama"), {"residual": "separate"}),
+        (lambda: made("llama"), {"residual": "separate", "same": True}),
+        (lambda: made("gpt2"), {"scale": 40}),
+        (lambda: MistralForCausalLM(MistralConfig(**LLAMA, sliding_window=4)), {}),
+        (
+            lambda: Qwen2ForCausalLM(
+                Qwen2Config(**LLAMA, use_sliding_window=True, sliding_window=4, max_window_layers=1)
+            ),
+            {},
+        ),
+    ],
+    ids=["separate", "nothing of their own", "gpt2", "mistral", "qwen2"],
+)
+def test_other_models_are_served_as_generate_answers(
+    base: Callable[[], PreTrainedModel], settings: dict[str, Any], tmp_path: Path
+) -> None:
+    model = read_me(base().eval(), **{"scale": 10, **settings})
+    asked = [*prompts(5), [*itertools.chain(*prompts())][:60]]
+    wanted = [answer(model, prompt) for prompt in asked]
+    assert len({token for written in wanted for token in written}) > 9
+    requests, engine = served(saved(model, tmp_path), asked, batch_tokens=6)
+    assert [r.written for r in requests] == wanted
+    widths = model.config.moesaic["shared_widths"]
+    assert all(widths)
+    own = [32 - width if "residual" in settings else 32 for width in widths]
+    assert [bank.width for bank in (layer.experts for layer in ffn.expert_layers(engine.model).values())] == own
+
+
+def test_scores_that_are_capped_and_experts_in_float64_are_refused(model: PreTrainedModel, tmp_path: Path) -> None:
+    saved(read_me(Gemma2ForCausalLM(Gemma2Config(**LLAMA)).eval()), tmp_path / "gemma2")
+    with pytest.raises(ConfigError, match="the engine does not serve models with scores that are capped"):
+        Engine(tmp_path / "gemma2")
+    copy.deepcopy(model).double().save_pretrained(tmp_path / "double")
+    with pytest.raises(AdapterError, match="has experts in F64: save the model in float32, bfloat16 or float16"):
+        Engine(tmp_path / "double")
 
 
 def test_experts_are_read_out_of_the_models_own_file(model: PreTrainedModel, folder: Path) -> None:
@@ -100,42 +225,93 @@ def test_experts_are_read_out_of_the_models_own_file(model: PreTrainedModel, fol
             assert torch.equal(found["down_proj"], layer.experts.down_proj[expert])
 
 
-def damaged(folder: Path, place: Path, how: str, model: PreTrainedModel) -> Path:
-    """A copy whose last expert of the last layer cannot be read."""
-    place.mkdir()
+@pytest.mark.parametrize("refused", ["nothing", "open", "read", "all"])
+def test_reads_go_past_the_page_cache_unless_that_is_refused(
+    model: PreTrainedModel, folder: Path, refused: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, flag = ExpertFiles(folder, banks(model)), getattr(os, "O_DIRECT", 1 << 30)
+    wanted, opened, real_open, real_read = files.read(1, 2), [], os.open, os.preadv
+
+    def open_(file: Path, flags: int) -> int:
+        opened.append(bool(flags & flag))
+        if refused == "open" and opened[-1]:
+            raise OSError(errno.EINVAL, "no direct reads here")
+        return real_open(file, flags & ~flag)
+
+    def preadv(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        if opened[-1]:
+            assert offset % BLOCK == len(buffers[0]) % BLOCK == 0
+        if refused == "all" or (refused == "read" and opened[-1]):
+            raise OSError(errno.EIO if refused == "all" else errno.EINVAL, "refused")
+        return real_read(descriptor, [buffers[0][:BLOCK]], offset)
+
+    monkeypatch.setattr(os, "O_DIRECT", flag, raising=False)
+    monkeypatch.setattr(os, "open", open_)
+    monkeypatch.setattr(os, "preadv", preadv)
+    if refused == "all":
+        with pytest.raises(AdapterError, match=r"expert 2 of layer 1 cannot be read from .*: .*refused"):
+            files.read(1, 2)
+        assert opened == [True]
+        return
+    for direct in (True, False):
+        opened.clear()
+        files.direct = direct
+        found = files.read(1, 2)
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+        assert opened == ([direct] if refused == "nothing" or not direct else [True, False]) * len(wanted)
+
+
+def copied(folder: Path, place: Path) -> Path:
+    place.mkdir(exist_ok=True)
     for file in folder.iterdir():
         (place / file.name).write_bytes(file.read_bytes())
-    files = ExpertFiles(place, banks(model))
-    piece = files._pieces[1, 2][0]
-    content = bytearray(piece.file.read_bytes())
-    if how == "cut off":
-        piece.file.write_bytes(content[: piece.start + piece.size // 2])
-    else:
-        content[piece.start + 5] ^= 0xFF
-        piece.file.write_bytes(content)
     return place
 
 
+def damage(place: Path, model: PreTrainedModel, expert: int, how: str) -> None:
+    """Of the last layer, an expert that cannot be read."""
+    piece = ExpertFiles(place, banks(model))._pieces[1, expert][0]
+    content = bytearray(piece.file.read_bytes())
+    content[piece.start + 5] ^= 0xFF
+    piece.file.write_bytes(content[: piece.start + piece.size // 2] if how == "cut off" else content)
+
+
+@pytest.mark.parametrize(("budget", "turns"), [(None, [2]), (EXPERT, [2, 1])])
 def test_a_damaged_expert_fails_its_requests_and_no_other(
-    model: PreTrainedModel, folder: Path, answers: list[list[int]], tmp_path: Path
+    model: PreTrainedModel, folder: Path, tmp_path: Path, budget: int | None, turns: list[int]
 ) -> None:
-    place = damaged(folder, tmp_path / "bad", "flipped", model)
-    requests, engine = served(place, batch_tokens=64)
-    failed = [r for r in requests if r.error]
-    assert len(failed) > 0
-    for request, wanted in zip(requests, answers, strict=True):
-        if request.error:
-            assert "expert 2 of layer 1 is damaged in" in request.error
-            assert request.written == wanted[: len(request.written)]
-        else:
-            assert request.written == wanted
-    assert not engine.open
-    again = Engine(place)
-    fine = next((p for p, r in zip(prompts(), requests, strict=True) if not r.error), None)
-    if fine is not None:
-        again.add(fine, max_new_tokens=9)
-        assert [r.error for r in again.run()] == [None], "the engine lives"
-    cut = damaged(folder, tmp_path / "cut", "cut off", model)
+    place = copied(folder, tmp_path / "bad")
+    asked = [*prompts(3), *([token] for token in range(3, 50, 3))]
+    wanted = [answer(model, prompt) for prompt in asked]
+    engine = Engine(place, budget=budget, batch_tokens=64)
+    for bad in turns:
+        damage(place, model, bad, "flipped")
+        requests = [engine.add(prompt, max_new_tokens=9) for prompt in asked]
+        assert {r.name for r in engine.run()} == {r.name for r in requests}
+        whole = []
+        for request, answered in zip(requests, wanted, strict=True):
+            ran = torch.tensor([request.prompt + answered[:-1]])
+            routes = engine.router(ran)[0][0].argmax(-1).tolist()
+            if bad in routes:
+                assert f"expert {bad} of layer 1 is damaged in" in request.error
+                assert request.written == answered[: max(0, routes.index(bad) + 1 - len(request.prompt))]
+            else:
+                assert (request.error, request.written) == (None, answered)
+                whole.append(request)
+        assert 0 < len(whole) < len(asked)
+        assert {len(r.written) for r in requests if r.error} > {0, 1}, "at their prompts and as they write"
+        again = engine.add(whole[0].prompt, max_new_tokens=9)
+        assert list(engine.run()) == [again]
+        assert (again.error, again.written) == (None, whole[0].written), "the engine lives"
+        copied(folder, place)
+    requests = [engine.add(prompt, max_new_tokens=9) for prompt in asked]
+    assert len(list(engine.run())) == len(asked)
+    assert [(r.error, r.written) for r in requests] == [(None, answered) for answered in wanted]
+
+
+def test_a_file_that_is_cut_off_is_one_clear_line(model: PreTrainedModel, folder: Path, tmp_path: Path) -> None:
+    cut = copied(folder, tmp_path / "cut")
+    damage(cut, model, 2, "cut off")
     with pytest.raises(AdapterError, match=r"expert 2 of layer 1 cannot be read from .*: it ends 2,048 bytes early"):
         ExpertFiles(cut, banks(model)).read(1, 2)
 
