@@ -7,6 +7,7 @@ import errno
 import itertools
 import os
 import random
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,7 @@ def test_answers_do_not_hang_on_the_policy(folder: Path, answers: list[list[int]
 @pytest.mark.parametrize("slots", [2, 3, 4, 5])
 def test_9_who_leaves_is_decided_by_the_tokens_that_wait(folder: Path, slots: int) -> None:
     hits, recent = 0, 0
-    for seed in (0, 9):
+    for seed in (0, 8):
         engine = Engine(folder, budget=slots * EXPERT, order="fcfs", batch_tokens=1, prefetch=False)
         experts = random.Random(seed).choices(range(3), k=9)
         for expert in experts:
@@ -349,3 +350,37 @@ def test_only_models_whose_experts_are_known_beforehand_are_served(tmp_path: Pat
         Engine(tmp_path)
     with pytest.raises(AdapterError, match="nowhere holds no converted model"):
         Engine("nowhere")
+
+
+def test_a_read_ahead_that_failed_is_forgotten(model: PreTrainedModel, folder: Path, tmp_path: Path) -> None:
+    place = copied(folder, tmp_path / "bad")
+    engine = Engine(place)
+    for expert in (1, 2):
+        damage(place, model, expert, "flipped")
+    failed = engine.add(prompts()[0], max_new_tokens=1)
+    assert {1, 2} <= {*failed.experts}
+    assert [r.error is None for r in engine.run()] == [False]
+    copied(folder, place)
+    for expert in range(3):
+        engine.add([token_of(engine, expert)], max_new_tokens=1)
+    assert [r.error for r in engine.run()] == [None] * 3
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 4])
+def test_no_more_bytes_are_alive_than_the_budget(folder: Path, slots: int) -> None:
+    engine, alive, peaks = Engine(folder, budget=slots * EXPERT), [0], [0]
+    read = engine.store.files.read
+
+    def counted(*key: int) -> dict[str, Tensor]:
+        found = read(*key)
+        for tensor in found.values():
+            alive[0] += tensor.nbytes
+            weakref.finalize(tensor, lambda size=tensor.nbytes: alive.__setitem__(0, alive[0] - size))
+        peaks.append(alive[0])
+        return found
+
+    engine.store.files.read = counted
+    for prompt in prompts():
+        engine.add(prompt, max_new_tokens=9)
+    list(engine.run())
+    assert max(peaks) <= slots * EXPERT

@@ -93,8 +93,7 @@ class Residency:
             left.append(leaving)
             free += self.sizes[leaving]
         for leaving in left:
-            del self.sizes[leaving]
-            self._ahead.discard(leaving)
+            self.drop(leaving)
         if not count:
             self._ahead.add(key)
         self.sizes[key] = size
@@ -102,6 +101,11 @@ class Residency:
         self.moved += size
         self.misses += count
         return left
+
+    def drop(self, key: Hashable) -> None:
+        """Forget that a key is in."""
+        self.sizes.pop(key, None)
+        self._ahead.discard(key)
 
     def _victim(self, candidates: Sequence[Hashable]) -> Hashable | None:
         if not candidates:

@@ -42,6 +42,7 @@ class StreamedBank(nn.Module):
         for expert, held in self.store.take(self.layer, chosen.unique().tolist()):
             token = torch.where(chosen == expert)[0]
             out.index_copy_(0, token, self._one(held, x[token]) * weights[token])
+            del held  # it may leave memory before the next is there
         return out
 
     def _one(self, held: dict[str, Tensor], x: Tensor) -> Tensor:
@@ -91,7 +92,9 @@ class Store:
         """Experts that could not be read."""
 
     def begin(self, plan: Sequence[Sequence[int]]) -> None:
-        """A batch is about to run, with these experts in each layer."""
+        """A batch is about to run, with these experts in each layer; reads that failed unnoticed are begun anew."""
+        for key in [key for key, read in self._held.items() if read.done() and read.exception() is not None]:
+            self.drop(key)
         self.plan, self.now = plan, 0
         self._ahead((), [(0, expert) for expert in plan[0]])
 
@@ -171,7 +174,7 @@ class Store:
     def drop(self, key: Key) -> None:
         """Forget an expert, so that it is read again when it is asked for."""
         self._held.pop(key, None)
-        self.residency.sizes.pop(key, None)
+        self.residency.drop(key)
 
     def close(self) -> None:
         self._reader.shutdown(cancel_futures=True)
