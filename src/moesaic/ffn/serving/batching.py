@@ -7,8 +7,8 @@ The printed algorithm indexes by the wrong letter and does not end on empty queu
 token of a rare expert wait for ever: whatever has waited `max_wait` batches goes first. A prompt's tokens attend to
 those before them and run in their order, but not all at once: it waits in the queue of its next token's expert, and as
 much of it goes as needs no other expert, or as the budget takes. Tokens that were written go first, prompts where room
-is left: that lowers latency, as what runs ends sooner. A batch of more experts than first come, first served would have
-is given up for that one.
+is left: that lowers latency, as what runs ends sooner. So written tokens, each free to run, take as few experts as can
+be, and never more than first come, first served; a batch with prompts in it may.
 """
 
 from __future__ import annotations
@@ -63,13 +63,9 @@ def choose(
     if budget < 1:
         raise ConfigError(f"a batch of {budget} tokens holds nothing: at least 1")
     if order == "experts":
-        return min(_by_expert(items, budget, now, max_wait), _fill(items, budget), key=_experts)
+        return _by_expert(items, budget, now, max_wait)
     first = {"fcfs": _same, "decode-first": lambda i: not i.decodes, "prefill-first": lambda i: i.decodes}[order]
     return _fill(sorted(items, key=first), budget)
-
-
-def _experts(batch: Iterable[Item]) -> int:
-    return len({expert for item in batch for expert in item.experts})
 
 
 def _same(item: Item) -> bool:
