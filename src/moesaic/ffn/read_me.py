@@ -39,8 +39,8 @@ from moesaic.routing import Router, RoutingContext, Site, TopK
 
 ROUTES = "read-me routes"
 """Where the running forward's logits (B, T, N) are in the routing context's state."""
-PAST = "read-me router"
-"""Where the router's keys and values are in its memory."""
+PAST = "read-me keys", "read-me values"
+"""Where the router's keys and values are in its memory: tensors (B, P, p), so that they follow the rows of the cache."""
 
 _BANK: ContextVar[Callable[..., Any] | None] = ContextVar("bank", default=None)
 
@@ -83,13 +83,13 @@ def route(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             "batches for these models"
         )
     memory: MutableMapping[Any, Any] = frame.memory
-    past, start = memory.get(PAST), frame.memory.past
-    past = None if past is None or start == 0 else tuple(t[:, :start] for t in past)
+    start = frame.memory.past
+    past = tuple(memory[name][:, :start] for name in PAST) if start and PAST[0] in memory else None
     real = real if isinstance(real, Tensor) and real.dim() == 2 else None
     packed = token_masks.packed_sequences(arguments, training=frame.training and frame.grad)
     frame.state[ROUTES], kept = model.pre_gate(ids, real, past, packed if past is None else None)
     if frame.keeps:
-        memory[PAST] = kept
+        memory.update(zip(PAST, kept, strict=True))
 
 
 @dataclass

@@ -120,18 +120,12 @@ _ROWS: dict[str, Callable[[Tensor, Any], Tensor]] = {
 def _of_rows(cache: Any, name: str, asked: Any) -> Any:
     memory, change = memory_of(cache), _ROWS[name]
     for key, value in memory.items():
-        memory[key] = _each(value, lambda rows: change(rows, asked))
+        if isinstance(value, Tensor) and value.dim() > 1:
+            memory[key] = change(value, asked)
     if memory.scores is not None and len(memory.scores) > 1:
         memory.scores = change(memory.scores, asked)
     memory.ids = [tuple(None if t is None else change(t, asked) for t in part) for part in memory.ids]  # type: ignore[misc]
     return getattr(type(cache), name)(cache, asked)
-
-
-def _each(kept: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """What a router keeps, its tensors of rows changed: one, or a tuple of them."""
-    if isinstance(kept, tuple):
-        return tuple(_each(part, change) for part in kept)
-    return change(kept) if isinstance(kept, Tensor) and kept.dim() > 1 else kept
 
 
 class CachedSums(TokenSums):
