@@ -40,7 +40,7 @@ from moesaic.routing import Router, RoutingContext, Site, TopK
 ROUTES = "read-me routes"
 """Where the running forward's logits (B, T, N) are in the routing context's state."""
 PAST = "read-me keys", "read-me values"
-"""Where the router's keys and values are in its memory: tensors (B, P, p), so that they follow the rows of the cache."""
+"""Where the router's keys and values are in its memory: tensors (B, P, p), which follow the rows of the cache."""
 
 _BANK: ContextVar[Callable[..., Any] | None] = ContextVar("bank", default=None)
 
