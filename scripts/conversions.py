@@ -2,21 +2,20 @@
 
 Held-out perplexity by domain of the model itself, of Read-ME (and of its experts with the domain told: the bound of its
 router), of a split after CMoE, and of a dense model that is pruned to as many active neurons. All but the untrained
-ones learn from the same batches for the same steps. Each cell is a file in results/conversions/, and is not run again.
+ones learn for the same steps, on batches drawn alike; Read-ME's router has read some before.
+Each cell is a file in results/conversions/, and is not run again.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import cells
 import torch
 
 from moesaic import ffn
@@ -29,7 +28,6 @@ from moesaic.ffn.tune import Rounds, masked, stage, tune
 from moesaic.ffn.watching import batches_of
 from moesaic.models.embedded import load_model
 from moesaic.models.precision import numerics
-from moesaic.runs.folder import write_json
 from moesaic.runs.results import device_name, versions
 from moesaic.training.domains import Domain, domains_of, figures, loss, mixed
 
@@ -160,26 +158,9 @@ def _lm(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return found
 
 
-def kept(setting: str, arm: str, seed: int) -> str:
-    file = OUT / setting / f"{arm}-s{seed}.json"
-    if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, cell(setting, arm, seed))
-    return str(file.relative_to(ROOT))
-
-
 def main() -> None:
-    setting, *rest = sys.argv[1:] or [""]
-    if setting not in SETTINGS or any(not text.startswith("workers=") for text in rest):
-        sys.exit(__doc__)
-    workers = int(rest[0].partition("=")[2]) if rest else 1
-    cells = [(setting, arm, seed) for seed in SEEDS for arm in ARMS]
-    threads = max(1, torch.get_num_threads() // workers)
-    with ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)
-    ) as pool:
-        for done in pool.map(kept, *zip(*cells, strict=True)):
-            print(done, flush=True)
+    setting, workers = cells.asked(SETTINGS, __doc__)
+    cells.make(cell, setting, ARMS, SEEDS, OUT / setting, workers)
 
 
 if __name__ == "__main__":

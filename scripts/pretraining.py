@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+import cells
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "results" / "pretraining"
@@ -139,25 +138,9 @@ def gradients(model: Any, rows: Any) -> list[float]:
     return found
 
 
-def kept(suite: str, arm: str, seed: int) -> str:
-    from moesaic.runs.folder import write_json
-
-    file = OUT / suite / f"{arm}-s{seed}.json"
-    if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, cell(suite, arm, seed))
-    return str(file.relative_to(ROOT))
-
-
 def main() -> None:
-    suite, *rest = sys.argv[1:] or [""]
-    if suite not in SUITES or any(not text.startswith("workers=") for text in rest):
-        sys.exit(__doc__)
-    workers = int(rest[0].partition("=")[2]) if rest else 1
-    cells = [(suite, arm, seed) for seed in SEEDS for arm in SUITES[suite]]
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        for done in pool.map(kept, *zip(*cells, strict=True)):
-            print(done, flush=True)
+    suite, workers = cells.asked(SUITES, __doc__)
+    cells.make(cell, suite, SUITES[suite], SEEDS, OUT / suite, workers)
 
 
 if __name__ == "__main__":

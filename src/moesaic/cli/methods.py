@@ -116,19 +116,16 @@ def _converting(name: str) -> dict[str, Any]:
         "config": f"moesaic.ffn.{kind.__name__}",
         "recipes": [r for r in packaged_pretrainings() if read_yaml(PACKAGED / f"{r}.yaml").get("method") == kind.name],
         "settings": [
-            {"name": f.name, "default": f.default, "recipe": None, "help": f.metadata["help"], "shared": False}
-            for f in fields(kind)
-            if "help" in f.metadata
-        ]
-        + [
             {
-                "name": f"tune.{f.name}",
+                "name": f"{within}{f.name}",
                 "default": f.default,
                 "recipe": None,
                 "help": f.metadata["help"],
                 "shared": False,
             }
-            for f in (fields(kind.training) if kind.training else ())
+            for within, settings in (("", kind), ("tune.", kind.training))
+            for f in (fields(settings) if settings else ())
+            if "help" in f.metadata
         ],
     }
 

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moesaic.data.examples import decode, has_split, lines, parse
+from moesaic.data.examples import has_split, parse
+from moesaic.data.jsonl import decode, lines
 from moesaic.errors import DataError, path_of
 
 HELD_OUT = 10

@@ -88,13 +88,15 @@ class Method(ABC):
     ) -> Iterator[int]:
         """Train a model and its parts before the conversion, by settings of the kind `training`; yields rounds done.
 
+        A method without a training has no rounds.
+
         Args:
             batches: without end, `input_ids` (B, T).
             say: told of each step: the stage, the step, its loss.
             first: the round to begin with, after a break.
             around: what each forward is in, such as autocast.
         """
-        raise NotImplementedError(f"{self.name} is not trained on conversion")
+        return iter(())
 
     def written(self, folder: Path, model: PreTrainedModel) -> None:  # noqa: B027
         """Told of the folder that a converted model was saved into, for what the method keeps beside it."""
