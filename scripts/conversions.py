@@ -64,7 +64,8 @@ class Bench:
         self.width = min(seat.d_ff for seat in seats(self.model)) // 2
 
     def batches(self) -> Iterator[dict[str, torch.Tensor]]:
-        return mixed(self.domains, self.how["batch"], self.seed)
+        for batch in mixed(self.domains, self.how["batch"], self.seed):
+            yield {name: values.to(self.plan.device) for name, values in batch.items()}
 
     def perplexities(self, model: Any) -> dict[str, float]:
         return {name: figure["perplexity"] for name, figure in figures(model, self.domains).items()}
@@ -86,7 +87,7 @@ class Bench:
     def tuned(self, found: Masks) -> None:
         """All parameters, through masks of one expert, for as many steps as Read-ME's experts."""
         rounds = self.how["rounds"]
-        router = PreGate(self.model.get_input_embeddings().num_embeddings, 1, dim=8, heads=1)
+        router = PreGate(self.model.get_input_embeddings().num_embeddings, 1, dim=8, heads=1).to(self.plan.device)
         plain = Rounds(**{**vars(rounds), "router_steps": 0})
         for _ in tune(self.model, router, found, self.batches(), plain, around=self.plan.context):
             pass
@@ -110,9 +111,10 @@ def _to_first(model: Any, found: Masks) -> Iterator[None]:
 
 def routed_right(router: PreGate, domains: dict[str, Domain]) -> dict[str, float]:
     """The share of held-out tokens that go to the expert of their domain."""
+    device = router.embedding.weight.device
     with torch.no_grad():
         return {
-            name: float((router(domain.held)[0].argmax(-1) == number).float().mean())
+            name: float((router(domain.held.to(device))[0].argmax(-1) == number).float().mean())
             for number, (name, domain) in enumerate(domains.items())
         }
 

@@ -336,8 +336,8 @@ def main() -> None:
         parts = [performance(results / "bench.json")]
         if (results / "bench-smollm2.json").is_file():
             parts.append(on_smollm2(results / "bench-smollm2.json"))
-        if (results / "bench-experts.json").is_file():
-            parts.append(results_ffn.backends(results / "bench-experts.json"))
+        if files := sorted(results.glob("bench-experts*.json"), reverse=True):
+            parts.append(results_ffn.backends(files))
         (docs / "performance.md").write_text("\n".join(parts))
 
 

@@ -435,28 +435,32 @@ def latencies(results: Path) -> str:
     return alone(charts.intervals(dots, zero="decode first", title=title, description=said)[0])
 
 
-def backends(file: Path) -> str:
-    """A layer of experts on each backend beside the loop."""
-    found = json.loads(file.read_text())
-    rows = []
-    for name, of in found["found"].items():
-        cells = [name, f"{of['eager']['ms']:.1f}"]
-        for backend in ("grouped_mm", "batched_mm"):
-            row = of.get(backend)
-            cells.append(f"{row['ratio']:.2f} [{row['low']:.2f}, {row['high']:.2f}]" if row else "")
-        rows.append(cells)
+def backends(files: list[Path]) -> str:
+    """A layer of experts on each backend beside the loop, by device."""
     lines = [
         "## A layer of experts on Transformers' backends",
         "",
-        f"Forward and backward of one feed-forward layer, one thread, {found['rounds']} rounds with every backend in "
-        "turn, medians and quartiles of the ratios to the loop over experts (`eager`). `grouped_mm` is the default; "
-        "where a token takes three quarters of the experts or more, one product over all of them stands in for it. "
-        "`batched_mm` copies an expert's weights for each token and is for GPUs; wide layers leave it out. Command: "
-        f"`{found['command']}`.",
-        "",
-        *table(["layer", "loop, ms", "grouped_mm", "batched_mm"], rows),
+        "Forward and backward of one feed-forward layer, every backend in turn in each round, medians and quartiles of "
+        "the ratios to the loop over experts (`eager`). `grouped_mm` is the default; where a token takes three quarters "
+        "of the experts or more, one product over all of them stands in for it on a CPU. `batched_mm` copies an "
+        "expert's weights for each token and is for GPUs; wide layers leave it out.",
         "",
     ]
+    for file in files:
+        found = json.loads(file.read_text())
+        rows = []
+        for name, of in found["found"].items():
+            cells = [name, f"{of['eager']['ms']:.{1 if of['eager']['ms'] >= 1 else 2}f}"]
+            for backend in ("grouped_mm", "batched_mm"):
+                row = of.get(backend)
+                cells.append(f"{row['ratio']:.2f} [{row['low']:.2f}, {row['high']:.2f}]" if row else "")
+            rows.append(cells)
+        lines += [
+            f"{found['device']}, torch {found['versions']['torch']}, {found['rounds']} rounds: `{found['command']}`.",
+            "",
+            *table(["layer", "loop, ms", "grouped_mm", "batched_mm"], rows),
+            "",
+        ]
     return "\n".join(lines)
 
 

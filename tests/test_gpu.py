@@ -1,10 +1,19 @@
 """What only a CUDA device can show: `make gpu`."""
 
+import copy
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
+from moesaic import ffn
+from moesaic.ffn import CMoE, ReadMe, RMoE, SMoEDropout
+from moesaic.ffn.tune import Rounds
 from moesaic.lora.mix import mix
 from tests import tiny
+from tests.test_converted import TEXT, mixtral
+from tests.test_ffn import IDS, D, N, made
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,3 +43,68 @@ def test_a_training_step_on_cuda_equals_the_cpus(method: str) -> None:
     assert gradients[0].keys() == gradients[1].keys()
     for name, wanted in gradients[0].items():
         assert torch.allclose(gradients[1][name], wanted, rtol=1e-2, atol=1e-5), name
+
+
+@pytest.mark.parametrize(("backend", "k"), [("eager", 3), ("grouped_mm", 3), ("batched_mm", 3), ("grouped_mm", N - 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_experts_on_cuda_give_the_loops_values_and_gradients(kind: str, dtype: torch.dtype, backend: str, k: int) -> None:
+    model = ffn.convert(made(kind), SMoEDropout(num_experts=N, top_k=k)).to("cuda")
+    model.set_experts_implementation(backend)
+    bank = next(iter(ffn.expert_layers(model).values())).experts
+    torch.manual_seed(0)
+    x, along = torch.randn(2, 40, D, device="cuda")
+    weights, index = torch.rand(40, N, device="cuda").topk(k, dim=-1)
+
+    def run(call: Any, dtype: torch.dtype) -> list[Tensor]:
+        bank.to(dtype)
+        own = x.to(dtype).requires_grad_()
+        y = call(own, index, weights.to(dtype))
+        return [y, *torch.autograd.grad((y * along.to(dtype)).sum(), [own, *bank.parameters()])]
+
+    wanted = run(bank.loop, torch.float32)
+    for got, right in zip(run(bank, dtype), wanted, strict=True):
+        assert (got.float() - right).abs().max() < (1e-3 if dtype == torch.float32 else 2**-5) * right.abs().max()
+
+
+METHODS: dict[str, Any] = {
+    "smoe-dropout": lambda: SMoEDropout(num_experts=N, top_k=3),
+    "read-me": lambda: ReadMe(list(TEXT), router_dim=16, router_heads=2),
+    "cmoe": lambda: CMoE(N, 2, 2),
+    "rmoe": lambda: RMoE(state_dim=8),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_models_are_converted_run_and_trained_on_cuda(name: str) -> None:
+    method = METHODS[name]()
+    model = (mixtral() if name == "rmoe" else made("llama")).to("cuda")
+    model = ffn.convert(model, method, **method.parts(model, TEXT))
+    there = copy.deepcopy(model).cpu()
+    losses, gradients = [], []
+    for each in (model, there):
+        ids = IDS.to(each.device)
+        loss = each(input_ids=ids, labels=ids).loss
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append({n: p.grad.cpu() for n, p in each.named_parameters() if p.grad is not None})
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert gradients[0].keys() == gradients[1].keys()
+    for parameter, wanted in gradients[1].items():
+        torch.testing.assert_close(gradients[0][parameter], wanted, rtol=1e-2, atol=1e-4)
+    ids = IDS.to("cuda")
+    how = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12}
+    assert torch.equal(model.generate(ids, use_cache=True, **how), model.generate(ids, use_cache=False, **how))
+
+
+@pytest.mark.parametrize("loss", ["paper", "released"])
+def test_read_mes_rounds_on_cuda_are_the_cpus(loss: Any) -> None:
+    steps = []
+    for device in ("cpu", "cuda"):
+        model, method = made("llama").to(device), METHODS["read-me"]()
+        parts, said = method.parts(model, TEXT), []
+        batches = iter([{"input_ids": torch.cat([*TEXT.values()]).to(device)}] * 6)
+        rounds = Rounds(rounds=1, router_steps=3, expert_steps=3, loss=loss)
+        assert list(method.tune(model, parts, batches, rounds, say=lambda *step: said.append(step[2]))) == [0]  # noqa: B023
+        steps.append(said)
+    assert steps[1] == pytest.approx(steps[0], rel=1e-3)
