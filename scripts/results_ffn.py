@@ -43,9 +43,9 @@ CONVERSIONS = {
     "told": "Read-ME, domain told",
     "read-me": "**Read-ME**",
     "read-me-released": "Read-ME, the released loss",
-    "prune": "dense prune to half the neurons, tuned",
-    "cmoe-tuned": "CMoE's split, 2 shared + 2 of 6, tuned",
-    "told-untuned": "Read-ME's masks, domain told, untuned",
+    "prune": "dense prune, tuned",
+    "cmoe-tuned": "CMoE's split, tuned",
+    "told-untuned": "Read-ME's masks, untuned",
     "prune-untuned": "dense prune, untuned",
     "cmoe": "CMoE's split, untuned",
 }
@@ -277,7 +277,8 @@ def converted(results: Path) -> str:
         parts += [
             f"**{said}**: held-out perplexity; seeds {seeds}; {how.rounds} rounds of {how.router_steps} + "
             f"{how.expert_steps} steps of {sizes['batch']} x {sizes['length']} tokens, the others tuned for as many "
-            f"steps as the experts. All but the model itself have half the neurons active. Mean: geometric. Command: "
+            f"steps as the experts. All but the model itself have half the neurons active (CMoE: 2 shared experts and "
+            f"2 of 6), and untuned masks are told the domain. Mean: geometric. {found['read-me'][0]['device']}. Command: "
             f"`python scripts/conversions.py {setting}`.",
             "",
             *table(["", *domains, "mean"], rows),
@@ -297,17 +298,19 @@ def converted(results: Path) -> str:
 
 
 def domains_picture(results: Path) -> str:
-    """Mean loss of each way above the dense model's, SmolLM2."""
+    """Perplexity of each tuned way above the dense model's, SmolLM2."""
     made = perplexities(cells(results / "conversions" / "smollm2"))
-    base = [math.log(mean_of(one)) for one in made["dense"]]
+    base = [mean_of(one) for one in made["dense"]]
     dots = []
-    for name in sorted(set(CONVERSIONS) & set(made) - {"dense"}, key=lambda n: statistics.mean(map(mean_of, made[n]))):
-        above = [math.log(mean_of(one)) - of for one, of in zip(made[name], base, strict=False)]
+    tuned = set(CONVERSIONS) & set(made) - {"dense", "cmoe", "told-untuned", "prune-untuned"}  # those are far above
+    for name in sorted(tuned, key=lambda n: statistics.mean(map(mean_of, made[n]))):
+        above = [mean_of(one) / of - 1 for one, of in zip(made[name], base, strict=False)]
         series = 1 if name.startswith(("read-me", "told")) else 0 if name.startswith("dense") else 2
-        dots.append(charts.Dot(name, statistics.mean(above), (min(above), max(above)), above, series))
-    said = "; ".join(f"{dot.label} {dot.value:+.2f}" for dot in dots)
-    title = "Loss above the dense model's, hundredths of a nat: Read-ME in blue, other halves in orange"
-    return alone(charts.intervals(dots, zero="the model itself", title=title, description=said)[0])
+        label = CONVERSIONS[name].strip("*")
+        dots.append(charts.Dot(label, statistics.mean(above), (min(above), max(above)), above, series))
+    said = "; ".join(f"{dot.label} {100 * dot.value:+.0f} %" for dot in dots)
+    title, across = "Perplexity above the dense model's: Read-ME and other halves", "perplexity above the model's own, %"
+    return alone(charts.intervals(dots, zero="the model itself", title=title, description=said, across=across)[0])
 
 
 # -- serving -------------------------------------------------------------------------------------------------------
@@ -431,8 +434,9 @@ def latencies(results: Path) -> str:
                 charts.Dot(f"{load}: {name}", statistics.mean(ratios), (min(ratios), max(ratios)), ratios, series)
             )
     said = "; ".join(f"{dot.label} {100 * dot.value:+.1f} %" for dot in dots)
-    title = "95th percentile of latency, percent above decode-first batches, at two loads"
-    return alone(charts.intervals(dots, zero="decode first", title=title, description=said)[0])
+    title = "95th percentile of latency beside decode-first batches, at two loads"
+    across = "95th percentile of latency above that of decode-first batches, %"
+    return alone(charts.intervals(dots, zero="decode first", title=title, description=said, across=across)[0])
 
 
 def backends(files: list[Path]) -> str:

@@ -206,6 +206,16 @@ print(json.dumps({{"before_mib": before, "resident_mib": resident / 2**20, "budg
 """
 
 
+def peak(folder: Path, budget: int) -> dict[str, float]:
+    """Memory of a process of its own that serves some of the prompts."""
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK.format(scripts=str(ROOT / "scripts")), str(folder), str(budget)],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
 def main() -> None:
     folder, *rest = [Path(sys.argv[1]), *sys.argv[2:]] if len(sys.argv) > 1 else [Path()]
     if not (folder / "conversion.json").is_file():
@@ -244,14 +254,7 @@ def main() -> None:
             of["prefetch" if prefetch else "on demand"] = made
         budgets[kept] = of
         print(kept, {how: round(made["hidden"], 2) for how, made in of.items()}, flush=True)
-    code = PEAK.format(scripts=str(ROOT / "scripts"))
-    memory = []
-    for kept in (2, k, experts):
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(folder), str(whole * kept // experts)],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        memory.append(json.loads(done.stdout.strip().splitlines()[-1]))
+    memory = [peak(folder, whole * kept // experts) for kept in (2, k, experts)]
     from moesaic.runs.results import device_name, versions
 
     written = {

@@ -62,7 +62,9 @@ class Line:
     series: int
 
 
-def intervals(dots: Sequence[Dot], *, zero: str, title: str, description: str) -> tuple[Markup, bool]:
+def intervals(
+    dots: Sequence[Dot], *, zero: str, title: str, description: str, across: str = "percentage points"
+) -> tuple[Markup, bool]:
     """Dots with intervals about a line at 0, named `zero`; small rings are the parts. And whether there are arrows."""
     left, right, top = label_width(d.label for d in dots) + 24, WIDTH - 24, 34.0
     low, high = _reach([(d.value, *d.interval, *d.parts) for d in dots], (0.0,), share=0.06, least=0.01)
@@ -74,7 +76,7 @@ def intervals(dots: Sequence[Dot], *, zero: str, title: str, description: str) -
         for t in marks
     ]
     parts.append(text(x(0), top - 10, zero, anchor="middle", class_="tick"))
-    parts.append(text((left + right) / 2, bottom + 34, "percentage points", anchor="middle", class_="axis"))
+    parts.append(text((left + right) / 2, bottom + 34, across, anchor="middle", class_="axis"))
     for i, dot in enumerate(dots):
         y, (first, last) = top + ROW * (i + 0.5), dot.interval
         figures = f"{points(dot.value)} [{points(first)}, {points(last)}]"

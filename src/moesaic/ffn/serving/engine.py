@@ -23,7 +23,7 @@ from moesaic.ffn.pregate import PreGate
 from moesaic.ffn.read_me import banks_of
 from moesaic.ffn.serving import attention
 from moesaic.ffn.serving.batching import Item, Order, choose
-from moesaic.ffn.serving.files import ExpertFiles
+from moesaic.ffn.serving.files import ExpertFiles, unmap
 from moesaic.ffn.serving.residency import Policy, Residency
 from moesaic.ffn.serving.streamed import Store, StreamedBank
 from moesaic.ffn.stored import class_of, read
@@ -295,6 +295,5 @@ def _without_experts(folder: Path, dtype: Any) -> PreTrainedModel:
     with banks_of(StreamedBank):
         streamed = cast(type[PreTrainedModel], type(made.__name__, (made,), left_out))
         model = read(streamed, folder, dtype=dtype or torch.float32, attn_implementation=attention.NAME)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()  # not of the file any more, which may be cut while it is served
+    unmap(model, folder)  # the file may be cut while it is served
     return model.eval()

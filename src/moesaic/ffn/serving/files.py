@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moesaic.errors import AdapterError
 
@@ -172,6 +172,25 @@ def _tensors(folder: Path) -> dict[str, tuple[Path, int, dict[str, Any]]]:
         entries.pop("__metadata__", None)
         found |= {name: (file, 8 + length, entry) for name, entry in entries.items()}
     return found
+
+
+def unmap(model: nn.Module, folder: Path) -> None:
+    """Give a model that was loaded from a folder weights in memory of their own, which follow no file any more.
+
+    They are read anew, one by one: copied out of the mapped file, they would be in memory twice for a while.
+    """
+    found = _tensors(folder)
+    for name, parameter in model.named_parameters():
+        file, offset, entry = found.get(name, (folder, 0, {}))
+        if _DTYPES.get(entry.get("dtype", "")) != parameter.dtype:
+            parameter.data = parameter.data.clone()
+            continue
+        begin, end = entry["data_offsets"]
+        try:
+            data = _read(file, offset + begin, end - begin, direct=False)
+        except OSError as error:
+            raise AdapterError(f"{name} cannot be read from {file}: {error}") from None
+        parameter.data = torch.frombuffer(data, dtype=parameter.dtype).view(parameter.shape)
 
 
 def _read(file: Path, start: int, size: int, *, direct: bool) -> memoryview:
