@@ -1,7 +1,7 @@
 """A layer of experts on each of Transformers' backends beside the loop over experts: `python scripts/bench_experts.py`.
 
-Forward and backward, every backend in turn in each round. Writes results/bench-experts.json: of one thread of a CPU, and
-with `--device cuda`, of a GPU, which is waited for after each step.
+Forward and backward, every backend in turn in each round: on one thread of a CPU into results/bench-experts.json, and
+with `--device cuda` on a GPU, which is waited for after each step, into results/bench-experts-cuda.json.
 """
 
 from __future__ import annotations

@@ -278,8 +278,8 @@ def converted(results: Path) -> str:
             f"**{said}**: held-out perplexity; seeds {seeds}; {how.rounds} rounds of {how.router_steps} + "
             f"{how.expert_steps} steps of {sizes['batch']} x {sizes['length']} tokens, the others tuned for as many "
             f"steps as the experts. All but the model itself have half the neurons active (CMoE: 2 shared experts and "
-            f"2 of 6), and untuned masks are told the domain. Mean: geometric. {found['read-me'][0]['device']}. Command: "
-            f"`python scripts/conversions.py {setting}`.",
+            f"2 of 6), and untuned masks are told the domain. Mean: geometric. {found['read-me'][0]['device']}. "
+            f"Command: `python scripts/conversions.py {setting}`.",
             "",
             *table(["", *domains, "mean"], rows),
             "",
@@ -309,7 +309,7 @@ def domains_picture(results: Path) -> str:
         label = CONVERSIONS[name].strip("*")
         dots.append(charts.Dot(label, statistics.mean(above), (min(above), max(above)), above, series))
     said = "; ".join(f"{dot.label} {100 * dot.value:+.0f} %" for dot in dots)
-    title, across = "Perplexity above the dense model's: Read-ME and other halves", "perplexity above the model's own, %"
+    title, across = "Perplexity of Read-ME and of other halves of a model", "perplexity above the model's own, %"
     return alone(charts.intervals(dots, zero="the model itself", title=title, description=said, across=across)[0])
 
 
@@ -445,9 +445,9 @@ def backends(files: list[Path]) -> str:
         "## A layer of experts on Transformers' backends",
         "",
         "Forward and backward of one feed-forward layer, every backend in turn in each round, medians and quartiles of "
-        "the ratios to the loop over experts (`eager`). `grouped_mm` is the default; where a token takes three quarters "
-        "of the experts or more, one product over all of them stands in for it on a CPU. `batched_mm` copies an "
-        "expert's weights for each token and is for GPUs; wide layers leave it out.",
+        "the ratios to the loop over experts (`eager`). `grouped_mm` is the default; where a token takes three "
+        "quarters of the experts or more, one product over all of them stands in for it on a CPU. `batched_mm` copies "
+        "an expert's weights for each token and is for GPUs; wide layers leave it out.",
         "",
     ]
     for file in files:

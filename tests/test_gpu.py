@@ -52,7 +52,7 @@ def test_a_training_step_on_cuda_equals_the_cpus(method: str) -> None:
 @pytest.mark.parametrize(("backend", "k"), [("eager", 3), ("grouped_mm", 3), ("batched_mm", 3), ("grouped_mm", N - 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_experts_on_cuda_give_the_loops_values_and_gradients(kind: str, dtype: torch.dtype, backend: str, k: int) -> None:
+def test_experts_on_cuda_equal_the_loop_gradients_included(kind: str, dtype: torch.dtype, backend: str, k: int) -> None:
     model = ffn.convert(made(kind), SMoEDropout(num_experts=N, top_k=k)).to("cuda")
     model.set_experts_implementation(backend)
     bank = next(iter(ffn.expert_layers(model).values())).experts
