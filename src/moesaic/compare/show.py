@@ -23,7 +23,7 @@ def progress(planned: Plan) -> Iterator[Report]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    console = Console(stderr=True, highlight=False)
+    console = Console(file=sys.stderr, highlight=False)  # as it is now: what runs meanwhile may redirect it
     total = planned.trials + planned.runs
     console.print(f"{planned.settings.out}: {extent(planned)}", markup=False, soft_wrap=True)
     columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
