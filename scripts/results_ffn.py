@@ -22,20 +22,20 @@ from moesaic.report.page import alone
 
 Cells = dict[str, list[dict[str, Any]]]
 SLIM = {
-    "smoe-dropout": "SMoE-Dropout, fixed router, k from 8 to 16",
-    "smoe-dropout-from-1": "fixed router, k from 1 to 16",
-    "elastic": "learned router, k drawn from 1 to 16 (elastic)",
+    "smoe-dropout": "SMoE-Dropout, 8 to 16",
+    "smoe-dropout-from-1": "SMoE-Dropout, 1 to 16",
+    "elastic": "elastic, 1 to 16",
     "learned-2": "learned router, k = 2",
     "fixed-2": "fixed router, k = 2",
     "dense": "dense",
-    "dense-eighth": "dense, an eighth of the width (as wide as k = 2)",
+    "dense-eighth": "dense, 1/8 as wide",
 }
 DEPTH = {
-    "linear": "linear routers (Mixtral's own)",
+    "linear": "linear routers",
     "rmoe": "RMoE",
-    "rmoe-detach": "RMoE, gradient cut between layers",
-    "rmoe-np": "RMoE, no state from below (NP)",
-    "stateless-shared": "one stateless router for all layers",
+    "rmoe-detach": "RMoE, gradient cut",
+    "rmoe-np": "RMoE, no state (NP)",
+    "stateless-shared": "one router, no state",
 }
 CONVERSIONS = {
     "dense": "the model itself",
@@ -112,8 +112,9 @@ def slim(results: Path) -> str:
     seeds = ", ".join(str(c["seed"]) for c in found["smoe-dropout"])
     lines = [
         f"Held-out loss, nats a token, mean over seven domains of generated text; seeds {seeds}; "
-        f"{first['steps']:,} steps of 2,048 tokens, 4 layers of 128, d_ff 512 in 16 experts, 1.1 M parameters. Dense "
-        "twins stand at k = 16. Command: `python scripts/pretraining.py slim`.",
+        f"{first['steps']:,} steps of 2,048 tokens, 4 layers of 128, d_ff 512 in 16 experts, 1.1 M parameters. "
+        "SMoE-Dropout's router is fixed, and k grows so while it trains; elastic: a learned router, k drawn anew for "
+        "each step and layer. Dense twins stand at k = 16. Command: `python scripts/pretraining.py slim`.",
         "",
         *table(["", *(f"k = {k}" for k in pretraining.KS)], rows),
         "",
@@ -125,7 +126,11 @@ def slim(results: Path) -> str:
         monotone = all(at(c, a) >= at(c, b) for c in found[arm] for a, b in pairwise(pretraining.KS))
         lines.append(
             f"- {_begun(SLIM[arm])}: at k = 16 minus at k = 1 {holds(fall)}; "
-            f"{'' if monotone else 'not '}falling at every step of k, for every seed."
+            + (
+                "falling at every step of k for every seed."
+                if monotone
+                else "at some step of k, some seed does not fall."
+            )
         )
     for arm in ("smoe-dropout", "smoe-dropout-from-1", "elastic"):
         gaps = [at(c, 16) - d["mean_loss"] for c, d in zip(found[arm], found["dense"], strict=False)]
@@ -149,14 +154,14 @@ def slimming(results: Path) -> str:
     drawn = []
     for number, arm in enumerate(a for a in SLIM if "by_k" in found.get(a, [{}])[0]):
         points = [(math.log2(k), statistics.mean(at(c, k) for c in found[arm])) for k in pretraining.KS]
-        drawn.append(charts.Line(arm, points, number))
+        drawn.append(charts.Line(SLIM[arm], points, number))
     dense = statistics.mean(c["mean_loss"] for c in found["dense"])
     drawn.append(charts.Line("dense", [(0, dense), (4, dense)], len(drawn)))
     said = "; ".join(f"{line.label} {line.points[0][1]:.2f} at k=1, {line.points[-1][1]:.2f} at 16" for line in drawn)
     title = "Held-out loss by the number of experts at inference"
     across = "log2 of k, experts a token at inference"
     how = {"across": across, "up": "nats a token", "title": title, "description": said}
-    return alone(charts.lines(drawn, logarithmic=True, **how))
+    return alone(charts.lines(drawn, **how))
 
 
 # -- RMoE ----------------------------------------------------------------------------------------------------------
@@ -221,7 +226,7 @@ def routers(results: Path) -> str:
     for number, (arm, of) in enumerate((arm, found[arm]) for arm in DEPTH if arm in found):
         losses = [100 * c["mean_loss"] for c in of]
         bits = statistics.mean(c["routing"]["layer_information"] for c in of)
-        dots.append(charts.Point(arm, bits, statistics.mean(losses), statistics.pstdev(losses), number))
+        dots.append(charts.Point(DEPTH[arm], bits, statistics.mean(losses), statistics.stdev(losses), number))
     title = "Held-out loss and what one layer's expert says of the next"
     said = "; ".join(f"{dot.label}: {dot.x:.2f} bits, {dot.y / 100:.3f} nats" for dot in dots)
     across, up = "bits that a token's expert tells of its expert in the next layer", "loss, hundredths of a nat"
@@ -277,8 +282,8 @@ def converted(results: Path) -> str:
         parts += [
             f"**{said}**: held-out perplexity; seeds {seeds}; {how.rounds} rounds of {how.router_steps} + "
             f"{how.expert_steps} steps of {sizes['batch']} x {sizes['length']} tokens, the others tuned for as many "
-            f"steps as the experts. All but the model itself have half the neurons active (CMoE: 2 shared experts and "
-            f"2 of 6), and untuned masks are told the domain. Mean: geometric. {found['read-me'][0]['device']}. "
+            f"steps as the experts. All but the model itself and the model tuned have half the neurons active (CMoE: "
+            f"2 shared experts and 2 of 6), and untuned masks are told the domain. Mean: geometric. {found['read-me'][0]['device']}. "
             f"Command: `python scripts/conversions.py {setting}`.",
             "",
             *table(["", *domains, "mean"], rows),
@@ -298,18 +303,21 @@ def converted(results: Path) -> str:
 
 
 def domains_picture(results: Path) -> str:
-    """Perplexity of each tuned way above the dense model's, SmolLM2."""
+    """Perplexity of each tuned half above the model's, SmolLM2."""
     made = perplexities(cells(results / "conversions" / "smollm2"))
     base = [mean_of(one) for one in made["dense"]]
     dots = []
-    tuned = set(CONVERSIONS) & set(made) - {"dense", "cmoe", "told-untuned", "prune-untuned"}  # those are far above
-    for name in sorted(tuned, key=lambda n: statistics.mean(map(mean_of, made[n]))):
+    halves = {"told", "read-me", "read-me-released", "prune", "cmoe-tuned"}
+    for name in sorted(halves & set(made), key=lambda n: statistics.mean(map(mean_of, made[n]))):
         above = [mean_of(one) / of - 1 for one, of in zip(made[name], base, strict=False)]
-        series = 1 if name.startswith(("read-me", "told")) else 0 if name.startswith("dense") else 2
+        series = 1 if name.startswith(("read-me", "told")) else 2
         label = CONVERSIONS[name].strip("*")
         dots.append(charts.Dot(label, statistics.mean(above), (min(above), max(above)), above, series))
     said = "; ".join(f"{dot.label} {100 * dot.value:+.0f} %" for dot in dots)
-    title, across = "Perplexity of Read-ME and of other halves of a model", "perplexity above the model's own, %"
+    title, across = (
+        "Perplexity of Read-ME and of other halves of a model",
+        "perplexity above SmolLM2's own, mean of domains, %",
+    )
     return alone(charts.intervals(dots, zero="the model itself", title=title, description=said, across=across)[0])
 
 
@@ -340,7 +348,9 @@ def serving(results: Path) -> str:
         f"{found['experts']} experts ({found['budget_mib']:.0f} MiB), reads past the page cache, one "
         f"torch thread; {found['rounds']} rounds with every engine in turn, mean ± standard deviation over rounds. "
         f"Latency from arrival to the last token, seconds; {right} of {asked} runs gave the same tokens as the first. "
-        f"Command: `{found['command']}`.",
+        "`experts`, `first come`, `decode first` and `prefill first` are orders of batches (`order=`), with prefetch "
+        "and Belady's policy; on demand: nothing is read ahead; routers by layer: as in a mixture whose next layer's "
+        f"experts are not known. Command: `{found['command']}`.",
         "",
         *table(
             ["", "mean latency", "to decode first, %", "p95", "to decode first, %", "experts a full batch", "hits, %",
@@ -389,7 +399,8 @@ def serving(results: Path) -> str:
         "",
         f"- Experts a batch of 16 from one pool: first come {spread(fcfs, 2)}, by expert {spread(by, 2)} "
         f"({100 * (1 - statistics.mean(by) / statistics.mean(fcfs)):.0f} % fewer); the trace's own prompts "
-        f"{own['fcfs']:.2f} and {own['experts']:.2f} ({100 * (1 - own['experts'] / own['fcfs']):.0f} % fewer).",
+        f"{own['fcfs']:.2f} and {own['experts']:.2f} ({100 * (1 - own['experts'] / own['fcfs']):.0f} % fewer). The "
+        "engine's pool is smaller, and it may take more experts for a batch with a prompt in it: see the table.",
         *_enlarged(found),
     ]
     return "\n".join(lines)

@@ -72,6 +72,18 @@ def test_a_training_ends_with_the_schedules_last_k(tmp_path: Path, kind: Any, la
     assert ks(model) == ks(ffn.load(tmp_path / "out")) == [last, last]
 
 
+def test_a_checkpoint_has_the_k_of_its_last_step(tmp_path: Path) -> None:
+    for kind, wanted in (("linear", [3, 5, 7]), ("elastic", [7, 7, 7])):
+        model = ffn.convert(made("llama"), SMoEDropout(num_experts=8))
+        args = TrainingArguments(str(tmp_path / kind), max_steps=6, save_steps=2, use_cpu=True, report_to=[])
+        rows = [{"input_ids": IDS[0], "labels": IDS[0]}] * 4
+        schedule = Schedule(kind, 2, 7)
+        Trainer(model, args, train_dataset=rows, callbacks=[KSchedule(schedule)]).train()
+        last = [schedule.at(step - 1, 6) if kind == "linear" else 7 for step in (2, 4, 6)]
+        assert last == wanted if kind == "elastic" else last[0] < last[1] < last[2]
+        assert [ks(ffn.load(tmp_path / kind / f"checkpoint-{step}"))[0] for step in (2, 4, 6)] == last
+
+
 def test_a_mixtures_balance_loss_goes_by_the_k_that_is_set() -> None:
     model, one = mixtral(), mixtral(num_experts_per_tok=1)
     one.load_state_dict(model.state_dict())

@@ -207,6 +207,24 @@ def test_other_models_are_served_as_generate_answers(
     assert [bank.width for bank in (layer.experts for layer in ffn.expert_layers(engine.model).values())] == own
 
 
+def test_a_folder_in_half_precision_is_served_in_it(model: PreTrainedModel, tmp_path: Path) -> None:
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    requests, engine = served(saved(half, tmp_path))
+    assert {p.dtype for p in engine.model.parameters()} == {torch.bfloat16}
+    assert [r.written for r in requests] == [answer(half, prompt) for prompt in prompts()]
+
+
+def test_settings_of_generate_that_have_no_effect_are_told(
+    model: PreTrainedModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = copy.deepcopy(model)
+    other.generation_config.do_sample, other.generation_config.temperature = True, 0.7
+    other.generation_config.repetition_penalty = 1.5
+    Engine(saved(other, tmp_path)).close()
+    assert "do_sample, repetition_penalty in " in caplog.text
+    assert "has no effect" in caplog.text
+
+
 def test_scores_that_are_capped_and_experts_in_float64_are_refused(model: PreTrainedModel, tmp_path: Path) -> None:
     saved(read_me(Gemma2ForCausalLM(Gemma2Config(**LLAMA)).eval()), tmp_path / "gemma2")
     with pytest.raises(ConfigError, match="the engine does not serve models with scores that are capped"):

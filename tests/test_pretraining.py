@@ -211,6 +211,34 @@ def test_a_folder_is_converted_and_read_again(
     assert again["after"] == results["after"]
 
 
+def test_a_converted_folder_is_trained_and_converted_as_what_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made, run = tmp_path / "made", tmp_path / "run"
+    converted(capsys, made, "smoe-dropout", "experts.num_experts=8")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"task": "t", "prompt": "sort 4 1 8 :", "completion": " 1 4 8"}\n' * 8)
+    said(capsys, "train", "lora", f"model={made}", f"data={rows}", "steps=2", f"out={run}")
+    assert "100.0" in said(capsys, "eval", str(run), f"data={rows}")
+    for method in ("smoe-dropout", "cmoe"):
+        again = refused(capsys, "convert", method, f"model={made}", "domains=say", f"out={tmp_path / 'x'}", *FEW)
+        assert "this model has the layers of smoe-dropout already" in again
+
+
+def test_models_of_different_tokens_are_compared_in_bits_a_byte() -> None:
+    from moesaic.report.tables import perplexity_table
+
+    short = {"a": {"loss": 1.0, "perplexity": 2.72, "bits_per_byte": 0.5}}
+    long = {"a": {"loss": 2.0, "perplexity": 7.39, "bits_per_byte": 0.4}}
+    for other, title, mean in (
+        ({"a": {"loss": 2.0, "perplexity": 7.39, "bits_per_byte": 1.0}}, "perplexity of held-out text", "7.39"),
+        (long, "held-out text in bits a byte, as tokenizers differ", "0.40"),
+    ):
+        table = perplexity_table({"one": short, "other": other})
+        assert str(table.title) == title
+        assert [*table.columns[2].cells] == [mean, mean]
+
+
 def interrupted(monkeypatch: pytest.MonkeyPatch, line: list[str]) -> None:
     """Run a conversion that is interrupted in its second round."""
     from moesaic.ffn import tune
@@ -229,11 +257,16 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, line: list[str]) -> None:
 
 
 def test_an_interrupted_conversion_goes_on_as_if_it_had_not_been(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     line = ["domains=lists,prose", *TUNED]
     converted(capsys, tmp_path / "a", "read-me", *line)
     interrupted(monkeypatch, ["convert", "read-me", "model=nano", f"out={tmp_path / 'b'}", *FEW, *line])
+    assert "round 1 is kept, and the same command goes on from there" in caplog.text
+    assert "no experts.json" not in caplog.text
     assert [p.name for p in (tmp_path / ".b.rounds").glob("[0-9]*")] == ["1"]
     assert not (tmp_path / "b").exists()
     other = refused(capsys, "convert", "read-me", "model=nano", f"out={tmp_path / 'b'}", *FEW, *line, "seed=1")
@@ -378,7 +411,7 @@ def test_text_that_changed_is_no_unfinished_conversions(
     line.append(f"domains={tmp_path / 'a.txt'},{tmp_path / 'b.txt'}")
     interrupted(monkeypatch, line)
     (tmp_path / "b.txt").write_text("\n".join(f"quite another line {i}" for i in range(200)))
-    assert "data_sha256" in refused(capsys, *line)
+    assert re.search("with the text of b=[0-9a-f]+, now [0-9a-f]+: set it back", refused(capsys, *line))
     said(capsys, *line, "overwrite=true")
 
 

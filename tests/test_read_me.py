@@ -344,6 +344,12 @@ def test_7_each_stage_changes_its_own_part_alone(loss: Any) -> None:
     assert changed(router_steps=0, expert_steps=2) == (True, False)
 
 
+def test_weights_in_half_precision_are_not_trained() -> None:
+    model = made("llama").to(torch.bfloat16)
+    with pytest.raises(ConfigError, match=r"torch.bfloat16 lose most steps of training: load the model with dtype="):
+        next(tune(model, pre_gate(), masks_of(model), mixed(), Rounds(1, 1, 1)))
+
+
 def test_rounds_lower_both_losses_and_find_the_domains() -> None:
     torch.manual_seed(0)
     model, router, batches, said = made("llama"), pre_gate(), mixed(), []

@@ -22,7 +22,7 @@ from moesaic.errors import AdapterError, ConfigError, DataError, TrainingError
 from moesaic.evaluation.run import check_run, load_run
 from moesaic.models.embedded import load_model
 from moesaic.models.encoder import EncoderCollator, EncoderForTasks, Layout
-from moesaic.runs.folder import RunFolder, atomic_folder, discard, locked, read_json, write_text
+from moesaic.runs.folder import RunFolder, atomic_folder, check_writable, discard, locked, read_json, write_text
 from moesaic.runs.method import is_routed
 from moesaic.runs.recipe import load_recipe
 from moesaic.training.prepared import prepare
@@ -326,6 +326,19 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
         (staging / "whole").write_text("w")
         assert not (tmp_path / "x").exists()
     assert (tmp_path / "x" / "whole").read_text() == "w"
+
+
+def test_what_is_no_file_and_no_folder_is_not_replaced(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(ConfigError, match="pipe is no folder"), atomic_folder(pipe):
+        pass
+    with pytest.raises(ConfigError, match="pipe is no file"):
+        write_text(pipe, "text")
+    with pytest.raises(ConfigError, match="out=pipe is a device"):
+        check_writable(pipe, "out=pipe")
+    assert pipe.is_fifo()
+    assert [*tmp_path.iterdir()] == [pipe]
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):

@@ -90,13 +90,13 @@ def _converted(folder: Path) -> Path | None:
 def _as_mixtral(folder: Path, out: Path, settings: ExportSettings, *, as_json: bool) -> None:
     from moesaic.ffn.slimming import set_top_k
     from moesaic.ffn.stock import as_mixtral
-    from moesaic.training.conversion import load_any
+    from moesaic.models.embedded import load_model
 
     if settings.expert or settings.rank is not None:
         raise ConfigError("expert and rank are of composed adapters: a converted model is exported whole")
     if out.exists():
         raise ConfigError(f"out={settings.out} is there already; name another folder")
-    base = load_any(str(folder))
+    base = load_model(str(folder))
     model, tokenizer = base.model, base.tokenizer
     if settings.top_k is not None:
         set_top_k(model, settings.top_k)

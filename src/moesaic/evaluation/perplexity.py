@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moesaic.errors import ConfigError, path_of
+from moesaic.errors import ConfigError, DataError, path_of
 
 
 @dataclass
@@ -41,8 +41,8 @@ def perplexities(names: Sequence[str], settings: PerplexitySettings) -> dict[str
     import torch
 
     from moesaic.ffn.slimming import top_k
+    from moesaic.models.embedded import load_model
     from moesaic.models.precision import numerics
-    from moesaic.training.conversion import load_any
     from moesaic.training.domains import domains_of, figures, named
 
     if settings.precision not in ("bf16", "fp32"):
@@ -66,12 +66,17 @@ def perplexities(names: Sequence[str], settings: PerplexitySettings) -> dict[str
         wanted = named(settings.domains) or of.get("domains") or known.get("domains")
         if not wanted:
             raise ConfigError(f"domains is missing: {name} does not say what it was trained on; domains=a.txt,src/")
-        base = load_any(place)
+        base = load_model(place)
         if base.kind != "causal":
             raise ConfigError(f"{name} is an encoder: it has no perplexity")
         model = base.model.to(device, torch.bfloat16 if settings.precision == "bf16" else torch.float32)
         longest = getattr(model.config, "max_position_embeddings", None) or length
-        domains = domains_of(wanted, base.tokenizer, length=min(length, longest), train=1, held=held)
+        try:
+            domains = domains_of(wanted, base.tokenizer, length=min(length, longest), train=1, held=held)
+        except (ConfigError, DataError) as error:
+            if settings.domains is not None:
+                raise
+            raise type(error)(f"{error} (so {name} was made; domains=… names its text from here)") from None
         how = {"batch_size": settings.batch_size}
         if not settings.top_k:
             made[name] = figures(model, domains, **how)

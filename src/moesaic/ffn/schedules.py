@@ -25,7 +25,7 @@ from transformers import TrainerCallback
 
 from moesaic.errors import ConfigError
 from moesaic.ffn.places import routed_layers
-from moesaic.ffn.slimming import check_top_k, set_top_k, take
+from moesaic.ffn.slimming import check_top_k, keep, set_top_k, take
 
 Kind = Literal[
     "linear", "cosine", "exp", "multi_step", "constant", "elastic",
@@ -76,7 +76,7 @@ class Schedule:
 class KSchedule(TrainerCallback):
     """Sets k before each step of a Trainer; a resumed training goes on where it was, as k follows from the step.
 
-    The model that is saved at the end takes the k of the end.
+    A checkpoint takes the k of its last step, under `elastic` the k of the end, and so does the model at the end.
     """
 
     def __init__(self, schedule: Schedule) -> None:
@@ -94,8 +94,11 @@ class KSchedule(TrainerCallback):
 def apply(schedule: Schedule, model: nn.Module, step: int, steps: int) -> None:
     """Each layer's k at a step of a training, for loops that are no Trainer's; end them with `set_top_k`.
 
+    A model that is saved meanwhile takes this k, or under `elastic`, that of the end.
+
     Raises:
         ConfigError: where the model has no layers made of experts, or fewer than k_max.
     """
     check_top_k(model, schedule.k_max)
     take(model, [schedule.at(step, steps, layer=i) for i, _ in enumerate(routed_layers(model))])
+    keep(model, schedule.at(steps if schedule.kind == "elastic" else step, steps))

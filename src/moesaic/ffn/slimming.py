@@ -24,6 +24,11 @@ def set_top_k(model: nn.Module, k: int) -> None:
     """
     check_top_k(model, k)
     take(model, [k] * len(routed_layers(model)))
+    keep(model, k)
+
+
+def keep(model: nn.Module, k: int) -> None:
+    """Let a model be saved as one that takes k experts a token, whatever its layers take now."""
     config: Any = getattr(model, "config", None)
     if "top_k" in getattr(config, "moesaic", {}):
         config.moesaic = {**config.moesaic, "top_k": k}

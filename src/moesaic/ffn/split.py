@@ -86,6 +86,9 @@ def seats(model: nn.Module) -> list[Seat]:
     Raises:
         ConfigError: where there is none of a known kind, or the model is a mixture already.
     """
+    if getattr(model, "host", None) is not None:
+        config: Any = model.config
+        raise ConfigError(f"this model has the layers of {config.moesaic['method']} already")
     if any(type(module).__name__.endswith(("TopKRouter", "TopkRouter")) for module in model.modules()):
         raise ConfigError(f"{type(model).__name__} is a mixture already: `moesaic convert rmoe` links its routers")
     found = [seat for name, module in model.named_modules() if (seat := _seat(name, module)) is not None]

@@ -196,9 +196,15 @@ def stage(
     say: Callable[[int, float], None] | None = None,
     around: Around = nullcontext,
 ) -> None:
-    """One stage: AdamW with a cosine to nothing; what rests gets no gradient."""
+    """One stage: AdamW with a cosine to nothing; what rests gets no gradient.
+
+    Raises:
+        ConfigError: what learns is in half precision, where most of its steps would round to nothing.
+    """
     if not steps:
         return
+    if half := next((p.dtype for p in learns.parameters() if p.requires_grad and p.element_size() < 4), None):
+        raise ConfigError(f"weights in {half} lose most steps of training: load the model with dtype=torch.float32")
     was = {p: p.requires_grad for module in rests for p in module.parameters()}
     for p in was:
         p.requires_grad_(False)

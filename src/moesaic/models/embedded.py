@@ -90,7 +90,9 @@ def resolve(name: str) -> str:
     if os.sep in name and (name.startswith((".", "~", os.sep)) or Path(name).exists()):
         folder = path_of(name)
         if not (folder / "config.json").is_file():
-            raise ConfigError(f"model folder {folder} has no config.json")
+            inner = folder / "model"
+            run = f": it is a run, whose model is {inner}" if (inner / "config.json").is_file() else ""
+            raise ConfigError(f"model folder {folder} has no config.json{run}")
         return str(folder)
     return name
 
@@ -108,25 +110,27 @@ def load_model(name: str, *, dtype: Any = None, attention: str | None = None) ->
     """Load a base model and its tokenizer.
 
     Args:
-        name: `nano`, `minilm`, `smollm2`, a local folder, a GGUF file or a hub id.
+        name: `nano`, `minilm`, `smollm2`, a local folder (also of a converted model), a GGUF file or a hub id.
         dtype: of the weights; float32 where None.
         attention: Transformers' attn_implementation; its own choice where None.
     Raises:
         ConfigError: it cannot be found or is of a kind that is not trained here.
+        AdapterError: the folder of a converted model is damaged.
     """
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+    from moesaic.ffn import stored
 
     place = resolve(name)
+    how = {"dtype": dtype or torch.float32, "attn_implementation": attention, "use_safetensors": True}
     try:
-        config = AutoConfig.from_pretrained(place)
+        config = _config(place)
         kind = model_kind(config)
         auto = AutoModelForCausalLM if kind == "causal" else AutoModel
         with quiet_bars():
-            model = auto.from_pretrained(
-                place, dtype=dtype or torch.float32, attn_implementation=attention, use_safetensors=True
-            )
+            model = stored.load(place, **how) if stored.is_converted(place) else auto.from_pretrained(place, **how)
         tokenizer = AutoTokenizer.from_pretrained(place)
     except ConfigError:
         raise
@@ -152,11 +156,11 @@ def load_outline(name: str) -> LoadedModel:
         ConfigError: as `load_model`.
     """
     import torch
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM
 
     place = resolve(name)
     try:
-        config = AutoConfig.from_pretrained(place)
+        config = _config(place)
         kind = model_kind(config)
         with torch.device("meta"):
             model = (AutoModelForCausalLM if kind == "causal" else AutoModel).from_config(config)
@@ -165,6 +169,16 @@ def load_outline(name: str) -> LoadedModel:
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise _cannot_load(name, place, error) from None
     return LoadedModel(_without_pooler(model, kind), None, kind)
+
+
+def _config(place: str) -> Any:
+    from transformers import AutoConfig
+
+    from moesaic.ffn import stored
+
+    if stored.is_converted(place):
+        stored.class_of(place)  # Transformers' Auto classes know it from here on
+    return AutoConfig.from_pretrained(place)
 
 
 def _cannot_load(name: str, place: str, error: Exception) -> ConfigError:

@@ -1,8 +1,8 @@
 """Results as rich tables."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean, geometric_mean
 from typing import Any
 
 from rich.table import Table
@@ -121,15 +121,28 @@ def _cell(score: dict[str, Any] | None) -> str:
 
 
 def perplexity_table(columns: Mapping[str, Mapping[str, Mapping[str, float]]], rows: str = "") -> Table:
-    """Perplexities by domain (rows) of several models, or of one before and after (columns); their geometric mean."""
-    table = Table("domain", *columns, title="perplexity of held-out text")
+    """Perplexities by domain (rows) of several models, or of one before and after (columns); their geometric mean.
+
+    Of models whose tokens are not the same, bits a byte and their mean: their perplexities do not compare.
+    """
+    domains = list(next(iter(columns.values())))
+    one_tokenizer = all(len({_nats_a_bit(found[domain]) for found in columns.values()}) == 1 for domain in domains)
+    title, shown, mean = (
+        ("perplexity of held-out text", "perplexity", geometric_mean)
+        if one_tokenizer
+        else ("held-out text in bits a byte, as tokenizers differ", "bits_per_byte", fmean)
+    )
+    table = Table("domain", *columns, title=title)
     for column in table.columns[1:]:
         column.justify = "right"
-    domains = list(next(iter(columns.values())))
     for domain in domains:
-        table.add_row(domain, *[f"{found[domain]['perplexity']:,.2f}" for found in columns.values()])
-    means = [math.exp(sum(found[d]["loss"] for d in domains) / len(domains)) for found in columns.values()]
+        table.add_row(domain, *[f"{found[domain][shown]:,.2f}" for found in columns.values()])
     table.add_section()
-    table.add_row("mean", *[f"{value:,.2f}" for value in means])
+    table.add_row("mean", *[f"{mean(found[d][shown] for d in domains):,.2f}" for found in columns.values()])
     table.caption = rows
     return table
+
+
+def _nats_a_bit(figures: Mapping[str, float]) -> float:
+    """Nats a token for a bit a byte: how long tokens are."""
+    return round(figures["loss"] / figures["bits_per_byte"], 6) if figures["bits_per_byte"] else 0.0

@@ -33,7 +33,13 @@ STAGING = ".staging"
 
 @contextmanager
 def atomic_folder(final: Path) -> Iterator[Path]:
-    """Write into the folder that is yielded; on leaving it appears as `final`, complete, or not at all."""
+    """Write into the folder that is yielded; on leaving it appears as `final`, complete, or not at all.
+
+    Raises:
+        ConfigError: `final` is there and no folder.
+    """
+    if final.is_file() or _is_device(final):
+        raise ConfigError(f"{final} is no folder; name another")
     staging = final.parent / STAGING / final.name
     discard(staging)
     staging.mkdir(parents=True)
@@ -52,6 +58,11 @@ def atomic_folder(final: Path) -> Iterator[Path]:
     _sync(final.parent)
 
 
+def _is_device(place: Path) -> bool:
+    """Whether there is something that is neither a file nor a folder: /dev/null, a pipe."""
+    return place.exists() and not place.is_file() and not place.is_dir()
+
+
 def _remove_empty(folder: Path) -> None:
     with suppress(OSError):  # another writer's folder is in it
         folder.rmdir()
@@ -65,6 +76,8 @@ def write_json(file: Path, content: Any) -> None:
 def write_text(file: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     part = _part(file)
+    if _is_device(file):
+        raise ConfigError(f"{file} is no file; name another")
     with writing(file):
         try:
             part.write_text(text, encoding="utf-8")
@@ -137,6 +150,8 @@ def check_writable(place: Path, asked: str) -> None:
     place = place.absolute()
     if not place.name:
         raise ConfigError(f"{asked} is the root of the file system; name another")
+    if _is_device(place):
+        raise ConfigError(f"{asked} is a device; name another")
     try:
         _part(place).exists()  # refuses a name that is too long
         near = next(p for p in (place, *place.parents) if p.exists())

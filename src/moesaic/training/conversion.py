@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from moesaic import ffn
-from moesaic.errors import AdapterError, ConfigError, first_line, path_of, suggest
-from moesaic.models.embedded import LoadedModel, load_model, resolve
+from moesaic.errors import AdapterError, ConfigError, suggest
+from moesaic.models.embedded import load_model
 from moesaic.models.precision import Numerics, numerics
 from moesaic.report.domains import page
 from moesaic.runs.conversion import Conversion
@@ -51,7 +51,7 @@ def convert(wanted: Conversion, *, command: str | None = None, progress: bool | 
     method, rounds = method_of(wanted), _rounds(wanted)
     out = place_of(wanted)
     plan = numerics(wanted.precision)
-    base = load_any(wanted.model)
+    base = load_model(wanted.model)
     if base.kind != "causal":
         raise ConfigError(f"model={wanted.model} is an encoder: `moesaic convert` takes language models")
     model: PreTrainedModel = base.model.to(plan.device)
@@ -89,21 +89,6 @@ def convert(wanted: Conversion, *, command: str | None = None, progress: bool | 
             write_text(staging / "report.html", _page(wanted, results, routed))
             write_json(staging / RESULTS, results)
     return results
-
-
-def load_any(name: str) -> LoadedModel:
-    """A base model as `load_model` has it, also one that was converted before."""
-    place = resolve(name)
-    if not ffn.is_converted(place):
-        inner = path_of(name) / "model"
-        if (inner / "config.json").is_file():
-            raise ConfigError(f"{name} is a run: its model is {inner}")
-        return load_model(name)
-    model = ffn.load(place, dtype=torch.float32)
-    try:
-        return LoadedModel(model, AutoTokenizer.from_pretrained(place), "causal")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise AdapterError(f"{place} has no tokenizer that can be read: {first_line(error)}; save it there") from None
 
 
 def _shared_neurons(settings: dict[str, Any]) -> list[tuple[str, str]]:

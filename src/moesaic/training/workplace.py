@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from moesaic.runs.conversion import Conversion
 from moesaic.runs.folder import check_writable, locked, read_json, write_json, writing
 from moesaic.runs.settings import differences
 from moesaic.training.domains import Domain, digest
+
+logger = logging.getLogger(__name__)
 
 RESULTS, SETTINGS = "conversion.json", "settings.json"
 
@@ -42,7 +45,7 @@ def place_of(wanted: Conversion) -> Path:
 def working(out: Path, wanted: Conversion, domains: dict[str, Domain]) -> Iterator[Path]:
     """The hidden folder beside `out` that rounds are kept in, for this process alone; gone when all is done."""
     work = out.with_name(f".{out.name}.rounds")
-    described = wanted.describes() | {"data_sha256": digest(domains)}
+    described = wanted.describes() | {f"the text of {name}": digest({name: domain}) for name, domain in domains.items()}
     with writing(work):
         work.mkdir(parents=True, exist_ok=True)
     with locked(work):
@@ -60,7 +63,9 @@ def working(out: Path, wanted: Conversion, domains: dict[str, Domain]) -> Iterat
             write_json(file, described)
             yield work
         except BaseException:
-            if not rounds_in(work):
+            if done := rounds_in(work):
+                logger.warning("%s: round %d is kept, and the same command goes on from there", wanted.out, done[-1])
+            else:
                 shutil.rmtree(work, ignore_errors=True)
             raise
         shutil.rmtree(work, ignore_errors=True)

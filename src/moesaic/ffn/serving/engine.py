@@ -7,6 +7,7 @@ the next layer's are read while this one computes. Decoding is greedy.
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,18 +16,18 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from moesaic.errors import AdapterError, ConfigError
 from moesaic.ffn.places import expert_layers
 from moesaic.ffn.pregate import PreGate
-from moesaic.ffn.read_me import banks_of
 from moesaic.ffn.serving import attention
 from moesaic.ffn.serving.batching import Item, Order, choose
-from moesaic.ffn.serving.files import ExpertFiles, unmap
+from moesaic.ffn.serving.files import CHECKSUMS, ExpertFiles
+from moesaic.ffn.serving.loading import without_experts
 from moesaic.ffn.serving.residency import Policy, Residency
 from moesaic.ffn.serving.streamed import Store, StreamedBank
-from moesaic.ffn.stored import class_of, read
+
+logger = logging.getLogger(__name__)
 
 HORIZON = 8
 """Batches that are looked ahead for what is needed next."""
@@ -75,7 +76,7 @@ class Engine:
         max_wait: batches after which whoever waits goes first.
         prefetch: read the next layer's experts while this one computes.
         direct: read past the page cache.
-        dtype: of the model that stays in memory, and of what is computed; float32 where left out.
+        dtype: of the model that stays in memory, and of what is computed; that of the folder's where left out.
     Raises:
         ConfigError: settings that cannot be, or a model whose attention the engine does not have.
         AdapterError: the folder holds no Read-ME model, or one that is damaged.
@@ -102,11 +103,12 @@ class Engine:
         choose([], batch_tokens, order)  # refuses settings that cannot be
         self.folder = Path(folder)
         self.order, self.batch_tokens, self.max_wait = order, batch_tokens, max_wait
-        self.model = _without_experts(self.folder, dtype)
-        _check_attention(self.model.config)
+        self.model = without_experts(self.folder, dtype)
         layers = expert_layers(self.model)
         banks = [cast(StreamedBank, layer.experts) for layer in layers.values()]
         files = ExpertFiles(self.folder, [f"{name}.experts" for name in layers], direct=direct)
+        if not files.has_checksums:
+            logger.warning("%s has no %s: damaged experts are not noticed; write_checksums makes it", folder, CHECKSUMS)
         whole = sum(files.size(*key) for key in files.keys)
         self.residency = Residency(whole if budget is None else budget, policy)
         self.store = Store(files, self.residency, prefetch=prefetch)
@@ -131,14 +133,18 @@ class Engine:
 
     # -- requests ------------------------------------------------------------------------------------------------
 
-    def add(self, prompt: Sequence[int], *, max_new_tokens: int = 64, name: Hashable | None = None) -> Request:
+    def add(self, prompt: Sequence[int] | Tensor, *, max_new_tokens: int = 64, name: Hashable | None = None) -> Request:
         """Queue a request.
 
+        Args:
+            prompt: token ids, a list or a tensor (T,).
+            name: to know it by; a number where left out.
         Raises:
             ConfigError: an empty prompt, or more tokens than the model has positions.
         """
         if self.closed:
             raise ConfigError("this engine is closed: make another")
+        prompt = prompt.tolist() if isinstance(prompt, Tensor) else prompt
         prompt = list(prompt) if isinstance(prompt, (list, tuple)) else []
         if not prompt or type(max_new_tokens) is not int or max_new_tokens < 1:
             raise ConfigError("a request needs a prompt, a list of one token id at least, and room for one more")
@@ -275,25 +281,3 @@ class Engine:
         """End the threads that read; requests that are open stay so."""
         self.closed = True
         self.store.close()
-
-
-def _check_attention(config: Any) -> None:
-    """Raise ConfigError for what `attention.attend` does not do."""
-    others = {*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}
-    if getattr(config, "attn_logit_softcapping", None):
-        others.add("scores that are capped")
-    if others:
-        raise ConfigError(f"the engine does not serve models with {', '.join(sorted(others))}")
-
-
-def _without_experts(folder: Path, dtype: Any) -> PreTrainedModel:
-    """The model, its experts left on disk."""
-    made = class_of(folder)
-    if made.config_class.from_pretrained(folder).moesaic["method"] != "read-me":  # type: ignore[union-attr]
-        raise ConfigError(f"{folder} is no Read-ME model: its experts are not known before it runs")
-    left_out = {"_keys_to_ignore_on_load_unexpected": [r"\.experts\."], "__module__": __name__}
-    with banks_of(StreamedBank):
-        streamed = cast(type[PreTrainedModel], type(made.__name__, (made,), left_out))
-        model = read(streamed, folder, dtype=dtype or torch.float32, attn_implementation=attention.NAME)
-    unmap(model, folder)  # the file may be cut while it is served
-    return model.eval()

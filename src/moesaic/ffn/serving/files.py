@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import mmap
 import os
 import struct
@@ -21,8 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.errors import AdapterError
-
-logger = logging.getLogger(__name__)
 
 BLOCK = 4096
 """What direct reads are aligned to."""
@@ -57,8 +54,6 @@ class ExpertFiles:
     def __init__(self, folder: Path, banks: list[str], *, direct: bool = True) -> None:
         self.folder, self.direct = folder, direct
         self._checksums = _checksums(folder)
-        if not self._checksums:
-            logger.warning("%s has no %s: damaged experts are not noticed; write_checksums makes it", folder, CHECKSUMS)
         found = _tensors(folder)
         self._pieces: dict[tuple[int, int], list[Piece]] = {}
         for layer, bank in enumerate(banks):
@@ -96,6 +91,11 @@ class ExpertFiles:
                 f"{self.folder} is damaged: config.json has {num_experts} experts of width {width} in layer {layer}, "
                 f"expert {expert} is of {' and '.join(map(str, shapes))}"
             )
+
+    @property
+    def has_checksums(self) -> bool:
+        """Whether damage is noticed when an expert is read."""
+        return bool(self._checksums)
 
     @property
     def keys(self) -> list[tuple[int, int]]:

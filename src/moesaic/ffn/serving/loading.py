@@ -1,0 +1,67 @@
+"""A Read-ME model for the engine: all of it but its experts, and what the engine does not do."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, cast
+
+from transformers import GenerationConfig, PreTrainedModel
+
+from moesaic.errors import ConfigError
+from moesaic.ffn.read_me import banks_of
+from moesaic.ffn.serving import attention
+from moesaic.ffn.serving.files import unmap
+from moesaic.ffn.serving.streamed import StreamedBank
+from moesaic.ffn.stored import class_of, read
+
+logger = logging.getLogger(__name__)
+
+NOT_GREEDY = (
+    "do_sample", "num_beams", "repetition_penalty", "no_repeat_ngram_size", "min_length", "min_new_tokens",
+    "suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "forced_bos_token_id", "forced_eos_token_id",
+    "exponential_decay_length_penalty", "sequence_bias", "guidance_scale", "stop_strings",
+)  # fmt: skip
+"""Settings of `generate` that change which token is written."""
+
+
+def without_experts(folder: Path, dtype: Any) -> PreTrainedModel:
+    """The model, its experts left on disk.
+
+    Args:
+        dtype: of its weights; that of the folder's where None.
+    Raises:
+        ConfigError: the folder is of another method, or a model whose attention the engine does not have.
+        AdapterError: the folder holds no converted model, or a damaged one.
+    """
+    made = class_of(folder)
+    if made.config_class.from_pretrained(folder).moesaic["method"] != "read-me":  # type: ignore[union-attr]
+        raise ConfigError(f"{folder} is no Read-ME model: its experts are not known before it runs")
+    left_out = {"_keys_to_ignore_on_load_unexpected": [r"\.experts\."], "__module__": __name__}
+    with banks_of(StreamedBank):
+        streamed = cast(type[PreTrainedModel], type(made.__name__, (made,), left_out))
+        model = read(streamed, folder, dtype=dtype or "auto", attn_implementation=attention.NAME)
+    unmap(model, folder)  # the file may be cut while it is served
+    _check_attention(model.config)
+    _tell_of_settings(folder, model.generation_config)
+    return model.eval()
+
+
+def _check_attention(config: Any) -> None:
+    """Raise ConfigError for what `attention.attend` does not do."""
+    others = {*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}
+    if getattr(config, "attn_logit_softcapping", None):
+        others.add("scores that are capped")
+    if others:
+        raise ConfigError(f"the engine does not serve models with {', '.join(sorted(others))}")
+
+
+def _tell_of_settings(folder: Path, found: GenerationConfig | None) -> None:
+    plain = GenerationConfig()
+    ignored = [name for name in NOT_GREEDY if getattr(found, name, None) not in (None, False, getattr(plain, name))]
+    if ignored:
+        logger.warning(
+            "the engine writes the likeliest token: %s in %s/generation_config.json has no effect",
+            ", ".join(ignored),
+            folder,
+        )
