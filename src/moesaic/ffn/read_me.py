@@ -175,6 +175,7 @@ class ReadMe(Method):
         return tune(model, parts["pre_gate"], parts["masks"], batches, settings, **how)
 
     def written(self, folder: Path, model: PreTrainedModel) -> None:
+        """Checksums of the experts beside them, by which the engine notices damage."""
         write_checksums(folder, [f"{name}.experts" for name in expert_layers(model)])
 
     def convert(self, model: PreTrainedModel, host: Host, *, masks: Masks, pre_gate: PreGate) -> None:  # type: ignore[override]

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from moesaic import ffn
 from moesaic.data.sampling import InterleavedSampler
 from moesaic.errors import ConfigError, first_line, suggest
+from moesaic.ffn.places import routed_layers
 from moesaic.ffn.schedules import KSchedule, Schedule
 from moesaic.ffn.slimming import check_top_k
 from moesaic.models.embedded import resolve
@@ -72,6 +73,7 @@ def pretrain(recipe: Pretraining, *, command: str | None = None, progress: bool 
             "steps": trainer.state.global_step,
             "resumed_from_step": step,
             "held_out": found,
+            "top_k": max((layer.top_k for layer in routed_layers(model)), default=None),
             "mean_loss": sum(figure["loss"] for figure in found.values()) / len(found),
             "trainable_parameters": count_trainable(model),
             "total_parameters": count_total(model),
@@ -102,6 +104,7 @@ def _page(recipe: Pretraining, results: dict[str, Any], routed: Any, curve: list
         ("architecture", recipe.architecture),
         ("method", recipe.method or "none"),
         ("parameters", f"{results['total_parameters']:,}"),
+        *([("experts a token", f"{results['top_k']}")] if results["top_k"] else []),
         ("steps", f"{results['steps']:,} of {recipe.batch_size * recipe.accumulation} x {recipe.length} tokens"),
         ("seed", str(recipe.seed)),
         ("device", results["device"]),
