@@ -283,8 +283,8 @@ def converted(results: Path) -> str:
             f"**{said}**: held-out perplexity; seeds {seeds}; {how.rounds} rounds of {how.router_steps} + "
             f"{how.expert_steps} steps of {sizes['batch']} x {sizes['length']} tokens, the others tuned for as many "
             f"steps as the experts. All but the model itself and the model tuned have half the neurons active (CMoE: "
-            f"2 shared experts and 2 of 6), and untuned masks are told the domain. Mean: geometric. {found['read-me'][0]['device']}. "
-            f"Command: `python scripts/conversions.py {setting}`.",
+            f"2 shared experts and 2 of 6), and untuned masks are told the domain. Mean: geometric. "
+            f"{found['read-me'][0]['device']}. Command: `python scripts/conversions.py {setting}`.",
             "",
             *table(["", *domains, "mean"], rows),
             "",
