@@ -465,6 +465,7 @@ def test_perplexity_asks_for_what_can_be(tmp_path: Path, capsys: pytest.CaptureF
         ("length=-5", "length=-5 must be at least 8"),
         ("batch_size=0", "batch_size=0 must be between 1"),
         ("held_out=-1", "held_out=-1 must be at least 1"),
+        ("held_out=99999999999", "held_out=99999999999 must be between 1 and 1,000,000"),
         ("top_k=2", "no layers made of experts"),
     ):
         assert message in refused(capsys, "perplexity", "nano", "domains=lists", setting)

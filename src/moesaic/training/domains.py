@@ -19,6 +19,8 @@ from moesaic.errors import ConfigError, path_of, suggest
 from moesaic.models.nano.corpus import DOMAINS as GENERATED
 from moesaic.models.nano.corpus import lines
 
+MOST = 1_000_000
+"""Tokens of a row, and rows of a part: generated text has no end."""
 HELD_OUT_SEED = 1_000_003
 """Of generated text that is held out; short lines may come in both."""
 
@@ -75,9 +77,12 @@ def domains_of(
         train, held: most rows of each part.
         seed: of generated text.
     Raises:
-        ConfigError: a domain holds too little text for a row of each part.
+        ConfigError: a domain holds too little text for a row of each part, or more is asked for than `MOST`.
         DataError: a source cannot be read.
     """
+    for key, value in (("length", length), ("rows", train), ("held_out", held)):
+        if not 1 <= value <= MOST:
+            raise ConfigError(f"{key}={value} must be between 1 and {MOST:,}")
     made = {}
     for name, source in wanted.items():
         parts: Any
