@@ -7,6 +7,7 @@ import errno
 import itertools
 import os
 import random
+import shutil
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -243,6 +244,24 @@ def test_experts_are_read_out_of_the_models_own_file(model: PreTrainedModel, fol
             assert files.size(number, expert) == EXPERT
             assert torch.equal(found["gate_up_proj"], layer.experts.gate_up_proj[expert])
             assert torch.equal(found["down_proj"], layer.experts.down_proj[expert])
+
+
+def test_files_beside_the_models_own_are_not_read(model: PreTrainedModel, folder: Path, tmp_path: Path) -> None:
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    other.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "model_before.safetensors")
+    (tmp_path / "zz.safetensors").mkdir()
+    requests, _ = served(saved(model, tmp_path))
+    assert [r.written for r in requests] == [answer(model, prompt) for prompt in prompts()]
+    shutil.rmtree(tmp_path / "zz.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len([*tmp_path.glob("model-*.safetensors")]) > 1
+    requests, _ = served(tmp_path)
+    assert [r.written for r in requests] == [answer(model, prompt) for prompt in prompts()]
 
 
 @pytest.mark.parametrize("refused", ["nothing", "open", "read", "all"])

@@ -63,6 +63,19 @@ def test_sources_are_files_folders_patterns_rows_and_what_python_brings_along(tm
     assert any("statement" in text for text in documents("pydoc"))
 
 
+def test_what_links_lead_to_is_read_once(tmp_path: Path) -> None:
+    (tmp_path / "lib").mkdir()
+    for name in "abc":
+        (tmp_path / "lib" / f"{name}.txt").write_text(f"text {name}")
+    (tmp_path / "lib64").symlink_to("lib")
+    (tmp_path / "lib" / "up").symlink_to("..")
+    (tmp_path / "lib" / "up2").symlink_to("..")
+    (tmp_path / "again.txt").symlink_to("lib/a.txt")
+    (tmp_path / "loop.txt").symlink_to("loop.txt")
+    assert sorted(documents(str(tmp_path))) == ["text a", "text b", "text c"]
+    assert sorted(documents(f"{tmp_path}/lib*/*.txt")) == ["text a", "text b", "text c"]
+
+
 @given(st.lists(st.text("ab\n", min_size=1, max_size=9), min_size=1, max_size=40))
 def test_nothing_is_lost_between_what_is_learned_and_what_is_held_out(texts: list[str]) -> None:
     learned, held = parted(texts)

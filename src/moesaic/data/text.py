@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import glob
 import importlib
+import os
 import re
 import sys
 import sysconfig
@@ -54,15 +55,27 @@ def _from_files(source: str) -> Iterator[str]:
     if not source.strip():
         raise DataError("a source of text is empty: name a file, a folder or a pattern")
     place = path_of(source)
-    pattern = str(place)
-    if place.exists():
-        tasks = place.is_dir() and has_split(place, "train")
-        pattern = glob.escape(pattern) + ("/**/train.jsonl" if tasks else "/**/*" if place.is_dir() else "")
-    files = sorted(file for file in map(Path, glob.iglob(pattern, recursive=True)) if file.is_file())
+    found = (
+        _below(place)
+        if place.is_dir()
+        else [place]
+        if place.exists()
+        else map(Path, glob.iglob(str(place), recursive=True))
+    )
+    files = {file.resolve(): file for file in sorted(found, reverse=True) if file.is_file()}  # a link's text once
+    if place.is_dir() and has_split(place, "train"):
+        files = {real: file for real, file in files.items() if file.name == "train.jsonl"}
     if not files:
         raise DataError(f"there is no text at {source}: name a file, a folder, a pattern, or {' or '.join(BUILT_IN)}")
-    for file in files:
+    for file in sorted(files.values()):
         yield from _rows(file) if file.suffix == ".jsonl" else [_read(file)]
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """Files at any depth; hidden ones and what links of folders lead to are left out."""
+    for place, inner, names in os.walk(folder):
+        inner[:] = [name for name in inner if not name.startswith(".")]
+        yield from (Path(place, name) for name in names if not name.startswith("."))
 
 
 def _rows(file: Path) -> Iterator[str]:

@@ -195,7 +195,7 @@ def _tune(
     there = ({name: values.to(plan.device) for name, values in batch.items()} for batch in batches)
     with _bar(rounds.steps, used, shown=shown) as say:
         for number in method.tune(model, parts, there, rounds, say=say, first=done, around=plan.context):
-            with atomic_folder(kept / str(number + 1)) as staging:
+            with writing(kept), atomic_folder(kept / str(number + 1)) as staging:
                 save_file(_state(model, parts), staging / "state.safetensors")
             discard(kept / str(number))
 

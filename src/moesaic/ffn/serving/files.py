@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from moesaic.errors import AdapterError
 
@@ -57,7 +58,7 @@ class ExpertFiles:
         found = _tensors(folder)
         self._pieces: dict[tuple[int, int], list[Piece]] = {}
         for layer, bank in enumerate(banks):
-            own = {name: entry for name, entry in found.items() if name.startswith(f"{bank}.")}
+            own = {name: entry for name, entry in sorted(found.items()) if name.startswith(f"{bank}.")}
             if not own:
                 raise AdapterError(f"{folder} holds no weights of {bank}: convert the model again")
             for name, (file, offset, entry) in own.items():
@@ -156,10 +157,25 @@ def _checksums(folder: Path) -> dict[str, int]:
         raise AdapterError(f"{file} is damaged: convert the model again") from None
 
 
+def _weights(folder: Path) -> list[Path]:
+    """The files that Transformers reads a model of: one, or those that an index names, and no others beside them."""
+    if (file := folder / SAFE_WEIGHTS_NAME).is_file():
+        return [file]
+    try:
+        named = json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))["weight_map"].values()
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise AdapterError(
+            f"{folder / SAFE_WEIGHTS_INDEX_NAME} is damaged: restore it, or save the model again"
+        ) from None
+    return sorted({folder / name for name in named})
+
+
 def _tensors(folder: Path) -> dict[str, tuple[Path, int, dict[str, Any]]]:
-    """Every tensor of a folder's safetensors files: its file, where the data begins there, its entry."""
+    """Every tensor of a folder's model: its file, where the data begins there, its entry."""
     found: dict[str, tuple[Path, int, dict[str, Any]]] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in _weights(folder):
         with file.open("rb") as stream:
             head = stream.read(8)
             length = struct.unpack("<Q", head)[0] if len(head) == 8 else _LONGEST_HEADER + 1
@@ -169,6 +185,8 @@ def _tensors(folder: Path) -> dict[str, tuple[Path, int, dict[str, Any]]]:
                 entries = json.loads(stream.read(length))
             except ValueError:
                 raise AdapterError(f"{file} is damaged: its header cannot be read") from None
+        if not isinstance(entries, dict):
+            raise AdapterError(f"{file} is damaged: its header cannot be read")
         entries.pop("__metadata__", None)
         found |= {name: (file, 8 + length, entry) for name, entry in entries.items()}
     return found
