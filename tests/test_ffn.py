@@ -17,6 +17,8 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertForSequenceClassification,
+    BitNetConfig,
+    BitNetForCausalLM,
     BloomConfig,
     BloomForCausalLM,
     GPT2Config,
@@ -112,6 +114,25 @@ def test_a_layer_is_read_cut_and_joined_bit_for_bit(kind: str) -> None:
             assert own is None or torch.equal(own, again)
         x = torch.randn(3, D)
         assert torch.equal(dense(x), back(x))
+
+
+def test_layers_that_do_more_than_their_matrices_say_are_refused() -> None:
+    sizes = {"vocab_size": 50, "hidden_size": D, "intermediate_size": WIDE, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+    normed = BitNetForCausalLM(BitNetConfig(**sizes))
+    with pytest.raises(ConfigError, match="BitNetMLP does more than"):
+        ffn.convert(normed, SMoEDropout(num_experts=N))
+    shared = made("llama")
+    shared.model.layers[1].mlp = shared.model.layers[0].mlp
+    with pytest.raises(ConfigError, match="model.layers.0.mlp is used by several layers"):
+        ffn.convert(shared, SMoEDropout(num_experts=N))
+    packed = made("llama")
+    for layer in packed.model.layers:
+        layer.mlp.up_proj.weight = nn.Parameter(layer.mlp.up_proj.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(ConfigError, match="is quantised"):
+        ffn.convert(packed, SMoEDropout(num_experts=N))
+    half = made("mistral").to(torch.bfloat16)
+    ffn.convert(half, SMoEDropout(num_experts=N))
 
 
 @pytest.mark.parametrize("kind", MODELS)

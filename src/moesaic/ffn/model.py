@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from moesaic.errors import ConfigError, suggest
 from moesaic.ffn.checking import check
 from moesaic.ffn.layer import NAME, ExpertLayer
+from moesaic.ffn.split import check_plain
 from moesaic.ffn.watching import Text
 from moesaic.host import Host
 
@@ -49,6 +50,8 @@ class Method(ABC):
     """What `convert` takes beside the model, by name: `parts` makes it of text of some domains."""
     training: ClassVar[type | None] = None
     """Settings of a training on conversion, a dataclass whose `steps` are all of it: see `tune`."""
+    dense: ClassVar[bool] = True
+    """Whether it cuts experts out of a dense model's layers."""
     slims: ClassVar[bool] = True
     """Whether a token may take another number of experts than the model was made for."""
     METHODS: ClassVar[dict[str, type[Method]]] = {}
@@ -148,6 +151,8 @@ def convert(model: PreTrainedModel, method: Method, **parts: Any) -> PreTrainedM
         raise ConfigError(f"{type(model).__name__} is no Transformers model: only those are converted")
     if isinstance(model, _Routed):
         raise ConfigError(f"this model has the layers of {model.config.moesaic['method']} already")
+    if method.dense:
+        check_plain(model)
     host, was, method = Host(), type(model), copy.copy(method)
     implementation = model.config._experts_implementation if was._can_set_experts_implementation() else None
     method.convert(model, host, **parts)

@@ -133,6 +133,7 @@ class RMoE(Method):
     """
 
     name: ClassVar[str] = "rmoe"
+    dense: ClassVar[bool] = False
     summary: ClassVar[str] = "routers linked over depth by a GRU, for models that are mixtures already"
     paper: ClassVar[str] = "RMoE (ICLR 2025, arXiv 2408.06793)"
 

@@ -10,6 +10,7 @@ not to its experts.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -141,6 +142,32 @@ def read(model: nn.Module, seat: Seat) -> Dense:
     return Dense(
         gate, weights[-2], linears[-2].bias, weights[-1], linears[-1].bias, activation=_find(module, seat.activation)
     )
+
+
+@torch.no_grad()
+def check_plain(model: nn.Module) -> None:
+    """Raise ConfigError where a layer is more than its matrices say: then no experts can be cut out of it."""
+    shared = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    for seat in seats(model):
+        module, dense = model.get_submodule(seat.name), read(model, seat)
+        if not dense.up.is_floating_point() or not dense.down.is_floating_point():
+            raise ConfigError(
+                f"{seat.name} is quantised: experts are cut out of weights in float32, bfloat16 or float16"
+            )
+        if shared[id(module)] > 1:
+            raise ConfigError(f"{seat.name} is used by several layers: experts are cut out of layers of their own")
+        if not seat.is_gated:
+            continue  # some of these are no module of their own
+        x = torch.linspace(-1, 1, 2 * seat.d_model, device=dense.up.device, dtype=dense.up.dtype).view(2, -1)
+        was = module.training
+        module.eval()
+        got, wanted = module(x), dense(x)
+        module.train(was)
+        near = 1e-3 if x.element_size() > 2 else 0.1
+        if not isinstance(got, Tensor) or (got - wanted).abs().max() > near * wanted.abs().max():
+            raise ConfigError(
+                f"{type(module).__name__} does more than (act(x Wg) * (x Wu)) Wd: its experts would not make the same"
+            )
 
 
 def even(d_ff: int, num_experts: int) -> Tensor:
