@@ -124,7 +124,7 @@ def test_layers_that_do_more_than_their_matrices_say_are_refused() -> None:
         ffn.convert(normed, SMoEDropout(num_experts=N))
     shared = made("llama")
     shared.model.layers[1].mlp = shared.model.layers[0].mlp
-    with pytest.raises(ConfigError, match="model.layers.0.mlp is used by several layers"):
+    with pytest.raises(ConfigError, match=r"model\.layers\.0\.mlp is used by several layers"):
         ffn.convert(shared, SMoEDropout(num_experts=N))
     packed = made("llama")
     for layer in packed.model.layers:

@@ -74,7 +74,7 @@ def route(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         frame.state[ROUTES] = known
         return
     arguments = token_masks.bind(model, args, kwargs)
-    ids, real = arguments.get("input_ids"), arguments.get("attention_mask")
+    ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
     if frame is None or not isinstance(ids, Tensor):
         return
     if is_paged(arguments):
@@ -85,8 +85,11 @@ def route(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     memory: MutableMapping[Any, Any] = frame.memory
     start = frame.memory.past
     past = tuple(memory[name][:, :start] for name in PAST) if start and PAST[0] in memory else None
-    real = real if isinstance(real, Tensor) and real.dim() == 2 else None
     packed = token_masks.packed_sequences(arguments, training=frame.training and frame.grad)
+    plain = isinstance(mask, Tensor) and mask.dim() == 2
+    if not plain and (packed is not None or getattr(model.config, "sliding_window", None)):
+        mask = None  # what it hides is not padding alone
+    real = token_masks.seen(mask, start + ids.shape[1])
     frame.state[ROUTES], kept = model.pre_gate(ids, real, past, packed if past is None else None)
     if frame.keeps:
         memory.update(zip(PAST, kept, strict=True))

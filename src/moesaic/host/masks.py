@@ -200,7 +200,7 @@ def packed_sequences(arguments: Mapping[str, Any], *, training: bool) -> Tensor 
     return starts.flatten().cumsum(0).view_as(starts) - 1
 
 
-def _seen(mask: Any, length: int) -> Tensor | None:
+def seen(mask: Any, length: int) -> Tensor | None:
     """Which of the first `length` tokens are real (batch, length), those in the cache included; None where all are."""
     mask = _entry(mask)
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4) or mask.shape[-1] < length:
@@ -226,7 +226,7 @@ def view_of(
         real = real.expand(rows, -1)
     view = StackView(real, packed_sequences(arguments, training=training), own)
     view.past = past
-    view.seen = _seen(mask, past + (own or 0))
+    view.seen = seen(mask, past + (own or 0))
     view.cached = decoder or (own is not None and own == tokens)
     if decoder:
         view.prompt = leading(max(prompt - past, 0), arguments)
