@@ -241,16 +241,20 @@ def test_a_folder_gives_the_model_back_and_decodes_with_its_cache(kind: str, res
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2"])
 def test_padding_is_not_seen_with_a_static_cache_either(kind: str) -> None:
     model = converted(made(kind), masks_of(made(kind)))
-    with torch.no_grad():
-        model.pre_gate.head.weight.mul_(40)
-    how = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    routed: list[Tensor] = []
+    model.pre_gate.register_forward_hook(lambda module, args, out: routed.append(out[0][0, -1]))
     ids = torch.tensor([[40, 7, 21]])
-    wanted = model.generate(ids, attention_mask=torch.ones_like(ids), **how)[0, 3:]
     padded = torch.cat([torch.zeros(1, 12, dtype=torch.long), ids], dim=1)
-    mask = (padded != 0).long()
-    for cache in (None, "static"):
-        got = model.generate(padded, attention_mask=mask, cache_implementation=cache, **how)[0, 15:]
-        assert torch.equal(got, wanted), cache
+    found = []
+    for asked, cache in ((ids, None), (padded, None), (padded, "static")):
+        routed.clear()
+        mask = (asked != 0).long()
+        how = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+        written = model.generate(asked, attention_mask=mask, cache_implementation=cache, **how)[0, -8:]
+        found.append((written, torch.stack(routed)))
+    for written, logits_of in found[1:]:
+        assert torch.equal(written, found[0][0])
+        torch.testing.assert_close(logits_of, found[0][1], rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_cropped_off_the_cache_is_gone_for_the_router_too() -> None:
