@@ -190,6 +190,15 @@ class Elsewhere(SMoEDropout):
     name: ClassVar[str] = "elsewhere"
 
 
+@pytest.mark.parametrize("method", [SMoEDropout(8, 3), CMoE(8, 2, 2), ReadMe(["a", "b"], residual="separate")])
+def test_weights_that_are_on_disk_are_brought(method: Method, tmp_path: Path) -> None:
+    model = ffn.convert(made("llama"), method, **method.parts(made("llama"), TEXT))
+    model.save_pretrained(tmp_path / "saved")
+    away = ffn.load(tmp_path / "saved", device_map={"": "disk"}, offload_folder=str(tmp_path / "away"))
+    for _ in range(2):
+        torch.testing.assert_close(logits(away).cpu(), logits(model), rtol=1e-5, atol=1e-5)
+
+
 def test_a_method_of_ones_own_is_loaded_and_not_listed(tmp_path: Path) -> None:
     model = ffn.convert(made("llama"), Elsewhere(num_experts=4))
     model.save_pretrained(tmp_path)
