@@ -17,7 +17,10 @@ from transformers import (
     LlamaForSequenceClassification,
     MixtralConfig,
     MixtralForCausalLM,
+    PretrainedConfig,
     PreTrainedModel,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
     Trainer,
     TrainingArguments,
 )
@@ -26,6 +29,7 @@ from moesaic import ffn
 from moesaic.errors import ConfigError
 from moesaic.ffn import CMoE, KSchedule, ReadMe, RMoE, Schedule, SMoEDropout, set_top_k, top_k
 from moesaic.ffn.model import Method
+from moesaic.ffn.places import routed_layers
 from moesaic.ffn.schedules import apply
 from tests.test_ffn import IDS, D, logits, made
 from tests.test_read_me import converted, masks_of, pre_gate
@@ -59,6 +63,22 @@ def test_k_is_saved_with_the_model(tmp_path: Path) -> None:
     set_top_k(stock, 1)
     stock.save_pretrained(tmp_path / "stock")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "stock").model.layers[0].mlp.gate.top_k == 1
+
+
+def test_k_is_saved_where_a_model_of_several_parts_has_it(tmp_path: Path) -> None:
+    text = {"vocab_size": 50, "hidden_size": D, "intermediate_size": 32, "moe_intermediate_size": 16, "head_dim": 16}
+    text |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "num_experts": 4}
+    eyes = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": D}
+    config = Qwen3VLMoeConfig(text_config=text, vision_config={**eyes, "deepstack_visual_indexes": []})
+    model = Qwen3VLMoeForConditionalGeneration(config)
+    set_top_k(model, 3)
+    model.save_pretrained(tmp_path)
+    again = Qwen3VLMoeForConditionalGeneration.from_pretrained(tmp_path)
+    assert [layer.top_k for layer in routed_layers(again)] == [3, 3]
+    other = mixtral()
+    other.config = PretrainedConfig()
+    with pytest.raises(ConfigError, match="does not say by num_experts_per_tok"):
+        set_top_k(other, 2)
 
 
 @pytest.mark.parametrize(("kind", "last"), [("linear", 5), ("linear-down", 2), ("elastic", 5)])

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from moesaic.errors import ConfigError
 from moesaic.ffn.model import method_of
@@ -32,8 +32,9 @@ def keep(model: nn.Module, k: int) -> None:
     config: Any = getattr(model, "config", None)
     if "top_k" in getattr(config, "moesaic", {}):
         config.moesaic = {**config.moesaic, "top_k": k}
-    elif hasattr(config, "num_experts_per_tok"):
-        config.num_experts_per_tok = k
+    elif isinstance(config, PretrainedConfig):
+        text: Any = config.get_text_config()
+        text.num_experts_per_tok = k
 
 
 @contextmanager
@@ -68,6 +69,10 @@ def check_top_k(model: nn.Module, k: int) -> None:
     settings = getattr(getattr(model, "config", None), "moesaic", {})
     if settings and not method_of(settings["method"]).slims:
         raise ConfigError(f"a {settings['method']} model takes the experts that it was made for: top_k cannot be set")
+    known: Any = getattr(model, "config", None)
+    is_stock = isinstance(known, PretrainedConfig) and not settings
+    if is_stock and not hasattr(known.get_text_config(), "num_experts_per_tok"):
+        raise ConfigError(f"{type(model).__name__} does not say by num_experts_per_tok how many experts a token takes")
     most = min(layer.num_experts for layer in layers)
     if type(k) is not int:
         raise ConfigError(f"top_k={k!r} must be a whole number")
