@@ -369,6 +369,7 @@ def test_a_file_that_is_cut_off_is_one_clear_line(model: PreTrainedModel, folder
         (lambda e: (e.add([3], name="a"), e.add([3], name="a")), "a request 'a' is open already"),
         (lambda e: Engine(e.folder, budget=10), "budget=10 bytes hold no expert: one takes 12,288"),
         (lambda e: Engine(e.folder, order="best"), "unknown order 'best'"),
+        (lambda e: e.add([3], name=[1]), r"name=\[1\] must be a text or a number"),
     ],
 )
 def test_bad_requests_are_one_clear_line_and_others_survive(

@@ -155,6 +155,8 @@ class Engine:
                 f"a prompt of {len(prompt)} tokens and {max_new_tokens} new ones are more than the model's "
                 f"{self.longest} positions"
             )
+        if not isinstance(name, Hashable):
+            raise ConfigError(f"a request's name={name!r} must be a text or a number")
         name = next(n for n in self._numbers if n not in self.open) if name is None else name
         request = Request(name, prompt, max_new_tokens)
         if request.name in self.open:

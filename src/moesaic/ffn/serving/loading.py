@@ -35,7 +35,7 @@ def without_experts(folder: Path, dtype: Any) -> PreTrainedModel:
         AdapterError: the folder holds no converted model, or a damaged one.
     """
     made = class_of(folder)
-    if made.config_class.from_pretrained(folder).moesaic["method"] != "read-me":  # type: ignore[union-attr]
+    if made.config_class.from_pretrained(folder).moesaic.get("method") != "read-me":  # type: ignore[union-attr]
         raise ConfigError(f"{folder} is no Read-ME model: its experts are not known before it runs")
     left_out = {"_keys_to_ignore_on_load_unexpected": [r"\.experts\."], "__module__": __name__}
     with banks_of(StreamedBank):
