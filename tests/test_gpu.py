@@ -33,16 +33,22 @@ def test_backends_agree_with_the_loop_on_cuda(backend: str, dtype: torch.dtype) 
     assert (got - wanted).abs().max() < (1e-3 if dtype == torch.float32 else 2**-6) * wanted.abs().max()
 
 
+def stepped(model: Any, inputs: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients, on the CPU."""
+    loss = model(**inputs).loss
+    if loss.requires_grad:  # some learn nothing by gradients
+        loss.backward()
+    return loss.item(), {n: p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None}
+
+
 def test_a_training_step_on_cuda_equals_the_cpus(method: str) -> None:
     losses, gradients = [], []
     for device in ("cpu", "cuda"):
         model = tiny.wrap(tiny.llama(), tiny.small(method, lora_dropout=0.0), seed=0).to(device).train()
         inputs = {k: v.to(device) for k, v in tiny.batch(model, rows=3, tokens=9, seed=0, labels=True).items()}
-        loss = model(**inputs).loss
-        if loss.requires_grad:  # some learn nothing by gradients
-            loss.backward()
-        losses.append(loss.item())
-        gradients.append({n: p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None})
+        loss, found = stepped(model, inputs)
+        losses.append(loss)
+        gradients.append(found)
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
     assert gradients[0].keys() == gradients[1].keys()
     for name, wanted in gradients[0].items():
@@ -88,10 +94,10 @@ def test_models_are_converted_run_and_trained_on_cuda(name: str) -> None:
     losses, gradients = [], []
     for each in (model, there):
         ids = IDS.to(each.device)
-        loss = each(input_ids=ids, labels=ids).loss
-        loss.backward()
-        losses.append(loss.item())
-        gradients.append({n: p.grad.cpu() for n, p in each.named_parameters() if p.grad is not None})
+        loss, found = stepped(each, {"input_ids": ids, "labels": ids})
+        losses.append(loss)
+        gradients.append(found)
+    assert gradients[0]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert gradients[0].keys() == gradients[1].keys()
     for parameter, wanted in gradients[1].items():

@@ -55,13 +55,8 @@ def _from_files(source: str) -> Iterator[str]:
     if not source.strip():
         raise DataError("a source of text is empty: name a file, a folder or a pattern")
     place = path_of(source)
-    found = (
-        _below(place)
-        if place.is_dir()
-        else [place]
-        if place.exists()
-        else map(Path, glob.iglob(str(place), recursive=True))
-    )
+    pattern = glob.escape(str(place)) if place.exists() else str(place)
+    found = _below(place) if place.is_dir() else map(Path, glob.iglob(pattern, recursive=True))
     files = {file.resolve(): file for file in sorted(found, reverse=True) if file.is_file()}  # a link's text once
     if place.is_dir() and has_split(place, "train"):
         files = {real: file for real, file in files.items() if file.name == "train.jsonl"}

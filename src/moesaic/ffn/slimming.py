@@ -66,12 +66,12 @@ def check_top_k(model: nn.Module, k: int) -> None:
     layers = routed_layers(model)
     if not layers:
         raise ConfigError("this model has no layers made of experts: `moesaic convert` makes them")
-    settings = getattr(getattr(model, "config", None), "moesaic", {})
+    config: Any = getattr(model, "config", None)
+    settings = getattr(config, "moesaic", {})
     if settings and not method_of(settings["method"]).slims:
         raise ConfigError(f"a {settings['method']} model takes the experts that it was made for: top_k cannot be set")
-    known: Any = getattr(model, "config", None)
-    is_stock = isinstance(known, PretrainedConfig) and not settings
-    if is_stock and not hasattr(known.get_text_config(), "num_experts_per_tok"):
+    is_stock = isinstance(config, PretrainedConfig) and not settings
+    if is_stock and not hasattr(config.get_text_config(), "num_experts_per_tok"):
         raise ConfigError(f"{type(model).__name__} does not say by num_experts_per_tok how many experts a token takes")
     most = min(layer.num_experts for layer in layers)
     if type(k) is not int:
