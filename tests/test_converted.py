@@ -12,11 +12,22 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    BertModel,
+    FalconH1Config,
+    FalconH1ForCausalLM,
+    JambaConfig,
+    JambaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    LlamaModel,
     MixtralConfig,
     MixtralForCausalLM,
+    MixtralModel,
+    PhimoeConfig,
+    PhimoeForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
     Qwen3VLMoeConfig,
@@ -35,6 +46,10 @@ from tests.test_ffn import IDS, D, logits, made
 from tests.test_read_me import converted, masks_of, pre_gate
 
 TEXT = {name: torch.randint(3, 50, (4, 16), generator=torch.Generator().manual_seed(i)) for i, name in enumerate("ab")}
+
+
+SIZES = {"vocab_size": 50, "hidden_size": D, "intermediate_size": 32, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2}
 
 
 def mixtral(**settings: Any) -> PreTrainedModel:
@@ -79,6 +94,15 @@ def test_k_is_saved_where_a_model_of_several_parts_has_it(tmp_path: Path) -> Non
     other.config = PretrainedConfig()
     with pytest.raises(ConfigError, match="does not say by num_experts_per_tok"):
         set_top_k(other, 2)
+
+
+def test_k_is_refused_where_a_router_takes_what_it_always_takes() -> None:
+    sizes = {"vocab_size": 50, "hidden_size": D, "intermediate_size": 16, "num_hidden_layers": 1}
+    sizes |= {"num_local_experts": 4, "num_attention_heads": 2, "num_key_value_heads": 2}
+    model = PhimoeForCausalLM(PhimoeConfig(**sizes))
+    with pytest.raises(ConfigError, match="PhimoeTopKRouter always takes 2 experts"):
+        set_top_k(model, 1)
+    assert model.model.layers[0].mlp.router.top_k == 2
 
 
 @pytest.mark.parametrize(("kind", "last"), [("linear", 5), ("linear-down", 2), ("elastic", 5)])
@@ -210,9 +234,20 @@ class Elsewhere(SMoEDropout):
     name: ClassVar[str] = "elsewhere"
 
 
-@pytest.mark.parametrize("method", [SMoEDropout(8, 3), CMoE(8, 2, 2), ReadMe(["a", "b"], residual="separate")])
+@pytest.mark.parametrize(
+    "method",
+    [
+        SMoEDropout(8, 3),
+        SMoEDropout(8, 3, router="learned"),
+        CMoE(8, 2, 2),
+        ReadMe(["a", "b"], residual="separate"),
+        RMoE(state_dim=8),
+        RMoE(state_dim=8, shared_projector=True, shared_head=True, head="cosine"),
+    ],
+)
 def test_weights_that_are_on_disk_are_brought(method: Method, tmp_path: Path) -> None:
-    model = ffn.convert(made("llama"), method, **method.parts(made("llama"), TEXT))
+    model = made("llama") if method.dense else mixtral()
+    ffn.convert(model, method, **method.parts(model, TEXT))
     model.save_pretrained(tmp_path / "saved")
     away = ffn.load(tmp_path / "saved", device_map={"": "disk"}, offload_folder=str(tmp_path / "away"))
     for _ in range(2):
@@ -227,6 +262,46 @@ def test_a_method_of_ones_own_is_loaded_and_not_listed(tmp_path: Path) -> None:
     Method.METHODS.pop("elsewhere")
 
 
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("kind", [LlamaForCausalLM, LlamaModel, BertModel, MixtralForCausalLM, MixtralModel])
+def test_states_are_given_as_before_the_conversion(kind: Any, before: bool) -> None:
+    base = kind(kind.config_class(**SIZES, attn_implementation="eager")).eval()
+    asked = {"input_ids": IDS, "output_hidden_states": True, "output_attentions": True}
+    asked |= {"output_router_logits": True} if "Mixtral" in kind.__name__ else {}
+    wanted, model = base(**asked), copy.deepcopy(base)
+    if before:
+        model(**asked)
+    found = ffn.convert(model, RMoE(state_dim=8) if "Mixtral" in kind.__name__ else SMoEDropout(4, combine="sum"))(
+        **asked
+    )
+    assert found.keys() == wanted.keys()
+    for name in ("hidden_states", "attentions", "router_logits"):
+        assert len(found.get(name) or ()) == len(wanted.get(name) or ()), name
+    if "Mixtral" not in kind.__name__:
+        torch.testing.assert_close(found.hidden_states, wanted.hidden_states, rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_folder_does_not_keep_is_made_as_the_base_makes_it(tmp_path: Path) -> None:
+    sizes = SIZES | {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8}
+    model = ffn.convert(FalconH1ForCausalLM(FalconH1Config(**sizes)).eval(), SMoEDropout(4))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(ffn.load(tmp_path).eval()), logits(model))
+
+
+@pytest.mark.parametrize("size", [60, 45])
+def test_a_table_of_another_length_is_the_routers_too(size: int, tmp_path: Path) -> None:
+    model = converted(made("llama"), masks_of(made("llama")))
+    model.resize_token_embeddings(size)
+    ids = torch.arange(3, size)[None]
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(ffn.load(tmp_path).eval()(input_ids=ids).logits, model(input_ids=ids).logits)
+    before = converted(made("llama"), masks_of(made("llama")))
+    assert torch.equal(model.pre_gate.embedding.weight[:45], before.pre_gate.embedding.weight[:45])
+    dim = model.pre_gate.dim
+    assert torch.equal(model.pre_gate.embedding.weight[50:], model.get_input_embeddings().weight[50:, :dim])
+
+
 # -- what does not fit ---------------------------------------------------------------------------------------------
 
 
@@ -234,6 +309,22 @@ def test_a_method_that_is_made_of_text_is_not_trained_from_nothing() -> None:
     for method in (CMoE(), ReadMe(["a", "b"])):
         with pytest.raises(ConfigError, match=f"moesaic convert {method.name}"):
             ffn.fresh(LlamaForCausalLM, made("llama").config, method)
+
+
+def test_models_that_text_alone_does_not_run_through_are_not_cut_by_it() -> None:
+    sizes = {"vocab_size": 50, "d_model": D, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 64}
+    model = BartForConditionalGeneration(BartConfig(**sizes, decoder_ffn_dim=64))
+    for method in (CMoE(), ReadMe(["a", "b"])):
+        with pytest.raises(ConfigError, match="BartForConditionalGeneration is made of several parts"):
+            method.parts(model, TEXT)
+        with pytest.raises(ConfigError, match="BartForConditionalGeneration is made of several parts"):
+            ffn.convert(model, method, **dict.fromkeys(method.takes))
+
+
+def test_routers_that_do_more_are_not_stood_in_for_in_an_untrained_model_either() -> None:
+    every = {"attn_layer_period": 1, "attn_layer_offset": 0, "expert_layer_period": 1, "expert_layer_offset": 0}
+    with pytest.raises(ConfigError, match="JambaTopKRouter is no plain top-k router"):
+        ffn.fresh(JambaForCausalLM, JambaConfig(**SIZES, **every, num_experts=4), RMoE())
 
 
 def test_every_weight_of_an_untrained_model_is_drawn() -> None:

@@ -17,13 +17,19 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
+    DiffLlamaConfig,
+    DiffLlamaForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    XGLMConfig,
+    XGLMForCausalLM,
 )
 
 from moesaic import ffn
@@ -226,10 +232,28 @@ def test_settings_of_generate_that_have_no_effect_are_told(
     assert "has no effect" in caplog.text
 
 
-def test_scores_that_are_capped_and_experts_in_float64_are_refused(model: PreTrainedModel, tmp_path: Path) -> None:
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+NOT_SERVED: dict[str, Callable[[], PreTrainedModel]] = {
+    "DiffLlamaForCausalLM: its attention": lambda: DiffLlamaForCausalLM(
+        DiffLlamaConfig(**LLAMA | {"num_key_value_heads": 2})
+    ),
+    "XGLMForCausalLM: its attention": lambda: XGLMForCausalLM(
+        XGLMConfig(vocab_size=50, d_model=32, ffn_dim=64, num_layers=2, attention_heads=2)
+    ),
+    "models with positions of the kind longrope": lambda: LlamaForCausalLM(
+        LlamaConfig(**LLAMA, rope_parameters=LONG | {"original_max_position_embeddings": 16})
+    ),
+}
+
+
+def test_attention_of_another_kind_and_experts_in_float64_are_refused(model: PreTrainedModel, tmp_path: Path) -> None:
     saved(read_me(Gemma2ForCausalLM(Gemma2Config(**LLAMA)).eval()), tmp_path / "gemma2")
     with pytest.raises(ConfigError, match="the engine does not serve models with scores that are capped"):
         Engine(tmp_path / "gemma2")
+    for number, (kind, base) in enumerate(NOT_SERVED.items()):
+        place = saved(read_me(base().eval()), tmp_path / f"{number}")
+        with pytest.raises(ConfigError, match=f"the engine does not serve {kind}"):
+            Engine(place)
     copy.deepcopy(model).double().save_pretrained(tmp_path / "double")
     with pytest.raises(AdapterError, match="has experts in F64: save the model in float32, bfloat16 or float16"):
         Engine(tmp_path / "double")

@@ -22,12 +22,13 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import output_capturing
 
 from moesaic.errors import ConfigError, suggest
 from moesaic.ffn.checking import check
 from moesaic.ffn.layer import NAME, ExpertLayer
 from moesaic.ffn.split import check_plain
-from moesaic.ffn.watching import Text
+from moesaic.ffn.watching import Text, check_reads_text
 from moesaic.host import Host
 
 PREFIX = "moesaic_"
@@ -108,6 +109,10 @@ class Method(ABC):
     def convert(self, model: PreTrainedModel, host: Host, **parts: Any) -> None:
         """Put the layers in with what they take over from the model's own, and from parts that were made beforehand."""
 
+    @classmethod  # noqa: B027
+    def resized(cls, model: Any) -> None:
+        """Told once the model's table of tokens has another length."""
+
     def attached(self, model: Any) -> None:  # noqa: B027
         """Told once the host's hooks are on the model: those of a method's own come after them."""
 
@@ -153,6 +158,8 @@ def convert(model: PreTrainedModel, method: Method, **parts: Any) -> PreTrainedM
         raise ConfigError(f"this model has the layers of {model.config.moesaic['method']} already")
     if method.dense:
         check_plain(model)
+    if method.takes:
+        check_reads_text(model)
     host, was, method = Host(), type(model), copy.copy(method)
     implementation = model.config._experts_implementation if was._can_set_experts_implementation() else None
     method.convert(model, host, **parts)
@@ -161,12 +168,24 @@ def convert(model: PreTrainedModel, method: Method, **parts: Any) -> PreTrainedM
     model.__class__ = routed_class(was)  # type: ignore[arg-type]
     own: Any = model
     own._weight_conversions = []  # a file that was read in another layout is not written back in it
-    for module in own.modules():
-        if hasattr(module, "_output_capturing_hooks_installed"):
-            module._output_capturing_hooks_installed = False  # those on routers went with them
+    _forget_captures(own)
     _attach(cast(_Routed, model), host, implementation)
     method.attached(model)
     return model
+
+
+def _forget_captures(model: Any) -> None:
+    """Let Transformers install its hooks for hidden states, attentions and router logits anew when they are asked for.
+
+    Those on modules that are gone went with them, and those that are left would capture twice.
+    """
+    output_capturing._CAN_RECORD_REGISTRY[model] = model._can_record_outputs  # by class, which is another now
+    for module in model.modules():
+        for number, hook in [*module._forward_hooks.items()]:
+            if getattr(hook, "__module__", "") == output_capturing.__name__:
+                del module._forward_hooks[number]
+        if hasattr(module, "_output_capturing_hooks_installed"):
+            module._output_capturing_hooks_installed = False
 
 
 def fresh(base: type[PreTrainedModel], config: Any, method: Method) -> PreTrainedModel:
@@ -225,12 +244,26 @@ class _Routed:
         _attach(self, host, wanted)
         for module in (inner for layer in hosted(self) for inner in layer.modules()):
             self._init_weights(module)
+        for module in cast(PreTrainedModel, self).modules():
+            if any(isinstance(child, ExpertLayer) for child in module.children()):
+                module._is_hf_initialized = True  # type: ignore[assignment]  # GPT-2's would look for a matrix
         method.attached(self)
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """Until the layers are there it is the base that is made, whose parts know of no such thing."""
         known = super().get_correct_experts_implementation(requested_experts)  # type: ignore[misc]
         return cast(str, known) if "host" in vars(self) else "eager"
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No more than its base: what inner modules keep no weights of is then made as theirs is."""
+        base: Any = cls.__mro__[cls.__mro__.index(_Routed) + 1]
+        return cast(bool, base.is_custom_code())
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        resized = super().resize_token_embeddings(*args, **kwargs)  # type: ignore[misc]
+        method_of(self.config.moesaic["method"]).resized(cast(PreTrainedModel, self))
+        return resized
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[misc]

@@ -52,6 +52,15 @@ class PreGate(nn.Module):
         width = min(weight.shape[1], self.dim)
         self.embedding.weight[: len(weight), :width] = weight[:, :width].to(self.embedding.weight)
 
+    @torch.no_grad()
+    def resize(self, weight: Tensor) -> None:
+        """Know as many tokens as the LLM's embedding (V, d): new ones begin as `take_embedding` does."""
+        old = self.embedding
+        self.embedding = nn.Embedding(len(weight), self.dim).to(old.weight)
+        self.take_embedding(weight)
+        both = min(len(weight), old.num_embeddings)
+        self.embedding.weight[:both] = old.weight[:both]
+
     def forward(
         self,
         ids: Tensor,

@@ -41,6 +41,8 @@ ROUTES = "read-me routes"
 """Where the running forward's logits (B, T, N) are in the routing context's state."""
 PAST = "read-me keys", "read-me values"
 """Where the router's keys and values are in its memory: tensors (B, P, p), which follow the rows of the cache."""
+REAL = "read-me real"
+"""And which of those tokens are no padding, (B, P)."""
 
 _BANK: ContextVar[Callable[..., Any] | None] = ContextVar("bank", default=None)
 
@@ -86,13 +88,13 @@ def route(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     start = frame.memory.past
     past = tuple(memory[name][:, :start] for name in PAST) if start and PAST[0] in memory else None
     packed = token_masks.packed_sequences(arguments, training=frame.training and frame.grad)
-    plain = isinstance(mask, Tensor) and mask.dim() == 2
-    if not plain and (packed is not None or getattr(model.config, "sliding_window", None)):
-        mask = None  # what it hides is not padding alone
-    real = token_masks.seen(mask, start + ids.shape[1])
+    real = token_masks.two_d(mask, ids.shape[1], start)
+    real = torch.ones_like(ids, dtype=torch.bool) if real is None else real.expand_as(ids)
+    if past is not None:
+        real = torch.cat([memory[REAL][:, :start], real], dim=1)
     frame.state[ROUTES], kept = model.pre_gate(ids, real, past, packed if past is None else None)
     if frame.keeps:
-        memory.update(zip(PAST, kept, strict=True))
+        memory.update(zip((*PAST, REAL), (*kept, real), strict=True))
 
 
 @dataclass
@@ -216,6 +218,10 @@ class ReadMe(Method):
                     f"the mask of {seat.name} must be of {len(self.domains)} domains and {seat.d_ff} neurons, "
                     f"{self.width} of them in each"
                 )
+
+    @classmethod
+    def resized(cls, model: Any) -> None:
+        model.pre_gate.resize(model.get_input_embeddings().weight)
 
     def attached(self, model: Any) -> None:
         model.register_forward_pre_hook(route, with_kwargs=True)

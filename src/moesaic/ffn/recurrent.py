@@ -117,7 +117,7 @@ def gates(model: nn.Module) -> list[tuple[str, Any]]:
     ]
     if not found:
         raise ConfigError(
-            f"{type(model).__name__} has no routers to link: RMoE goes on models that are mixtures (Mixtral, "
+            f"{type(model).__name__.removeprefix('Moesaic')} has no routers to link: RMoE goes on models that are mixtures (Mixtral, "
             "Qwen3-MoE, OLMoE)"
         )
     return found
@@ -154,6 +154,9 @@ class RMoE(Method):
 
     def install(self, model: PreTrainedModel, host: Host) -> None:
         found = gates(model)
+        for gate in {type(gate): gate for _, gate in found}.values():
+            if not gate.weight.is_meta:  # else it is read from a folder, and was not when that was made
+                _check_is_plain(gate)
         routers: list[RecurrentRouter] = []
         for number, (name, gate) in enumerate(found):
             experts, width = gate.num_experts, gate.hidden_dim
@@ -178,6 +181,4 @@ class RMoE(Method):
             setattr(model.get_submodule(parent), leaf, placed)
 
     def convert(self, model: PreTrainedModel, host: Host, **parts: Any) -> None:
-        for gate in {type(gate): gate for _, gate in gates(model)}.values():
-            _check_is_plain(gate)
         self.install(model, host)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -78,3 +79,24 @@ def check_top_k(model: nn.Module, k: int) -> None:
         raise ConfigError(f"top_k={k!r} must be a whole number")
     if not 1 <= k <= most:
         raise ConfigError(f"top_k={k} must be between 1 and {most}")
+    if is_stock:
+        for router in {type(layer): layer for layer in layers}.values():
+            if not _heeds(router, k):
+                raise ConfigError(f"{type(router).__name__} always takes {router.top_k} experts: top_k cannot be set")
+
+
+@torch.no_grad()
+def _heeds(router: Any, k: int) -> bool:
+    """Whether a mixture's own router gives k experts when it is asked to, as far as that can be tried."""
+    was, training, weight = router.top_k, router.training, next(router.parameters())
+    router.top_k = k
+    router.eval()
+    try:
+        made = router(weight.new_zeros(2, weight.shape[-1]))
+    except (TypeError, ValueError, RuntimeError, AttributeError):  # it takes other things
+        return True
+    finally:
+        router.top_k = was
+        router.train(training)
+    chosen = [t for t in made if isinstance(t, torch.Tensor) and not t.is_floating_point()]
+    return not chosen or chosen[-1].shape[-1] == k

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from moesaic.errors import AdapterError, ConfigError, first_line
 from moesaic.ffn.model import PREFIX, routed_class
+from moesaic.routing import Router
 
 
 def load(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
@@ -43,7 +44,18 @@ def read(made: type[PreTrainedModel], folder: Path, **kwargs: Any) -> PreTrained
             raise AdapterError(
                 f"{folder} is damaged: {what.replace('_', ' ')} in its weights, {len(found[what])}, such as {first}"
             )
+    _keep_routers(model)
     return cast(PreTrainedModel, model)
+
+
+def _keep_routers(model: PreTrainedModel) -> None:
+    """Bring routers whose weights Accelerate would bring and take away: they are small, and read past their modules."""
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    for module in (inner for router in routers for inner in router.modules()):
+        hook: Any = getattr(module, "_hf_hook", None)
+        if getattr(hook, "offload", False):
+            hook.pre_forward(module)
+            hook.offload = False
 
 
 def is_converted(folder: str | Path) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from moesaic.errors import ConfigError
 from moesaic.ffn.split import seats
 
 Text = Mapping[str, Tensor]
@@ -22,9 +23,23 @@ def batches_of(rows: Tensor, size: int) -> Iterator[dict[str, Tensor]]:
     return ({"input_ids": batch} for batch in rows.split(size))
 
 
+def check_reads_text(model: PreTrainedModel) -> None:
+    """Raise ConfigError for models of which text alone does not run every feed-forward layer."""
+    if model.config.is_encoder_decoder or model.config.get_text_config() is not model.config:
+        raise ConfigError(
+            f"{type(model).__name__} is made of several parts, not all of which read text: give one that is a language "
+            "model alone"
+        )
+
+
 @contextmanager
 def watching(model: PreTrainedModel, hook: Callable[..., Any], *, first: bool = False) -> Iterator[None]:
-    """Inside, `hook(seat, module, args)` runs before the last linear of every layer, or before its `first`."""
+    """Inside, `hook(seat, module, args)` runs before the last linear of every layer, or before its `first`.
+
+    Raises:
+        ConfigError: for models that `check_reads_text` refuses.
+    """
+    check_reads_text(model)
     handles = [
         model.get_submodule(f"{seat.name}.{seat.first[0] if first else seat.last}").register_forward_pre_hook(
             partial(hook, seat)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -92,6 +93,25 @@ def attend(
         made.append(out.transpose(1, 2))
         start += count
     return torch.cat(made, dim=1), None
+
+
+@torch.no_grad()
+def forward(model: Any, parts: Sequence[tuple[Past, Sequence[int]]]) -> Tensor:
+    """Logits (R, V) behind the last token of each of R requests, whose new tokens run as one flat row.
+
+    Their keys and values are kept with each `Past`; its `length` is the caller's to raise.
+    """
+    ids = [token for _, tokens in parts for token in tokens]
+    places = [past.length + i for past, tokens in parts for i in range(len(tokens))]
+    lasts = list(itertools.accumulate(len(tokens) for _, tokens in parts))
+    with running([(past, len(tokens)) for past, tokens in parts]):
+        out = model(
+            input_ids=torch.tensor([ids]),
+            position_ids=torch.tensor([places]),
+            use_cache=False,
+            logits_to_keep=torch.tensor(lasts) - 1,
+        )
+    return out.logits[0]
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:

@@ -208,28 +208,18 @@ class Engine:
         self.batches.append(Batch(sum(item.tokens for item in chosen), used, self.now - begun))
         return done
 
-    @torch.no_grad()
     def _forward(self, chosen: list[Item]) -> list[int]:
         """The token behind the last of each that is chosen."""
         parts = [(self.open[item.request], item.tokens) for item in chosen]
-        ids = [token for r, count in parts for token in r.waiting[:count]]
         experts = [expert for item in chosen for expert in item.experts]
-        places = [r.past.length + i for r, count in parts for i in range(count)]
         self.store.begin([sorted(set(experts))] * self.num_layers)
         model: Any = self.model
         model.known_routes = torch.nn.functional.one_hot(torch.tensor([experts]), self.num_experts).float()
-        lasts = list(itertools.accumulate(count for _, count in parts))
         try:
-            with attention.running([(r.past, count) for r, count in parts]):
-                out = model(
-                    input_ids=torch.tensor([ids]),
-                    position_ids=torch.tensor([places]),
-                    use_cache=False,
-                    logits_to_keep=torch.tensor(lasts) - 1,
-                )
+            logits = attention.forward(model, [(r.past, r.waiting[:count]) for r, count in parts])
         finally:
             model.known_routes = None
-        return [int(token) for token in out.logits[0].argmax(-1)]
+        return [int(token) for token in logits.argmax(-1)]
 
     def _commit(self, chosen: list[Item], written: list[int]) -> list[Request]:
         done = []

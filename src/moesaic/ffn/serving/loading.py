@@ -6,9 +6,10 @@ import logging
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from moesaic.errors import ConfigError
+from moesaic.errors import ConfigError, first_line
 from moesaic.ffn.read_me import banks_of
 from moesaic.ffn.serving import attention
 from moesaic.ffn.serving.files import unmap
@@ -40,11 +41,12 @@ def without_experts(folder: Path, dtype: Any) -> PreTrainedModel:
     left_out = {"_keys_to_ignore_on_load_unexpected": [r"\.experts\."], "__module__": __name__}
     with banks_of(StreamedBank):
         streamed = cast(type[PreTrainedModel], type(made.__name__, (made,), left_out))
-        model = read(streamed, folder, dtype=dtype or "auto", attn_implementation=attention.NAME)
+        model = read(streamed, folder, dtype=dtype or "auto").eval()
     unmap(model, folder)  # the file may be cut while it is served
     _check_attention(model.config)
+    _check_in_pieces(model)
     _tell_of_settings(folder, model.generation_config)
-    return model.eval()
+    return model
 
 
 def _check_attention(config: Any) -> None:
@@ -52,8 +54,43 @@ def _check_attention(config: Any) -> None:
     others = {*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}
     if getattr(config, "attn_logit_softcapping", None):
         others.add("scores that are capped")
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
+    others |= {f"positions of the kind {kind}" for kind in kinds & {"dynamic", "longrope"}}  # of a whole batch's length
     if others:
         raise ConfigError(f"the engine does not serve models with {', '.join(sorted(others))}")
+
+
+@torch.no_grad()
+def _check_in_pieces(model: Any) -> None:
+    """Give a model the engine's attention, in which requests in pieces side by side must be what each is alone.
+
+    The experts are not there yet, and add nothing.
+
+    Raises:
+        ConfigError: where they are not, as with attention of a model's own, positions that are counted otherwise, or
+            layers that hand more than keys and values from token to token.
+    """
+    draw = torch.Generator().manual_seed(0)
+    vocabulary = model.pre_gate.embedding.num_embeddings
+    prompts = [torch.randint(vocabulary, (n,), generator=draw).tolist() for n in (5, 7)]
+    pasts, name = [attention.Past(), attention.Past()], type(model).__name__.removeprefix("Moesaic")
+    try:
+        alone = torch.stack([model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1] for ids in prompts])
+        model.set_attn_implementation(attention.NAME)
+        for begin, end in ((0, 3), (3, None)):
+            pieces = [ids[begin:end] for ids in prompts]
+            model.known_routes = torch.zeros(1, sum(map(len, pieces)), model.pre_gate.num_experts)
+            together = attention.forward(model, list(zip(pasts, pieces, strict=True)))
+            for past in pasts:
+                past.length = 3
+    except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError, NotImplementedError) as error:
+        raise ConfigError(f"the engine does not serve {name}: {first_line(error)}") from None
+    finally:
+        model.known_routes = None
+    near = (1e-3 if together.dtype == torch.float32 else 0.05) * alone.abs().max()
+    if not torch.allclose(alone, together, rtol=0, atol=float(near), equal_nan=True):
+        raise ConfigError(f"the engine does not serve {name}: its attention or its positions are of another kind")
 
 
 def _tell_of_settings(folder: Path, found: GenerationConfig | None) -> None:

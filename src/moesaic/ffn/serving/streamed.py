@@ -27,9 +27,12 @@ Key = tuple[int, int]
 
 
 class StreamedBank(nn.Module):
-    """Stands where a bank of experts would: x (T, d), index (T, 1) and weights (T, 1) to (T, d), without parameters."""
+    """Stands where a bank of experts would: x (T, d), index (T, 1) and weights (T, 1) to (T, d), without parameters.
 
-    store: Store
+    Before it has a store it adds nothing.
+    """
+
+    store: Store | None = None
     layer: int
 
     def __init__(self, config: Any, num_experts: int, d_model: int, width: int, activation: Activation) -> None:
@@ -38,6 +41,8 @@ class StreamedBank(nn.Module):
 
     def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)
+        if self.store is None:
+            return out
         chosen = index[:, 0]
         for expert, held in self.store.take(self.layer, chosen.unique().tolist()):
             token = torch.where(chosen == expert)[0]
