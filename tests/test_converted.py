@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -78,6 +79,14 @@ def test_k_is_saved_with_the_model(tmp_path: Path) -> None:
     set_top_k(stock, 1)
     stock.save_pretrained(tmp_path / "stock")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "stock").model.layers[0].mlp.gate.top_k == 1
+
+
+def test_what_is_set_for_a_while_is_undone_however_it_was_set() -> None:
+    for model in (ffn.convert(made("llama"), SMoEDropout(num_experts=8)), mixtral()):
+        before = [layer.top_k for layer in routed_layers(model)], copy.deepcopy(model.config.to_dict())
+        with top_k(model, 3):
+            set_top_k(model, 4)
+        assert ([layer.top_k for layer in routed_layers(model)], model.config.to_dict()) == before
 
 
 def test_k_is_saved_where_a_model_of_several_parts_has_it(tmp_path: Path) -> None:
@@ -252,6 +261,18 @@ def test_weights_that_are_on_disk_are_brought(method: Method, tmp_path: Path) ->
     away = ffn.load(tmp_path / "saved", device_map={"": "disk"}, offload_folder=str(tmp_path / "away"))
     for _ in range(2):
         torch.testing.assert_close(logits(away).cpu(), logits(model), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [SMoEDropout(8, 3), ReadMe(["a", "b"]), RMoE(state_dim=8)])
+def test_a_model_and_its_config_are_pickled(method: Method) -> None:
+    model = made("llama") if method.dense else mixtral()
+    ffn.convert(model, method, **method.parts(model, TEXT))
+    again = pickle.loads(pickle.dumps(model))
+    assert type(again) is type(model)
+    assert type(pickle.loads(pickle.dumps(model.config))) is type(model.config)
+    assert torch.equal(logits(again), logits(model))
+    with pytest.raises(AttributeError, match="MoesaicTrainer"):
+        _ = ffn.model.MoesaicTrainer
 
 
 def test_a_method_of_ones_own_is_loaded_and_not_listed(tmp_path: Path) -> None:

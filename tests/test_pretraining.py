@@ -13,10 +13,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import moesaic.training.conversion
 from moesaic import ffn
 from moesaic.cli.main import main
 from moesaic.errors import ConfigError
 from moesaic.ffn.layer import ExpertLayer
+from moesaic.models.embedded import LoadedModel, load_model
 from moesaic.runs.pretraining import load_pretraining
 from moesaic.runs.recipe import packaged_pretrainings
 from moesaic.training.pretrain import built, pretrain
@@ -134,6 +136,8 @@ def test_what_cannot_be_pretrained_is_one_clear_line(tmp_path: Path, capsys: pyt
         (["pretrain/dense", "k_schedule=linear"], "no layers made of experts"),
         (["pretrain/dense", "method=rmoe"], "has no routers to link"),
         (["pretrain/dense", "method=read-me"], "made of a trained model"),
+        (["pretrain/dense", "config=5"], "config=5 must be settings of its own"),
+        (["pretrain/dense", "experts=5"], "experts=5 must be settings of its own"),
         (["pretrain/dense", "experts.num_experts=4"], "experts are settings of a method"),
         (["pretrain/dense", "k_max=7"], "k_min and k_max are ends of a schedule"),
         (["pretrain/smoe-dropout", "experts.top_k=2"], "experts.top_k and k_schedule disagree"),
@@ -256,6 +260,12 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, line: list[str]) -> None:
         assert main(line) == 130
 
 
+def with_other_weights(name: str) -> LoadedModel:
+    base = load_model(name)
+    base.model.get_input_embeddings().weight.data[5, 0] += 1
+    return base
+
+
 def test_an_interrupted_conversion_goes_on_as_if_it_had_not_been(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -271,6 +281,10 @@ def test_an_interrupted_conversion_goes_on_as_if_it_had_not_been(
     assert not (tmp_path / "b").exists()
     other = refused(capsys, "convert", "read-me", "model=nano", f"out={tmp_path / 'b'}", *FEW, *line, "seed=1")
     assert re.search("unfinished conversion to .*b with seed=0, now 1", other)
+    with monkeypatch.context() as patch:
+        patch.setattr(moesaic.training.conversion, "load_model", with_other_weights)
+        other = refused(capsys, "convert", "read-me", "model=nano", f"out={tmp_path / 'b'}", *FEW, *line)
+    assert re.search("unfinished conversion to .*b with the weights of nano=", other)
     converted(capsys, tmp_path / "b", "read-me", *line)
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
     kept = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b")]
@@ -333,6 +347,9 @@ def test_what_cannot_be_converted_is_one_clear_line(tmp_path: Path, capsys: pyte
         (["redme", "model=nano"], "did you mean 'read-me'"),
         (["smoe-dropout", "model=none/such"], "cannot load model"),
         (["smoe-dropout", "model=nano", "length=4"], "length=4 must be at least 8"),
+        (["cmoe", "model=nano", "domains=lists", f"batch_size={10**20}"], "must be at most 1,000,000"),
+        (["read-me", "model=nano", "domains=lists,say", "experts.router_heads=100000000"], "out of memory"),
+        (["read-me", "model=nano", "domains=lists,say", "tune.router_lr=1e38"], "router_lr=1e+38 is above 1"),
     ):
         where = f"out={tmp_path / 'x'}"
         assert message in refused(capsys, "convert", *line, where, *(["rows=2"] if "length=4" not in line else [])), (
@@ -356,6 +373,40 @@ def test_what_fails_replaces_nothing(
     refused(capsys, "convert", "smoe-dropout", "model=nano", "out=made", "overwrite=true", *more)
     assert {file.name: file.read_bytes() for file in Path("made").iterdir()} == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["made"]
+
+
+def test_no_folder_is_written_where_none_can_be(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    for out, message in (("loop", "cannot be written"), ("loop/x", "cannot be written"), (".staging", "name another")):
+        assert message in refused(capsys, "convert", "smoe-dropout", "model=nano", f"out={out}"), out
+        assert message in refused(capsys, "train", "pretrain/dense", *SMALL, f"out={out}"), out
+
+
+def test_what_an_interrupt_left_of_a_folder_goes_with_the_next(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said(capsys, "convert", "smoe-dropout", "model=nano", f"out={tmp_path / 'made'}")
+    (tmp_path / ".trash-made-1").mkdir()
+    said(capsys, "convert", "smoe-dropout", "model=nano", f"out={tmp_path / 'made'}", "overwrite=true")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["made"]
+
+
+def test_tokens_that_a_model_does_not_have_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = load_model("nano")
+    base.model.resize_token_embeddings(100)
+    for name, changed in (("small", {}), ("odd", {"hidden_size": "abc"})):
+        base.model.save_pretrained(tmp_path / name)
+        base.tokenizer.save_pretrained(tmp_path / name)
+        file = tmp_path / name / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    for line in (["perplexity", str(tmp_path / "small")], ["convert", "cmoe", f"model={tmp_path / 'small'}"]):
+        assert "and the model embeds 100" in refused(capsys, *line, "domains=lists", "length=16")
+    told = refused(capsys, "perplexity", str(tmp_path / "odd"), "domains=lists")
+    assert "cannot load model" in told
+    assert "'hidden_size'" in told
 
 
 def test_folders_of_others_are_left_alone(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from moesaic.ffn.serving.simulator import Machine, coming, simulate
 from tests.test_engine import EXPERT, folder, model, prompts  # noqa: F401
 
 ONE = Machine(layers=1, expert_bytes=10, budget=10, bandwidth=10.0, layer_seconds=1.0)
+
+
+ROOMY = Machine(layers=1, expert_bytes=10, budget=20, bandwidth=10.0, layer_seconds=1.0)
 
 
 @pytest.mark.parametrize("policy", ["lru", "fifo"])
@@ -46,10 +50,9 @@ def test_a_layer_computes_while_the_next_ones_expert_is_read() -> None:
 
 def test_belady_knows_the_batches_that_follow() -> None:
     assert coming([[3], [1, 3], [0]]) == {3: 1, 1: 2, 0: 3}
-    roomy = Machine(layers=1, expert_bytes=10, budget=20, bandwidth=10.0, layer_seconds=1.0)
     trace = [[0], [1], [2], [0], [1], [2], [0], [1]]
-    assert simulate(trace, roomy, prefetch=False).hits == 3
-    assert simulate(trace, roomy, prefetch=False, policy="lru").hits == 0
+    assert simulate(trace, ROOMY, prefetch=False).hits == 3
+    assert simulate(trace, ROOMY, prefetch=False, policy="lru").hits == 0
 
 
 def test_what_cannot_be_simulated_is_refused() -> None:
@@ -57,5 +60,16 @@ def test_what_cannot_be_simulated_is_refused() -> None:
         Machine(layers=1, expert_bytes=10, budget=10, bandwidth=0.0, layer_seconds=1.0)
     with pytest.raises(ConfigError, match="hold no expert"):
         Machine(layers=1, expert_bytes=10, budget=9, bandwidth=1.0, layer_seconds=1.0)
-    with pytest.raises(ConfigError, match="no expert"):
-        simulate([[0], []], ONE)
+    sizes: dict[str, Any] = vars(ONE)
+    for other in ({"layer_seconds": math.nan}, {"layers": 1.5}, {"bandwidth": "fast"}):
+        with pytest.raises(ConfigError, match="must be a"):
+            Machine(**sizes | other)
+    batches: Any
+    for batches in ([[0], []], [0, 1], [["a"]], [[0.5]]):
+        with pytest.raises(ConfigError, match="a batch is a list of whole numbers"):
+            simulate(batches, ONE)
+
+
+def test_a_batch_names_each_expert_once_and_a_trace_may_be_read_once() -> None:
+    assert simulate([[0, 0], [1, 0, 1]], ROOMY) == simulate(iter([[0], [0, 1]]), ROOMY)
+    assert simulate([[0, 0], [1, 0, 1]], ROOMY).hits == 1

@@ -161,6 +161,15 @@ def test_bad_input_is_one_clear_line(asked: Any, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_half_a_character_is_told_with_its_line(tmp_path: Path) -> None:
+    whole, half = json.dumps({"text": "\U0001f600"}), json.dumps({"text": "\ud83d"})
+    (tmp_path / "a.jsonl").write_text(f"{whole}\n{half}\n")
+    with pytest.raises(MoesaicError, match=r"a.jsonl:2: half a character"):
+        documents(str(tmp_path / "a.jsonl"))
+    (tmp_path / "a.jsonl").write_text(f"{whole}\n")
+    assert documents(str(tmp_path / "a.jsonl")) == ["\U0001f600"]
+
+
 def test_a_domain_of_too_little_text_says_so(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("short")
     with pytest.raises(MoesaicError, match="the domain 'a' has too little text: 0 rows of 64 tokens"):

@@ -32,7 +32,12 @@ def decode(row: Any, where: str) -> Any:
     if not isinstance(row, str):
         return row
     try:
-        return json.loads(row, object_pairs_hook=_without_doubles)
+        found = json.loads(row, object_pairs_hook=_without_doubles)
+        if "\\ud" in row.lower():
+            json.dumps(found, ensure_ascii=False).encode()
+        return found
+    except UnicodeEncodeError:
+        raise DataError(f"{where}: half a character, of the two \\uD8… and \\uDC… that make one: write both") from None
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
     except (ValueError, RecursionError) as error:

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, cast
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import output_capturing
 
 from moesaic.errors import ConfigError, suggest
@@ -310,6 +310,15 @@ def routed_class(base: type) -> type[PreTrainedModel]:
     for auto in _autos(base):
         auto.register(config, made)
     return made
+
+
+def __getattr__(name: str) -> type:
+    """Classes that were made here by their names, as whoever unpickles a model or a config asks for them."""
+    base: Any = getattr(transformers, name.removeprefix("Moesaic"), None) if name.startswith("Moesaic") else None
+    if not isinstance(base, type) or not issubclass(base, (PreTrainedModel, PretrainedConfig)):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    made: Any = routed_class if issubclass(base, PreTrainedModel) else routed_config
+    return cast(type, made(base))
 
 
 def _autos(base: type) -> list[Any]:

@@ -60,6 +60,10 @@ class RecurrentGate(nn.Module):
         head = self.recurrent.head
         return head.embeddings if isinstance(head, CosineHead) else cast(nn.Linear, head).weight
 
+    def __reduce__(self) -> Any:
+        """Copied and pickled by the class that its own was made of."""
+        return _blank, (type(self).__mro__[2],), vars(self)
+
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         self.host.called(self.site.name)
         x = hidden_states.reshape(-1, self.hidden_dim)
@@ -104,6 +108,11 @@ def _gate_class(base: type) -> type[RecurrentGate]:
     return type(f"Recurrent{base.__name__}", (RecurrentGate, base), {"__module__": __name__})
 
 
+def _blank(base: type) -> RecurrentGate:
+    made = _gate_class(base)
+    return made.__new__(made)
+
+
 def gates(model: nn.Module) -> list[tuple[str, Any]]:
     """The top-k routers of a mixture's layers, in the model's order.
 
@@ -117,8 +126,8 @@ def gates(model: nn.Module) -> list[tuple[str, Any]]:
     ]
     if not found:
         raise ConfigError(
-            f"{type(model).__name__.removeprefix('Moesaic')} has no routers to link: RMoE goes on models that are mixtures (Mixtral, "
-            "Qwen3-MoE, OLMoE)"
+            f"{type(model).__name__.removeprefix('Moesaic')} has no routers to link: RMoE goes on models that are "
+            "mixtures (Mixtral, Qwen3-MoE, OLMoE)"
         )
     return found
 

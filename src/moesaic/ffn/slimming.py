@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -28,8 +28,8 @@ def set_top_k(model: nn.Module, k: int) -> None:
     keep(model, k)
 
 
-def keep(model: nn.Module, k: int) -> None:
-    """Let a model be saved as one that takes k experts a token, whatever its layers take now."""
+def keep(model: nn.Module, k: int | None) -> None:
+    """Let a model be saved as one that takes k experts a token (None: all), whatever its layers take now."""
     config: Any = getattr(model, "config", None)
     if "top_k" in getattr(config, "moesaic", {}):
         config.moesaic = {**config.moesaic, "top_k": k}
@@ -38,16 +38,26 @@ def keep(model: nn.Module, k: int) -> None:
         text.num_experts_per_tok = k
 
 
+def _kept(model: nn.Module) -> int | None:
+    """The k that a model would be saved with."""
+    config: Any = getattr(model, "config", None)
+    if "top_k" in getattr(config, "moesaic", {}):
+        return cast(int | None, config.moesaic["top_k"])
+    text = config.get_text_config() if isinstance(config, PretrainedConfig) else None
+    return getattr(text, "num_experts_per_tok", None)
+
+
 @contextmanager
 def top_k(model: nn.Module, k: int) -> Iterator[None]:
     """k experts a token inside, and what there was before afterwards. Raises ConfigError as `set_top_k` does."""
     check_top_k(model, k)
-    before = [layer.top_k for layer in routed_layers(model)]
+    before, kept = [layer.top_k for layer in routed_layers(model)], _kept(model)
     take(model, [k] * len(before))
     try:
         yield
     finally:
         take(model, before)
+        keep(model, kept)
 
 
 def take(model: nn.Module, by_layer: Sequence[int]) -> None:

@@ -7,12 +7,17 @@ from pathlib import Path
 from typing import Any, cast
 
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from moesaic.errors import AdapterError, ConfigError, first_line
 from moesaic.ffn.model import PREFIX, routed_class
 from moesaic.routing import Router
+
+_UNREADABLE = (
+    OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError, StrictDataclassError
+)  # fmt: skip
 
 
 def load(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
@@ -35,7 +40,7 @@ def read(made: type[PreTrainedModel], folder: Path, **kwargs: Any) -> PreTrained
         loaded: Any = made.from_pretrained(folder, output_loading_info=True, **kwargs)
     except ConfigError as error:
         raise AdapterError(f"{folder} is damaged: {error}") from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
+    except _UNREADABLE as error:
         raise AdapterError(f"{folder} cannot be read: {first_line(error)}") from None
     model, found = loaded
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -59,7 +64,7 @@ def _keep_routers(model: PreTrainedModel) -> None:
 
 
 def is_converted(folder: str | Path) -> bool:
-    return str(_described(folder).get("model_type", "")).startswith(PREFIX)
+    return str(described(folder).get("model_type", "")).startswith(PREFIX)
 
 
 def class_of(folder: str | Path) -> type[PreTrainedModel]:
@@ -68,7 +73,7 @@ def class_of(folder: str | Path) -> type[PreTrainedModel]:
     Raises:
         AdapterError: where the folder holds none of ours.
     """
-    found = _described(folder)
+    found = described(folder)
     architecture = found.get("architectures")
     if not is_converted(folder):
         raise AdapterError(f"{folder} holds no converted model: `moesaic convert` makes one")
@@ -79,7 +84,8 @@ def class_of(folder: str | Path) -> type[PreTrainedModel]:
     return routed_class(base)  # type: ignore[arg-type]
 
 
-def _described(folder: str | Path) -> dict[str, Any]:
+def described(folder: str | Path) -> dict[str, Any]:
+    """What its config.json says; nothing where there is none that can be read."""
     try:
         found = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -53,6 +53,8 @@ class Rounds:
         for name in ("rounds", "router_steps", "expert_steps", "router_lr", "expert_lr", "decay", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must not be negative")
+            if name.endswith("_lr") and getattr(self, name) > 1:
+                raise ConfigError(f"{name}={getattr(self, name)} is above 1: no weight can learn at such a rate")
 
     @property
     def steps(self) -> int:

@@ -118,6 +118,7 @@ def load_model(name: str, *, dtype: Any = None, attention: str | None = None) ->
         AdapterError: the folder of a converted model is damaged.
     """
     import torch
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
@@ -134,7 +135,9 @@ def load_model(name: str, *, dtype: Any = None, attention: str | None = None) ->
         tokenizer = AutoTokenizer.from_pretrained(place)
     except ConfigError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except (
+        OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError, SafetensorError, StrictDataclassError
+    ) as error:  # fmt: skip
         raise _cannot_load(name, place, error) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -156,6 +159,7 @@ def load_outline(name: str) -> LoadedModel:
         ConfigError: as `load_model`.
     """
     import torch
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModel, AutoModelForCausalLM
 
     place = resolve(name)
@@ -166,7 +170,7 @@ def load_outline(name: str) -> LoadedModel:
             model = (AutoModelForCausalLM if kind == "causal" else AutoModel).from_config(config)
     except ConfigError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError, StrictDataclassError) as error:
         raise _cannot_load(name, place, error) from None
     return LoadedModel(_without_pooler(model, kind), None, kind)
 

@@ -9,6 +9,9 @@ from typing import Any
 from moesaic.errors import ConfigError
 from moesaic.runs.settings import build, check_keys, lists, names, parse_overrides, texts
 
+MOST = 1_000_000
+"""Rows in a forward."""
+
 
 @dataclass
 class Conversion:
@@ -52,6 +55,8 @@ def load_conversion(method: str, arguments: Sequence[str]) -> Conversion:
     for key, least in (("length", 8), ("rows", 1), ("held_out", 1), ("batch_size", 1)):
         if getattr(settings, key) < least:
             raise ConfigError(f"{key}={getattr(settings, key)} must be at least {least}")
+    if settings.batch_size > MOST:
+        raise ConfigError(f"batch_size={settings.batch_size} must be at most {MOST:,}")
     if settings.dtype not in ("float32", "bfloat16"):
         raise ConfigError(f"dtype={settings.dtype}; known: float32, bfloat16")
     if settings.precision not in ("auto", "bf16", "fp32"):

@@ -3,6 +3,7 @@
 recipe.yaml  layout.json  metrics.jsonl  checkpoints/checkpoint-N/  adapter/  results.json (last: the run is finished)
 """
 
+import glob
 import json
 import logging
 import math
@@ -150,15 +151,19 @@ def check_writable(place: Path, asked: str) -> None:
     place = place.absolute()
     if not place.name:
         raise ConfigError(f"{asked} is the root of the file system; name another")
+    if place.name == STAGING:
+        raise ConfigError(f"{asked} is where folders lie while they are written; name another")
     if _is_device(place):
         raise ConfigError(f"{asked} is a device; name another")
     try:
+        place.resolve(strict=place.is_symlink())  # refuses links that lead in a circle
         _part(place).exists()  # refuses a name that is too long
         near = next(p for p in (place, *place.parents) if p.exists())
         with TemporaryFile(dir=near if near.is_dir() or near != place else near.parent):
             pass
-    except OSError as error:
-        raise ConfigError(f"{asked} cannot be written: {error.strerror or first_line(error)}; name another") from None
+    except (OSError, RuntimeError) as error:
+        said = getattr(error, "strerror", None) or first_line(error)
+        raise ConfigError(f"{asked} cannot be written: {said}; name another") from None
 
 
 @contextmanager
@@ -193,7 +198,8 @@ def discard(folder: Path) -> None:
             os.replace(entry, trash / entry.name)
     else:
         os.replace(place, trash)
-    shutil.rmtree(trash)
+    for remains in (trash, *place.parent.glob(f".trash-{glob.escape(place.name)}-*")):  # an interrupted one's too
+        shutil.rmtree(remains, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

@@ -95,6 +95,10 @@ def load_pretraining(name: str, overrides: Sequence[str] = ()) -> Pretraining:
         stored.pop("experts", None)  # another method's settings
     for source, values in ((str(file), stored), ("settings", given)):
         check_keys(source, values, names(Pretraining))
+    for key in ("config", "experts"):
+        for values in (stored, given):
+            if not isinstance(values.get(key, {}), dict | None):
+                raise ConfigError(f"{key}={values[key]!r} must be settings of its own, such as {key}.name=value")
     nested = {key: {**(stored.pop(key, None) or {}), **(given.pop(key, None) or {})} for key in ("config", "experts")}
     recipe = build(
         Pretraining, {"name": Path(name).stem} if file.is_relative_to(PACKAGED) else {}, stored, given, nested

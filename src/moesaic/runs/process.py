@@ -27,6 +27,10 @@ def exit_code(command: Callable[[], int | None], *, verbose: bool = False) -> in
         return 0
     except OSError as error:
         return _told(first_line(error), 2)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_memory(error):
+            raise
+        return _told(f"out of memory: make what was asked for smaller ({first_line(error)})", 2)
 
 
 @contextmanager
@@ -44,6 +48,11 @@ def termination_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _is_memory(error: Exception) -> bool:
+    """Whether memory was asked for that is not there; torch has no class of its own for a CPU's."""
+    return isinstance(error, MemoryError) or any(said in str(error) for said in ("allocate memory", "out of memory"))
 
 
 def _told(message: str, code: int) -> int:

@@ -5,6 +5,7 @@ A conversion that is tuned keeps every round that is done in a hidden folder bes
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import sys
 from collections.abc import Callable
@@ -33,7 +34,7 @@ from moesaic.runs.folder import (
 )
 from moesaic.runs.results import command_line, count_total, device_name, versions
 from moesaic.runs.settings import names
-from moesaic.training.domains import Domain, domains_of, figures, mixed, named, routing
+from moesaic.training.domains import Domain, digest, domains_of, figures, mixed, named, routing
 from moesaic.training.workplace import RESULTS, place_of, rounds_in, working
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,10 @@ def convert(wanted: Conversion, *, command: str | None = None, progress: bool | 
     before = figures(model, domains, batch_size=wanted.batch_size)
     rows = {name: domain.train for name, domain in domains.items()}
     dense = count_total(model)
-    with working(out, wanted, domains) as work:
+    made_of = {f"the text of {name}": digest({name: domain}) for name, domain in domains.items()}
+    if rounds is not None and rounds.steps:
+        made_of[f"the weights of {wanted.model}"] = _weights(model)
+    with working(out, wanted, made_of) as work:
         parts = method.parts(model, rows, batch_size=wanted.batch_size, seed=wanted.seed)
         if rounds is not None:
             _tune(method, model, parts, domains, wanted, rounds, plan, work, shown=shown)
@@ -89,6 +93,14 @@ def convert(wanted: Conversion, *, command: str | None = None, progress: bool | 
             write_text(staging / "report.html", _page(wanted, results, routed))
             write_json(staging / RESULTS, results)
     return results
+
+
+def _weights(model: PreTrainedModel) -> str:
+    """A digest of a model's parameters."""
+    found = hashlib.sha256()
+    for values in model.parameters():
+        found.update(values.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def _shared_neurons(settings: dict[str, Any]) -> list[tuple[str, str]]:

@@ -103,6 +103,8 @@ def domains_of(
             )
         plain = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
         written = sum(len(t.encode()) for t in tokenizer.batch_decode(kept, **plain))
+        if not written:
+            raise ConfigError(f"the held-out text of the domain {name!r} is special tokens alone: give it more")
         made[name] = Domain(name, learned, kept, written / kept.numel())
     return made
 
@@ -139,9 +141,26 @@ def loss(model: Any, rows: Tensor, *, batch_size: int = 8, tick: Callable[[], No
     return total / count
 
 
+def check_fit(model: Any, domains: Mapping[str, Domain]) -> None:
+    """Raise ConfigError where rows hold tokens that the model does not have."""
+    known = model.get_input_embeddings().num_embeddings
+    for name, domain in domains.items():
+        most = max(int(domain.train.max()), int(domain.held.max()))
+        if most >= known:
+            raise ConfigError(
+                f"the tokenizer makes token {most} of the domain {name!r}, and the model embeds {known}: give the one "
+                "that belongs to it, or resize the model's embeddings (resize_token_embeddings) and save it anew"
+            )
+
+
 def figures(model: Any, domains: Mapping[str, Domain], **how: Any) -> dict[str, dict[str, float]]:
-    """By domain: `loss` (nats a token), `perplexity`, `bits_per_byte` of the held-out rows."""
+    """By domain: `loss` (nats a token), `perplexity`, `bits_per_byte` of the held-out rows.
+
+    Raises:
+        ConfigError: the rows hold tokens that the model does not have.
+    """
     made = {}
+    check_fit(model, domains)
     for name, domain in domains.items():
         nats = loss(model, domain.held, **how)
         made[name] = {

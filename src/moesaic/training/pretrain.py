@@ -26,7 +26,7 @@ from moesaic.runs.pretraining import Pretraining, load_pretraining
 from moesaic.runs.recipe import dump
 from moesaic.runs.results import command_line, count_total, count_trainable, device_name, peak_memory, versions
 from moesaic.training.conversion import method_with
-from moesaic.training.domains import Domain, digest, domains_of, figures, named, routing
+from moesaic.training.domains import Domain, check_fit, digest, domains_of, figures, named, routing
 from moesaic.training.run import check_place, fit, plain
 from moesaic.training.trainer import RunMixin, training_arguments
 
@@ -47,6 +47,7 @@ def pretrain(recipe: Pretraining, *, command: str | None = None, progress: bool 
     model = built(recipe, tokenizer)
     schedule = _schedule(recipe, model)
     domains = _domains(recipe, tokenizer)
+    check_fit(model, domains)
     rows = {name: len(domain.train) for name, domain in domains.items()}
     layout = {"domains": rows, "data_sha256": digest(domains)}
     with (

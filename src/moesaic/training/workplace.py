@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,7 +12,6 @@ from moesaic.errors import ConfigError, path_of
 from moesaic.runs.conversion import Conversion
 from moesaic.runs.folder import check_writable, locked, read_json, write_json, writing
 from moesaic.runs.settings import differences
-from moesaic.training.domains import Domain, digest
 
 logger = logging.getLogger(__name__)
 
@@ -42,10 +41,14 @@ def place_of(wanted: Conversion) -> Path:
 
 
 @contextmanager
-def working(out: Path, wanted: Conversion, domains: dict[str, Domain]) -> Iterator[Path]:
-    """The hidden folder beside `out` that rounds are kept in, for this process alone; gone when all is done."""
+def working(out: Path, wanted: Conversion, made_of: Mapping[str, str]) -> Iterator[Path]:
+    """The hidden folder beside `out` that rounds are kept in, for this process alone; gone when all is done.
+
+    Args:
+        made_of: digests of what the settings only name, such as text and weights.
+    """
     work = out.with_name(f".{out.name}.rounds")
-    described = wanted.describes() | {f"the text of {name}": digest({name: domain}) for name, domain in domains.items()}
+    described = wanted.describes() | {**made_of}
     with writing(work):
         work.mkdir(parents=True, exist_ok=True)
     with locked(work):

@@ -14,7 +14,7 @@ from moesaic.ffn.read_me import banks_of
 from moesaic.ffn.serving import attention
 from moesaic.ffn.serving.files import unmap
 from moesaic.ffn.serving.streamed import StreamedBank
-from moesaic.ffn.stored import class_of, read
+from moesaic.ffn.stored import class_of, described, read
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def without_experts(folder: Path, dtype: Any) -> PreTrainedModel:
         AdapterError: the folder holds no converted model, or a damaged one.
     """
     made = class_of(folder)
-    if made.config_class.from_pretrained(folder).moesaic.get("method") != "read-me":  # type: ignore[union-attr]
+    if described(folder)["moesaic"].get("method") != "read-me":
         raise ConfigError(f"{folder} is no Read-ME model: its experts are not known before it runs")
     left_out = {"_keys_to_ignore_on_load_unexpected": [r"\.experts\."], "__module__": __name__}
     with banks_of(StreamedBank):

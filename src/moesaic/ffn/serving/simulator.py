@@ -8,12 +8,13 @@ engine's only the tokens that wait. What is waited for is an estimate.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 from moesaic.errors import ConfigError
+from moesaic.ffn.checking import check
 from moesaic.ffn.serving.engine import HORIZON
 from moesaic.ffn.serving.residency import Policy, Residency
 from moesaic.ffn.serving.streamed import Key, Store
@@ -38,6 +39,7 @@ class Machine:
     layer_seconds: float
 
     def __post_init__(self) -> None:
+        check(self)
         if min(vars(self).values()) <= 0:
             raise ConfigError(f"{self}: all must be above 0")
         if self.budget < self.expert_bytes:
@@ -58,25 +60,30 @@ class Simulated:
 
 
 def simulate(
-    batches: Sequence[Sequence[int]], machine: Machine, *, policy: Policy = "belady", prefetch: bool = True
+    batches: Iterable[Collection[int]], machine: Machine, *, policy: Policy = "belady", prefetch: bool = True
 ) -> Simulated:
     """Run batches (the experts of each, such as `[batch.experts for batch in engine.batches]`) on a machine.
 
     Raises:
         ConfigError: a batch of no expert, or a machine that holds none.
     """
-    if any(not batch for batch in batches):
-        raise ConfigError("a batch of no expert cannot be simulated")
+    plans = [_plan(batch) for batch in batches]
     store = _Counted(machine, policy, prefetch=prefetch)
-    for number, batch in enumerate(batches):
-        store.coming = coming(batches[number + 1 : number + 1 + HORIZON])
-        plan = sorted(batch)
+    for number, plan in enumerate(plans):
+        store.coming = coming(plans[number + 1 : number + 1 + HORIZON])
         store.begin([plan] * machine.layers)
         for layer in range(machine.layers):
             for _ in store.take(layer, plan):
                 store.clock += machine.layer_seconds / len(plan)
     kept = store.residency
     return Simulated(kept.hits, kept.misses, kept.moved, store.loads.loading, store.loads.waiting, store.clock)
+
+
+def _plan(batch: Any) -> list[int]:
+    """A batch's experts, each once. Raises ConfigError for what is no list of them."""
+    if not isinstance(batch, Collection) or not batch or any(type(expert) is not int for expert in batch):
+        raise ConfigError(f"a batch is a list of whole numbers, the experts that it takes, one at least: not {batch!r}")
+    return sorted({*batch})
 
 
 class _Counted(Store):
