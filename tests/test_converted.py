@@ -40,7 +40,7 @@ from transformers import (
 from moesaic import ffn
 from moesaic.errors import ConfigError
 from moesaic.ffn import CMoE, KSchedule, ReadMe, RMoE, Schedule, SMoEDropout, set_top_k, top_k
-from moesaic.ffn.model import Method
+from moesaic.ffn.method import Method
 from moesaic.ffn.places import routed_layers
 from moesaic.ffn.schedules import apply
 from tests.test_ffn import IDS, D, logits, made

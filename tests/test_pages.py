@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from moesaic.ffn.model import methods
+from moesaic.ffn.method import methods
 from moesaic.runs.conversion import load_conversion
 from moesaic.runs.pretraining import load_pretraining
 

@@ -97,7 +97,7 @@ def describe(name: str) -> dict[str, Any]:
 
 
 def ffn_methods() -> dict[str, Any]:
-    from moesaic.ffn.model import methods as found
+    from moesaic.ffn.method import methods as found
 
     return dict(found())
 

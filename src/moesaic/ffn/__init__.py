@@ -1,7 +1,8 @@
 """Experts that are slices of a feed-forward layer: stock Transformers models in, stock Transformers models out."""
 
 from moesaic.ffn.cmoe import CMoE
-from moesaic.ffn.model import Method, convert, fresh, method_of, methods
+from moesaic.ffn.method import Method, method_of, methods
+from moesaic.ffn.model import convert, fresh
 from moesaic.ffn.places import active_parameters, expert_layers
 from moesaic.ffn.read_me import ReadMe
 from moesaic.ffn.recurrent import RMoE

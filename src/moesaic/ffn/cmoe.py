@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from moesaic.errors import ConfigError, MissingDependency
 from moesaic.ffn.layer import Activation, ExpertLayer, GatedExperts, PlainExperts, bank_of
-from moesaic.ffn.model import Method, setting
+from moesaic.ffn.method import Method, setting
 from moesaic.ffn.places import put, sites
 from moesaic.ffn.split import Dense, Seat, cut, even, read, seats
 from moesaic.ffn.watching import Text, batches_of, evaluating, tokens_of, watching

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from moesaic.errors import ConfigError
 from moesaic.ffn.layer import ExpertLayer, bank_of
 from moesaic.ffn.masks import Masks, masks, scores, shared
-from moesaic.ffn.model import Method, setting
+from moesaic.ffn.method import Method, setting
 from moesaic.ffn.places import expert_layers, put, sites
 from moesaic.ffn.pregate import PreGate
 from moesaic.ffn.serving.files import write_checksums

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from moesaic.errors import ConfigError
 from moesaic.ffn.layer import NAME
-from moesaic.ffn.model import Method, setting
+from moesaic.ffn.method import Method, setting
 from moesaic.ffn.places import is_top_k_router
 from moesaic.host import Host
 from moesaic.routing import Record, Routing, Site, no_autocast

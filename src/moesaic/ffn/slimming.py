@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from moesaic.errors import ConfigError
-from moesaic.ffn.model import method_of
+from moesaic.ffn.method import method_of
 from moesaic.ffn.places import routed_layers
 
 

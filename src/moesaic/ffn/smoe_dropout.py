@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from moesaic.errors import ConfigError
 from moesaic.ffn.layer import ExpertLayer, bank_of
-from moesaic.ffn.model import Method, setting
+from moesaic.ffn.method import Method, setting
 from moesaic.ffn.places import put, sites
 from moesaic.ffn.split import Dense, Seat, Slices, cut, even, join, read
 from moesaic.host import Host

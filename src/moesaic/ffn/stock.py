@@ -17,7 +17,10 @@ from moesaic.ffn.places import expert_layers
 
 
 def as_mixtral(model: PreTrainedModel) -> MixtralForCausalLM:
-    """The same model as a `MixtralForCausalLM`: equal logits, at the k that it has now; the two share their weights.
+    """The same model as a `MixtralForCausalLM`, at the k that it has now; the two share their weights.
+
+    Logits are equal in float32. Mixtral's routers read in the weights' precision, where ours read in float32 always:
+    in bfloat16 some tokens take other experts.
 
     Raises:
         ConfigError: for methods and bases that Mixtral's layout does not hold, with the reason.

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from moesaic.errors import ConfigError, TrainingError
 from moesaic.ffn.checking import check
 from moesaic.ffn.masks import Masks, shared
-from moesaic.ffn.model import setting
+from moesaic.ffn.method import setting
 from moesaic.ffn.pregate import PreGate
 from moesaic.ffn.split import Seat
 from moesaic.ffn.watching import watching
