@@ -164,7 +164,7 @@ def test_bad_input_is_one_clear_line(asked: Any, message: str) -> None:
 def test_half_a_character_is_told_with_its_line(tmp_path: Path) -> None:
     whole, half = json.dumps({"text": "\U0001f600"}), json.dumps({"text": "\ud83d"})
     (tmp_path / "a.jsonl").write_text(f"{whole}\n{half}\n")
-    with pytest.raises(MoesaicError, match=r"a.jsonl:2: half a character"):
+    with pytest.raises(MoesaicError, match=r"a.jsonl:2: .text. holds half of a surrogate pair"):
         documents(str(tmp_path / "a.jsonl"))
     (tmp_path / "a.jsonl").write_text(f"{whole}\n")
     assert documents(str(tmp_path / "a.jsonl")) == ["\U0001f600"]

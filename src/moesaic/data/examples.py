@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from moesaic.data.jsonl import decode, lines
+from moesaic.data.jsonl import decode, encodable, lines
 from moesaic.errors import DataError, MissingDependency, first_line, path_of, suggest
 
 logger = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ def parse(row: Any, where: str, *, of: str | None = None) -> Example:
     """
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected an object like {{'task': …, 'prompt': …}}, got {type(row).__name__}")
-    task = _encodable(of, "task", where) if of is not None and "task" not in row else _text(row, "task", where)
+    task = encodable(of, "task", where) if of is not None and "task" not in row else _text(row, "task", where)
     if not task.strip():
         raise DataError(f"{where}: 'task' is empty")
     if row.get("messages") is not None and row.get("tools"):
@@ -147,22 +147,14 @@ def _text(row: dict[str, Any], key: str, where: str) -> str:
         raise DataError(f"{where}: field '{key}' is missing{how}")
     if not isinstance(row[key], str):
         raise DataError(f"{where}: '{key}' must be text, got {type(row[key]).__name__}")
-    return _encodable(row[key], key, where)
-
-
-def _encodable(text: str, key: str, where: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise DataError(f"{where}: '{key}' holds half of a surrogate pair (\\ud800 to \\udfff): no text") from None
-    return text
+    return encodable(row[key], key, where)
 
 
 def _choice(task: str, prompt: str, row: dict[str, Any], where: str) -> Example:
     choices, answer = row["choices"], row.get("answer")
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) for c in choices):
         raise DataError(f"{where}: 'choices' must be a list of at least two texts")
-    if not all(_encodable(c, "choices", where).strip() for c in choices):
+    if not all(encodable(c, "choices", where).strip() for c in choices):
         raise DataError(f"{where}: one of the 'choices' is empty")
     if "answer" not in row:
         raise DataError(f"{where}: field 'answer' is missing: the index of the right choice")

@@ -32,17 +32,21 @@ def decode(row: Any, where: str) -> Any:
     if not isinstance(row, str):
         return row
     try:
-        found = json.loads(row, object_pairs_hook=_without_doubles)
-        if "\\ud" in row.lower():
-            json.dumps(found, ensure_ascii=False).encode()
-        return found
-    except UnicodeEncodeError:
-        raise DataError(f"{where}: half a character, of the two \\uD8… and \\uDC… that make one: write both") from None
+        return json.loads(row, object_pairs_hook=_without_doubles)
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
     except (ValueError, RecursionError) as error:
         detail = getattr(error, "msg", first_line(error))
         raise DataError(f"{where}: not valid JSON: {detail}") from None
+
+
+def encodable(text: str, key: str, where: str) -> str:
+    """A text that can be written as UTF-8. Raises DataError for any other."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{where}: '{key}' holds half of a surrogate pair (\\ud800 to \\udfff): no text") from None
+    return text
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

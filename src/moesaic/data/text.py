@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from moesaic.data.examples import has_split, parse
-from moesaic.data.jsonl import decode, lines
+from moesaic.data.jsonl import decode, encodable, lines
 from moesaic.errors import DataError, path_of
 
 HELD_OUT = 10
@@ -77,7 +77,7 @@ def _rows(file: Path) -> Iterator[str]:
     for where, line in lines(file):
         row = decode(line, where)
         if isinstance(row, dict) and isinstance(row.get("text"), str):
-            yield row["text"]
+            yield encodable(row["text"], "text", where)
             continue
         found = parse(row, where, of=file.parent.name or "rows")
         chosen = found.choices[found.label] if found.choices else found.completion

@@ -156,7 +156,7 @@ def check_writable(place: Path, asked: str) -> None:
     if _is_device(place):
         raise ConfigError(f"{asked} is a device; name another")
     try:
-        place.resolve(strict=place.is_symlink())  # refuses links that lead in a circle
+        place.resolve()  # refuses links that lead in a circle
         _part(place).exists()  # refuses a name that is too long
         near = next(p for p in (place, *place.parents) if p.exists())
         with TemporaryFile(dir=near if near.is_dir() or near != place else near.parent):
