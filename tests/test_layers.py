@@ -23,7 +23,7 @@ FLOORS = (
     ("lora",),
     ("adapters",),
     ("runs",),
-    ("training",),
+    ("training", "trees"),
     ("evaluation",),
     ("compare", "bench"),
     ("cli",),
@@ -38,6 +38,7 @@ NARROWER = {
     "lora": {"host", "routing", "errors", "models"},
     "ffn": {"host", "routing", "errors"},
     "adapters": {"lora", "host", "routing", "errors"},
+    "trees": {"routing", "runs", "report", "errors"},
 }
 """Rooms that import less than the floors below them hold."""
 ALLOWED = {

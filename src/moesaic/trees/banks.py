@@ -1,0 +1,159 @@
+"""The experts of a mixture: one bank, or two of which the second sees the last labels too, and what watches them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesaic.errors import MissingDependency
+from moesaic.trees.experts import Experts, Row, Votes
+from moesaic.trees.settings import Settings
+
+SIGHTED = 3
+"""One expert in so many sees the last labels, where any does."""
+
+
+class Banks:
+    """K experts in all.
+
+    Args:
+        settings: `backend`, `history`, `detect`, `warning`, `drift` and `seed` of them.
+        size: K.
+    """
+
+    def __init__(self, settings: Settings, size: int) -> None:
+        self.settings, self.size = settings, 0
+        seeing = size // SIGHTED if settings.history else 0
+        self.banks: list[Experts] = [
+            bank(settings, count, settings.seed + 1000 * number)
+            for number, count in enumerate((size - seeing, seeing))
+            if count or not number
+        ]
+        self.size = size
+        self.watch = Watch(size, settings.warning, settings.drift) if settings.detect else None
+
+    def predict(self, x: Row, classes: int, past: NDArray[np.float64]) -> Votes:
+        """Each expert's probabilities (K, classes)."""
+        if len(self.banks) == 1:
+            return self.banks[0].predict(x, classes)
+        return np.concatenate([self.banks[0].predict(x, classes), self.banks[1].predict(_joined(past, x), classes)])
+
+    def learn(self, x: Row, y: int, weights: NDArray[np.float64], past: NDArray[np.float64]) -> None:
+        start = 0
+        for number, held in enumerate(self.banks):
+            held.learn(_joined(past, x) if number else x, y, weights[start : start + held.size])
+            start += held.size
+
+    def drifted(self, errors: NDArray[np.float64]) -> list[int]:
+        """Watch the experts' errors (K,); those that became worse begin anew, and are returned."""
+        assert self.watch is not None
+        warned, drifted = self.watch.add(errors)
+        for k in warned:
+            held, own = self._of(k)
+            if hasattr(held, "prepare"):
+                held.prepare(own)
+        for k in drifted:
+            self.reset(k)
+        return drifted
+
+    def reset(self, which: int) -> None:
+        held, own = self._of(which)
+        held.reset(own)
+
+    def _of(self, which: int) -> tuple[Any, int]:
+        for held in self.banks:
+            if which < held.size:
+                return held, which
+            which -= held.size
+        raise IndexError(which)
+
+    def add(self, count: int) -> None:
+        """More experts, in the only bank there is."""
+        held: Any = self.banks[0]
+        held.add(count)
+        self.size += count
+        if self.watch is not None:
+            self.watch.grow(self.size)
+
+    def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+        arrays: dict[str, NDArray[Any]] = {}
+        said: list[dict[str, Any]] = []
+        for number, held in enumerate(self.banks):
+            found, values = held.state()
+            arrays |= {f"{number}.{name}": value for name, value in found.items()}
+            said.append(values)
+        if self.watch is not None:
+            arrays |= {f"watch.{name}": value for name, value in self.watch.state().items()}
+        return arrays, {"banks": said}
+
+    def restore(self, arrays: Mapping[str, NDArray[Any]], values: Mapping[str, Any]) -> None:
+        for number, (held, said) in enumerate(zip(self.banks, values["banks"], strict=True)):
+            mark = f"{number}."
+            held.restore({k.removeprefix(mark): v for k, v in arrays.items() if k.startswith(mark)}, said)
+        if self.watch is not None:
+            mark = "watch."
+            self.watch.restore({k.removeprefix(mark): v for k, v in arrays.items() if k.startswith(mark)})
+
+    def close(self) -> None:
+        for held in self.banks:
+            held.close()
+
+
+class Watch:
+    """Two ADWINs an expert: the first to change lets another grow beside it, the second puts it in its place."""
+
+    def __init__(self, size: int, warning: float, drift: float) -> None:
+        from moesaic.trees.arrays.adwin import Adwin
+
+        self.warning, self.drift = Adwin(size, warning), Adwin(size, drift)
+
+    def add(self, errors: NDArray[np.float64]) -> tuple[list[int], list[int]]:
+        """Of errors (K,): who is warned of, and who has drifted."""
+        warned = np.flatnonzero(self.warning.add(errors)).tolist()
+        drifted = np.flatnonzero(self.drift.add(errors)).tolist()
+        for k in warned:
+            self.warning.reset(k)
+        for k in drifted:
+            self.warning.reset(k)
+            self.drift.reset(k)
+        return warned, drifted
+
+    def grow(self, size: int) -> None:
+        self.warning.grow(size)
+        self.drift.grow(size)
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        pairs = (("warning", self.warning), ("drift", self.drift))
+        return {f"{name}.{key}": values.copy() for name, held in pairs for key, values in held.arrays().items()}
+
+    def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        for name, held in (("warning", self.warning), ("drift", self.drift)):
+            for key, values in held.arrays().items():
+                if arrays[f"{name}.{key}"].shape != values.shape:
+                    raise ValueError(f"{name}.{key} is of another shape")
+                setattr(held, key, np.array(arrays[f"{name}.{key}"]))
+
+
+def bank(settings: Settings, size: int, seed: int) -> Experts:
+    """A bank of the backend that is asked for. Raises MissingDependency where its package is not installed."""
+    if settings.backend == "arrays":
+        try:
+            from moesaic.trees.arrays.pool import ArrayTrees
+        except ImportError:
+            raise MissingDependency("numba", "trees") from None
+        return ArrayTrees(size, seed=seed)
+    from moesaic.trees.capymoa_trees import CapyMOATrees
+    from moesaic.trees.river_trees import RiverTrees
+
+    if settings.backend == "river":
+        return RiverTrees(size, seed=seed)
+    if not isinstance(settings.backend, str):
+        return RiverTrees(size, expert=settings.backend, seed=seed)
+    return CapyMOATrees(size, seed=seed)
+
+
+def _joined(past: NDArray[np.float64], x: Row) -> Row:
+    return np.concatenate([past, x])

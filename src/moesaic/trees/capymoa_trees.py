@@ -1,0 +1,312 @@
+"""MOA's Hoeffding trees (Domingos & Hulten 2000) as a bank of experts, in a child process with its own JVM.
+
+The child is watched. Whatever ends it (a signal, memory), another is started, is given the trees as they were last
+saved, and learns again the rows that came since: nothing is lost, and what follows is bit for bit what would have
+followed. MOA's Hoeffding trees draw no random numbers, so the same rows make the same tree.
+
+Settings are those of DriftMoE's experts: information gain, ties below 0.05, adaptive naive Bayes in the leaves,
+Gaussians over numbers, no pre-pruning. All features are numbers; NaN is a missing one. Rows and classes may grow: a
+tree goes on with wider rows, and counts a new feature from its first row on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesaic.errors import AdapterError, ConfigError, DataError, TrainingError
+from moesaic.trees.experts import Row, Votes
+from moesaic.trees.jvm import HEAP, Refused, Worker, WorkerDied
+from moesaic.trees.jvm_worker import LEARN, LOAD, PREDICT, RESET, SAVE
+
+logger = logging.getLogger(__name__)
+Answer = TypeVar("Answer")
+
+FAILURES = 3
+"""So many times in a row a child may end before the row is given up."""
+JOURNAL = 64 << 20
+"""Bytes of rows that are kept between two times of saving."""
+WIDEST = 1_000_000
+"""So many features a state may speak of, and so many classes there may be."""
+
+
+@dataclass
+class _Kept:
+    """What another child begins from: the trees as they were saved, and the rows since; changed as one."""
+
+    trees: list[bytes]
+    """Each tree as Java writes it; empty: a new one."""
+    rows: list[tuple[int, bytearray]] = field(default_factory=list)
+    """(class, weights (K,) and features as float64)"""
+    features: int = 0
+    """How wide rows were when the trees were saved."""
+    size: int = 0
+    """Bytes of rows."""
+    changed: set[int] = field(default_factory=set)
+    """Trees that learned since they were saved."""
+
+
+class CapyMOATrees:
+    """`size` Hoeffding trees of MOA's.
+
+    Args:
+        size: K, the number of trees.
+        seed: MOA's Hoeffding trees draw nothing; they are only told it.
+        grace_period: rows (by weight) a leaf sees between two tries to split it.
+        confidence: the chance to split by mistake that is allowed.
+        heap: MiB that Java's objects may take, at most three quarters of the memory that is free.
+        every: learned rows after which trees are saved. More: a restart takes longer. Fewer: saving takes longer.
+    Raises:
+        MissingDependency: capymoa is not installed.
+        ConfigError: a setting is impossible, or there is no Java.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        seed: int = 0,
+        grace_period: int = 50,
+        confidence: float = 1e-7,
+        heap: int = HEAP,
+        every: int = 10_000,
+    ) -> None:
+        whole = {"size": size, "grace_period": grace_period, "heap": heap, "every": every}
+        for name, value in whole.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} must be a whole number above 0, and is {value!r}")
+        if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**31) <= seed < 2**31:
+            raise ConfigError(f"seed must be a whole number of 32 bits, and is {seed!r}")
+        if not 0 < confidence < 1:
+            raise ConfigError(f"confidence must be between 0 and 1, and is {confidence!r}")
+        self.size, self.seed, self.grace_period, self.confidence = size, seed, grace_period, float(confidence)
+        self.heap, self.every = heap, every
+        self._features = 0  # of the widest row that was learned
+        self._kept = _Kept([b""] * size)
+        self._closed = False
+        self._worker: Worker | None = None
+        self._versions: dict[str, str] = {}
+        self._do(lambda worker: None)
+
+    def predict(self, x: Row, classes: int, which: Sequence[int] | None = None) -> Votes:
+        """Probabilities (K, classes) of a row (d,), or (len(which), classes) of some trees; nothing changes by it.
+
+        Each tree's votes are divided by their sum; where that is 0 or not finite, all classes get the same.
+
+        Raises:
+            TrainingError: the child ends again and again.
+        """
+        if which is not None and len(which) == 0:
+            return np.empty((0, classes))
+        row = self._row(x)
+        chosen = [] if which is None else [self._tree(i) for i in which]
+        payload = row.tobytes() + np.array(chosen, np.int64).tobytes() if chosen else row.tobytes()
+        rows, width, votes = self._do(lambda worker: worker.ask(PREDICT, classes, len(chosen), payload))
+        return shares(np.frombuffer(votes).reshape(rows, width)[:, :classes])
+
+    def learn(self, x: Row, y: int, weights: NDArray[np.float64]) -> None:
+        """Learn that a row (d,) is of class `y`, each tree with its weight (K,); returns before that is done.
+
+        Raises:
+            DataError: a class below 0, or not a weight for each tree.
+            TrainingError: the child ends again and again, or an earlier row could not be learned.
+        """
+        row, weights = self._row(x), np.ascontiguousarray(weights, dtype=np.float64)
+        if weights.shape != (self.size,):
+            raise DataError(f"weights are {weights.shape}, and there are {self.size} trees: give each its own")
+        if not 0 <= y < WIDEST:
+            raise DataError(f"a class is a whole number from 0, and is {y!r}")
+        learners = np.flatnonzero(weights > 0).tolist()
+        if not learners:
+            return
+        payload = bytearray(weights.tobytes() + row.tobytes())
+        if len(self._kept.rows) >= self.every or self._kept.size >= JOURNAL:
+            self._save()
+        worker, kept = self._take(), self._kept
+        self._features = row.size
+        kept.changed.update(learners)
+        kept.size += len(payload)
+        kept.rows.append((int(y), payload))
+        self._tell(worker, LEARN, int(y), self.size, payload)
+
+    def reset(self, which: int) -> None:
+        """Let a tree begin anew. Raises DataError where there is no such tree."""
+        tree, worker, kept = self._tree(which), self._take(), self._kept
+        trees = [b"" if i == tree else data for i, data in enumerate(kept.trees)]
+        rows = [(y, bytearray(payload)) for y, payload in kept.rows]
+        for _, payload in rows:
+            payload[8 * tree : 8 * tree + 8] = bytes(8)  # its weight
+        self._kept = _Kept(trees, rows, kept.features, kept.size, kept.changed - {tree})
+        self._tell(worker, RESET, tree)
+
+    def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+        """`tree_0`, …: each tree as Java writes it, uint8, empty where it is new; and the settings they grew with."""
+        kept = self._save()
+        arrays: dict[str, NDArray[Any]] = {
+            f"tree_{i}": np.frombuffer(data, np.uint8).copy() for i, data in enumerate(kept.trees)
+        }
+        return arrays, self._settings() | {"features": self._features} | self._versions
+
+    def restore(self, arrays: Mapping[str, NDArray[Any]], values: Mapping[str, Any]) -> None:
+        """Become what `state` told of; where that fails, nothing has changed.
+
+        Java reads the trees through a list of the classes that trees are made of, so that a state from elsewhere
+        cannot run code.
+
+        Raises:
+            AdapterError: the state is damaged, of another bank or of other settings, or holds what is no tree.
+        """
+        for name, mine in self._settings().items():
+            if values.get(name) != mine:
+                raise AdapterError(f"the state's {name} is {values.get(name)!r}, and this bank's {mine!r}")
+        features = values.get("features")
+        if isinstance(features, bool) or not isinstance(features, int) or not 0 <= features <= WIDEST:
+            raise AdapterError(f"the state's features must be a whole number up to {WIDEST:,}, and are {features!r}")
+        names = [f"tree_{i}" for i in range(self.size)]
+        if set(arrays) != set(names):
+            raise AdapterError(
+                f"the state holds {', '.join(sorted(arrays)) or 'no arrays'} instead of {self.size} trees"
+            )
+        for name in names:
+            if arrays[name].dtype != np.uint8 or arrays[name].ndim != 1:
+                raise AdapterError(f"{name} must be a row of bytes, and is {arrays[name].dtype} {arrays[name].shape}")
+        if sum(arrays[name].nbytes for name in names) > self.heap << 20:
+            raise AdapterError(f"the state is larger than the heap of {self.heap} MiB: give more")
+        kept = _Kept([arrays[name].tobytes() for name in names], features=features)
+
+        def replace(worker: Worker) -> None:
+            self._load(worker, kept)
+            self._kept, self._features = kept, features
+
+        try:
+            self._do(replace)
+        except TrainingError as error:
+            raise AdapterError(f"the state of the trees cannot be read: {error}") from None
+
+    def close(self) -> None:
+        """End the child; once is enough."""
+        self._closed = True
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.close()
+
+    def __repr__(self) -> str:
+        return f"CapyMOATrees(size={self.size}, grace_period={self.grace_period}, confidence={self.confidence})"
+
+    def _settings(self) -> dict[str, Any]:
+        ours = ("size", "seed", "grace_period", "confidence")
+        return {"bank": "capymoa"} | {name: getattr(self, name) for name in ours}
+
+    def _row(self, x: Row) -> Row:
+        """A row as wide as those that were learned, or wider: what it lacks is missing."""
+        row = np.ascontiguousarray(x, dtype=np.float64)
+        return row if row.size >= self._features else np.append(row, np.full(self._features - row.size, np.nan))
+
+    def _tree(self, which: int) -> int:
+        if not 0 <= which < self.size:
+            raise DataError(f"there is no tree {which}: there are {self.size}, from 0")
+        return int(which)
+
+    def _save(self) -> _Kept:
+        """Have the trees that changed written, and forget the rows."""
+        kept = self._kept
+        changed = sorted(kept.changed)
+        if changed:
+            wanted = np.array(changed, np.int64).tobytes()
+            _, _, told = self._do(lambda worker: worker.ask(SAVE, payload=wanted))
+            trees, end = list(kept.trees), 8 * len(changed)
+            for i, size in zip(changed, np.frombuffer(told[:end], np.int64).tolist(), strict=True):
+                trees[i] = told[end : end + size]
+                end += size
+            kept = self._kept = _Kept(trees, features=self._features)
+        return kept
+
+    def _load(self, worker: Worker, kept: _Kept) -> None:
+        """Give a child the trees that were saved and let it learn the rows since."""
+        sizes = np.array([len(data) for data in kept.trees], np.int64)
+        worker.ask(LOAD, kept.features, 0, b"".join([sizes.tobytes(), *kept.trees]))
+        for y, payload in kept.rows:
+            worker.send(LEARN, y, self.size, payload)
+        if kept.rows:
+            worker.ask(SAVE)  # of no tree: the answer says that all rows were learned
+
+    def _start(self) -> Worker:
+        settings = {"size": self.size, "seed": self.seed, "options": self._options()}
+        worker = Worker(settings, heap=self.heap)
+        self._versions = worker.versions
+        try:
+            self._load(worker, self._kept)
+        except BaseException:
+            worker.close()
+            raise
+        return worker
+
+    def _take(self) -> Worker | None:
+        """The child, which is nobody's until it is put back: where that is interrupted, another takes its place."""
+        if self._closed:
+            raise ConfigError("the trees are closed: make another bank and restore their state")
+        worker, self._worker = self._worker, None
+        return worker
+
+    def _tell(
+        self, worker: Worker | None, operation: int, a: int, b: int = 0, payload: bytearray | bytes = b""
+    ) -> None:
+        """Let a child do what `_kept` has already; one that has to be started does it from there."""
+        died = None
+        try:
+            if worker is not None:
+                worker.send(operation, a, b, payload)
+                self._worker = worker
+                return
+        except WorkerDied as ended:
+            died = ended
+        self._do(lambda worker: None, died)
+
+    def _options(self) -> str:
+        return f"-g {self.grace_period} -c {self.confidence} -t 0.05 -l NBAdaptive -q 0 -p"
+
+    def _do(self, ask: Callable[[Worker], Answer], died: WorkerDied | None = None) -> Answer:
+        """What a child answers; another is started where there is none, or where it ends over it.
+
+        Args:
+            died: how the child ended, where that is known already.
+        """
+        failures = 0
+        while True:
+            if died is not None:
+                failures += 1
+                if failures >= FAILURES:
+                    more = ": give more heap" if "OutOfMemory" in str(died) else ""
+                    raise TrainingError(f"the child of the trees ended {failures} times in a row ({died}){more}")
+                logger.warning(
+                    "the child process of the trees ended (%s): starting another, with %d rows to learn again",
+                    died,
+                    len(self._kept.rows),
+                )
+                died = None
+            worker = self._take()
+            try:
+                worker = worker or self._start()
+                told = ask(worker)
+            except WorkerDied as ended:
+                died = ended
+                continue
+            except Refused as refused:
+                self._worker = worker
+                raise TrainingError(f"MOA's trees cannot go on: {refused}") from None
+            self._worker = worker
+            return told
+
+
+def shares(votes: Votes) -> Votes:
+    """Votes (n, classes) as probabilities: each row by its sum, all the same where that is 0 or not finite."""
+    total = votes.sum(axis=1, keepdims=True)
+    known = np.isfinite(total) & (total > 0)
+    if known.all():
+        return votes / total
+    return np.where(known, votes / np.where(known, total, 1.0), 1 / votes.shape[1])

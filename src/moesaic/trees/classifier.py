@@ -1,0 +1,167 @@
+"""DriftMoE as a river classifier: rows are dicts, classes any labels, both may become more at any time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from river import base
+
+from moesaic.errors import DataError
+from moesaic.trees.driftmoe import DriftMoE
+from moesaic.trees.settings import settings
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class DriftMoEClassifier(base.MiniBatchClassifier):
+    """A pool of incremental trees and a router that learns beside them which of them is right about what.
+
+    What is left out (None) is as `fidelity` has it: `best` is ours, `paper` what the paper says, `code` what its
+    released code does, whose task variant answers by its router alone.
+
+    Args:
+        variant: data (experts of all classes) or task (an expert for each class, which says yes or no).
+        fidelity: best, paper or code.
+        backend: arrays (compiled trees of our own), river (its Hoeffding trees), capymoa (MOA's, in a child process),
+            or any river classifier, of which each expert is a copy.
+        n_experts: K; 30 in `best`, 12 in the others. The task variant has one for each class.
+        top_k: experts that learn a row with `train="topk"`, or answer it with `combine="topk"`.
+        combine: top1, topk or mixture.
+        train: which experts learn a row: topk (of the router's scores), correct (those that were right) or all.
+        poisson: each learns it as often as a Poisson distribution of this mean says; 0: once.
+        router: whether there is one; without it experts count by their recent accuracy alone.
+        hidden: widths of the router's layers.
+        lr, batch_size, dropout: of the router's training, by Adam.
+        scale: whether the router reads features as standard deviations from their running means.
+        trust: power of the router's probability that an expert is right, in its weight in a mixture.
+        recency: power of its recent accuracy there.
+        rate: how fast recent accuracies move.
+        history: last labels that one expert in three sees as features; 0: none does.
+        label_delay: rows by which labels come late, so that those experts see in learning what they see in answering.
+        detect: whether an expert whose errors rise (ADWIN) is replaced by one that grows beside it.
+        warning, drift: chance of a false alarm: of letting one grow, and of putting it in place.
+        explore: chance that a row is also learned by an expert drawn at random.
+        balance: how far an expert that learns less than its share is favoured after each row, in router scores.
+        reset_after: rows after which an expert that learned none of them begins anew, and is taught for a while; 0:
+            never.
+        warmup: rows at the start that all experts learn.
+        seed: of all that is drawn.
+    Raises:
+        ConfigError: a value that cannot be.
+        MissingDependency: what the backend needs is not installed.
+
+    Example:
+        >>> from river import datasets, evaluate, metrics
+        >>> from moesaic.trees import DriftMoEClassifier
+        >>> evaluate.progressive_val_score(datasets.Phishing(), DriftMoEClassifier(seed=1), metrics.Accuracy())
+        Accuracy: ...
+
+    Source: Aspis et al., arXiv 2507.18464; `docs/driftmoe.md` tells what is theirs and what is ours.
+    """
+
+    def __init__(
+        self,
+        variant: str = "data",
+        fidelity: str = "best",
+        backend: Any = None,
+        n_experts: int | None = None,
+        top_k: int = 3,
+        combine: str | None = None,
+        train: str | None = None,
+        poisson: float | None = None,
+        router: bool = True,
+        hidden: tuple[int, ...] = (256, 128),
+        lr: float = 2e-3,
+        batch_size: int = 256,
+        dropout: float | None = None,
+        scale: bool | None = None,
+        trust: float = 1.0,
+        recency: float | None = None,
+        rate: float = 0.005,
+        history: int | None = None,
+        label_delay: int = 0,
+        detect: bool | None = None,
+        warning: float = 0.01,
+        drift: float = 0.001,
+        explore: float = 0.0,
+        balance: float = 0.0,
+        reset_after: int = 0,
+        warmup: int = 0,
+        seed: int = 0,
+    ) -> None:
+        given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        for name, value in given.items():
+            setattr(self, name, value)
+        self.core = DriftMoE(settings(**given))
+        self.places: dict[Hashable, int] = {}
+        """Each feature's place in a row."""
+        self.labels: list[Hashable] = []
+        self._numbers: dict[Hashable, int] = {}
+
+    @property
+    def _multiclass(self) -> bool:
+        return True
+
+    @classmethod
+    def _unit_test_params(cls) -> Iterator[dict[str, Any]]:
+        yield {"n_experts": 4}
+        yield {"fidelity": "paper", "n_experts": 3}
+
+    # -- one row -------------------------------------------------------------------------------------------------
+
+    def learn_one(self, x: dict[Hashable, Any], y: Hashable) -> None:
+        """Learn that a row is of class `y`. Raises DataError for a value that is no number."""
+        row = self._row(x, grow=True)
+        if y not in self._numbers:
+            self._numbers[y] = len(self.labels)
+            self.labels.append(y)
+        self.core.learn(row, self._numbers[y])
+
+    def predict_proba_one(self, x: dict[Hashable, Any], **kwargs: Any) -> dict[Any, float]:
+        """Label -> probability; empty before any label is known. Features that were never learned are left out."""
+        if not self.labels:
+            return {}
+        found = self.core.predict_proba(self._row(x, grow=False), len(self.labels))
+        return dict(zip(self.labels, found.tolist(), strict=True))
+
+    def _row(self, x: dict[Hashable, Any], *, grow: bool) -> NDArray[np.float64]:
+        if grow:
+            for name in sorted((name for name in x if name not in self.places), key=str):  # in no order of the dict's
+                self.places[name] = len(self.places)
+        row = np.full(len(self.places), math.nan)
+        for name, value in x.items():
+            place = self.places.get(name)
+            if place is not None and value is not None:
+                try:
+                    row[place] = value
+                except (TypeError, ValueError):
+                    raise DataError(
+                        f"feature {name!r} is {value!r}, no number: encode it first, as compose.SelectType(str) | "
+                        "preprocessing.OneHotEncoder() does"
+                    ) from None
+        return row
+
+    # -- many rows -----------------------------------------------------------------------------------------------
+
+    def learn_many(self, X: pd.DataFrame, y: pd.Series) -> None:
+        """Learn rows one after the other, as `learn_one` does."""
+        for x, label in zip(X.to_dict(orient="records"), y, strict=True):
+            self.learn_one(x, label)
+
+    def predict_proba_many(self, X: pd.DataFrame) -> pd.DataFrame:
+        """A column for each label, a row for each of X's; none of it changes anything."""
+        import pandas as pd
+
+        rows = [self.predict_proba_one(x) for x in X.to_dict(orient="records")]
+        return pd.DataFrame(rows, index=X.index, columns=self.labels)
+
+    # -- copies --------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """End what experts hold outside of this process."""
+        self.core.close()

@@ -1,0 +1,352 @@
+"""DriftMoE (Aspis et al., SYNDAiTE at ECML-PKDD 2025, arXiv 2507.18464): trees as experts, and a router that learns
+beside them which of them is right about what.
+
+    z = r(x) (K,),   m_i = [argmax p_i(x) = y]; where none is right, the one that was nearest       (K,)
+    L = mean over rows and experts of BCE(sigmoid(z_i), m_i)                     a step of Adam every `batch_size` rows
+
+`variant="data"`: K experts of all classes; a row is answered by one or several and learned by the `top_k` that the
+router would take. `variant="task"`: an expert for each class, which says whether a row is of it, and learns all rows.
+
+| | answers | learns |
+| --- | --- | --- |
+| `top1` | p of the expert with the largest z | |
+| `topk` | mean of the `top_k` experts' p, by softmax(z) | the `top_k` with the largest z |
+| `mixture` | sum_i w_i p_i, w_i = sigmoid(z_i)^trust a_i^recency | |
+| `correct` | | those that are right |
+| `all` | | all, each a Poisson(`poisson`) number of times |
+
+a_i is the expert's recent accuracy. `docs/driftmoe.md` has what of this is the paper's, what the released code does,
+and what is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesaic.errors import AdapterError
+from moesaic.trees.banks import Banks
+from moesaic.trees.experts import Row
+from moesaic.trees.router import Scores, sigmoid
+from moesaic.trees.rows import follow, mixture, standardised, watch
+from moesaic.trees.settings import Settings
+
+
+class Look(NamedTuple):
+    """What is known of a row before its class is."""
+
+    votes: NDArray[np.float64]
+    """(K, C)"""
+    scores: NDArray[np.float32]
+    """z (K,)"""
+    weights: NDArray[np.float64]
+    """w (K,)"""
+    read: NDArray[np.float32]
+    """What the router reads (d,)."""
+    kept: NDArray[np.float32] | None
+    """Of the router's hidden units, where dropout is on when it answers."""
+
+
+class DriftMoE:
+    """A mixture over rows of numbers; classes are whole numbers from 0. Both may become more while it learns.
+
+    Raises:
+        MissingDependency: what the backend needs is not installed.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = s = settings
+        self.is_task, self.inert = s.variant == "task", s.has_inert_experts
+        self.banks = Banks(s, 0 if self.is_task else s.n_experts)
+        self.router: Scores | None = None
+        self.random = np.random.default_rng(s.seed)
+        self.classes, self.features, self.rows = 0, 0, 0
+        self.labels = np.full(s.history + s.label_delay if s.history else 0, np.nan)
+        """The last labels, the newest first."""
+        self._mean, self._square = np.zeros(0), np.zeros(0)
+        self._buffer: list[tuple[NDArray[np.float32], NDArray[np.float32]]] = []
+        self._look: Look | None = None
+        self._asked = b""
+        self.experts = 0
+        self._count(self.banks.size)
+
+    # -- answering -----------------------------------------------------------------------------------------------
+
+    def predict_proba(self, x: Row, classes: int | None = None) -> NDArray[np.float64]:
+        """Probabilities (C,) of a row; all alike before any row was learned. Nothing changes by it."""
+        classes = max(self.classes, classes or 0)
+        if not self.rows:
+            return np.full(classes, 1 / max(classes, 1))
+        look = self._seen(x)
+        found = np.zeros(classes)
+        found[: self.classes] = self._combined(look)
+        return found
+
+    def weights(self, x: Row) -> NDArray[np.float64]:
+        """How much each expert counts for a row (K,), summing to 1."""
+        return self._seen(x).weights.copy()
+
+    def _weights(self, z: NDArray[np.float32]) -> NDArray[np.float64]:
+        s = self.settings
+        made = np.zeros(self.experts)
+        if s.combine == "top1":
+            made[z.argmax()] = 1.0
+        elif s.combine == "topk":
+            chosen = np.argsort(-z, kind="stable")[: s.top_k]
+            made[chosen] = np.exp(z[chosen] - z.max())
+        else:
+            mixture(z, self.accuracy, s.trust if s.router else 0.0, s.recency, made)
+            return made
+        return made / made.sum()
+
+    def _combined(self, look: Look) -> NDArray[np.float64]:
+        if self.inert:
+            return _softmax(look.scores)
+        if self.is_task:
+            found = (sigmoid(look.scores) if self.settings.router else 1.0) * look.votes[:, 1]
+            if self.settings.combine == "mixture":
+                found = found * self.accuracy
+        else:
+            found = look.weights @ look.votes
+        total = found.sum()
+        return found / total if total > 0 else np.full(self.classes, 1 / self.classes)
+
+    def _seen(self, x: Row) -> Look:
+        written = x.tobytes()
+        if self._look is None or self._asked != written:
+            self._look, self._asked = self._made(x, self._past(0)), written
+        return self._look
+
+    def _made(self, x: Row, past: NDArray[np.float64]) -> Look:
+        read, kept = self._scaled(x), self._dropped()
+        wide = x if len(x) >= self.features else np.append(x, np.full(self.features - len(x), np.nan))
+        scores = np.zeros(self.experts, np.float32) if self.router is None else self.router(read, kept)
+        votes = self.banks.predict(wide, 2 if self.is_task else self.classes, past)
+        return Look(votes, scores, self._weights(scores), read, kept)
+
+    def _dropped(self) -> NDArray[np.float32] | None:
+        """Hidden units that are left out while it answers: in the released code's task variant, and the same ones
+        whenever it is asked before the next row is learned."""
+        if not self.inert:
+            return None
+        draw = np.random.default_rng([self.settings.seed, self.rows]).random(self.settings.hidden[0])
+        return ((draw >= RELEASED_DROPOUT) / (1 - RELEASED_DROPOUT)).astype(np.float32)
+
+    def _past(self, late: int) -> NDArray[np.float64]:
+        """The labels that were known when a row was answered whose own comes `late` rows later, the last one first."""
+        return self.labels[late : late + self.settings.history]
+
+    def _scaled(self, x: Row) -> NDArray[np.float32]:
+        """What the router reads of a row: missing values are a mean one's."""
+        read = np.zeros(self.features, np.float32)
+        if self.settings.scale:
+            standardised(x, self._mean, self._square, self.rows, read)
+        else:
+            x = x[: self.features]
+            read[: len(x)] = np.where(np.isfinite(x), x, 0.0)
+        return read
+
+    # -- learning ------------------------------------------------------------------------------------------------
+
+    def learn(self, x: Row, y: int) -> None:
+        """Learn that a row is of class `y`."""
+        self._grow(len(x), y + 1)
+        s = self.settings
+        past = self._past(s.label_delay)
+        look = self._made(x, past) if s.label_delay else self._seen(x)
+        right = self._right(look, y)
+        targets = right.copy()
+        if not right.any():
+            targets[y if self.is_task else int(look.votes[:, y].argmax())] = True
+        weights = self._lessons(look, y, right, targets)
+        self._teach(x, y, weights, past)
+        self._follow(right, weights)
+        self.chosen += look.weights
+        if self.router is not None:
+            self._route(look, targets)
+        if s.scale:
+            watch(x, self._mean, self._square, self.rows)
+        if len(self.labels):
+            self.labels[1:] = self.labels[:-1]
+            self.labels[0] = y
+        self.rows += 1
+        self._look = None
+
+    def _right(self, look: Look, y: int) -> NDArray[np.bool_]:
+        """m before its fallback. Of the task variant: whether an expert's yes or no is right; in the released code,
+        whether it said yes to its own class, so that one at most can be."""
+        if not self.is_task:
+            right: NDArray[np.bool_] = look.votes.argmax(axis=1) == y
+            return right
+        own = np.arange(self.experts) == y
+        said = look.votes[:, 1] > look.votes[:, 0]
+        return own if self.inert else said == own
+
+    def _lessons(self, look: Look, y: int, right: NDArray[np.bool_], targets: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """How often each expert learns the row (K,)."""
+        s = self.settings
+        if self.inert:
+            return np.zeros(self.experts)
+        if self.is_task or s.train == "all" or self.rows < s.warmup:
+            taught = np.ones(self.experts)
+        elif s.train == "correct":
+            taught = targets.astype(np.float64)
+        else:
+            taught = np.zeros(self.experts)
+            taught[np.argsort(-(look.scores + self.bias), kind="stable")[: s.top_k]] = 1.0
+        if s.explore and self.random.random() < s.explore:
+            taught[self.random.integers(self.experts)] = 1.0
+        if s.reset_after:
+            taught[self.rows < self.nursed] = 1.0
+        if s.balance:
+            self.bias += s.balance * np.sign(taught.mean() - taught).astype(np.float32)
+        if s.poisson:
+            taught = taught * self.random.poisson(s.poisson, self.experts)
+        return taught
+
+    def _teach(self, x: Row, y: int, weights: NDArray[np.float64], past: NDArray[np.float64]) -> None:
+        if not self.is_task:
+            self.banks.learn(x, y, weights, past)
+            return
+        own = np.arange(self.experts) == y
+        for is_own, label in ((own, 1), (~own, 0)):
+            if weights[is_own].any():
+                self.banks.learn(x, label, weights * is_own, past)
+
+    def _follow(self, right: NDArray[np.bool_], weights: NDArray[np.float64]) -> None:
+        """Recent accuracies, drifts, and experts that nobody teaches."""
+        s = self.settings
+        follow(right, weights, s.rate, self.rows, self.accuracy, self.trained, self.last_taught)
+        if s.detect and not self.inert:
+            self.resets[self.banks.drifted(1.0 - right.astype(np.float64))] += 1
+        if s.reset_after and not self.inert:
+            for k in np.flatnonzero(self.rows - self.last_taught >= s.reset_after).tolist():
+                self.banks.reset(k)
+                self.resets[k] += 1
+                self.nursed[k] = self.rows + max(s.reset_after // 10, 1)
+                self.last_taught[k] = self.rows
+
+    def _route(self, look: Look, targets: NDArray[np.bool_]) -> None:
+        assert self.router is not None
+        self._buffer.append((look.read, targets.astype(np.float32)))
+        if len(self._buffer) < (1 if self.inert else self.settings.batch_size):
+            return
+        rows, wanted = (np.stack(part) for part in zip(*self._buffer, strict=True))
+        kept = look.kept
+        if kept is None and (p := self.settings.dropout):
+            kept = ((self.random.random((len(rows), self.settings.hidden[0])) >= p) / (1 - p)).astype(np.float32)
+        self.router.step(rows, wanted, kept)
+        self._buffer.clear()
+
+    # -- growing -------------------------------------------------------------------------------------------------
+
+    def _grow(self, features: int, classes: int) -> None:
+        if features <= self.features and classes <= self.classes:
+            return
+        more = max(features - self.features, 0)
+        self.features, self.classes = max(features, self.features), max(classes, self.classes)
+        self._mean, self._square = np.append(self._mean, np.zeros(more)), np.append(self._square, np.zeros(more))
+        if self.is_task:
+            if not self.inert:
+                self.banks.add(self.classes - self.experts)
+            self._count(self.classes)
+        if self.settings.router:
+            if self.router is None:
+                s = self.settings
+                self.router = Scores(self.features, self.experts, hidden=s.hidden, lr=s.lr, seed=s.seed)
+            self.router.grow(self.features, self.experts)
+            pad = [(0, self.features), (0, self.experts)]
+            self._buffer = [
+                (np.pad(x, (0, pad[0][1] - len(x))), np.pad(m, (0, pad[1][1] - len(m)))) for x, m in self._buffer
+            ]
+        self._look = None
+
+    def _count(self, experts: int) -> None:
+        """What is kept of each expert, for as many as there are."""
+        more = experts - self.experts
+        kinds: dict[str, Any] = {
+            "accuracy": np.full(more, 0.5), "bias": np.zeros(more, np.float32), "chosen": np.zeros(more),
+            "trained": np.zeros(more, np.int64), "resets": np.zeros(more, np.int64),
+            "last_taught": np.full(more, self.rows if hasattr(self, "rows") else 0),
+            "nursed": np.zeros(more, np.int64),
+        }  # fmt: skip
+        for name, values in kinds.items():
+            setattr(self, name, np.append(getattr(self, name, values[:0]), values))
+        self.experts = experts
+
+    accuracy: NDArray[np.float64]
+    bias: NDArray[np.float32]
+    chosen: NDArray[np.float64]
+    trained: NDArray[np.int64]
+    resets: NDArray[np.int64]
+    last_taught: NDArray[np.int64]
+    nursed: NDArray[np.int64]
+
+    # -- what a report and a checkpoint ask for ------------------------------------------------------------------
+
+    def activity(self) -> dict[str, NDArray[Any]]:
+        """Since the start, by expert: the weight it had, the rows it learned, how often it began anew."""
+        return {"chosen": self.chosen.copy(), "trained": self.trained.copy(), "reset": self.resets.copy()}
+
+    def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+        arrays = {name: getattr(self, name).copy() for name in COUNTED}
+        arrays |= {"mean": self._mean.copy(), "square": self._square.copy(), "labels": self.labels.copy()}
+        values: dict[str, Any] = {
+            "settings": asdict(self.settings), "rows": self.rows, "classes": self.classes, "features": self.features,
+            "random": self.random.bit_generator.state, "router": None,
+        }  # fmt: skip
+        if self._buffer:
+            arrays["buffer.x"], arrays["buffer.m"] = (np.stack(part) for part in zip(*self._buffer, strict=True))
+        parts: list[tuple[str, Any]] = [("banks", self.banks)]
+        if self.router is not None:
+            parts.append(("router", self.router))
+        for name, part in parts:
+            held, said = part.state()
+            arrays |= {f"{name}.{key}": value for key, value in held.items()}
+            values[name] = said
+        return arrays, values
+
+    def restore(self, arrays: Mapping[str, NDArray[Any]], values: Mapping[str, Any]) -> None:
+        """Become what `state` told of. Raises AdapterError where that is damaged, or of other settings."""
+        try:
+            self._restore(arrays, values)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            if isinstance(error, AdapterError):
+                raise
+            raise AdapterError(f"this is no state of a DriftMoE: {type(error).__name__} {error}") from None
+
+    def _restore(self, arrays: Mapping[str, NDArray[Any]], values: Mapping[str, Any]) -> None:
+        own, theirs = asdict(self.settings), dict(values["settings"])
+        theirs["hidden"] = tuple(theirs["hidden"])
+        if other := [name for name in own if own[name] != theirs.get(name)]:
+            raise AdapterError(f"{other[0]} is {own[other[0]]}, and was {theirs.get(other[0])} when this was saved")
+        self.rows = 0
+        self._grow(int(values["features"]), int(values["classes"]))
+        for name in COUNTED:
+            setattr(self, name, np.array(arrays[name]))
+        self._mean, self._square = np.array(arrays["mean"]), np.array(arrays["square"])
+        self.rows, self.labels = int(values["rows"]), np.array(arrays["labels"])
+        self.random.bit_generator.state = values["random"]
+        self._buffer = [*zip(arrays["buffer.x"], arrays["buffer.m"], strict=True)] if "buffer.x" in arrays else []
+        for name, part in (("banks", self.banks), ("router", self.router)):
+            if part is not None:
+                held = {k.removeprefix(f"{name}."): v for k, v in arrays.items() if k.startswith(f"{name}.")}
+                part.restore(held, values[name])
+        self._look = None
+
+    def close(self) -> None:
+        """End what experts hold outside of this process."""
+        self.banks.close()
+
+
+COUNTED = ("accuracy", "bias", "chosen", "trained", "resets", "last_taught", "nursed")
+RELEASED_DROPOUT = 0.2
+
+
+def _softmax(z: NDArray[np.float32]) -> NDArray[np.float64]:
+    found = np.exp(z.astype(np.float64) - z.max())
+    return found / found.sum()

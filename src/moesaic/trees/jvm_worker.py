@@ -1,0 +1,253 @@
+"""The child process that holds MOA's trees and the JVM they live in; `jvm.py` starts it and talks to it.
+
+It is run as a file, so that it imports nothing of ours: a child needs neither torch nor what `moesaic` imports.
+
+| operation | a | b | payload | answer |
+| --- | --- | --- | --- | --- |
+| `PREDICT` | classes | number of trees, 0: all | x (float64), trees (int64) | votes (float64); a, b: their shape |
+| `LEARN` | class | number of trees | each tree's weight (float64), x (float64) | none; the next one tells of an error |
+| `RESET` | tree | | | none |
+| `SAVE` | | | trees (int64) | sizes (int64), then each tree's bytes |
+| `LOAD` | features | | a size for each tree (int64), then their bytes; 0 is a new tree | empty |
+
+A frame is a header (operation or status, a, b, bytes of payload) and its payload, little endian. A status that is not
+0 is an error, its payload the text.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import struct
+import sys
+import threading
+import traceback
+from itertools import pairwise
+from typing import Any, BinaryIO
+
+PREDICT, LEARN, RESET, SAVE, LOAD = range(5)
+HEADER = struct.Struct("<iiqq")
+STACK = 256 << 20
+"""Bytes of stack: Java reads and writes a tree by recursion, some 3 kB a level, and a time among the features makes
+trees deep."""
+ALLOWED = ";".join(
+    [
+        "maxdepth=100000;maxrefs=100000000;maxarray=10000000;maxbytes=2000000000",
+        "moa.AbstractMOAObject;moa.classifiers.AbstractClassifier;moa.classifiers.core.**",
+        "moa.classifiers.trees.HoeffdingTree;moa.classifiers.trees.HoeffdingTree$*;moa.core.*;moa.options.*",
+        "com.github.javacliparser.*;java.util.ArrayList;java.util.HashMap;java.util.LinkedList;java.util.HashSet",
+        "java.util.Map$Entry;java.lang.String;java.lang.Object;java.lang.Number;java.lang.Integer;java.lang.Double",
+        "!*",
+    ]
+)
+"""What a saved tree may be made of, as Java's ObjectInputFilter has it: reading anything else could run its code."""
+
+
+class Trees:
+    """MOA's Hoeffding trees, `size` of them, over rows that widen."""
+
+    def __init__(self, size: int, options: str, seed: int) -> None:
+        import jpype
+        from com.yahoo.labs.samoa.instances import Instance
+        from java.io import ObjectInputFilter
+        from java.lang.invoke import MethodHandles, MethodType
+        from java.util import Arrays
+        from moa.classifiers.trees import HoeffdingTree
+
+        ObjectInputFilter.Config.setSerialFilter(ObjectInputFilter.Config.createFilter(ALLOWED))
+        self.kind, self.options, self.seed = HoeffdingTree, options, seed
+        self.doubles, self.tables = jpype.JArray(jpype.JDouble), jpype.JArray(jpype.JDouble, 2)
+        self.trees = jpype.JArray(HoeffdingTree)([self.new() for _ in range(size)])
+        self.settings = str(self.trees[0].getOptions().getAsCLIString())
+        lookup = MethodHandles.publicLookup()
+        row = self.doubles.class_
+        self.votes = lookup.findVirtual(
+            HoeffdingTree, "getVotesForInstance", MethodType.methodType(row, Instance.class_)
+        )
+        self.padded = lookup.findStatic(Arrays, "copyOf", MethodType.methodType(row, row, jpype.java.lang.Integer.TYPE))
+        self.features, self.classes = -1, 0
+        self.fit(0, 1)
+
+    def new(self) -> Any:
+        tree = self.kind()
+        tree.setRandomSeed(self.seed)
+        tree.getOptions().setViaCLIString(self.options)
+        tree.prepareForUse()
+        tree.resetLearning()
+        return tree
+
+    def fit(self, features: int, classes: int) -> None:
+        """Make room for a row; trees go on as they are, their attributes keep their places before the class.
+
+        It is as wide as the row and no wider: a tree takes note of a feature that is there and missing.
+
+        All trees' votes are one call into Java: `i -> Arrays.copyOf(trees[i].getVotesForInstance(row), classes)`,
+        put together here from method handles.
+        """
+        if features == self.features and classes <= self.classes:
+            return
+        import jpype
+        from com.yahoo.labs.samoa.instances import Attribute, DenseInstance, Instances, InstancesHeader
+        from java.lang.invoke import MethodHandleProxies, MethodHandles
+        from java.util import ArrayList
+        from java.util.function import IntFunction
+
+        self.features, self.classes = features, max(classes, self.classes)
+        attributes, labels = ArrayList(), ArrayList()
+        for i in range(self.features):
+            attributes.add(Attribute(f"x{i}"))
+        for c in range(self.classes):
+            labels.add(str(c))
+        attributes.add(Attribute("class", labels))
+        header = InstancesHeader(Instances("rows", attributes, 0))
+        header.setClassIndex(self.features)
+        self.values = self.doubles(self.features + 1)
+        self.row = DenseInstance(1.0, self.values)  # it keeps the array itself: a row is written in place
+        self.row.setDataset(header)
+        vote = MethodHandles.insertArguments(self.votes, 1, self.row)
+        pad = MethodHandles.insertArguments(self.padded, 1, jpype.java.lang.Integer(self.classes))
+        tree = MethodHandles.arrayElementGetter(self.trees.getClass()).bindTo(self.trees)
+        handle = MethodHandles.filterReturnValue(MethodHandles.filterReturnValue(tree, vote), pad)
+        self.ballot = MethodHandleProxies.asInterfaceInstance(IntFunction.class_, handle)
+
+    def predict(self, x: Any, classes: int, which: list[int]) -> Any:
+        import numpy as np
+        from java.util import Arrays
+
+        self.fit(len(x), classes)
+        self.values[: self.features] = x
+        if which:
+            return np.stack([np.asarray(self.ballot.apply(i)) for i in which])
+        ballots = self.tables(len(self.trees))  # a new one each time: JPype shows numpy the same copy while one lives
+        Arrays.setAll(ballots, self.ballot)
+        return np.asarray(ballots)
+
+    def learn(self, x: Any, y: int, weights: list[float]) -> None:
+        self.fit(len(x), y + 1)
+        self.values[: self.features] = x
+        self.values[self.features] = float(y)
+        for i, weight in enumerate(weights):
+            if weight > 0:
+                self.row.setWeight(weight)
+                self.trees[i].trainOnInstance(self.row)
+
+    def save(self, which: list[int]) -> list[bytes]:
+        from org.jpype.pickle import Encoder
+
+        return [bytes(Encoder().pack(self.trees[i])) for i in which]
+
+    def load(self, saved: list[bytes], features: int) -> None:
+        """Take the place of all trees, or of none where one is refused."""
+        import jpype
+        from org.jpype.pickle import Decoder
+
+        found = []
+        for data in saved:
+            tree = Decoder().unpack(jpype.JArray(jpype.JByte)(data)) if data else self.new()
+            if tree is None or tree.getClass() != self.kind.class_:
+                raise ValueError("it is no Hoeffding tree")
+            if str(tree.getOptions().getAsCLIString()) != self.settings:
+                raise ValueError("it grew with other settings")
+            found.append(tree)
+        self.fit(features, 1)
+        for tree in found:
+            tree.getVotesForInstance(self.row)  # a tree that lacks parts fails here and not later
+        for i, tree in enumerate(found):
+            self.trees[i] = tree
+
+
+def serve(trees: Trees, source: BinaryIO, out: BinaryIO) -> None:
+    """Answer frame after frame until the other end closes."""
+    import numpy as np
+
+    failed = ""
+
+    def answer(payload: bytes, a: int = 0, b: int = 0, status: int = 0) -> None:
+        out.write(HEADER.pack(status, a, b, len(payload)) + payload)
+        out.flush()
+
+    while len(head := source.read(HEADER.size)) == HEADER.size:
+        operation, a, b, size = HEADER.unpack(head)
+        data = source.read(size)
+        if len(data) < size:
+            return
+        if failed and operation in (LEARN, RESET):
+            continue
+        if failed and operation != LOAD:
+            answer(failed.encode(), status=1)
+            continue
+        try:
+            if operation == LEARN:
+                row = np.frombuffer(data)
+                trees.learn(row[b:], a, row[:b].tolist())
+            elif operation == PREDICT:
+                cut = size - 8 * b
+                votes = trees.predict(np.frombuffer(data[:cut]), a, np.frombuffer(data[cut:], np.int64).tolist())
+                answer(votes.tobytes(), *votes.shape)
+            elif operation == RESET:
+                trees.trees[a] = trees.new()
+            elif operation == SAVE:
+                saved = trees.save(np.frombuffer(data, np.int64).tolist())
+                answer(b"".join([np.array([len(s) for s in saved], np.int64).tobytes(), *saved]))
+            else:
+                count = len(trees.trees)
+                ends = 8 * count + np.cumsum([0, *np.frombuffer(data[: 8 * count], np.int64)])
+                trees.load([data[i:j] for i, j in pairwise(ends)], a)
+                failed = ""
+                answer(b"")
+        except Exception as error:
+            told = tell(error)
+            if operation in (LEARN, RESET):  # a tree may have learned half a row: nothing goes on from here
+                failed = told
+            else:
+                answer(told.encode(), status=1)
+
+
+def tell(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0]
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it saves first, then ends this process
+    source, out = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)  # whatever prints, Java too, prints beside the frames
+
+    def run() -> None:
+        try:
+            import capymoa
+            import jpype
+
+            trees = Trees(**json.loads(sys.argv[1]))
+            versions = {"capymoa": capymoa.__version__, "java": str(jpype.java.lang.System.getProperty("java.version"))}
+        except BaseException as error:
+            payload, status = tell(error).encode(), 1
+        else:
+            payload, status = json.dumps(versions).encode(), 0
+        out.write(HEADER.pack(status, 0, 0, len(payload)) + payload)
+        out.flush()
+        try:
+            if status == 0:
+                serve(trees, source, out)
+        except OSError:
+            status = 1  # nobody listens any more
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+        finally:
+            os._exit(status)  # the JVM has nothing to save, and would take its time
+
+    threading.stack_size(STACK)
+    thread = threading.Thread(target=run)
+    parent = os.getppid()
+    thread.start()
+    while thread.is_alive():
+        thread.join(1.0)
+        if os.getppid() != parent:  # its input has ended too, but Java may be long at work before that is read
+            os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

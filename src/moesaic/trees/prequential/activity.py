@@ -1,0 +1,71 @@
+"""What each expert did in each window, from counts that a learner keeps since its beginning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesaic.trees.prequential.learner import Learner, State, Watched
+
+Counts = dict[str, NDArray[Any]]
+"""By what was done: how often, or with how much weight in sum, by each expert (K,)."""
+
+
+class Activity:
+    """The counts of windows that are closed; nothing of a learner that keeps none."""
+
+    def __init__(self, learner: Learner) -> None:
+        self._learner = learner
+        self._before = self._now()
+        self._windows: list[Counts] = []
+
+    def close(self) -> None:
+        """End a window here."""
+        now = self._now()
+        self._windows.append(_joined(now, self._before, -1))
+        self._before = now
+
+    def finish(self, windows: int) -> None:
+        """End the last of so many windows here, with what was done after its last row."""
+        self.close()
+        if len(self._windows) > windows:
+            after = self._windows.pop()
+            self._windows[-1] = _joined(self._windows[-1], after)
+
+    def windows(self) -> list[Counts]:
+        """Window by window; an empty list where the learner keeps no counts."""
+        return [dict(counts) for counts in self._windows] if self._before else []
+
+    def state(self) -> State:
+        arrays = {f"before.{name}": counts for name, counts in self._before.items()}
+        arrays |= {f"{i}.{name}": counts for i, window in enumerate(self._windows) for name, counts in window.items()}
+        return arrays, {"windows": len(self._windows)}
+
+    def restore(self, arrays: Mapping[str, NDArray[Any]], values: Mapping[str, Any]) -> None:
+        self._windows = [_named(arrays, f"{i}.") for i in range(values["windows"])]
+        self._before = _named(arrays, "before.")
+
+    def _now(self) -> Counts:
+        if not isinstance(self._learner, Watched):
+            return {}
+        return {name: counts.copy() for name, counts in self._learner.activity().items()}
+
+
+def _named(arrays: Mapping[str, NDArray[Any]], start: str) -> Counts:
+    return {name.removeprefix(start): counts for name, counts in arrays.items() if name.startswith(start)}
+
+
+def _joined(first: Counts, second: Counts, sign: int = 1) -> Counts:
+    """The sums, or with a sign of -1 the differences; experts that one of them lacks did nothing there."""
+    found = {}
+    for name in dict.fromkeys([*first, *second]):
+        a, b = first.get(name, _NONE), second.get(name, _NONE)
+        size = max(a.size, b.size)
+        found[name] = np.pad(a, (0, size - a.size)) + sign * np.pad(b, (0, size - b.size))
+    return found
+
+
+_NONE = np.zeros(0, np.int64)

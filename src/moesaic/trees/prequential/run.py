@@ -1,0 +1,263 @@
+"""Prequential evaluation: each row of a stream is predicted first and learned then, in the stream's order."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesaic.errors import ConfigError, DataError, path_of
+from moesaic.runs.folder import locked
+from moesaic.runs.results import peak_memory
+from moesaic.trees.prequential.activity import Activity
+from moesaic.trees.prequential.checkpoint import END, Checkpoints
+from moesaic.trees.prequential.learner import Forked, Learner, Quick, State, Stateful
+from moesaic.trees.prequential.metrics import Evaluator, Labels
+from moesaic.trees.prequential.recovery import recoveries
+from moesaic.trees.prequential.result import Result
+from moesaic.trees.prequential.watching import Interrupts, Progress, told
+from moesaic.trees.streams.stream import Chunk, Stream
+
+logger = logging.getLogger(__name__)
+
+
+def prequential(
+    stream: Stream,
+    learner: Learner,
+    *,
+    rows: int | None = None,
+    window: int = 1000,
+    delay: int = 0,
+    chunk: int = 1000,
+    progress: bool | None = None,
+    folder: str | Path | None = None,
+    every: int = 10_000,
+    settings: Mapping[str, Any] | None = None,
+) -> Result:
+    """Evaluate a learner on a stream, strictly test-then-train. The learner is left as it is at the end, and open.
+
+    A row without a label is predicted, not scored and not learned. Classes that a row is predicted among are those
+    that the stream named before it was read and those of the labels that have come.
+
+    Args:
+        rows: at most so many; all by default.
+        window: rows of a window, over which figures are given beside those over all rows.
+        delay: the label of row t comes after row t + delay was predicted. Labels that are outstanding when the rows
+            end are learned then.
+        chunk: rows that are read at once; makes no difference to any figure.
+        progress: whether to show a bar; by default in a terminal. Elsewhere a line is written now and then.
+        folder: where to keep a checkpoint, from which the same call goes on, exactly; a finished run is read from it.
+        every: rows from one checkpoint to the next.
+        settings: what else makes it the same run, such as those of the learner and its seed; what JSON can hold.
+    Raises:
+        ConfigError: a setting is impossible, the folder is of a run with other settings, or the learner cannot be kept.
+        DataError: the stream has no rows.
+        AdapterError: the checkpoint is damaged.
+        KeyboardInterrupt: after a checkpoint, when interrupted.
+    """
+    given = {"rows": rows, "window": window, "delay": delay, "chunk": chunk, "every": every}
+    for name, value in given.items():
+        least = 0 if name == "delay" else 1
+        if value is not None and value < least:
+            raise ConfigError(f"{name}={value} must be {least} or more")
+    source = stream if rows is None else stream.head(rows)
+    total = source.length if source.length is not None else rows
+    course = _Course(source, learner, window, delay)
+    shown = sys.stderr.isatty() if progress is None else progress
+    with ExitStack() as stack:
+        kept = None
+        if folder is not None:
+            described = {"stream": stream.name, "learner": type(learner).__name__, "rows": rows, "window": window}
+            kept = Checkpoints(path_of(folder), {**described, "delay": delay, **(settings or {})})
+            stack.enter_context(locked(kept.folder))
+            if _went_on(course, kept):
+                return course.result()
+        bar = stack.enter_context(Progress(stream.name, total, course.row, shown=shown))
+        interrupts = stack.enter_context(Interrupts())
+        for piece in course.pieces(chunk, every):
+            course.take(piece)
+            bar.advance(course.row, course.evaluator.overall())
+            saved = kept is not None and (interrupts.asked or course.row % every == 0)
+            if kept is not None and saved:
+                kept.save(course.parts, course.row)
+            if interrupts.asked:
+                how = "saved; the same command goes on from there" if saved else "and nothing is kept without folder="
+                raise KeyboardInterrupt(f"stopped at row {told(course.row, total)}, {how}")
+        course.finish()
+        if kept is not None:
+            kept.save(course.parts, course.row, finished=True)
+    return course.result()
+
+
+def _went_on(course: _Course, kept: Checkpoints) -> bool:
+    """Let a run go on from its checkpoint, if there is one; whether it is finished already."""
+    if kept.newest is None:
+        for part in course.parts.values():
+            part.state()  # one that cannot be kept says so now, and not after hours
+        return False
+    kept.load(course.parts)
+    if kept.newest.name == END:
+        logger.warning("%s holds the finished run: nothing is run again", kept.folder)
+        return True
+    logger.warning("going on from row %s", f"{course.row:,}")
+    return False
+
+
+class _Course:
+    """A learner on its way through a stream.
+
+    Attributes:
+        row: rows that were predicted.
+        parts: what a checkpoint consists of; the learner first, as others ask it.
+    """
+
+    def __init__(self, stream: Stream, learner: Learner, window: int, delay: int) -> None:
+        self.stream, self.learner, self.delay = stream, learner, delay
+        self.evaluator, self.activity = Evaluator(window), Activity(learner)
+        self.parts: dict[str, Stateful] = {
+            "learner": learner,
+            "evaluator": self.evaluator,
+            "activity": self.activity,
+            "course": self,
+        }
+        self.row = 0
+        self._known = len(stream.classes)
+        self._outstanding: deque[tuple[NDArray[np.float64], int]] = deque()
+        self._cpu_seconds = self._peak = 0.0
+        self._expected: dict[str, list[str]] = {}  # names of a checkpoint, and the classes that were there by then
+        self._labels = 0
+
+    def pieces(self, chunk: int, every: int) -> Iterator[Chunk]:
+        """The rows that are left, cut where a window or what a checkpoint holds ends."""
+        for x, y in self.stream.chunks(chunk, self.row):
+            self._check_names()
+            while len(y):
+                size = min(step - self.row % step for step in (self.evaluator.window, every))
+                yield Chunk(x[:size], y[:size])
+                x, y = x[size:], y[size:]
+
+    def take(self, piece: Chunk) -> None:
+        """Predict and learn rows of one window."""
+        before = self._clock()
+        if self.delay == 0 and isinstance(self.learner, Quick):
+            predicted = self._quickly(self.learner, *piece)
+        else:
+            predicted = self._one_by_one(*piece)
+        self._cpu_seconds += self._clock() - before
+        self.evaluator.update(piece.y, predicted)
+        self.row += len(piece.y)
+        if self.row % self.evaluator.window == 0:
+            self.activity.close()
+
+    def finish(self) -> None:
+        """Learn what is outstanding."""
+        if not self.row:
+            raise DataError(f"the stream {self.stream.name} has no rows")
+        before = self._clock()
+        while self._outstanding:
+            self._learn(*self._outstanding.popleft())
+        self._cpu_seconds += self._clock() - before
+        self.activity.finish(len(self.evaluator.windows()))
+        self._check_names()
+
+    def _one_by_one(self, x: NDArray[np.float64], y: Labels) -> Labels:
+        predicted = np.empty(len(y), np.int64)
+        for i, label in enumerate(y.tolist()):
+            predicted[i] = self._predict(x[i])
+            self._outstanding.append((x[i], label))
+            if len(self._outstanding) > self.delay:
+                self._learn(*self._outstanding.popleft())
+        return predicted
+
+    def _quickly(self, learner: Quick, x: NDArray[np.float64], y: Labels) -> Labels:
+        """The same, in runs of rows that have a label and are predicted among the same classes."""
+        known = np.maximum.accumulate(np.append(self._known, y + 1))[:-1]
+        labelled = y >= 0
+        cuts = np.flatnonzero((np.diff(known) > 0) | (np.diff(labelled))) + 1
+        predicted = np.empty(len(y), np.int64)
+        for start, end in zip([0, *cuts.tolist()], [*cuts.tolist(), len(y)], strict=True):
+            if labelled[start]:
+                predicted[start:end] = learner.test_then_train(x[start:end], y[start:end], max(1, int(known[start])))
+                self._known = max(self._known, int(y[end - 1]) + 1)
+            else:
+                predicted[start:end] = [self._predict(row) for row in x[start:end]]
+        return predicted
+
+    def _predict(self, x: NDArray[np.float64]) -> int:
+        return int(self.learner.predict_proba(x, max(1, self._known)).argmax())
+
+    def _learn(self, x: NDArray[np.float64], y: int) -> None:
+        if y >= 0:
+            self.learner.learn(x, y)
+            self._known = max(self._known, y + 1)
+
+    def _clock(self) -> float:
+        """CPU seconds, of the learner's processes too."""
+        return time.process_time() + (self.learner.cpu_seconds() if isinstance(self.learner, Forked) else 0.0)
+
+    def _peak_memory(self) -> float:
+        """MiB, over all that the run was cut into."""
+        return max(self._peak, float(peak_memory(SimpleNamespace(type="cpu"))["peak_memory_mib"]))
+
+    def _names(self) -> dict[str, list[str]]:
+        return {"features": [*map(str, self.stream.features)], "classes": [*map(str, self.stream.classes)]}
+
+    def _check_names(self) -> None:
+        """Raise ConfigError where the stream, read to where the checkpoint was made, is not the one it was made on."""
+        now, least = self._names(), {"features": 0, "classes": self._labels}
+        for what, before in self._expected.items():
+            compared = max(least[what], min(len(before), len(now[what])))  # the last chunk may have told of more
+            lost = [name for i, name in enumerate(before[:compared]) if now[what][i : i + 1] != [name]]
+            if lost:
+                raise ConfigError(
+                    f"{what} of {self.stream.name} are no longer those of the checkpoint, such as {lost[0]}: "
+                    "restore the stream, or name another folder"
+                )
+        self._expected = {}
+
+    def result(self) -> Result:
+        windows = self.evaluator.windows()
+        return Result(
+            stream=self.stream.name,
+            learner=type(self.learner).__name__,
+            classes=self._expected.get("classes") or self._names()["classes"],
+            window=self.evaluator.window,
+            delay=self.delay,
+            overall=self.evaluator.overall(),
+            windows=windows,
+            drifts=recoveries(windows, self.stream.drifts),
+            activity=self.activity.windows(),
+            cpu_seconds=self._cpu_seconds,
+            peak_memory_mib=self._peak_memory(),
+        )
+
+    def state(self) -> State:
+        rows = [x for x, _ in self._outstanding]
+        arrays = {"x": _stacked(rows), "y": np.array([y for _, y in self._outstanding], np.int64)}
+        figures = {"row": self.row, "known": self._known, "cpu_seconds": self._cpu_seconds}
+        return arrays, {**figures, "peak_memory_mib": self._peak_memory(), "names": self._names()}
+
+    def restore(self, arrays: Mapping[str, NDArray[Any]], values: Mapping[str, Any]) -> None:
+        self.row, self._known = values["row"], values["known"]
+        self._cpu_seconds, self._peak = values["cpu_seconds"], values["peak_memory_mib"]
+        self._expected, self._labels = values["names"], self.evaluator.classes
+        self._outstanding = deque(zip(arrays["x"], arrays["y"].tolist(), strict=True))
+        if self.row != self.evaluator.rows:
+            raise ConfigError("its figures are of other rows")
+
+
+def _stacked(rows: list[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """Rows (n, d) as wide as the widest; NaN where others end."""
+    stacked = np.full((len(rows), max((row.size for row in rows), default=0)), np.nan)
+    for place, row in zip(stacked, rows, strict=True):
+        place[: row.size] = row
+    return stacked

@@ -1,0 +1,65 @@
+"""What is done for every row, compiled: numpy's calls cost more than their work on a handful of numbers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from numba import njit
+
+
+@njit(cache=True)
+def layer(x: Any, weight: Any, bias: Any, relu: bool, out: Any) -> None:
+    """out (b,) = x (a,) W (a, b) + bias, and no less than 0 with `relu`."""
+    out[:] = bias
+    for i in range(len(x)):
+        value = x[i]
+        if value != 0.0:
+            for j in range(len(out)):
+                out[j] += value * weight[i, j]
+    if relu:
+        for j in range(len(out)):
+            out[j] = max(out[j], out.dtype.type(0))
+
+
+@njit(cache=True)
+def standardised(x: Any, mean: Any, square: Any, rows: int, out: Any) -> None:
+    """How many standard deviations a row's values are above their means, at most ten; a missing one is a mean."""
+    for i in range(len(out)):
+        out[i] = 0.0
+        if i < len(x) and square[i] > 0.0 and math.isfinite(x[i]):
+            out[i] = min(max((x[i] - mean[i]) / math.sqrt(square[i] / rows), -10.0), 10.0)
+
+
+@njit(cache=True)
+def watch(x: Any, mean: Any, square: Any, rows: int) -> None:
+    """Add a row to running means and sums of squared differences to them; `rows` before it."""
+    for i in range(len(x)):
+        if math.isfinite(x[i]):
+            apart = x[i] - mean[i]
+            mean[i] += apart / (rows + 1)
+            square[i] += apart * (x[i] - mean[i])
+
+
+@njit(cache=True)
+def mixture(scores: Any, accuracy: Any, trust: float, recency: float, out: Any) -> None:
+    """w_i = sigmoid(z_i)^trust a_i^recency, summing to 1."""
+    most = 1e-9
+    for i in range(len(out)):
+        most = max(most, accuracy[i])
+    total = 0.0
+    for i in range(len(out)):
+        out[i] = max(accuracy[i] / most, 1e-9) ** recency * (1.0 + math.exp(-scores[i])) ** -trust
+        total += out[i]
+    for i in range(len(out)):
+        out[i] /= total
+
+
+@njit(cache=True)
+def follow(right: Any, weights: Any, rate: float, row: int, accuracy: Any, trained: Any, last: Any) -> None:
+    """Recent accuracies, and which experts have learned the row."""
+    for i in range(len(right)):
+        accuracy[i] += rate * ((1.0 if right[i] else 0.0) - accuracy[i])
+        if weights[i] > 0.0:
+            trained[i] += 1
+            last[i] = row
