@@ -235,6 +235,28 @@ def test_all_learn_in_the_warm_up_and_with_all_and_those_that_were_right_with_co
         assert ((model.trained - before > 0) <= wanted).all()
 
 
+def test_lazily_only_those_that_are_routed_and_a_few_others_are_asked() -> None:
+    model, asked = made("paper", lazy=1, top_k=2), []
+    predict = model.banks.predict
+    model.banks.predict = lambda x, c, past, which: (asked.append(which), predict(x, c, past, which))[1]  # type: ignore[method-assign]
+    taught(model, 100)
+    for x, y in rows(200, seed=2):
+        asked.clear()
+        best = np.argsort(-model.router(x.astype(np.float32)), kind="stable")
+        model.predict_proba(x, 2)
+        assert asked == [[best[0]]]
+        model.learn(x, y)
+        every = sorted(k for which in asked for k in which)
+        assert len(every) == len({*every}) <= 3
+        assert {*best[:2].tolist()} <= {*every}
+        if model._buffer:
+            assert np.flatnonzero(~np.isnan(model._buffer[-1][1])).tolist() == every
+    whole = score(made("paper", n_experts=12), 3000)
+    assert score(made("paper", n_experts=12, lazy=2), 3000) > whole - 0.02
+    with pytest.raises(ConfigError, match="lazy needs variant=data"):
+        settings(lazy=1)
+
+
 def test_idle_experts_are_found_by_chance_by_balance_and_by_a_new_beginning() -> None:
     def idle(**given: Any) -> int:
         model = taught(made("code", top_k=1, n_experts=12, **given), 2500, name="led_a")
@@ -302,7 +324,7 @@ def test_features_and_classes_may_come_later_and_be_missing() -> None:
     draw = np.random.default_rng(0)
     assert model.predict_proba_one({"a": 1.0}) == {}
     for t in range(3000):
-        label = ["no", "yes", ("a", "tuple")][t % (2 if t < 500 else 3)]
+        label = ["no", "yes", ("a", "tuple")][draw.integers(2 if t < 500 else 3)]
         x = {"a": float(draw.normal() + 2 * (label == "yes")), "const": 1}
         if t >= 500:
             x["late"] = 4.0 * (label == ("a", "tuple")) + draw.normal()

@@ -30,11 +30,10 @@ ONE = np.ones(1)
 
 
 def rows(count: int, *, classes: int = 4, holes: float = 0.0, seed: int = 0) -> list[tuple[NDArray[np.float64], int]]:
-    """Rows (4,) whose classes two of the features tell; after half of them, the other two."""
+    """Rows (4,) whose classes the first feature tells; after half of them, the third."""
     draw = np.random.default_rng(seed)
     x = draw.random((count, 4))
-    parts = np.where(np.arange(count)[:, None] < count // 2, x[:, :2], x[:, 2:]) > 0.5
-    y = (parts[:, 0] * 2 + parts[:, 1]) % classes
+    y = (np.where(np.arange(count) < count // 2, x[:, 0], x[:, 2]) * classes).astype(int)
     x[draw.random(x.shape) < holes] = np.nan
     return [*zip(x, y.tolist(), strict=True)]
 
@@ -67,10 +66,11 @@ CLASSIFIERS: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_what_is_read_predicts_and_learns_on_bit_for_bit(name: str) -> None:
     classes = 2 if name == "logistic" else 4
-    stream = rows(3000, classes=classes)
+    stream = rows(1000 if name == "exhaustive" else 3000, classes=classes)
+    early = len(stream) * 3 // 5
     bank = RiverTrees(2, expert=CLASSIFIERS[name]())
     weights = np.random.default_rng(1).poisson(1.0, (len(stream), 2)).astype(float)
-    for (x, y), w in zip(stream[:1800], weights, strict=False):
+    for (x, y), w in zip(stream[:early], weights, strict=False):
         bank.learn(x, y, w)
     if hasattr(bank.experts[0], "n_leaves"):
         assert bank.experts[0].n_leaves > 2
@@ -78,7 +78,7 @@ def test_what_is_read_predicts_and_learns_on_bit_for_bit(name: str) -> None:
     other = RiverTrees(2, expert=CLASSIFIERS[name]())
     other.restore(*through_json(bank.state()))
     assert same(bank, other)
-    for (x, y), w in zip(stream[1800:], weights[1800:], strict=True):
+    for (x, y), w in zip(stream[early:], weights[early:], strict=True):
         assert bank.predict(x, classes).tobytes() == other.predict(x, classes).tobytes()
         for held in (bank, other):
             held.learn(x, y, w)
@@ -173,7 +173,7 @@ def test_seeds_make_experts_different_and_the_same_again() -> None:
 
 
 def test_a_classifier_that_only_names_classes_may_be_an_expert() -> None:
-    voting = ensemble.VotingClassifier([naive_bayes.GaussianNB()])
+    voting = ensemble.VotingClassifier([naive_bayes.GaussianNB(), naive_bayes.GaussianNB()])
     bank = RiverTrees(1, expert=voting)
     bank.learn(np.zeros(2), 1, ONE)
     np.testing.assert_array_equal(bank.predict(np.zeros(2), 3), [[0.0, 1.0, 0.0]])
@@ -268,14 +268,15 @@ def test_plain_data_comes_back_exactly(obj: Any) -> None:
 def test_numbers_and_chance_come_back_exactly() -> None:
     chance = random.Random(3)
     chance.gauss(0, 1)
-    arrays = [np.arange(6, dtype=k).reshape(2, 3) for k in ("f4", "f8", "i8", "u1", "?", "c16")]
-    arrays += [np.asfortranarray(arrays[0]), np.zeros((0, 3)), np.array(2.5)]
+    arrays = [np.arange(6).reshape(2, 3).astype(k) for k in ("f4", "f8", "i8", "u1", "?", "c16")]
+    arrays += [np.asfortranarray(arrays[0]), np.zeros((2, 0, 3)), np.array(2.5)]
     found, kept, one, big = again([chance, arrays, np.float32(0.1), 1 << 70])
     assert [found.random() for _ in range(5)] + [found.gauss(0, 1)] == [chance.random() for _ in range(5)] + [
         chance.gauss(0, 1)
     ]
     for old, new in zip(arrays, kept, strict=True):
-        assert (old.dtype, old.shape, old.strides, old.tobytes()) == (new.dtype, new.shape, new.strides, new.tobytes())
+        assert (old.dtype, old.shape, old.tobytes()) == (new.dtype, new.shape, new.tobytes())
+        assert old.flags.f_contiguous == new.flags.f_contiguous
         assert new.flags.writeable
     assert (type(one), one, big) == (np.float32, np.float32(0.1), 1 << 70)
 
@@ -322,11 +323,12 @@ class Own:
 @pytest.mark.parametrize(
     "obj",
     [Own(), len, Own, lambda: 0, object(), sys, np.array([None]), np.datetime64("2020-01-01"), [{1: {Own(): 2}}],
-     tree.HoeffdingTreeClassifier().learn_one, range(3), 1j, type("Var", (stats.Var,), {"__module__": "river.stats.var"})()],
+     tree.HoeffdingTreeClassifier().learn_one, range(3), 1j,
+     type("Var", (stats.Var,), {"__module__": "river.stats.var"})()],
     ids=lambda obj: type(obj).__name__,
 )  # fmt: skip
 def test_what_is_not_known_is_not_saved(obj: Any) -> None:
-    with pytest.raises(AdapterError, match=r"cannot be saved|can be saved"):
+    with pytest.raises(AdapterError, match="cannot be saved"):
         encode(obj)
 
 
@@ -347,7 +349,7 @@ def test_a_file_that_names_what_it_may_not_is_refused(module: str, name: str) ->
     for obj in (stats.Var(), stats.Var):
         tables, arrays = encode(obj)
         tables["classes"][0] = [module, name]
-        with pytest.raises(AdapterError, match="can be saved or read"):
+        with pytest.raises(AdapterError, match="cannot be saved or read"):
             decode(tables, arrays)
 
 
@@ -402,8 +404,10 @@ def test_a_damaged_file_is_refused_or_read_but_never_breaks(capfd: pytest.Captur
 
 def test_objects_take_few_bytes() -> None:
     bank = RiverTrees(1)
-    for x, y in rows(500):
+    for x, y in rows(90):
         bank.learn(x, y, ONE)
+    assert bank.experts[0].n_leaves == 1
     arrays, values = bank.state()
-    gaussians = 16
-    assert sum(array.nbytes for array in arrays.values()) + len(json.dumps(values)) < 2000 + gaussians * 120
+    estimators = 4 * 4  # of each class and feature: weight, mean, variance, least and most
+    assert sum(array.nbytes for array in arrays.values()) < 600 + estimators * 2 * 5 * 8
+    assert len(json.dumps(values)) < 2000

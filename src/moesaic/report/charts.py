@@ -122,8 +122,10 @@ def heat(
     return made, max(sizes) > largest
 
 
-def shares(layers: Mapping[str, Mapping[str, Sequence[float]]], *, title: str, description: str) -> Markup:
-    """Experts' shares, a row for each task and a block of columns for each layer.
+def shares(
+    layers: Mapping[str, Mapping[str, Sequence[float]]], *, title: str, description: str, over: str = "layer"
+) -> Markup:
+    """Experts' shares, a row for each task and a block of columns for each layer (or what `over` names).
 
     The darkest tone is the largest share, or twice an equal share among the fewest experts if that is larger.
     """
@@ -131,7 +133,7 @@ def shares(layers: Mapping[str, Mapping[str, Sequence[float]]], *, title: str, d
     left, top, size, gap = label_width(tasks) + 22, 34.0, 18.0, 10.0
     every = [row for rows in layers.values() for row in rows.values()]
     largest = max(max(share, 2 / len(row)) for row in every for share in row)
-    parts, x = [text(left - 10, top - 21, "layer", anchor="end", class_="tick")], left
+    parts, x = [text(left - 10, top - 21, over, anchor="end", class_="tick")], left
     parts.append(text(left - 10, top - 6, "expert", anchor="end", class_="tick"))
     parts += [text(left - 10, top + size * i + 13, shorten(task), anchor="end") for i, task in enumerate(tasks)]
     for layer, rows in layers.items():
@@ -144,7 +146,7 @@ def shares(layers: Mapping[str, Mapping[str, Sequence[float]]], *, title: str, d
                 if task not in rows or e >= len(rows[task]):
                     continue
                 share = rows[task][e]
-                said = tag("title", f"layer {layer}, {task}, expert {e}: {100 * share:.0f} %")
+                said = tag("title", f"{over} {layer}, {task}, expert {e}: {100 * share:.0f} %".lstrip())
                 box = {"x": x + size * e, "y": top + size * i, "width": size - 1.5, "height": size - 1.5, "rx": 2}
                 parts.append(tag("rect", said, style=_fill(share / largest, "above"), **box))
         x += size * experts + gap
@@ -179,9 +181,20 @@ def scatter(dots: Sequence[Point], *, across: str, up: str, title: str, descript
 
 
 def lines(
-    series: Sequence[Line], *, across: str, up: str, title: str, description: str, logarithmic: bool = False
+    series: Sequence[Line],
+    *,
+    across: str,
+    up: str,
+    title: str,
+    description: str,
+    logarithmic: bool = False,
+    marks: Sequence[float] = (),
 ) -> Markup:
-    """Lines named at their right ends; `logarithmic` where values are positive and span more than one power of 2."""
+    """Lines named at their right ends; `logarithmic` where values are positive and span more than one power of 2.
+
+    Args:
+        marks: where along the axis something happened: dashed.
+    """
     left, right, top, bottom = frame = (64.0, WIDTH - label_width(s.label for s in series) - 40, 16.0, 340.0)
     values = [v for s in series for _, v in s.points]
     steps = [t for s in series for t, _ in s.points]
@@ -190,8 +203,9 @@ def lines(
     y_low, y_high = _padded([on(v) for v in values])
     x_low, x_high = min(steps), max(steps)
     x, y = scale(x_low, x_high, left, right), scale(y_low, y_high, bottom, top)
-    marks = _powers(y_low, y_high) if logarithmic else ticks(y_low, y_high)
-    parts = _axes(x, lambda v: y(on(v)), ticks(x_low, x_high, least=1.0), marks, frame, across, up)
+    heights = _powers(y_low, y_high) if logarithmic else ticks(y_low, y_high)
+    parts = _axes(x, lambda v: y(on(v)), ticks(x_low, x_high, least=1.0), heights, frame, across, up)
+    parts += [line(x(at), top, x(at), bottom, "zero", stroke_dasharray="3 4") for at in marks if x_low <= at <= x_high]
     names = apart([y(on(s.points[-1][1])) for s in series], 15.0, top + 6, bottom - 4)
     for s, name in zip(series, names, strict=True):
         path = [(x(t), y(on(v))) for t, v in s.points]

@@ -97,18 +97,23 @@ def _cell(text: str) -> str:
 def rich_table(summary: dict[str, Any]) -> RenderableType:
     """The same for a terminal."""
     from rich.console import Group
+    from rich.text import Text
+
+    parts = [table(grid) for grid in grids(summary)]
+    return Group(*parts, *[Text(line) for line in (*conclusions(summary), *missing(summary))])
+
+
+def table(grid: Grid) -> RenderableType:
+    """A grid for a terminal, without its legend."""
     from rich.table import Table
     from rich.text import Text
 
-    parts: list[Any] = []
-    for grid in grids(summary):
-        table = Table(title=grid.title, title_justify="left")
-        for i, name in enumerate(grid.header):
-            table.add_column(Text(name), justify="right" if i else "left")
-        for row in grid.rows:
-            table.add_row(*[Text(cell) for cell in row])
-        parts.append(table)
-    return Group(*parts, *[Text(line) for line in (*conclusions(summary), *missing(summary))])
+    made = Table(title=grid.title, title_justify="left")
+    for i, name in enumerate(grid.header):
+        made.add_column(Text(name), justify="right" if i else "left")
+    for row in grid.rows:
+        made.add_row(*[Text(cell) for cell in row])
+    return made
 
 
 def csv(summary: dict[str, Any]) -> str:

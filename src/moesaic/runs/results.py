@@ -3,7 +3,7 @@
 import platform
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,10 @@ from moesaic.runs.method import is_routed
 PACKAGES = ("moesaic", "torch", "transformers", "peft", "trl", "datasets", "accelerate")
 
 
-def versions() -> dict[str, str]:
-    """Installed versions of what a result depends on."""
+def versions(more: Sequence[str] = ()) -> dict[str, str]:
+    """Installed versions of what a result depends on, `more` beside what all depend on."""
     found = {"python": platform.python_version()}
-    for name in PACKAGES:
+    for name in (*PACKAGES, *more):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

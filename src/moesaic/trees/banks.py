@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,10 +35,10 @@ class Banks:
         self.size = size
         self.watch = Watch(size, settings.warning, settings.drift) if settings.detect else None
 
-    def predict(self, x: Row, classes: int, past: NDArray[np.float64]) -> Votes:
-        """Each expert's probabilities (K, classes)."""
+    def predict(self, x: Row, classes: int, past: NDArray[np.float64], which: Sequence[int] | None = None) -> Votes:
+        """Each expert's probabilities (K, classes), or those of `which`, where there is one bank."""
         if len(self.banks) == 1:
-            return self.banks[0].predict(x, classes)
+            return self.banks[0].predict(x, classes, which)
         return np.concatenate([self.banks[0].predict(x, classes), self.banks[1].predict(_joined(past, x), classes)])
 
     def learn(self, x: Row, y: int, weights: NDArray[np.float64], past: NDArray[np.float64]) -> None:

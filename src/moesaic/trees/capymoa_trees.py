@@ -6,13 +6,14 @@ followed. MOA's Hoeffding trees draw no random numbers, so the same rows make th
 
 Settings are those of DriftMoE's experts: information gain, ties below 0.05, adaptive naive Bayes in the leaves,
 Gaussians over numbers, no pre-pruning. All features are numbers; NaN is a missing one. Rows and classes may grow: a
-tree goes on with wider rows, and counts a new feature from its first row on.
+tree goes on with wider rows, and counts a new feature from its first row on. Beside a tree another may grow, to take
+its place.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from moesaic.errors import AdapterError, ConfigError, DataError, TrainingError
 from moesaic.trees.experts import Row, Votes
 from moesaic.trees.jvm import HEAP, Refused, Worker, WorkerDied
-from moesaic.trees.jvm_worker import LEARN, LOAD, PREDICT, RESET, SAVE
+from moesaic.trees.jvm_worker import ADD, LEARN, LOAD, PREDICT, PREPARE, RESET, SAVE
 
 logger = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
@@ -35,27 +36,41 @@ WIDEST = 1_000_000
 """So many features a state may speak of, and so many classes there may be."""
 
 
+Frame = tuple[int, int, int, bytes]
+"""An operation, a, b and its payload."""
+
+
 @dataclass
 class _Kept:
-    """What another child begins from: the trees as they were saved, and the rows since; changed as one."""
+    """What another child begins from: the trees as they were saved, and what was done since; changed as one."""
 
-    trees: list[bytes]
-    """Each tree as Java writes it; empty: a new one."""
-    rows: list[tuple[int, bytearray]] = field(default_factory=list)
-    """(class, weights (K,) and features as float64)"""
+    trees: dict[int, bytes] = field(default_factory=dict)
+    """Trees as Java writes them, by slot: 2k is tree k's, 2k + 1 that of the one beside it. Empty: a new one."""
+    done: list[Frame] = field(default_factory=list)
+    """Rows that were learned, trees that were prepared and reset."""
     features: int = 0
     """How wide rows were when the trees were saved."""
     size: int = 0
     """Bytes of rows."""
     changed: set[int] = field(default_factory=set)
-    """Trees that learned since they were saved."""
+    """Slots of trees that changed since they were saved."""
+
+    def beside(self) -> set[int]:
+        """Slots of the trees that grow beside others."""
+        found = {slot for slot in self.trees if slot % 2}
+        for operation, tree, _, _ in self.done:
+            if operation == PREPARE:
+                found.add(2 * tree + 1)
+            elif operation == RESET:
+                found.discard(2 * tree + 1)
+        return found
 
 
 class CapyMOATrees:
     """`size` Hoeffding trees of MOA's.
 
     Args:
-        size: K, the number of trees.
+        size: K, the number of trees, 0 or more.
         seed: MOA's Hoeffding trees draw nothing; they are only told it.
         grace_period: rows (by weight) a leaf sees between two tries to split it.
         confidence: the chance to split by mistake that is allowed.
@@ -78,8 +93,9 @@ class CapyMOATrees:
     ) -> None:
         whole = {"size": size, "grace_period": grace_period, "heap": heap, "every": every}
         for name, value in whole.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} must be a whole number above 0, and is {value!r}")
+            least = 0 if name == "size" else 1
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConfigError(f"{name} must be a whole number, {least} or more, and is {value!r}")
         if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**31) <= seed < 2**31:
             raise ConfigError(f"seed must be a whole number of 32 bits, and is {seed!r}")
         if not 0 < confidence < 1:
@@ -87,10 +103,12 @@ class CapyMOATrees:
         self.size, self.seed, self.grace_period, self.confidence = size, seed, grace_period, float(confidence)
         self.heap, self.every = heap, every
         self._features = 0  # of the widest row that was learned
-        self._kept = _Kept([b""] * size)
+        self._kept = _Kept()
         self._closed = False
         self._worker: Worker | None = None
         self._versions: dict[str, str] = {}
+        self._spent: list[float] = []
+        """CPU seconds of children that have ended."""
         self._do(lambda worker: None)
 
     def predict(self, x: Row, classes: int, which: Sequence[int] | None = None) -> Votes:
@@ -101,7 +119,7 @@ class CapyMOATrees:
         Raises:
             TrainingError: the child ends again and again.
         """
-        if which is not None and len(which) == 0:
+        if not (self.size if which is None else len(which)):
             return np.empty((0, classes))
         row = self._row(x)
         chosen = [] if which is None else [self._tree(i) for i in which]
@@ -124,31 +142,53 @@ class CapyMOATrees:
         learners = np.flatnonzero(weights > 0).tolist()
         if not learners:
             return
-        payload = bytearray(weights.tobytes() + row.tobytes())
-        if len(self._kept.rows) >= self.every or self._kept.size >= JOURNAL:
-            self._save()
-        worker, kept = self._take(), self._kept
-        self._features = row.size
-        kept.changed.update(learners)
-        kept.size += len(payload)
-        kept.rows.append((int(y), payload))
-        self._tell(worker, LEARN, int(y), self.size, payload)
+        slots = {2 * k for k in learners} | {2 * k + 1 for k in learners}
+        self._change(LEARN, int(y), self.size, weights.tobytes() + row.tobytes(), slots, row.size)
 
     def reset(self, which: int) -> None:
-        """Let a tree begin anew. Raises DataError where there is no such tree."""
-        tree, worker, kept = self._tree(which), self._take(), self._kept
-        trees = [b"" if i == tree else data for i, data in enumerate(kept.trees)]
-        rows = [(y, bytearray(payload)) for y, payload in kept.rows]
-        for _, payload in rows:
-            payload[8 * tree : 8 * tree + 8] = bytes(8)  # its weight
-        self._kept = _Kept(trees, rows, kept.features, kept.size, kept.changed - {tree})
-        self._tell(worker, RESET, tree)
+        """Let a tree begin anew, or as the one that was prepared. Raises DataError where there is no such tree."""
+        tree = self._tree(which)
+        self._change(RESET, tree, changed={2 * tree})
+
+    def prepare(self, which: int) -> None:
+        """Let a new tree learn what `which` learns, with the same weights, until a `reset` puts it in its place.
+
+        It replaces one that was prepared before. Raises DataError where there is no such tree.
+        """
+        tree = self._tree(which)
+        self._change(PREPARE, tree, changed={2 * tree + 1})
+
+    def add(self, count: int) -> None:
+        """New trees, behind those that are there. Raises DataError for fewer than 0."""
+        if count < 0:
+            raise DataError(f"a bank has no room for {count} more trees: give 0 or more")
+        if not count:
+            return
+        worker = self._take()
+        self.size += count  # another child begins with so many, and the rows that it learns again are not theirs
+        self._tell(worker, ADD, count)
+
+    def cpu_seconds(self) -> float:
+        """CPU seconds that its child, and those before it, used since they were started; all rows are learned then."""
+        worker, self._worker = self._worker, None
+        living = 0.0
+        if worker is not None:
+            try:
+                living = worker.cpu_seconds()
+                self._worker = worker
+            except WorkerDied:
+                pass  # what it used is among those that have ended; who asks for more starts another
+        return sum(self._spent) + living
 
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-        """`tree_0`, …: each tree as Java writes it, uint8, empty where it is new; and the settings they grew with."""
+        """Each tree as Java writes it, uint8, empty where it is new; and the settings they grew with.
+
+        `tree_0`, `tree_1`, …, and `beside_0`, … of those that were prepared.
+        """
         kept = self._save()
+        slots = sorted({2 * k for k in range(self.size)} | kept.beside())
         arrays: dict[str, NDArray[Any]] = {
-            f"tree_{i}": np.frombuffer(data, np.uint8).copy() for i, data in enumerate(kept.trees)
+            _name(slot): np.frombuffer(kept.trees.get(slot, b""), np.uint8).copy() for slot in slots
         }
         return arrays, self._settings() | {"features": self._features} | self._versions
 
@@ -167,17 +207,17 @@ class CapyMOATrees:
         features = values.get("features")
         if isinstance(features, bool) or not isinstance(features, int) or not 0 <= features <= WIDEST:
             raise AdapterError(f"the state's features must be a whole number up to {WIDEST:,}, and are {features!r}")
-        names = [f"tree_{i}" for i in range(self.size)]
-        if set(arrays) != set(names):
+        slots = {_name(slot): slot for slot in range(2 * self.size)}
+        if {name for name, slot in slots.items() if slot % 2 == 0} - set(arrays) or set(arrays) - set(slots):
             raise AdapterError(
                 f"the state holds {', '.join(sorted(arrays)) or 'no arrays'} instead of {self.size} trees"
             )
-        for name in names:
+        for name in arrays:
             if arrays[name].dtype != np.uint8 or arrays[name].ndim != 1:
                 raise AdapterError(f"{name} must be a row of bytes, and is {arrays[name].dtype} {arrays[name].shape}")
-        if sum(arrays[name].nbytes for name in names) > self.heap << 20:
+        if sum(array.nbytes for array in arrays.values()) > self.heap << 20:
             raise AdapterError(f"the state is larger than the heap of {self.heap} MiB: give more")
-        kept = _Kept([arrays[name].tobytes() for name in names], features=features)
+        kept = _Kept({slots[name]: array.tobytes() for name, array in arrays.items()}, features=features)
 
         def replace(worker: Worker) -> None:
             self._load(worker, kept)
@@ -212,32 +252,59 @@ class CapyMOATrees:
             raise DataError(f"there is no tree {which}: there are {self.size}, from 0")
         return int(which)
 
+    def _change(
+        self,
+        operation: int,
+        a: int,
+        b: int = 0,
+        payload: bytes = b"",
+        changed: Set[int] = frozenset(),
+        features: int | None = None,
+    ) -> None:
+        """Let the child do what another one would have to do again.
+
+        Args:
+            changed: slots of the trees that are not what they were.
+            features: how wide rows are from now on.
+        """
+        if len(self._kept.done) >= self.every or self._kept.size >= JOURNAL:
+            self._save()
+        worker, kept = self._take(), self._kept
+        self._features = self._features if features is None else features
+        kept.changed.update(changed)
+        kept.size += len(payload)
+        kept.done.append((operation, a, b, payload))
+        self._tell(worker, operation, a, b, payload)
+
     def _save(self) -> _Kept:
-        """Have the trees that changed written, and forget the rows."""
+        """Have the trees that changed written, and forget what was done."""
         kept = self._kept
-        changed = sorted(kept.changed)
-        if changed:
+        if kept.done or kept.changed:
+            beside = kept.beside()
+            changed = sorted(slot for slot in kept.changed if slot % 2 == 0 or slot in beside)
             wanted = np.array(changed, np.int64).tobytes()
             _, _, told = self._do(lambda worker: worker.ask(SAVE, payload=wanted))
-            trees, end = list(kept.trees), 8 * len(changed)
-            for i, size in zip(changed, np.frombuffer(told[:end], np.int64).tolist(), strict=True):
-                trees[i] = told[end : end + size]
+            trees = {slot: data for slot, data in kept.trees.items() if slot % 2 == 0 or slot in beside}
+            end = 8 * len(changed)
+            for slot, size in zip(changed, np.frombuffer(told[:end], np.int64).tolist(), strict=True):
+                trees[slot] = told[end : end + size]
                 end += size
             kept = self._kept = _Kept(trees, features=self._features)
         return kept
 
     def _load(self, worker: Worker, kept: _Kept) -> None:
-        """Give a child the trees that were saved and let it learn the rows since."""
-        sizes = np.array([len(data) for data in kept.trees], np.int64)
-        worker.ask(LOAD, kept.features, 0, b"".join([sizes.tobytes(), *kept.trees]))
-        for y, payload in kept.rows:
-            worker.send(LEARN, y, self.size, payload)
-        if kept.rows:
-            worker.ask(SAVE)  # of no tree: the answer says that all rows were learned
+        """Give a child the trees that were saved and let it do what was done since."""
+        slots = np.array([*kept.trees], np.int64)
+        sizes = np.array([len(data) for data in kept.trees.values()], np.int64)
+        worker.ask(LOAD, kept.features, len(slots), b"".join([slots.tobytes(), sizes.tobytes(), *kept.trees.values()]))
+        for frame in kept.done:
+            worker.send(*frame)
+        if kept.done:
+            worker.ask(SAVE)  # of no tree: the answer says that all of it was done
 
     def _start(self) -> Worker:
         settings = {"size": self.size, "seed": self.seed, "options": self._options()}
-        worker = Worker(settings, heap=self.heap)
+        worker = Worker(settings, heap=self.heap, spent=self._spent)
         self._versions = worker.versions
         try:
             self._load(worker, self._kept)
@@ -253,10 +320,8 @@ class CapyMOATrees:
         worker, self._worker = self._worker, None
         return worker
 
-    def _tell(
-        self, worker: Worker | None, operation: int, a: int, b: int = 0, payload: bytearray | bytes = b""
-    ) -> None:
-        """Let a child do what `_kept` has already; one that has to be started does it from there."""
+    def _tell(self, worker: Worker | None, operation: int, a: int, b: int = 0, payload: bytes = b"") -> None:
+        """Let a child do what is noted here already; one that has to be started does it from there."""
         died = None
         try:
             if worker is not None:
@@ -286,7 +351,7 @@ class CapyMOATrees:
                 logger.warning(
                     "the child process of the trees ended (%s): starting another, with %d rows to learn again",
                     died,
-                    len(self._kept.rows),
+                    sum(operation == LEARN for operation, *_ in self._kept.done),
                 )
                 died = None
             worker = self._take()
@@ -301,6 +366,10 @@ class CapyMOATrees:
                 raise TrainingError(f"MOA's trees cannot go on: {refused}") from None
             self._worker = worker
             return told
+
+
+def _name(slot: int) -> str:
+    return f"{'beside' if slot % 2 else 'tree'}_{slot // 2}"
 
 
 def shares(votes: Votes) -> Votes:

@@ -50,6 +50,8 @@ class DriftMoEClassifier(base.MiniBatchClassifier):
         reset_after: rows after which an expert that learned none of them begins anew, and is taught for a while; 0:
             never.
         warmup: rows at the start that all experts learn.
+        lazy: ask of each row only the experts that the router takes, and in learning so many others, drawn at random;
+            None: all. The router then learns of those that were asked.
         seed: of all that is drawn.
     Raises:
         ConfigError: a value that cannot be.
@@ -92,6 +94,7 @@ class DriftMoEClassifier(base.MiniBatchClassifier):
         balance: float = 0.0,
         reset_after: int = 0,
         warmup: int = 0,
+        lazy: int | None = None,
         seed: int = 0,
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}

@@ -111,7 +111,7 @@ class DriftMoE:
             if self.settings.combine == "mixture":
                 found = found * self.accuracy
         else:
-            found = look.weights @ look.votes
+            found = look.weights @ np.nan_to_num(look.votes)
         total = found.sum()
         return found / total if total > 0 else np.full(self.classes, 1 / self.classes)
 
@@ -125,8 +125,19 @@ class DriftMoE:
         read, kept = self._scaled(x), self._dropped()
         wide = x if len(x) >= self.features else np.append(x, np.full(self.features - len(x), np.nan))
         scores = np.zeros(self.experts, np.float32) if self.router is None else self.router(read, kept)
-        votes = self.banks.predict(wide, 2 if self.is_task else self.classes, past)
-        return Look(votes, scores, self._weights(scores), read, kept)
+        weights, classes = self._weights(scores), 2 if self.is_task else self.classes
+        if self.settings.lazy is None:
+            return Look(self.banks.predict(wide, classes, past), scores, weights, read, kept)
+        votes = np.full((self.experts, classes), np.nan)
+        look = Look(votes, scores, weights, read, kept)
+        self._ask(look, wide, np.flatnonzero(weights))
+        return look
+
+    def _ask(self, look: Look, x: Row, which: NDArray[np.int64]) -> None:
+        """Experts that were not asked yet."""
+        new = which[np.isnan(look.votes[which, 0])]
+        if len(new):
+            look.votes[new] = self.banks.predict(x, self.classes, self.labels, new.tolist())
 
     def _dropped(self) -> NDArray[np.float32] | None:
         """Hidden units that are left out while it answers: in the released code's task variant, and the same ones
@@ -158,10 +169,13 @@ class DriftMoE:
         s = self.settings
         past = self._past(s.label_delay)
         look = self._made(x, past) if s.label_delay else self._seen(x)
+        if s.lazy is not None:
+            drawn = self.random.choice(self.experts, min(s.lazy, self.experts), replace=False)
+            self._ask(look, x, np.union1d(self._taken(look.scores), drawn))
         right = self._right(look, y)
         targets = right.copy()
         if not right.any():
-            targets[y if self.is_task else int(look.votes[:, y].argmax())] = True
+            targets[y if self.is_task else int(np.nanargmax(look.votes[:, y]))] = True
         weights = self._lessons(look, y, right, targets)
         self._teach(x, y, weights, past)
         self._follow(right, weights)
@@ -197,7 +211,7 @@ class DriftMoE:
             taught = targets.astype(np.float64)
         else:
             taught = np.zeros(self.experts)
-            taught[np.argsort(-(look.scores + self.bias), kind="stable")[: s.top_k]] = 1.0
+            taught[self._taken(look.scores)] = 1.0
         if s.explore and self.random.random() < s.explore:
             taught[self.random.integers(self.experts)] = 1.0
         if s.reset_after:
@@ -207,6 +221,10 @@ class DriftMoE:
         if s.poisson:
             taught = taught * self.random.poisson(s.poisson, self.experts)
         return taught
+
+    def _taken(self, z: NDArray[np.float32]) -> NDArray[np.int64]:
+        """The `top_k` experts that learn a row by the router's scores."""
+        return np.argsort(-(z + self.bias), kind="stable")[: self.settings.top_k]
 
     def _teach(self, x: Row, y: int, weights: NDArray[np.float64], past: NDArray[np.float64]) -> None:
         if not self.is_task:
@@ -232,7 +250,10 @@ class DriftMoE:
 
     def _route(self, look: Look, targets: NDArray[np.bool_]) -> None:
         assert self.router is not None
-        self._buffer.append((look.read, targets.astype(np.float32)))
+        wanted = targets.astype(np.float32)
+        if self.settings.lazy is not None:
+            wanted[np.isnan(look.votes[:, 0])] = np.nan
+        self._buffer.append((look.read, wanted))
         if len(self._buffer) < (1 if self.inert else self.settings.batch_size):
             return
         rows, wanted = (np.stack(part) for part in zip(*self._buffer, strict=True))

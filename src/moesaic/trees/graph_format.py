@@ -72,13 +72,13 @@ def find(module: str, name: str) -> Any:
     parts = module.split(".")
     proper = len(parts) > 1 and all(map(str.isidentifier, parts))
     if not listed and not (proper and parts[0] == "river" and parts[1] in PACKAGES):
-        raise AdapterError(f"{module}.{name} is no class of river's that can be saved or read")
+        raise AdapterError(f"{module}.{name} cannot be saved or read: it is no class of river's estimators")
     try:
         found = vars(importlib.import_module(module)).get(name)
     except ImportError:
         found = None
     if not isinstance(found, type) or name_of(found) != (module, name):
-        raise AdapterError(f"{module}.{name} is no class of river's that can be saved or read")
+        raise AdapterError(f"{module}.{name} cannot be saved or read: it is no class of river's estimators")
     return found
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from moesaic.errors import ConfigError, MissingDependency
-from moesaic.trees.jvm_worker import HEADER
+from moesaic.trees.jvm_worker import CPU, HEADER, IMPOSSIBLE
 
 WORKER = Path(__file__).with_name("jvm_worker.py")
 HEAP = 8192
@@ -41,7 +42,11 @@ class WorkerDied(Exception):
 
 
 class Refused(Exception):
-    """The child is well and answers with an error; the text is Java's."""
+    """The child is well and answers with an error; the text is Java's, or its own."""
+
+    def __init__(self, text: str, status: int) -> None:
+        super().__init__(text)
+        self.status = status
 
 
 class Worker:
@@ -50,17 +55,27 @@ class Worker:
     Args:
         settings: what it is to hold, as JSON.
         heap: MiB that Java's objects may take; less where less is free.
+        script: what it runs, `WORKER` where none is given.
+        spent: where to note, once it has ended, the CPU seconds that it used.
     Raises:
         MissingDependency: capymoa is not installed.
-        ConfigError: there is no Java, or it does not start.
+        ConfigError: there is no Java, it does not start, or the settings are impossible.
         WorkerDied: it ended while it started.
     """
 
-    def __init__(self, settings: Mapping[str, Any], *, heap: int = HEAP) -> None:
+    def __init__(
+        self,
+        settings: Mapping[str, Any],
+        *,
+        heap: int = HEAP,
+        script: Path | None = None,
+        spent: list[float] | None = None,
+    ) -> None:
         check_java()
+        self._spent: list[float] = [] if spent is None else spent
         self._said: deque[str] = deque(maxlen=20)
         self._process = subprocess.Popen(
-            [sys.executable, "-P", str(WORKER), json.dumps(dict(settings))],
+            [sys.executable, "-P", str(script or WORKER), json.dumps(dict(settings))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -73,12 +88,13 @@ class Worker:
         self._in, self._out = self._process.stdin, self._process.stdout
         self._listener = threading.Thread(target=_listen, args=(self._process.stderr, self._said), daemon=True)
         self._listener.start()
-        self._end = weakref.finalize(self, _end, self._process, os.getpid())
+        self._end = weakref.finalize(self, _end, self._process, os.getpid(), self._spent)
         try:
             told = self._answer()
         except Refused as refused:
             self.close()
-            raise ConfigError(f"Java does not start ({refused}): {JAVA}") from None
+            known = refused.status == IMPOSSIBLE
+            raise ConfigError(str(refused) if known else f"Java does not start ({refused}): {JAVA}") from None
         except BaseException:
             self.close()
             raise
@@ -104,6 +120,14 @@ class Worker:
         self.send(operation, a, b, payload)
         return self._answer()
 
+    def cpu_seconds(self) -> float:
+        """CPU seconds that it used since it was started, of all its threads. Raises WorkerDied.
+
+        What it was told before is done by then, so that it counts.
+        """
+        (seconds,) = struct.unpack("<d", self.ask(CPU)[2])
+        return float(seconds)
+
     def close(self) -> None:
         """End it: its input closes, then SIGTERM, then SIGKILL. Once is enough, and so is forgetting it."""
         self._end()
@@ -116,7 +140,7 @@ class Worker:
                 payload = self._out.read(size)
                 if len(payload) == size:
                     if status:
-                        raise Refused(payload.decode(errors="replace"))
+                        raise Refused(payload.decode(errors="replace"), status)
                     return a, b, payload
         except (OSError, ValueError):
             pass  # its end of the pipe, or ours, is closed
@@ -139,7 +163,7 @@ class Worker:
         return f"{how}; {lines[-1].strip()}" if lines else how
 
     def __repr__(self) -> str:
-        return f"Worker(pid={self.pid}, {'ended' if self._process.poll() is not None else 'alive'})"
+        return f"Worker(pid={self.pid}, {'open' if self._end.alive else 'closed'})"
 
 
 def _listen(stream: IO[bytes], said: deque[str]) -> None:
@@ -148,9 +172,23 @@ def _listen(stream: IO[bytes], said: deque[str]) -> None:
             said.append(line.decode(errors="replace"))
 
 
-def _end(process: subprocess.Popen[bytes], owner: int) -> None:
+def _end(process: subprocess.Popen[bytes], owner: int, spent: list[float]) -> None:
     if os.getpid() != owner:
         return  # a fork of the process that holds it
+    before = _of_children()
+    try:
+        _wait(process)
+    finally:
+        spent.append(_of_children() - before)
+
+
+def _of_children() -> float:
+    """CPU seconds of children that were waited for; 0 where the system does not tell."""
+    told = os.times()
+    return told.children_user + told.children_system
+
+
+def _wait(process: subprocess.Popen[bytes]) -> None:
     for stream in (process.stdin, process.stdout):
         with suppress(OSError, AttributeError):
             stream.close()  # type: ignore[union-attr]

@@ -5,13 +5,18 @@ It is run as a file, so that it imports nothing of ours: a child needs neither t
 | operation | a | b | payload | answer |
 | --- | --- | --- | --- | --- |
 | `PREDICT` | classes | number of trees, 0: all | x (float64), trees (int64) | votes (float64); a, b: their shape |
-| `LEARN` | class | number of trees | each tree's weight (float64), x (float64) | none; the next one tells of an error |
+| `LEARN` | class | number of weights | weights of the trees, x (float64) | none; the next one tells of an error |
 | `RESET` | tree | | | none |
-| `SAVE` | | | trees (int64) | sizes (int64), then each tree's bytes |
-| `LOAD` | features | | a size for each tree (int64), then their bytes; 0 is a new tree | empty |
+| `SAVE` | | | slots (int64) | sizes (int64), then the bytes of each; none for a new tree |
+| `LOAD` | features | number of slots | slots (int64), a size for each (int64), then their bytes | empty |
+| `PREPARE` | tree | | | none |
+| `ADD` | number of trees | | | none |
+| `CPU` | | | | seconds that this process used (float64) |
+
+Tree k is in slot 2k, and in slot 2k + 1 the one that was prepared and grows beside it, where there is one.
 
 A frame is a header (operation or status, a, b, bytes of payload) and its payload, little endian. A status that is not
-0 is an error, its payload the text.
+0 is an error, its payload the text: `FAILED`, or `IMPOSSIBLE` where what is held cannot be made as it is asked for.
 """
 
 from __future__ import annotations
@@ -22,11 +27,15 @@ import signal
 import struct
 import sys
 import threading
+import time
 import traceback
+from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
-PREDICT, LEARN, RESET, SAVE, LOAD = range(5)
+PREDICT, LEARN, RESET, SAVE, LOAD, PREPARE, ADD = range(7)
+CPU = 100
+FAILED, IMPOSSIBLE = 1, 2
 HEADER = struct.Struct("<iiqq")
 STACK = 256 << 20
 """Bytes of stack: Java reads and writes a tree by recursion, some 3 kB a level, and a time among the features makes
@@ -44,8 +53,30 @@ ALLOWED = ";".join(
 """What a saved tree may be made of, as Java's ObjectInputFilter has it: reading anything else could run its code."""
 
 
+Answer = tuple[bytes, int, int]
+"""Payload, a, b."""
+
+
+class Held(Protocol):
+    """What a child holds."""
+
+    silent: tuple[int, ...]
+    """Operations without an answer: after one that failed nothing goes on, until one of `anew`."""
+    anew: tuple[int, ...]
+
+    def answer(self, operation: int, a: int, b: int, data: bytes) -> Answer | None:
+        """Do what a frame asks for."""
+
+
+class Impossible(Exception):
+    """What is asked for cannot be made; the text says what to do."""
+
+
 class Trees:
     """MOA's Hoeffding trees, `size` of them, over rows that widen."""
+
+    silent: tuple[int, ...] = (LEARN, RESET, PREPARE, ADD)
+    anew: tuple[int, ...] = (LOAD,)
 
     def __init__(self, size: int, options: str, seed: int) -> None:
         import jpype
@@ -59,7 +90,9 @@ class Trees:
         self.kind, self.options, self.seed = HoeffdingTree, options, seed
         self.doubles, self.tables = jpype.JArray(jpype.JDouble), jpype.JArray(jpype.JDouble, 2)
         self.trees = jpype.JArray(HoeffdingTree)([self.new() for _ in range(size)])
-        self.settings = str(self.trees[0].getOptions().getAsCLIString())
+        self.beside: dict[int, Any] = {}
+        """Trees that grow beside others, to take their places."""
+        self.settings = str(self.new().getOptions().getAsCLIString())
         lookup = MethodHandles.publicLookup()
         row = self.doubles.class_
         self.votes = lookup.findVirtual(
@@ -131,77 +164,104 @@ class Trees:
             if weight > 0:
                 self.row.setWeight(weight)
                 self.trees[i].trainOnInstance(self.row)
+                if i in self.beside:
+                    self.beside[i].trainOnInstance(self.row)
+
+    def reset(self, which: int) -> None:
+        self.trees[which] = self.beside.pop(which) if which in self.beside else self.new()
+
+    def add(self, count: int) -> None:
+        import jpype
+
+        self.trees = jpype.JArray(self.kind)([*self.trees, *(self.new() for _ in range(count))])
+        features, self.features = self.features, -1  # the one call for all votes is to be put together anew
+        self.fit(features, 1)
 
     def save(self, which: list[int]) -> list[bytes]:
         from org.jpype.pickle import Encoder
 
-        return [bytes(Encoder().pack(self.trees[i])) for i in which]
+        trees = [self.beside[slot // 2] if slot % 2 else self.trees[slot // 2] for slot in which]
+        return [bytes(Encoder().pack(tree)) if tree.trainingHasStarted() else b"" for tree in trees]
 
-    def load(self, saved: list[bytes], features: int) -> None:
-        """Take the place of all trees, or of none where one is refused."""
+    def load(self, saved: dict[int, bytes], features: int) -> None:
+        """Take the place of all trees, or of none where one is refused; a slot that is not spoken of has a new one."""
         import jpype
         from org.jpype.pickle import Decoder
 
-        found = []
-        for data in saved:
+        found = {}
+        for slot, data in saved.items():
             tree = Decoder().unpack(jpype.JArray(jpype.JByte)(data)) if data else self.new()
             if tree is None or tree.getClass() != self.kind.class_:
                 raise ValueError("it is no Hoeffding tree")
             if str(tree.getOptions().getAsCLIString()) != self.settings:
                 raise ValueError("it grew with other settings")
-            found.append(tree)
+            found[slot] = tree
         self.fit(features, 1)
-        for tree in found:
+        for tree in found.values():
             tree.getVotesForInstance(self.row)  # a tree that lacks parts fails here and not later
-        for i, tree in enumerate(found):
-            self.trees[i] = tree
+        for i in range(len(self.trees)):
+            self.trees[i] = found[2 * i] if 2 * i in found else self.new()
+        self.beside = {slot // 2: tree for slot, tree in found.items() if slot % 2}
+
+    def answer(self, operation: int, a: int, b: int, data: bytes) -> Answer | None:
+        import numpy as np
+
+        if operation == LEARN:
+            row = np.frombuffer(data)
+            self.learn(row[b:], a, row[:b].tolist())
+        elif operation == PREDICT:
+            cut = len(data) - 8 * b
+            votes = self.predict(np.frombuffer(data[:cut]), a, np.frombuffer(data[cut:], np.int64).tolist())
+            return votes.tobytes(), *votes.shape
+        elif operation == RESET:
+            self.reset(a)
+        elif operation == PREPARE:
+            self.beside[a] = self.new()
+        elif operation == ADD:
+            self.add(a)
+        elif operation == SAVE:
+            saved = self.save(np.frombuffer(data, np.int64).tolist())
+            return b"".join([np.array([len(s) for s in saved], np.int64).tobytes(), *saved]), 0, 0
+        else:
+            slots, sizes = np.frombuffer(data[: 16 * b], np.int64).reshape(2, b).tolist()
+            ends = 16 * b + np.cumsum([0, *sizes])
+            self.load({slot: data[i:j] for slot, (i, j) in zip(slots, pairwise(ends), strict=True)}, a)
+            return b"", 0, 0
+        return None
 
 
-def serve(trees: Trees, source: BinaryIO, out: BinaryIO) -> None:
+def serve(held: Held, source: BinaryIO, out: BinaryIO) -> None:
     """Answer frame after frame until the other end closes."""
-    import numpy as np
-
     failed = ""
-
-    def answer(payload: bytes, a: int = 0, b: int = 0, status: int = 0) -> None:
-        out.write(HEADER.pack(status, a, b, len(payload)) + payload)
-        out.flush()
-
     while len(head := source.read(HEADER.size)) == HEADER.size:
         operation, a, b, size = HEADER.unpack(head)
         data = source.read(size)
         if len(data) < size:
             return
-        if failed and operation in (LEARN, RESET):
+        if operation == CPU:
+            write(out, struct.pack("<d", time.process_time()))
             continue
-        if failed and operation != LOAD:
-            answer(failed.encode(), status=1)
+        if failed and operation in held.silent:
+            continue
+        if failed and operation not in held.anew:
+            write(out, failed.encode(), status=FAILED)
             continue
         try:
-            if operation == LEARN:
-                row = np.frombuffer(data)
-                trees.learn(row[b:], a, row[:b].tolist())
-            elif operation == PREDICT:
-                cut = size - 8 * b
-                votes = trees.predict(np.frombuffer(data[:cut]), a, np.frombuffer(data[cut:], np.int64).tolist())
-                answer(votes.tobytes(), *votes.shape)
-            elif operation == RESET:
-                trees.trees[a] = trees.new()
-            elif operation == SAVE:
-                saved = trees.save(np.frombuffer(data, np.int64).tolist())
-                answer(b"".join([np.array([len(s) for s in saved], np.int64).tobytes(), *saved]))
-            else:
-                count = len(trees.trees)
-                ends = 8 * count + np.cumsum([0, *np.frombuffer(data[: 8 * count], np.int64)])
-                trees.load([data[i:j] for i, j in pairwise(ends)], a)
-                failed = ""
-                answer(b"")
+            told = held.answer(operation, a, b, data)
         except Exception as error:
-            told = tell(error)
-            if operation in (LEARN, RESET):  # a tree may have learned half a row: nothing goes on from here
-                failed = told
+            if operation in held.silent:  # a tree may have learned half a row: nothing goes on from here
+                failed = tell(error)
             else:
-                answer(told.encode(), status=1)
+                write(out, tell(error).encode(), status=FAILED)
+        else:
+            if told is not None:
+                failed = ""
+                write(out, *told)
+
+
+def write(out: BinaryIO, payload: bytes, a: int = 0, b: int = 0, *, status: int = 0) -> None:
+    out.write(HEADER.pack(status, a, b, len(payload)) + payload)
+    out.flush()
 
 
 def tell(error: BaseException) -> str:
@@ -209,7 +269,8 @@ def tell(error: BaseException) -> str:
     return text.splitlines()[0]
 
 
-def main() -> None:
+def main(make: Callable[..., Held]) -> None:
+    """Hold what `make` makes of the settings that this process was started with."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it saves first, then ends this process
     source, out = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -220,17 +281,16 @@ def main() -> None:
             import capymoa
             import jpype
 
-            trees = Trees(**json.loads(sys.argv[1]))
+            held = make(**json.loads(sys.argv[1]))
             versions = {"capymoa": capymoa.__version__, "java": str(jpype.java.lang.System.getProperty("java.version"))}
         except BaseException as error:
-            payload, status = tell(error).encode(), 1
+            payload, status = tell(error).encode(), IMPOSSIBLE if isinstance(error, Impossible) else FAILED
         else:
             payload, status = json.dumps(versions).encode(), 0
-        out.write(HEADER.pack(status, 0, 0, len(payload)) + payload)
-        out.flush()
         try:
+            write(out, payload, status=status)
             if status == 0:
-                serve(trees, source, out)
+                serve(held, source, out)
         except OSError:
             status = 1  # nobody listens any more
         except BaseException:
@@ -250,4 +310,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(Trees)

@@ -44,9 +44,8 @@ class RiverTrees:
         if expert is None:
             expert = tree.HoeffdingTreeClassifier(grace_period=50, delta=1e-7)
         if not isinstance(expert, base.Classifier):
-            raise ConfigError(
-                f"expert={expert!r} must be a classifier of river's, such as tree.HoeffdingTreeClassifier()"
-            )
+            kind = type(expert).__name__
+            raise ConfigError(f"expert={kind} is no classifier of river's: give one, as tree.HoeffdingTreeClassifier()")
         self.size, self.seed, self.expert = 0, seed, expert.clone()
         self._weighs = "w" in inspect.signature(expert.learn_one).parameters
         self._seeded = "seed" in inspect.signature(type(expert)).parameters

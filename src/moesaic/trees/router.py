@@ -68,7 +68,10 @@ class Scores:
         return h
 
     def step(self, x: Floats, targets: Floats, kept: Floats | None = None) -> float:
-        """One step of Adam on rows x (B, d) and targets (B, K) of 0 and 1; returns the loss before it."""
+        """One step of Adam on rows x (B, d) and targets (B, K) of 0 and 1; returns the loss before it.
+
+        A target that is NaN is not known, and counts for nothing.
+        """
         with threadpool_limits(1, "blas"):  # two threads wait for each other longer than they compute
             return self._step(x, targets, kept)
 
@@ -80,8 +83,11 @@ class Scores:
                 h = h * kept
             held.append(h)
         z = h @ self.parameters[-2] + self.parameters[-1]
-        loss = float(np.mean(np.maximum(z, 0) - z * targets + np.log1p(np.exp(-np.abs(z)))))
-        back = (sigmoid(z) - targets) / z.size
+        known = ~np.isnan(targets)
+        targets = np.where(known, targets, 0)
+        count = max(int(known.sum()), 1)
+        loss = float(((np.maximum(z, 0) - z * targets + np.log1p(np.exp(-np.abs(z)))) * known).sum()) / count
+        back = (sigmoid(z) - targets) * known / np.float32(count)
         gradients: list[Floats] = []
         for i in range(len(held) - 1, -1, -1):
             own: list[Any] = [held[i].T @ back, back.sum(axis=0)]

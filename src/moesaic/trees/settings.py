@@ -46,6 +46,7 @@ class Settings:
     balance: float = 0.0
     reset_after: int = 0
     warmup: int = 0
+    lazy: int | None = None
     seed: int = 0
 
     @property
@@ -109,6 +110,14 @@ def _check(s: Settings) -> None:
     for name in ("router", "scale", "detect"):
         if type(getattr(s, name)) is not bool:
             raise ConfigError(f"{name}={getattr(s, name)!r} must be true or false")
+    if s.lazy is not None and (type(s.lazy) is not int or s.lazy < 0):
+        raise ConfigError(f"lazy={s.lazy!r} must be a whole number, 0 or more")
+    is_sparse = s.combine != "mixture" and s.train == "topk" and s.variant == "data"
+    if s.lazy is not None and (s.history or s.detect or s.warmup or not is_sparse):
+        raise ConfigError(
+            "lazy needs variant=data, combine=top1 or topk, train=topk, history=0, detect=false and warmup=0, as "
+            "fidelity=paper has them: else all experts are asked anyway"
+        )
     widths = s.hidden
     if not isinstance(widths, tuple) or not widths or any(type(w) is not int or w < 1 for w in widths):
         raise ConfigError(f"hidden={s.hidden!r} must be widths of layers, such as (256, 128)")

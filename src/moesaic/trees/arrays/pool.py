@@ -13,6 +13,9 @@ from moesaic.trees.arrays import hoeffding
 from moesaic.trees.arrays.forest import NONE, Forest, check, empty
 from moesaic.trees.experts import Row, Votes
 
+FEW = 3
+"""Features of which a leaf looks at all."""
+
 
 class ArrayTrees:
     """K Hoeffding trees.
@@ -113,7 +116,7 @@ class ArrayTrees:
     @property
     def _share(self) -> int:
         """Features of a leaf."""
-        return max(1, min(self.features, round(self.share * self.features)))
+        return max(min(self.features, FEW), round(self.share * self.features), 1)
 
     def _look(self, x: Row) -> None:
         """Every expert's answer to a row, unless it is the one that was looked at last."""

@@ -1,0 +1,220 @@
+"""Several learners on several streams, with several seeds each, and what it comes to."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from moesaic.errors import ConfigError, MissingDependency, MoesaicError, path_of
+from moesaic.runs.folder import check_writable, locked, read_json, write_json, write_text, writing
+from moesaic.runs.results import command_line, versions
+from moesaic.runs.settings import build, check_keys, differences, lists, names, parse_overrides, texts
+from moesaic.trees.running import PACKAGES
+
+METRICS = ("accuracy", "kappa_m", "kappa_t")
+CELLS, SETTINGS, SUMMARY, REPORT = "cells", "settings.json", "comparison.json", "report.html"
+
+
+@dataclass
+class StreamComparison:
+    """What is compared. `out`, `workers` and `engine` say where and how; the rest says what, and is kept with it."""
+
+    streams: list[str] = field(default_factory=list, metadata={"help": "names or files, comma-separated"})
+    learners: list[str] = field(
+        default_factory=lambda: ["driftmoe", "nochange", "river-ht", "river-arf"],
+        metadata={"help": "names, comma-separated, as `moesaic stream run` takes them"},
+    )
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "of generators and learners"})
+    length: int | None = field(default=None, metadata={"help": "rows at most; generators make 100,000"})
+    source: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "settings of the streams: source.noise=0.2 …"}
+    )
+    model: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "settings by learner: model.driftmoe.n_experts=10 …"}
+    )
+    window: int = field(default=1000, metadata={"help": "rows of a window"})
+    delay: int = field(default=0, metadata={"help": "rows by which labels come late"})
+    workers: int = field(default=1, metadata={"help": "cells at a time; 1 where times matter"})
+    engine: str = field(default="local", metadata={"help": "local (processes) or ray (actors of a cluster)"})
+    out: str = field(default="runs/streams", metadata={"help": "folder to write; finished cells are kept"})
+
+    def describes(self) -> dict[str, Any]:
+        how = ("out", "workers", "engine", "streams", "learners", "seeds")
+        return {k: v for k, v in asdict(self).items() if k not in how}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One learner on one stream with one seed."""
+
+    stream: str
+    learner: str
+    seed: int
+
+    def file(self, folder: Path) -> Path:
+        plain = "".join(c if c.isalnum() or c in "-_." else "-" for c in f"{Path(self.stream).name}--{self.learner}")
+        return folder / CELLS / f"{plain}-s{self.seed}.json"
+
+
+def load_comparison(arguments: Sequence[str]) -> StreamComparison:
+    """`key=value` settings to a comparison. Raises ConfigError as `load_run` does."""
+    kind = StreamComparison
+    given = parse_overrides(arguments, lists=lists(kind), texts=texts(kind), sections=("source", "model"))
+    check_keys("settings", given, names(kind))
+    made = build(kind, {}, given)
+    if not made.streams or not made.learners or not made.seeds:
+        raise ConfigError("streams, learners and seeds each need one entry at least: streams=led_a,sea_a")
+    if made.engine not in ("local", "ray"):
+        raise ConfigError(f"engine={made.engine}; known: local, ray")
+    if made.workers < 1 or made.window < 1 or made.delay < 0:
+        raise ConfigError("workers and window must be at least 1, and delay at least 0")
+    if unknown := made.model.keys() - {*made.learners}:
+        raise ConfigError(f"model.{min(unknown)} are settings of a learner that is not compared")
+    return made
+
+
+def compare(wanted: StreamComparison, *, command: str | None = None) -> dict[str, Any]:
+    """Run all cells that are not there yet; returns what is written to comparison.json.
+
+    Raises:
+        ConfigError: the folder holds a comparison with other settings, or a name is unknown.
+    """
+    from moesaic.report.streams import comparison_page
+
+    folder = path_of(wanted.out)
+    check_writable(folder, f"out={wanted.out}")
+    cells = [Cell(s, l, seed) for seed in wanted.seeds for s in wanted.streams for l in wanted.learners]
+    with writing(folder):
+        (folder / CELLS).mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        file = folder / SETTINGS
+        if file.is_file() and (changed := differences(read_json(file), wanted.describes())):
+            raise ConfigError(f"{folder} holds a comparison with {changed}: set it back, or another out=")
+        write_json(file, wanted.describes())
+        left = [cell for cell in cells if not cell.file(folder).is_file()]
+        for number, (cell, found) in enumerate(_all(left, wanted), 1):
+            write_json(cell.file(folder), found)
+            said = found.get("failed") or f"{100 * found['accuracy']:.2f} %, {found['rows_per_second']:,.0f} rows/s"
+            print(f"{number} of {len(left)}: {cell.stream}, {cell.learner}, seed {cell.seed}: {said}", flush=True)
+        summary = summarised(
+            [read_json(cell.file(folder)) for cell in cells], wanted, command=command or command_line()
+        )
+        write_text(folder / REPORT, comparison_page(summary))
+        write_json(folder / SUMMARY, summary)
+    return summary
+
+
+def _all(cells: Sequence[Cell], wanted: StreamComparison) -> Iterable[tuple[Cell, dict[str, Any]]]:
+    if wanted.engine == "ray":
+        yield from _by_ray(cells, wanted)
+    elif wanted.workers == 1:
+        for cell in cells:
+            yield cell, measure(cell, wanted)
+    else:
+        with ProcessPoolExecutor(wanted.workers, mp_context=get_context("spawn")) as pool:
+            running = {pool.submit(measure, cell, wanted): cell for cell in cells}
+            for done in as_completed(running):
+                yield running[done], done.result()
+
+
+def _by_ray(cells: Sequence[Cell], wanted: StreamComparison) -> Iterable[tuple[Cell, dict[str, Any]]]:
+    """A task of one CPU for each cell, on whatever cluster there is."""
+    try:
+        import ray
+    except ImportError:
+        raise MissingDependency("ray", "ray") from None
+    ray.init(ignore_reinit_error=True, log_to_driver=False)
+    remote = ray.remote(num_cpus=1)(measure)
+    running = {remote.remote(cell, wanted): cell for cell in cells}
+    while running:
+        (done,), _ = ray.wait(list(running), num_returns=1)
+        yield running.pop(done), ray.get(done)
+
+
+def measure(cell: Cell, wanted: StreamComparison) -> dict[str, Any]:
+    """A cell's result; `failed` says why there is none."""
+    from moesaic.trees.learners import learner
+    from moesaic.trees.prequential import prequential
+    from moesaic.trees.streams import open_stream
+
+    named = {"stream": cell.stream, "learner": cell.learner, "seed": cell.seed}
+    try:
+        stream = open_stream(cell.stream, wanted.length, cell.seed, **wanted.source)
+        given = wanted.model.get(cell.learner) or {}
+        made = learner(cell.learner, stream, seed=cell.seed, delay=wanted.delay, given=given)
+        try:
+            found = prequential(stream, made, window=wanted.window, delay=wanted.delay, progress=False)
+        finally:
+            made.close()
+    except MoesaicError as error:
+        return {**named, "failed": str(error)}
+    return {**found.as_json(), **named, "versions": versions(PACKAGES)}
+
+
+def summarised(results: Sequence[dict[str, Any]], wanted: StreamComparison, *, command: str) -> dict[str, Any]:
+    """By stream and learner, mean and standard deviation over seeds; mean ranks over the streams that all have."""
+    table: dict[str, dict[str, Any]] = {}
+    for stream in wanted.streams:
+        for name in wanted.learners:
+            of = [r for r in results if (r["stream"], r["learner"]) == (stream, name) and "failed" not in r]
+            failed = [r["failed"] for r in results if (r["stream"], r["learner"]) == (stream, name) and "failed" in r]
+            table.setdefault(stream, {})[name] = _cell(of) | ({"failed": failed[0]} if failed else {})
+    return {
+        "streams": wanted.streams, "learners": wanted.learners, "seeds": wanted.seeds,
+        "settings": wanted.describes(), "table": table, "ranks": ranks(table, wanted.learners),
+        "curves": _curves(results, wanted), "drifts": _drifts(results), "command": command,
+        "versions": versions(PACKAGES),
+    }  # fmt: skip
+
+
+def _cell(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    if not results:
+        return {}
+    found: dict[str, Any] = {"seeds": [r["seed"] for r in results], "rows": results[0]["rows"]}
+    for metric in (*METRICS, "cpu_seconds", "rows_per_second"):
+        values = [r[metric] for r in results if r.get(metric) is not None]
+        if values:
+            spread = statistics.stdev(values) if len(values) > 1 else None
+            found[metric] = {"mean": statistics.fmean(values), "sd": spread}
+    return found
+
+
+def ranks(table: dict[str, dict[str, Any]], learners: Sequence[str]) -> dict[str, float]:
+    """Mean rank of each learner by accuracy, 1 the best, over the streams that all were run on; equals share ranks."""
+    whole = [of for of in table.values() if all("accuracy" in of.get(name, {}) for name in learners)]
+    found: dict[str, list[float]] = {name: [] for name in learners}
+    for of in whole:
+        scores = {name: of[name]["accuracy"]["mean"] for name in learners}
+        for name in learners:
+            above = sum(score > scores[name] for score in scores.values())
+            equal = sum(score == scores[name] for score in scores.values())
+            found[name].append(above + (equal + 1) / 2)
+    return {name: statistics.fmean(values) for name, values in found.items() if values}
+
+
+def _curves(results: Sequence[dict[str, Any]], wanted: StreamComparison) -> dict[str, dict[str, list[list[float]]]]:
+    """By stream and learner, accuracy over windows with the first seed."""
+    found: dict[str, dict[str, list[list[float]]]] = {}
+    for r in results:
+        if r["seed"] == wanted.seeds[0] and "failed" not in r:
+            points = [[w["start"] + w["rows"], w["accuracy"]] for w in r["windows"] if w["accuracy"] is not None]
+            found.setdefault(r["stream"], {})[r["learner"]] = points
+    return found
+
+
+def _drifts(results: Sequence[dict[str, Any]]) -> dict[str, list[int]]:
+    return {r["stream"]: [d["position"] for d in r["drifts"]] for r in results if "failed" not in r}
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """A comparison's summary. Raises ConfigError where there is none."""
+    if not (folder / SUMMARY).is_file():
+        raise ConfigError(f"{folder} holds no comparison of streams: `moesaic stream compare` makes one")
+    found: dict[str, Any] = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    return found

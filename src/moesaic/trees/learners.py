@@ -1,0 +1,102 @@
+"""Learners by name, as the command line and comparisons write them."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from moesaic.errors import ConfigError, MissingDependency, suggest
+from moesaic.trees.driftmoe import DriftMoE
+from moesaic.trees.prequential import Learner, Majority, NoChange, from_river
+from moesaic.trees.settings import settings
+from moesaic.trees.streams import Stream
+
+OURS: dict[str, dict[str, Any]] = {
+    "driftmoe": {},
+    "driftmoe-paper": {"fidelity": "paper"},
+    "driftmoe-code": {"fidelity": "code"},
+    "driftmoe-task": {"variant": "task"},
+    "driftmoe-task-paper": {"variant": "task", "fidelity": "paper"},
+    "driftmoe-task-code": {"variant": "task", "fidelity": "code"},
+    "driftmoe-trees": {"router": False},
+}
+"""Names, and the settings that they stand for. `task-code` is an MLP alone; `trees` has no router."""
+PLAIN = {"nochange": NoChange, "majority": Majority}
+RIVER = {
+    "river-ht": "tree.HoeffdingTreeClassifier",
+    "river-hat": "tree.HoeffdingAdaptiveTreeClassifier",
+    "river-arf": "forest.ARFClassifier",
+    "river-srp": "ensemble.SRPClassifier",
+    "river-levbag": "ensemble.LeveragingBaggingClassifier",
+}
+"""Names, and river's classes; any other of its classifiers is `river:MODULE.CLASS`."""
+CAPYMOA = "capymoa-"
+"""In front of a rival's name."""
+RIVALS = ("ht", "arf", "levbag", "srp", "sgbt", "dems", "ozabag", "ozaboost", "smoothboost")
+
+
+def learner(name: str, stream: Stream, *, seed: int = 0, delay: int = 0, given: Mapping[str, Any] | None = None) -> Any:
+    """A learner for a stream, by name.
+
+    Args:
+        name: see `known`.
+        delay: rows by which labels come late.
+        given: settings of the learner's own.
+    Raises:
+        ConfigError: no such learner (naming the nearest), or no such setting.
+        MissingDependency: its package is not installed.
+    """
+    given = dict(given or {})
+    if name in OURS:
+        return DriftMoE(settings(**{"seed": seed, "label_delay": delay, **OURS[name], **given}))
+    if name in PLAIN:
+        if given:
+            raise ConfigError(f"{name} has no setting {next(iter(given))}: it has none")
+        return PLAIN[name]()
+    if name in RIVER or name.startswith("river:"):
+        return from_river(_of_river(RIVER.get(name, name.removeprefix("river:")), seed, given), stream.features)
+    if name.startswith(CAPYMOA):
+        from moesaic.trees.prequential.rivals import rival
+
+        return rival(name.removeprefix(CAPYMOA), stream.classes, stream.features, seed=seed, **given)
+    raise ConfigError(f"no learner {name!r}; {suggest(name, known())}; or river:MODULE.CLASS")
+
+
+def known() -> list[str]:
+    """The names that `learner` takes, beside any of river's classifiers."""
+    return [*OURS, *PLAIN, *RIVER, *(CAPYMOA + name for name in RIVALS)]
+
+
+def is_kept(found: Learner) -> bool:
+    """Whether a learner's state can be written."""
+    try:
+        found.state()
+    except ConfigError:
+        return False
+    return True
+
+
+def _of_river(path: str, seed: int, given: dict[str, Any]) -> Any:
+    module, _, name = path.rpartition(".")
+    try:
+        importlib.import_module("river")
+    except ImportError:
+        raise MissingDependency("river", "trees") from None
+    try:
+        found = getattr(importlib.import_module(f"river.{module}"), name)
+    except (ImportError, AttributeError):
+        raise ConfigError(f"river has no {path}; write it as river:tree.HoeffdingTreeClassifier") from None
+    if not inspect.isclass(found):
+        raise ConfigError(f"river.{path} is no class")
+    parameters = inspect.signature(found).parameters
+    if unknown := given.keys() - parameters.keys():
+        raise ConfigError(f"river.{path} has no setting {min(unknown)}; {suggest(min(unknown), parameters)}")
+    own = {"seed": seed} if "seed" in parameters else {}
+    if "model" in parameters and "model" not in given:
+        own["model"] = _of_river(RIVER["river-ht"], seed, {})
+    try:
+        return found(**own | given)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"river.{path} cannot be made so: {error}") from None
