@@ -5,18 +5,19 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from river import checks, datasets, evaluate, metrics
+from river import checks, datasets, evaluate, metrics, naive_bayes
 from torch import nn
 
 from moesaic.errors import AdapterError, ConfigError, DataError
 from moesaic.routing import TopK
-from moesaic.trees import DriftMoEClassifier
+from moesaic.trees import DriftMoEClassifier, load
 from moesaic.trees.driftmoe import DriftMoE
 from moesaic.trees.router import Scores, sigmoid
 from moesaic.trees.settings import settings
@@ -394,6 +395,30 @@ def test_it_is_a_river_classifier() -> None:
             check(model.clone())
     found = evaluate.progressive_val_score(datasets.Phishing(), DriftMoEClassifier(seed=1), metrics.Accuracy())
     assert found.get() > 0.9
+
+
+@pytest.mark.parametrize("given", [{}, {"fidelity": "paper", "n_experts": 3}, {"backend": naive_bayes.GaussianNB()}])
+def test_it_is_saved_without_pickle_and_goes_on_exactly(given: dict[str, Any], tmp_path: Path) -> None:
+    model = DriftMoEClassifier(hidden=(16, 8), batch_size=32, **{"n_experts": 5} | given)
+    for x, y in datasets.Phishing().take(300):
+        model.learn_one({**x, 7: 1.0}, ("a", 1) if y else False)
+    model.save(tmp_path / "saved")
+    again = load(tmp_path / "saved")
+    assert again.labels == model.labels
+    for x, y in datasets.Phishing().take(150):
+        assert model.predict_proba_one(x) == again.predict_proba_one(x)
+        model.learn_one(x, y)
+        again.learn_one(x, y)
+    assert same(model.core, again.core)
+    with pytest.raises(ConfigError, match="already there"):
+        model.save(tmp_path / "saved")
+    model.save(tmp_path / "saved", overwrite=True)
+    (tmp_path / "saved" / "state.json").write_text("{")
+    with pytest.raises(AdapterError, match="cannot be read"):
+        load(tmp_path / "saved")
+    (tmp_path / "mine.txt").write_text("keep me")
+    with pytest.raises(ConfigError, match="not a classifier's"):
+        model.save(tmp_path, overwrite=True)
 
 
 def test_it_is_pickled_and_cloned() -> None:

@@ -9,14 +9,15 @@ from typing import Any
 
 from moesaic.errors import MissingDependency
 
-__all__ = ["DriftMoEClassifier"]
+__all__ = ["DriftMoEClassifier", "load"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
+        from moesaic.trees import saving
         from moesaic.trees.classifier import DriftMoEClassifier
     except ImportError as error:
         raise MissingDependency(str(error.name or "river and numba"), "trees") from None
-    return DriftMoEClassifier
+    return {"DriftMoEClassifier": DriftMoEClassifier, "load": saving.load}[name]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -101,10 +102,13 @@ class DriftMoEClassifier(base.MiniBatchClassifier):
         for name, value in given.items():
             setattr(self, name, value)
         self.core = DriftMoE(settings(**given))
-        self.places: dict[Hashable, int] = {}
-        """Each feature's place in a row."""
-        self.labels: list[Hashable] = []
-        self._numbers: dict[Hashable, int] = {}
+        self.known((), ())
+
+    def known(self, features: Iterable[Hashable], labels: Iterable[Hashable]) -> None:
+        """Name the features by their places in a row, and the classes by their numbers."""
+        self.places: dict[Hashable, int] = {name: place for place, name in enumerate(features)}
+        self.labels: list[Hashable] = list(labels)
+        self._numbers = {label: number for number, label in enumerate(self.labels)}
 
     @property
     def _multiclass(self) -> bool:
@@ -163,7 +167,13 @@ class DriftMoEClassifier(base.MiniBatchClassifier):
         rows = [self.predict_proba_one(x) for x in X.to_dict(orient="records")]
         return pd.DataFrame(rows, index=X.index, columns=self.labels)
 
-    # -- copies --------------------------------------------------------------------------------------------------
+    # -- what outlives it ----------------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Write it with all that it has learned: see `moesaic.trees.load`."""
+        from moesaic.trees.saving import save
+
+        save(self, folder, overwrite=overwrite)
 
     def close(self) -> None:
         """End what experts hold outside of this process."""

@@ -22,7 +22,6 @@ and what is ours.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -317,7 +316,7 @@ class DriftMoE:
         arrays = {name: getattr(self, name).copy() for name in COUNTED}
         arrays |= {"mean": self._mean.copy(), "square": self._square.copy(), "labels": self.labels.copy()}
         values: dict[str, Any] = {
-            "settings": asdict(self.settings), "rows": self.rows, "classes": self.classes, "features": self.features,
+            "settings": self.settings.describes(), "rows": self.rows, "classes": self.classes, "features": self.features,
             "random": self.random.bit_generator.state, "router": None,
         }  # fmt: skip
         if self._buffer:
@@ -341,8 +340,7 @@ class DriftMoE:
             raise AdapterError(f"this is no state of a DriftMoE: {type(error).__name__} {error}") from None
 
     def _restore(self, arrays: Mapping[str, NDArray[Any]], values: Mapping[str, Any]) -> None:
-        own, theirs = asdict(self.settings), dict(values["settings"])
-        theirs["hidden"] = tuple(theirs["hidden"])
+        own, theirs = self.settings.describes(), values["settings"]
         if other := [name for name in own if own[name] != theirs.get(name)]:
             raise AdapterError(f"{other[0]} is {own[other[0]]}, and was {theirs.get(other[0])} when this was saved")
         self.rows = 0

@@ -49,6 +49,11 @@ class Settings:
     lazy: int | None = None
     seed: int = 0
 
+    def describes(self) -> dict[str, Any]:
+        """What makes two the same, as JSON holds it; of a classifier that is given as backend, its class."""
+        of = self.backend if isinstance(self.backend, str) else type(self.backend).__name__
+        return {**dataclasses.asdict(self), "hidden": list(self.hidden), "backend": of}
+
     @property
     def has_inert_experts(self) -> bool:
         """Whether experts change nothing that is answered: so it is in the released code's task variant."""

@@ -37,7 +37,7 @@ class ArrayTrees:
         seed: int = 0,
         share: float = 0.8,
         grace_period: int = 50,
-        delta: float = 0.01,
+        delta: float = 0.05,
         tau: float = 0.05,
         max_leaves: int = 1000,
     ) -> None:

@@ -13,7 +13,8 @@
 | `smoothboost` | OnlineSmoothBoost | boosting_iterations |
 
 All else is as CapyMOA has it by default. All of them are MOA's, so that chunks of rows go through MOA's own loop, in
-Java, and nothing of ours slows them. `prequential.NoChange` and `Majority` are the same as CapyMOA's.
+Java, and nothing of ours slows them. `prequential.NoChange` and `Majority` are the same as CapyMOA's. Missing values
+are too much for sgbt's default trees (a NullPointerException of MOA's), whoever runs them.
 """
 
 from __future__ import annotations
@@ -176,7 +177,8 @@ class Rival:
         except WorkerDied as died:
             raise self._dead(died) from None
         except Refused as refused:
-            raise TrainingError(f"CapyMOA's {self.name} cannot go on: {refused}") from None
+            more = "; its trees take no missing values: fill them in" if "FIMTDD" in str(refused) else ""
+            raise TrainingError(f"CapyMOA's {self.name} cannot go on: {refused}{more}") from None
 
     def _dead(self, died: WorkerDied) -> TrainingError:
         more = ": give more heap" if "OutOfMemory" in str(died) else ""
