@@ -26,6 +26,7 @@ from moesaic.trees.experts import Experts
 HAS_JAVA = importlib.util.find_spec("capymoa") is not None and (shutil.which("java") or os.environ.get("JAVA_HOME"))
 needs_java = pytest.mark.skipif(not HAS_JAVA, reason="needs capymoa and Java")
 K, CLASSES, ROWS = 3, 3, 1800
+SETTINGS = {"grace_period": 50, "confidence": 1e-7}
 
 THEIRS = """
 import sys
@@ -93,7 +94,28 @@ def ended(pid: int, seconds: float = 10.0) -> bool:
 
 
 @pytest.fixture(scope="module")
-def shared() -> Iterator[CapyMOATrees]:
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """CapyMOA itself on the same rows, in a process of its own, and where it writes."""
+    folder = tmp_path_factory.mktemp("capymoa")
+    x, y, weights = rows()
+    np.savez(folder / "rows.npz", x=x, y=y, weights=weights)
+    command = [sys.executable, "-c", THEIRS, str(folder / "rows.npz"), str(folder / "told.npy")]
+    process = subprocess.Popen(command, cwd=folder)
+    yield process, folder / "told.npy"
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def theirs(running: tuple[subprocess.Popen[bytes], Path]) -> NDArray[Any]:
+    """CapyMOA's own probabilities (rows, K, classes)."""
+    process, told = running
+    assert process.wait(120) == 0
+    return np.load(told)
+
+
+@pytest.fixture(scope="module")
+def shared(running: tuple[subprocess.Popen[bytes], Path]) -> Iterator[CapyMOATrees]:
     bank = CapyMOATrees(K, heap=512)
     yield bank
     bank.close()
@@ -101,20 +123,10 @@ def shared() -> Iterator[CapyMOATrees]:
 
 @pytest.fixture
 def bank(shared: CapyMOATrees) -> CapyMOATrees:
-    for k in range(K):
-        shared.reset(k)
+    """One that knows nothing; all tests share its child."""
+    nothing = {f"tree_{k}": np.zeros(0, np.uint8) for k in range(K)}
+    shared.restore(nothing, {"bank": "capymoa", "size": K, "seed": 0, "features": 0} | SETTINGS)
     return shared
-
-
-@pytest.fixture(scope="module")
-def theirs(tmp_path_factory: pytest.TempPathFactory) -> NDArray[Any]:
-    """CapyMOA's own probabilities (rows, K, classes) of the same rows, in a process of its own."""
-    folder = tmp_path_factory.mktemp("capymoa")
-    x, y, weights = rows()
-    np.savez(folder / "rows.npz", x=x, y=y, weights=weights)
-    command = [sys.executable, "-c", THEIRS, str(folder / "rows.npz"), str(folder / "told.npy")]
-    subprocess.run(command, check=True, cwd=folder, timeout=120)
-    return np.load(folder / "told.npy")
 
 
 @needs_java
@@ -125,37 +137,30 @@ def test_they_learn_as_capymoas_own_trees(bank: CapyMOATrees, theirs: NDArray[An
 
 
 @needs_java
-def test_a_child_that_is_killed_loses_nothing(
+def test_an_interrupt_amid_an_answer_and_a_child_that_is_killed_lose_nothing(
     bank: CapyMOATrees, theirs: NDArray[Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bank, "every", 200)
+
+    class Interrupted:
+        def read(self, size: int) -> bytes:
+            raise KeyboardInterrupt
+
     with caplog.at_level(logging.WARNING, "moesaic"):
         told = [run(bank, 0, 700)]
-        os.kill(child(bank), signal.SIGTERM)
+        assert bank._worker is not None
+        bank._worker._out = Interrupted()  # type: ignore[assignment]
+        with pytest.raises(KeyboardInterrupt):
+            bank.predict(rows()[0][0], CLASSES)
         told.append(run(bank, 700, 1300))
         pid = child(bank)
         os.kill(pid, signal.SIGKILL)
         assert ended(pid)
         told.append(run(bank, 1300, ROWS))
     assert np.array_equal(np.concatenate(told), theirs)
-    said = [record.getMessage() for record in caplog.records]
-    assert ["SIGTERM" in said[0], "SIGKILL" in said[1], len(said)] == [True, True, 2]
-    assert len(bank._kept.rows) <= 200
-
-
-@needs_java
-def test_an_interrupt_amid_an_answer_loses_nothing(bank: CapyMOATrees, theirs: NDArray[Any]) -> None:
-    run(bank, 0, 400)
-    assert bank._worker is not None
-
-    class Interrupted:
-        def read(self, size: int) -> bytes:
-            raise KeyboardInterrupt
-
-    bank._worker._out = Interrupted()  # type: ignore[assignment]
-    with pytest.raises(KeyboardInterrupt):
-        bank.predict(rows()[0][0], CLASSES)
-    assert np.array_equal(run(bank, 400, 500), theirs[400:500])
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "SIGKILL" in said
+    assert len(bank._kept.done) <= 200
 
 
 @needs_java
@@ -187,14 +192,14 @@ def test_a_weight_of_nothing_leaves_a_tree_as_it_is(bank: CapyMOATrees) -> None:
 
 
 @needs_java
-def test_features_and_classes_grow_and_a_reset_holds_when_the_child_ends(bank: CapyMOATrees) -> None:
+def test_features_and_classes_grow_and_a_reset_holds_when_the_child_ends(
+    bank: CapyMOATrees, caplog: pytest.LogCaptureFixture
+) -> None:
     x, y, _ = rows(1500, seed=5)
     hints = np.random.default_rng(1).random((1500, 2))
     late = np.where((np.arange(1500) >= 700) & (hints[:, 0] > 0.5), 4, y)  # a new class that a new feature tells
     told = []
     for killed in (False, True):
-        for k in range(K):
-            bank.reset(k)
         bank.restore({f"tree_{k}": np.zeros(0, np.uint8) for k in range(K)}, bank.state()[1] | {"features": 0})
         found = []
         for t in range(1500):
@@ -204,16 +209,58 @@ def test_features_and_classes_grow_and_a_reset_holds_when_the_child_ends(bank: C
             if t == 740:
                 bank.reset(1)
             if t == 750 and killed:
-                os.kill(child(bank), signal.SIGKILL)
+                os.kill(child(bank), signal.SIGTERM)
             found.append(np.pad(bank.predict(row, classes), ((0, 0), (0, 5 - classes))))
             bank.learn(row, int(late[t]), np.ones(K))
         told.append(np.array(found))
     assert np.array_equal(told[0], told[1])
+    assert "SIGTERM" in caplog.text
     assert np.mean(told[0][1000:, 0].argmax(axis=1) == late[1000:]) > 0.7
     assert np.array_equal(told[0][740, 1], np.full(5, 0.2)), "it begins anew"
     np.testing.assert_allclose(bank.predict(row, 2).sum(axis=1), 1)
     missing = np.append(x[0, :3], [np.nan] * 3)
     assert np.array_equal(bank.predict(x[0, :3], 5), bank.predict(missing, 5))
+
+
+@needs_java
+def test_trees_are_added_and_prepared_and_take_their_places_though_the_child_ends(bank: CapyMOATrees) -> None:
+    x, y, weights = rows(700, seed=3)
+    weights[200:, 2] = weights[200:, 0]  # the third begins when one begins beside the first, and learns the same
+    weights[:200, 2] = 0
+    grown = CapyMOATrees(0, heap=512)
+    assert grown.predict(x[0], CLASSES).shape == (0, CLASSES)
+    grown.add(2)
+    told: list[Any] = [[], []]
+    for one, found in zip((bank, grown), told, strict=True):
+        for t in range(700):
+            if t == 200:
+                one.prepare(0)
+                one.add(1 if one is grown else 0)
+            if t == 300 and one is grown:
+                used = one.cpu_seconds()
+                os.kill(child(one), signal.SIGKILL)
+                assert ended(child(one))
+                assert one.cpu_seconds() >= used - 0.05, "the system tells it by hundredths"
+            if t == 350:
+                arrays, values = one.state()
+                assert set(arrays) == {"tree_0", "tree_1", "tree_2", "beside_0"}
+                one.reset(0)
+                one.restore(arrays, values)
+            if t == 400:
+                one.reset(0)
+            found.append(one.predict(x[t], CLASSES)[: 2 if t < 200 else K])
+            one.learn(x[t], int(y[t]), weights[t, : one.size])
+        one.reset(0)
+        assert np.array_equal(one.predict(x[0], CLASSES)[0], np.full(CLASSES, 1 / CLASSES)), "none is beside it"
+    for t in range(700):
+        assert np.array_equal(told[0][t][: len(told[1][t])], told[1][t])
+    same = [np.array_equal(votes[0], votes[2]) for votes in told[1][200:]]
+    assert all(same[200:]), "it has learned what the one that began with it has"
+    assert not all(same[:200]), "it was not in its place before"
+    assert grown.cpu_seconds() > used
+    assert set(grown.state()[0]) == {"tree_0", "tree_1", "tree_2"}
+    grown.close()
+    assert grown.cpu_seconds() > used, "of the one that was closed"
 
 
 @needs_java
@@ -243,6 +290,7 @@ def test_a_foreign_state_is_refused(bank: CapyMOATrees) -> None:
         assert np.array_equal(bank.predict(rows()[0][0], CLASSES), before), "nothing has changed"
     broken: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         ({k: v for k, v in arrays.items() if k != "tree_0"}, values, "instead of 3 trees"),
+        (arrays | {"beside_3": arrays["tree_0"]}, values, "instead of 3 trees"),
         (arrays | {"tree_0": np.zeros(3)}, values, "row of bytes"),
         (arrays, values | {"grace_period": 7}, "grace_period"),
         (arrays, values | {"bank": "river"}, "bank"),
@@ -275,8 +323,11 @@ def test_bad_rows_are_refused(bank: CapyMOATrees) -> None:
     with pytest.raises(DataError, match="whole number from 0"):
         bank.learn(np.zeros(4), -1, np.ones(K))
     for which in (-1, K):
-        with pytest.raises(DataError, match="there is no tree"):
-            bank.reset(which)
+        for change in (bank.reset, bank.prepare):
+            with pytest.raises(DataError, match="there is no tree"):
+                change(which)
+    with pytest.raises(DataError, match="0 or more"):
+        bank.add(-1)
 
 
 @needs_java
@@ -363,7 +414,7 @@ def test_a_closed_bank_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_impossible_settings_are_refused() -> None:
     wrong: dict[str, Any]
     for wrong in (
-        {"size": 0},
+        {"size": -1},
         {"grace_period": 1.5},
         {"every": True},
         {"heap": -1},
@@ -391,5 +442,5 @@ def test_the_journal_is_bounded_in_bytes(bank: CapyMOATrees, monkeypatch: pytest
     most = 0
     for t in range(300):
         bank.learn(np.zeros(20), t % 2, np.ones(K))
-        most = max(most, sum(len(payload) for _, payload in bank._kept.rows))
+        most = max(most, sum(len(payload) for *_, payload in bank._kept.done))
     assert 9_000 < most < 11_000

@@ -40,7 +40,8 @@ from moesaic.trees.prequential.rivals_worker import Rival
 told, names = {}, json.loads(sys.argv[2])
 for name, (kind, size) in names.items():
     stream = ARFFStream(sys.argv[1])
-    learner = getattr(classifier, kind)(stream.get_schema(), random_seed=int(sys.argv[3]), **({size: 10} if size else {}))
+    given = {size: 10} if size else {}
+    learner = getattr(classifier, kind)(stream.get_schema(), random_seed=int(sys.argv[3]), **given)
     found = prequential_evaluation(stream, learner, store_predictions=True)  # in Java
     told[name] = [np.asarray(found["predictions"]).tolist(), found.cumulative["accuracy"]]
 errors = []
@@ -248,7 +249,7 @@ def test_a_child_that_dies_tells_its_last_line(monkeypatch: pytest.MonkeyPatch, 
     with pytest.raises(TrainingError, match=r"ended .SIGKILL; java.lang.OutOfMemoryError.: give more heap"):
         found.predict_proba(np.zeros(FEATURES), CLASSES)
     assert found.cpu_seconds() == 0
-    assert signal.SIGKILL == -found._worker._process.returncode
+    assert found._worker._process.returncode == -signal.SIGKILL
 
 
 def test_impossible_settings_are_refused() -> None:

@@ -180,8 +180,8 @@ def test_a_classifier_that_only_names_classes_may_be_an_expert() -> None:
 
 
 def test_what_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for size in (0, True, 1.5):
-        with pytest.raises(ConfigError, match="whole number above 0"):
+    for size in (-1, True, 1.5):
+        with pytest.raises(ConfigError, match="whole number, 0 or more"):
             RiverTrees(size)  # type: ignore[arg-type]
     for expert in (linear_model.LinearRegression(), 3):
         with pytest.raises(ConfigError, match="no classifier of river's"):

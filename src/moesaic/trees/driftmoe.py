@@ -316,8 +316,8 @@ class DriftMoE:
         arrays = {name: getattr(self, name).copy() for name in COUNTED}
         arrays |= {"mean": self._mean.copy(), "square": self._square.copy(), "labels": self.labels.copy()}
         values: dict[str, Any] = {
-            "settings": self.settings.describes(), "rows": self.rows, "classes": self.classes, "features": self.features,
-            "random": self.random.bit_generator.state, "router": None,
+            "settings": self.settings.describes(), "rows": self.rows, "classes": self.classes,
+            "features": self.features, "random": self.random.bit_generator.state, "router": None,
         }  # fmt: skip
         if self._buffer:
             arrays["buffer.x"], arrays["buffer.m"] = (np.stack(part) for part in zip(*self._buffer, strict=True))

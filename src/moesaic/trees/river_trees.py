@@ -31,7 +31,7 @@ class RiverTrees:
         seed: where the classifier takes a seed, expert k has `seed` + k.
     Raises:
         MissingDependency: river is not installed.
-        ConfigError: `size` is no whole number above 0, or `expert` no classifier of river's.
+        ConfigError: `size` is no whole number, 0 or more, or `expert` no classifier of river's.
     """
 
     def __init__(self, size: int, *, expert: Any = None, seed: int = 0) -> None:
@@ -39,8 +39,8 @@ class RiverTrees:
             from river import base, tree
         except ImportError:
             raise MissingDependency("river", "trees") from None
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ConfigError(f"size must be a whole number above 0, and is {size!r}")
+        if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+            raise ConfigError(f"size must be a whole number, 0 or more, and is {size!r}")
         if expert is None:
             expert = tree.HoeffdingTreeClassifier(grace_period=50, delta=1e-7)
         if not isinstance(expert, base.Classifier):

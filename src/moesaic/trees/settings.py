@@ -92,8 +92,8 @@ def settings(fidelity: str = "best", **given: Any) -> Settings:
         if name not in known:
             raise ConfigError(f"a DriftMoE has no setting {name}; {suggest(name, known)}")
     chosen = PRESETS[fidelity] | {name: value for name, value in given.items() if value is not None}
-    if isinstance(chosen.get("hidden"), list):
-        chosen["hidden"] = tuple(chosen["hidden"])
+    if isinstance(width := chosen.get("hidden"), (list, int)):
+        chosen["hidden"] = tuple(width) if isinstance(width, list) else (width,)
     made = Settings(fidelity=fidelity, **chosen)  # type: ignore[arg-type]
     _check(made)
     return made

@@ -1,0 +1,163 @@
+"""`moesaic stream`: runs that go on, comparisons that keep what is done, and pages that show it."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moesaic.cli.main import main
+from moesaic.errors import ConfigError
+from moesaic.trees.comparing import StreamComparison, ranks, summarised
+from moesaic.trees.driftmoe import DriftMoE
+from moesaic.trees.learners import OURS, known, learner
+from moesaic.trees.streams import synthetic
+
+TINY = ["model.n_experts=4", "model.hidden=16", "model.batch_size=32"]
+
+
+def said(capsys: pytest.CaptureFixture[str], *line: str, code: int = 0) -> str:
+    found = main(["stream", *line])
+    out, err = capsys.readouterr()
+    assert found == code, err
+    return out if code == 0 else err
+
+
+def ran(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    return found
+
+
+def test_a_run_leaves_figures_and_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    told = said(capsys, "run", "stream=sea_a", "length=4000", f"out={out}", *TINY)
+    found = ran(out)
+    assert f"accuracy {100 * found['accuracy']:.2f} %" in told
+    assert found["rows"] == 4000
+    assert [drift["position"] for drift in found["drifts"]] == [1000, 2000, 3000]
+    assert len(found["windows"]) == len(found["activity"]) == 4
+    assert sum(map(sum, (w["chosen"] for w in found["activity"]))) == pytest.approx(4000)
+    page = (out / "report.html").read_text()
+    assert "Accuracy over the stream" in page
+    assert page.count('stroke-dasharray="3 4"') == 3
+    assert "Who does what" in page
+    assert "src=" not in page
+    again = said(capsys, "run", "stream=sea_a", "length=4000", f"out={out}", *TINY, code=2)
+    assert "holds a finished run; overwrite=true replaces it" in again
+    said(capsys, "run", "stream=sea_a", "length=2000", f"out={out}", "learner=nochange", "overwrite=true")
+    assert ran(out)["rows"] == 2000
+
+
+def test_an_interrupted_run_ends_as_one_that_was_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = ["run", "stream=led_a", "length=3000", "every=500", "delay=3", *TINY]
+    said(capsys, *line, f"out={tmp_path / 'a'}")
+    learn = DriftMoE.learn
+
+    def stops(self: DriftMoE, *row: Any) -> None:
+        if self.rows == 1700:
+            raise KeyboardInterrupt
+        learn(self, *row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DriftMoE, "learn", stops)
+        assert main(["stream", *line, f"out={tmp_path / 'b'}"]) == 130
+    capsys.readouterr()
+    other = said(capsys, *line, f"out={tmp_path / 'b'}", "seed=1", code=2)
+    assert "unfinished run with seed=0, now 1" in other
+    said(capsys, *line, f"out={tmp_path / 'b'}")
+    one, two = ran(tmp_path / "a"), ran(tmp_path / "b")
+    for name in ("accuracy", "kappa", "kappa_m", "kappa_t", "windows", "drifts", "activity"):
+        assert one[name] == two[name], name
+
+
+def test_a_file_is_a_stream(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [f"{i % 7},{i % 5},{'yes' if i % 7 > 3 else 'no'}" for i in range(600)]
+    rows[300] = "1,2"
+    with gzip.open(tmp_path / "sensors.csv.gz", "wt") as file:
+        file.write("a,b,state\n" + "\n".join(rows) + "\n")
+    line = ["run", f"stream={tmp_path / 'sensors.csv.gz'}", "source.target=state", f"out={tmp_path / 'run'}", *TINY]
+    assert "sensors.csv.gz:302" in said(capsys, *line, code=2)
+    said(capsys, *line, "source.on_bad_rows=skip", "overwrite=true")
+    found = ran(tmp_path / "run")
+    assert found["rows"] == 599
+    assert {*found["classes"]} == {"yes", "no"}
+    assert found["accuracy"] > 0.9
+
+
+def test_a_comparison_keeps_what_is_done_and_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["compare", "streams=sea_a,stagger", "learners=driftmoe,majority", "seeds=0,1", "length=1200"]
+    line += [f"out={tmp_path / 'c'}", *(part.replace("model.", "model.driftmoe.") for part in TINY)]
+    told = said(capsys, *line)
+    assert "8 of 8: stagger, majority, seed 1" in told
+    assert "Accuracy, percent" in told
+    found = json.loads((tmp_path / "c" / "comparison.json").read_text())
+    assert found["ranks"] == {"driftmoe": 1.0, "majority": 2.0}
+    assert found["table"]["sea_a"]["driftmoe"]["accuracy"]["sd"] > 0
+    assert found["drifts"]["sea_a"] == [300, 600, 900]
+    assert "1 of" not in said(capsys, *line), "what is there is not run again"
+    assert "1 of 4: sea_a, nochange, seed 0" in said(capsys, *line, "learners=driftmoe,majority,nochange")
+    assert "holds a comparison with window=1000, now 100" in said(capsys, *line, "window=100", code=2)
+    assert "<title>" in (tmp_path / "c" / "report.html").read_text()
+
+
+def test_runs_are_reported_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("nochange", "majority"):
+        said(capsys, "run", "stream=sea_a", "length=2500", f"learner={name}", f"out={tmp_path / name}")
+    folders = [str(tmp_path / name) for name in ("nochange", "majority")]
+    said(capsys, "report", *folders, f"out={tmp_path / 'both.html'}")
+    page = (tmp_path / "both.html").read_text()
+    assert "nochange" in page
+    assert "majority" in page
+    assert "no finished run" in said(capsys, "report", str(tmp_path), code=2)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [(["run"], "stream is missing"), (["rum"], "did you mean 'run'"),
+     (["run", "stream=ledd_a"], "did you mean 'led_a'"),
+     (["run", "stream=led_a", "lenght=5"], "did you mean 'length'"), (["run", "stream=led_a", "length=0"], "length=0"),
+     (["run", "stream=led_a", "learner=driftmo"], "did you mean 'driftmoe'"),
+     (["run", "stream=led_a", "model.n_expert=3"], "did you mean 'n_experts'"),
+     (["run", "stream=led_a", "learner=nochange", "model.x=1"], "has no setting x"),
+     (["run", "stream=led_a", "learner=river:tree.Nothing"], "river has no tree.Nothing"),
+     (["run", "stream=led_a", "learner=river:os.system"], "river has no os.system"),
+     (["run", "stream=led_a", "source.noice=1"], "noice"), (["run", "stream=led_a", "delay=-1"], "delay=-1"),
+     (["compare", "streams=led_a", "model.other.x=1"], "model.other are settings of a learner that is not compared"),
+     (["compare"], "streams, learners and seeds each need one"), (["compare", "streams=led_a", "engine=x"], "engine=x"),
+     (["report"], "takes folders of finished runs"), (["run", "stream=led_a", "out=full"], "not a stream run's")],
+)  # fmt: skip
+def test_bad_input_is_one_clear_line(
+    line: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("keep me")
+    told = said(capsys, *line, code=2)
+    assert message in told
+    assert len(told.strip().splitlines()) == 1
+    assert (tmp_path / "full" / "mine.txt").read_text() == "keep me"
+
+
+def test_learners_are_known_by_name() -> None:
+    stream = synthetic("sea_a", length=10)
+    for name in OURS:
+        given = {"backend": "arrays"} if "task" not in name else {}
+        assert isinstance(learner(name, stream, given=given), DriftMoE)
+    assert {"nochange", "river-arf", "capymoa-arf"} <= {*known()}
+    assert learner("river-hat", stream, seed=3).classifier.seed == 3
+    with pytest.raises(ConfigError, match="has no setting depth"):
+        learner("river-ht", stream, given={"depth": 3})
+
+
+def test_equals_share_a_rank_and_a_stream_that_some_lack_counts_for_none() -> None:
+    def cell(accuracy: float) -> dict[str, Any]:
+        return {"accuracy": {"mean": accuracy}}
+
+    table = {"s": {"a": cell(0.9), "b": cell(0.9), "c": cell(0.5)}, "t": {"a": cell(0.1), "b": cell(0.2)}}
+    assert ranks(table, ["a", "b", "c"]) == {"a": 1.5, "b": 1.5, "c": 3.0}
+    assert summarised([], StreamComparison(streams=["s"], learners=["a"]), command="x")["ranks"] == {}
