@@ -71,8 +71,10 @@ class Known(Stream):
         self.features = [f"x{i}" for i in range(FEATURES)]
 
     def _read(self, size: int, start: int, stop: int | None) -> Iterator[Chunk]:
-        for i in range(start, stop or ROWS, size):
-            yield Chunk(self.x[i : i + size], self.y[i : i + size])
+        end = ROWS if stop is None else min(stop, ROWS)
+        for i in range(start, end, size):
+            here = slice(i, min(i + size, end))
+            yield Chunk(self.x[here], self.y[here])
 
 
 def made(name: str = "ht", **settings: Any) -> Rival:

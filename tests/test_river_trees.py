@@ -411,3 +411,21 @@ def test_objects_take_few_bytes() -> None:
     estimators = 4 * 4  # of each class and feature: weight, mean, variance, least and most
     assert sum(array.nbytes for array in arrays.values()) < 600 + estimators * 2 * 5 * 8
     assert len(json.dumps(values)) < 2000
+
+
+def test_each_expert_sees_its_share_of_the_features_and_keeps_it_when_more_come() -> None:
+    bank = RiverTrees(4, share=0.5, seed=3)
+    views = [bank._view(k, 8) for k in range(4)]
+    assert len({tuple(view) for view in views}) > 1
+    assert all(bank._view(k, 12)[: len(views[k])] == views[k] for k in range(4))
+    assert all(bank._view(k, 1) == [0] for k in range(4))
+    draw = np.random.default_rng(0)
+    for _ in range(300):
+        bank.learn(draw.normal(size=8), int(draw.integers(2)), np.ones(4))
+    x = draw.normal(size=8)
+    before = bank.predict(x, 2)
+    for k in range(4):
+        other = x.copy()
+        other[[j for j in range(8) if j not in views[k]]] += 5
+        assert np.array_equal(bank.predict(other, 2)[k], before[k])
+        assert np.array_equal(bank.predict(x, 2, [k])[0], before[k])

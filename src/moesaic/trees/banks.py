@@ -144,14 +144,14 @@ def bank(settings: Settings, size: int, seed: int) -> Experts:
             from moesaic.trees.arrays.pool import ArrayTrees
         except ImportError:
             raise MissingDependency("numba", "trees") from None
-        return ArrayTrees(size, seed=seed)
+        return ArrayTrees(size, share=settings.share, seed=seed)
     from moesaic.trees.capymoa_trees import CapyMOATrees
     from moesaic.trees.river_trees import RiverTrees
 
     if settings.backend == "river":
-        return RiverTrees(size, seed=seed)
+        return RiverTrees(size, share=settings.share, seed=seed)
     if not isinstance(settings.backend, str):
-        return RiverTrees(size, expert=settings.backend, seed=seed)
+        return RiverTrees(size, expert=settings.backend, share=settings.share, seed=seed)
     return CapyMOATrees(size, seed=seed)
 
 

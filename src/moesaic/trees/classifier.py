@@ -34,6 +34,7 @@ class DriftMoEClassifier(base.MiniBatchClassifier):
         top_k: experts that learn a row with `train="topk"`, or answer it with `combine="topk"`.
         combine: top1, topk or mixture.
         train: which experts learn a row: topk (of the router's scores), correct (those that were right) or all.
+        share: of the features that a leaf (arrays), or an expert (river), looks at, drawn at random.
         poisson: each learns it as often as a Poisson distribution of this mean says; 0: once.
         router: whether there is one; without it experts count by their recent accuracy alone.
         hidden: widths of the router's layers.
@@ -76,6 +77,7 @@ class DriftMoEClassifier(base.MiniBatchClassifier):
         top_k: int = 3,
         combine: str | None = None,
         train: str | None = None,
+        share: float | None = None,
         poisson: float | None = None,
         router: bool = True,
         hidden: tuple[int, ...] = (256, 128),

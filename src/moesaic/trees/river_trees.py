@@ -28,13 +28,14 @@ class RiverTrees:
         size: K.
         expert: what is cloned, before it has learned anything; DriftMoE's Hoeffding tree where none is given. One
             whose `learn_one` takes no weight learns a row of weight w round(w) times.
+        share: of the features that each expert sees, drawn at random; all of them by 1.
         seed: where the classifier takes a seed, expert k has `seed` + k.
     Raises:
         MissingDependency: river is not installed.
         ConfigError: `size` is no whole number, 0 or more, or `expert` no classifier of river's.
     """
 
-    def __init__(self, size: int, *, expert: Any = None, seed: int = 0) -> None:
+    def __init__(self, size: int, *, expert: Any = None, share: float = 1.0, seed: int = 0) -> None:
         try:
             from river import base, tree
         except ImportError:
@@ -49,6 +50,8 @@ class RiverTrees:
         self.size, self.seed, self.expert = 0, seed, expert.clone()
         self._weighs = "w" in inspect.signature(expert.learn_one).parameters
         self._seeded = "seed" in inspect.signature(type(expert)).parameters
+        self.share, self._width = share, -1
+        self._views: list[list[int]] = []
         self.experts: list[Any] = []
         self.beside: dict[int, Any] = {}
         """Those that grow beside an expert, to take its place."""
@@ -56,11 +59,10 @@ class RiverTrees:
 
     def predict(self, x: Row, classes: int, which: Sequence[int] | None = None) -> Votes:
         """Probabilities (K, classes) of a row (d,), or (len(which), classes) of some experts; nothing changes by it."""
-        row = _dict(x)
-        chosen = self.experts if which is None else [self.experts[k] for k in which]
+        chosen = range(self.size) if which is None else which
         given = [[0.0] * classes for _ in chosen]  # a list's items are set several times faster than an array's
-        for own, expert in zip(given, chosen, strict=True):
-            for label, share in _answer(expert, row).items():
+        for own, k, row in zip(given, chosen, self._rows(x, chosen), strict=True):
+            for label, share in _answer(self.experts[k], row).items():
                 if label < classes:
                     own[label] = share
         votes = np.array(given).reshape(len(chosen), classes)
@@ -81,12 +83,26 @@ class RiverTrees:
         if y > 1 and not self.expert._multiclass:  # river's name for what subclasses say of themselves
             name = type(self.expert).__name__
             raise DataError(f"{name} knows two classes: wrap it in river's multiclass.OneVsRestClassifier")
-        row, label = _dict(x), int(y)
-        for k, weight in enumerate(weights.tolist()):
-            if weight > 0:
-                self._teach(self.experts[k], row, label, weight)
-                if k in self.beside:
-                    self._teach(self.beside[k], row, label, weight)
+        label, taught = int(y), np.flatnonzero(weights > 0).tolist()
+        for k, row in zip(taught, self._rows(x, taught), strict=True):
+            self._teach(self.experts[k], row, label, float(weights[k]))
+            if k in self.beside:
+                self._teach(self.beside[k], row, label, float(weights[k]))
+
+    def _rows(self, x: Row, which: Sequence[int]) -> list[dict[int, float]]:
+        """What each of some experts sees of a row."""
+        row = _dict(x)
+        if self.share == 1.0:
+            return [row] * len(which)
+        if len(self._views) < self.size or self._width != len(x):
+            self._views, self._width = [self._view(k, len(x)) for k in range(self.size)], len(x)
+        return [{j: row[j] for j in self._views[k] if j in row} for k in which]
+
+    def _view(self, k: int, features: int) -> list[int]:
+        """The features that an expert sees: those that are drawn stay so when more come."""
+        drawn = np.random.default_rng([self.seed, k]).random(features)
+        seen: list[int] = np.flatnonzero(drawn < self.share).tolist()
+        return seen or [int(drawn.argmin())] * (features > 0)
 
     def _teach(self, expert: Any, row: dict[int, float], label: int, weight: float) -> None:
         if self._weighs:

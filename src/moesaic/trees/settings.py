@@ -27,6 +27,7 @@ class Settings:
     top_k: int = 3
     combine: Combine = "mixture"
     train: Rule = "all"
+    share: float = 0.8
     poisson: float = 6.0
     router: bool = True
     hidden: tuple[int, ...] = (256, 128)
@@ -62,7 +63,7 @@ class Settings:
 
 _PUBLISHED: dict[str, Any] = {
     "backend": "river", "n_experts": 12, "combine": "top1", "train": "topk", "poisson": 0.0, "recency": 0.0,
-    "history": 0, "scale": False, "detect": False,
+    "history": 0, "scale": False, "detect": False, "share": 1.0,
 }  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {"best": {}, "paper": {**_PUBLISHED, "dropout": 0.2}, "code": _PUBLISHED}
 """What differs from `Settings`' own defaults."""
@@ -74,7 +75,7 @@ _LEAST = {
     "seed": 0,
 }  # fmt: skip
 _WITHIN = {
-    "poisson": (0.0, 100.0), "lr": (0.0, 1.0), "dropout": (0.0, 0.99), "trust": (0.0, 100.0),
+    "share": (0.0, 1.0), "poisson": (0.0, 100.0), "lr": (0.0, 1.0), "dropout": (0.0, 0.99), "trust": (0.0, 100.0),
     "recency": (0.0, 100.0), "rate": (0.0, 1.0),
     "warning": (0.0, 1.0), "drift": (0.0, 1.0), "explore": (0.0, 1.0), "balance": (0.0, 1.0),
 }  # fmt: skip
@@ -92,6 +93,8 @@ def settings(fidelity: str = "best", **given: Any) -> Settings:
         if name not in known:
             raise ConfigError(f"a DriftMoE has no setting {name}; {suggest(name, known)}")
     chosen = PRESETS[fidelity] | {name: value for name, value in given.items() if value is not None}
+    if given.get("share") is None and chosen.get("backend", "arrays") != "arrays":
+        chosen["share"] = 1.0
     if isinstance(width := chosen.get("hidden"), (list, int)):
         chosen["hidden"] = tuple(width) if isinstance(width, list) else (width,)
     made = Settings(fidelity=fidelity, **chosen)  # type: ignore[arg-type]
@@ -115,6 +118,8 @@ def _check(s: Settings) -> None:
     for name in ("router", "scale", "detect"):
         if type(getattr(s, name)) is not bool:
             raise ConfigError(f"{name}={getattr(s, name)!r} must be true or false")
+    if s.backend == "capymoa" and s.share < 1:
+        raise ConfigError(f"share={s.share}: MOA's trees see all features: share=1")
     if s.lazy is not None and (type(s.lazy) is not int or s.lazy < 0):
         raise ConfigError(f"lazy={s.lazy!r} must be a whole number, 0 or more")
     is_sparse = s.combine != "mixture" and s.train == "topk" and s.variant == "data"

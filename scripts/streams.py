@@ -1,0 +1,136 @@
+"""Learners on nine streams, test then train: results/streams.jsonl, a line a cell.
+
+    python scripts/streams.py ten | hundred | ablations [workers=N] [seeds=0,1,2]
+
+Cells that are there are not run again. The three real streams are files of ../shared/data/streams (or MOESAIC_DATA).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+FILE = ROOT / "results" / "streams.jsonl"
+DATA = Path(os.environ.get("MOESAIC_DATA") or ROOT.parent / "shared" / "data") / "streams"
+LENGTH = 100_000
+GENERATED = ("led_a", "led_g", "sea_a", "sea_g", "rbf_m", "rbf_f")
+FILES = {
+    "electricity": "electricity_6attr.arff.gz",
+    "weather": "weather.csv.gz",
+    "sea_stream": "sea_stream.csv.gz",
+}
+STREAMS = (*GENERATED, *FILES)
+MOA = {"backend": "capymoa"}
+
+TEN: dict[str, tuple[str, dict[str, Any]]] = {
+    "best": ("driftmoe", {}),
+    "best, trees only": ("driftmoe-trees", {}),
+    "best, task": ("driftmoe-task", {}),
+    "paper": ("driftmoe-paper", MOA),
+    "code": ("driftmoe-code", MOA),
+    "paper, task": ("driftmoe-task-paper", MOA),
+    "code, task: MLP only": ("driftmoe-task-code", {}),
+    "NoChange": ("nochange", {}),
+    "majority": ("majority", {}),
+    "Hoeffding tree": ("capymoa-ht", {}),
+    "ARF-10": ("capymoa-arf", {}),
+    "LevBag-10": ("capymoa-levbag", {}),
+    "SRP-10": ("capymoa-srp", {}),
+    "SGBT-10": ("capymoa-sgbt", {}),
+    "DEMS-10": ("capymoa-dems", {}),
+}
+HUNDRED: dict[str, tuple[str, dict[str, Any]]] = {
+    "best": ("driftmoe", {}),
+    "best, 100 experts": ("driftmoe", {"n_experts": 100}),
+    **{
+        f"{name}-100": (f"capymoa-{name.lower()}", {"members": 100})
+        for name in ("ARF", "LevBag", "SRP", "SGBT", "DEMS")
+    },
+}
+ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "best": ("driftmoe", {}),
+    "without the router": ("driftmoe-trees", {}),
+    "without recent accuracy": ("driftmoe", {"recency": 0}),
+    "without the last labels": ("driftmoe", {"history": 0}),
+    "without ADWIN": ("driftmoe", {"detect": False}),
+    "without input scaling": ("driftmoe", {"scale": False}),
+    "each row learned once": ("driftmoe", {"poisson": 0}),
+    "all features in each leaf": ("driftmoe", {"share": 1.0}),
+    "10 experts": ("driftmoe", {"n_experts": 10}),
+    "one expert answers": ("driftmoe", {"combine": "top1"}),
+    "the router's three learn": ("driftmoe", {"train": "topk"}),
+    "paper": ("driftmoe-paper", {"backend": "arrays"}),
+    "paper, with exploration": ("driftmoe-paper", {"backend": "arrays", "explore": 0.1}),
+    "paper, with balance": ("driftmoe-paper", {"backend": "arrays", "balance": 0.01}),
+    "paper, with resets": ("driftmoe-paper", {"backend": "arrays", "reset_after": 2000}),
+    "paper, with a warm-up": ("driftmoe-paper", {"backend": "arrays", "warmup": 2000}),
+    "paper, with input scaling": ("driftmoe-paper", {"backend": "arrays", "scale": True}),
+    "paper, three answer": ("driftmoe-paper", {"backend": "arrays", "combine": "topk"}),
+}
+TABLES = {
+    "ten": (TEN, STREAMS),
+    "hundred": (HUNDRED, ("led_a", "electricity")),
+    "ablations": (ABLATIONS, ("led_a", "rbf_f", "electricity", "weather")),
+}
+
+
+def measure(table: str, stream: str, arm: str, seed: int) -> dict[str, Any]:
+    """One cell: figures over all rows, drifts, and what it took."""
+    from moesaic.errors import MoesaicError
+    from moesaic.runs.results import versions
+    from moesaic.trees.learners import learner
+    from moesaic.trees.prequential import prequential
+    from moesaic.trees.running import PACKAGES
+    from moesaic.trees.streams import open_stream
+
+    name, given = TABLES[table][0][arm]
+    source = open_stream(DATA / FILES[stream]) if stream in FILES else open_stream(stream, LENGTH, seed)
+    cell = {"table": table, "stream": stream, "arm": arm, "seed": seed}
+    try:
+        made = learner(name, source, seed=seed, given=given)
+        try:
+            found = prequential(source, made, progress=False).as_json()
+        finally:
+            made.close()
+    except MoesaicError as error:
+        return {**cell, "failed": str(error)}
+    kept = ("rows", "accuracy", "kappa", "kappa_m", "kappa_t", "drifts", "cpu_seconds", "peak_memory_mib")
+    resets = sum(sum(window.get("reset", ())) for window in found["activity"])
+    trained = [sum(window["trained"]) for window in found["activity"] if "trained" in window]
+    return {**cell, **{key: found[key] for key in kept}, "resets": resets, "lessons": sum(trained),
+            "windows": [round(w["accuracy"], 4) for w in found["windows"]] if seed == 0 and table == "ten" else None,
+            "versions": versions(PACKAGES)}  # fmt: skip
+
+
+def main() -> None:
+    name, *rest = sys.argv[1:] or [""]
+    given = dict(text.split("=", 1) for text in rest if "=" in text)
+    if name not in TABLES or given.keys() - {"workers", "seeds"} or len(given) < len(rest):
+        sys.exit(__doc__)
+    arms, streams = TABLES[name]
+    seeds = [int(text) for text in given.get("seeds", "0,1,2").split(",")]
+    done = [json.loads(line) for line in FILE.read_text().splitlines()] if FILE.is_file() else []
+    there = {(c["table"], c["stream"], c["arm"], c["seed"]) for c in done}
+    cells = [(name, stream, arm, seed) for seed in seeds for stream in streams for arm in arms]
+    left = [cell for cell in cells if cell not in there]
+    with ProcessPoolExecutor(
+        int(given.get("workers", 1)), mp_context=get_context("spawn"), max_tasks_per_child=1
+    ) as pool:
+        running = {pool.submit(measure, *cell): cell for cell in left}
+        for number, future in enumerate(as_completed(running), 1):
+            found = future.result()
+            said = found.get("failed") or f"{100 * found['accuracy']:.2f} % in {found['cpu_seconds']:.0f} s"
+            print(f"{number} of {len(left)}: {', '.join(map(str, running[future]))}: {said}", flush=True)
+            if "failed" not in found:
+                with FILE.open("a") as file:
+                    file.write(json.dumps(found) + "\n")
+
+
+if __name__ == "__main__":
+    main()
