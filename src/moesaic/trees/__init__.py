@@ -16,8 +16,7 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        from moesaic.trees import saving
-        from moesaic.trees.classifier import DriftMoEClassifier
+        from moesaic.trees import classifier
     except ImportError as error:
         raise MissingDependency(str(error.name or "river and numba"), "trees") from None
-    return {"DriftMoEClassifier": DriftMoEClassifier, "load": saving.load}[name]
+    return getattr(classifier, name)

@@ -97,6 +97,10 @@ class Banks:
             mark = "watch."
             self.watch.restore({k.removeprefix(mark): v for k, v in arrays.items() if k.startswith(mark)})
 
+    def cpu_seconds(self) -> float:
+        """CPU seconds of processes beside this one."""
+        return sum(held.cpu_seconds() for held in self.banks if hasattr(held, "cpu_seconds"))
+
     def close(self) -> None:
         for held in self.banks:
             held.close()

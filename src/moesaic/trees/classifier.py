@@ -13,6 +13,7 @@ from river import base
 
 from moesaic.errors import DataError
 from moesaic.trees.driftmoe import DriftMoE
+from moesaic.trees.saving import read, write
 from moesaic.trees.settings import settings
 
 if TYPE_CHECKING:
@@ -172,11 +173,32 @@ class DriftMoEClassifier(base.MiniBatchClassifier):
     # -- what outlives it ----------------------------------------------------------------------------------------
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
-        """Write it with all that it has learned: see `moesaic.trees.load`."""
-        from moesaic.trees.saving import save
+        """Write it with all that it has learned; `load` reads it.
 
-        save(self, folder, overwrite=overwrite)
+        Raises:
+            ConfigError: the folder is there, and is not to be replaced; or it holds anything else.
+            AdapterError: a label, a feature's name or an expert is of a kind that cannot be written.
+        """
+        given = {name: getattr(self, name) for name in self._get_params()}
+        write([given, list(self.places), self.labels], self.core, folder, overwrite=overwrite)
 
     def close(self) -> None:
         """End what experts hold outside of this process."""
         self.core.close()
+
+
+def load(folder: str | Path) -> DriftMoEClassifier:
+    """The classifier that `DriftMoEClassifier.save` wrote; it goes on exactly, and nothing in the folder is run.
+
+    Raises:
+        AdapterError: there is none, it is damaged, or of another version.
+    """
+
+    def make(face: Any) -> tuple[DriftMoEClassifier, DriftMoE]:
+        given, places, labels = face
+        made = DriftMoEClassifier(**given)
+        made.known(places, labels)
+        return made, made.core
+
+    found: DriftMoEClassifier = read(folder, make)
+    return found

@@ -357,6 +357,10 @@ class DriftMoE:
                 part.restore(held, values[name])
         self._look = None
 
+    def cpu_seconds(self) -> float:
+        """CPU seconds of processes that experts run in, beside this one."""
+        return self.banks.cpu_seconds()
+
     def close(self) -> None:
         """End what experts hold outside of this process."""
         self.banks.close()

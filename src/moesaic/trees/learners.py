@@ -10,6 +10,7 @@ from typing import Any
 from moesaic.errors import ConfigError, MissingDependency, suggest
 from moesaic.trees.driftmoe import DriftMoE
 from moesaic.trees.prequential import Learner, Majority, NoChange, from_river
+from moesaic.trees.prequential.rivals import RIVALS, rival
 from moesaic.trees.settings import settings
 from moesaic.trees.streams import Stream
 
@@ -34,7 +35,6 @@ RIVER = {
 """Names, and river's classes; any other of its classifiers is `river:MODULE.CLASS`."""
 CAPYMOA = "capymoa-"
 """In front of a rival's name."""
-RIVALS = ("ht", "arf", "levbag", "srp", "sgbt", "dems", "ozabag", "ozaboost", "smoothboost")
 
 
 def learner(name: str, stream: Stream, *, seed: int = 0, delay: int = 0, given: Mapping[str, Any] | None = None) -> Any:
@@ -58,8 +58,6 @@ def learner(name: str, stream: Stream, *, seed: int = 0, delay: int = 0, given: 
     if name in RIVER or name.startswith("river:"):
         return from_river(_of_river(RIVER.get(name, name.removeprefix("river:")), seed, given), stream.features)
     if name.startswith(CAPYMOA):
-        from moesaic.trees.prequential.rivals import rival
-
         return rival(name.removeprefix(CAPYMOA), stream.classes, stream.features, seed=seed, **given)
     raise ConfigError(f"no learner {name!r}; {suggest(name, known())}; or river:MODULE.CLASS")
 

@@ -6,6 +6,7 @@ state.safetensors  state.json
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,18 @@ from moesaic.trees.graph import decode, encode
 
 FORMAT = 1
 ARRAYS, VALUES = "state.safetensors", "state.json"
+FACE = "face."
 
 
-def save(classifier: Any, folder: str | Path, *, overwrite: bool = False) -> None:
-    """Write a `DriftMoEClassifier`, with all that it has learned, whole or not at all.
+def write(face: Any, core: Any, folder: str | Path, *, overwrite: bool) -> None:
+    """Write what a classifier was made with and knows, whole or not at all.
 
+    Args:
+        face: what `graph.encode` takes.
+        core: what has a `state`.
     Raises:
         ConfigError: the folder is there, and is not to be replaced; or it holds anything else.
-        AdapterError: a label, a feature's name or an expert is of a kind that cannot be written.
+        AdapterError: part of `face`, or an expert, is of a kind that cannot be written.
     """
     from safetensors.numpy import save_file
 
@@ -34,24 +39,23 @@ def save(classifier: Any, folder: str | Path, *, overwrite: bool = False) -> Non
         raise ConfigError(f"{folder} holds files that are not a classifier's; name another folder")
     if place.exists() and not overwrite:
         raise ConfigError(f"{folder} is already there; overwrite=True replaces it")
-    arrays, values = classifier.core.state()
-    given = {name: getattr(classifier, name) for name in classifier._get_params()}
-    tables, more = encode([given, list(classifier.places), classifier.labels], "face.")
+    arrays, values = core.state()
+    tables, more = encode(face, FACE)
     arrays = {name: np.array(held, order="C") for name, held in {**arrays, **more}.items()}
     with writing(place), atomic_folder(place) as staging:
         save_file(arrays, staging / ARRAYS)
         write_json(staging / VALUES, {"format": FORMAT, "face": tables, "core": values})
 
 
-def load(folder: str | Path) -> Any:
-    """The `DriftMoEClassifier` that `save` wrote; it goes on exactly.
+def read(folder: str | Path, make: Callable[[Any], tuple[Any, Any]]) -> Any:
+    """What `write` wrote; it goes on exactly.
 
+    Args:
+        make: of the face, the classifier and its core, whose `restore` is called.
     Raises:
         AdapterError: there is none, it is damaged, or of another version.
     """
     from safetensors.numpy import load_file
-
-    from moesaic.trees.classifier import DriftMoEClassifier
 
     place = path_of(folder)
     try:
@@ -59,10 +63,8 @@ def load(folder: str | Path) -> Any:
         if values["format"] != FORMAT:
             raise AdapterError("it is of another version of moesaic")
         arrays = load_file(place / ARRAYS)
-        given, places, labels = decode(values["face"], arrays, "face.")
-        made = DriftMoEClassifier(**given)
-        made.core.restore({k: v.copy() for k, v in arrays.items() if not k.startswith("face.")}, values["core"])
-        made.known(places, labels)
+        made, core = make(decode(values["face"], arrays, FACE))
+        core.restore({name: held.copy() for name, held in arrays.items() if not name.startswith(FACE)}, values["core"])
     except Exception as error:  # whatever safetensors, JSON and parts make of damage
         raise AdapterError(f"{folder} cannot be read: {first_line(error)}") from None
     return made
