@@ -135,10 +135,10 @@ def test_c_where_no_expert_is_right_the_nearest_is_the_routers_target() -> None:
 def test_d_only_the_experts_with_the_best_scores_learn(top_k: int) -> None:
     model = taught(made("code", top_k=top_k), 100)
     for x, y in rows(60, seed=2):
-        scores, before = model.router(x.astype(np.float32)), model.trained.copy()
+        scores, before = model.router(x.astype(np.float32)), model.ledger.trained.copy()
         chosen = TopK(top_k)(torch.from_numpy(scores)).weights.nonzero().flatten().tolist()
         model.learn(x, y)
-        assert np.flatnonzero(model.trained - before).tolist() == sorted(chosen)
+        assert np.flatnonzero(model.ledger.trained - before).tolist() == sorted(chosen)
 
 
 def silenced(model: DriftMoE) -> DriftMoE:
@@ -158,7 +158,7 @@ def test_e_experts_of_the_task_variant_matter_as_the_paper_means_it_and_not_as_i
             one.learn(x, y)
             other.learn(x, y)
         assert (differ > 200) == matter, fidelity
-    assert one.trained.sum() == 0
+    assert one.ledger.trained.sum() == 0
     assert made("code", variant="task").banks.size == 0
 
 
@@ -182,7 +182,7 @@ def test_an_expert_of_the_task_variant_answers_for_its_class() -> None:
     votes, z = model.banks.predict(x, 2, model._past(0)), model.router(x.astype(np.float32))
     wanted = sigmoid(z) * votes[:, 1]
     np.testing.assert_allclose(model.predict_proba(x), wanted / wanted.sum(), rtol=1e-5)
-    assert (model.trained == 400).sum() == 1, "the second class came later"
+    assert (model.ledger.trained == 400).sum() == 1, "the second class came later"
 
 
 @pytest.mark.parametrize("kind", ["data", "task"])
@@ -212,28 +212,30 @@ def test_weights_are_what_their_names_say() -> None:
         np.testing.assert_allclose(model.weights(x), TopK(top_k)(z).weights.numpy(), rtol=1e-5)
     model = taught(made(trust=2.0, recency=3.0))
     z = model.router(model._scaled(x))
-    wanted = sigmoid(z) ** 2 * model.accuracy**3
+    wanted = sigmoid(z) ** 2 * model.ledger.accuracy**3
     np.testing.assert_allclose(model.weights(x), wanted / wanted.sum(), rtol=1e-4)
     votes = model.banks.predict(x, 2, model._past(0))
     np.testing.assert_allclose(model.predict_proba(x), model.weights(x) @ votes, rtol=1e-6)
     without = taught(made(router=False, recency=3.0))
-    np.testing.assert_allclose(without.weights(x), without.accuracy**3 / (without.accuracy**3).sum(), rtol=1e-6)
+    np.testing.assert_allclose(
+        without.weights(x), without.ledger.accuracy**3 / (without.ledger.accuracy**3).sum(), rtol=1e-6
+    )
 
 
 def test_all_learn_in_the_warm_up_and_with_all_and_those_that_were_right_with_correct() -> None:
     model = taught(made("paper", warmup=50), 50)
-    assert model.trained.tolist() == [50] * 6
+    assert model.ledger.trained.tolist() == [50] * 6
     taught(model, 30, seed=1)
-    assert model.trained.sum() == 6 * 50 + 3 * 30
-    assert taught(made("paper", train="all"), 40).trained.tolist() == [40] * 6
+    assert model.ledger.trained.sum() == 6 * 50 + 3 * 30
+    assert taught(made("paper", train="all"), 40).ledger.trained.tolist() == [40] * 6
     model = taught(made("paper", train="correct"), 100)
     for x, y in rows(50, seed=3):
-        votes, before = model.banks.predict(x, 2, model._past(0)).copy(), model.trained.copy()
+        votes, before = model.banks.predict(x, 2, model._past(0)).copy(), model.ledger.trained.copy()
         model.learn(x, y)
         right = votes.argmax(axis=1) == y
         wanted = right if right.any() else votes[:, y] == votes[:, y].max()
-        assert (model.trained - before).sum() == max(right.sum(), 1)
-        assert ((model.trained - before > 0) <= wanted).all()
+        assert (model.ledger.trained - before).sum() == max(right.sum(), 1)
+        assert ((model.ledger.trained - before > 0) <= wanted).all()
 
 
 def test_lazily_only_those_that_are_routed_and_a_few_others_are_asked() -> None:
@@ -261,7 +263,7 @@ def test_lazily_only_those_that_are_routed_and_a_few_others_are_asked() -> None:
 def test_idle_experts_are_found_by_chance_by_balance_and_by_a_new_beginning() -> None:
     def idle(**given: Any) -> int:
         model = taught(made("code", top_k=1, n_experts=12, **given), 2500, name="led_a")
-        return int((model.trained < 30).sum())
+        return int((model.ledger.trained < 30).sum())
 
     alone = idle()
     assert alone >= 6, "the router collapses: spec §4.3"
@@ -311,8 +313,8 @@ def test_an_expert_that_becomes_worse_is_replaced() -> None:
     for t in range(3000):
         x = draw.normal(size=3)
         model.learn(x, int((x[0] > 0) ^ (t >= 1500)))
-    assert model.resets.min() >= 1
-    assert taught(made(detect=False), 2000).resets.sum() == 0
+    assert model.ledger.resets.min() >= 1
+    assert taught(made(detect=False), 2000).ledger.resets.sum() == 0
     x = np.array([2.0, 0.0, 0.0])
     assert model.predict_proba(x).argmax() == 0
 

@@ -30,8 +30,9 @@ from numpy.typing import NDArray
 from moesaic.errors import AdapterError
 from moesaic.trees.banks import Banks
 from moesaic.trees.experts import Row
+from moesaic.trees.ledger import Ledger
 from moesaic.trees.router import Scores, sigmoid
-from moesaic.trees.rows import follow, mixture, standardised, watch
+from moesaic.trees.rows import mixture, standardised, watch
 from moesaic.trees.settings import Settings
 
 
@@ -70,8 +71,8 @@ class DriftMoE:
         self._buffer: list[tuple[NDArray[np.float32], NDArray[np.float32]]] = []
         self._look: Look | None = None
         self._asked = b""
-        self.experts = 0
-        self._count(self.banks.size)
+        self.ledger = Ledger(s.rate)
+        self.ledger.grow(self.banks.size, 0)
 
     # -- answering -----------------------------------------------------------------------------------------------
 
@@ -98,7 +99,7 @@ class DriftMoE:
             chosen = np.argsort(-z, kind="stable")[: s.top_k]
             made[chosen] = np.exp(z[chosen] - z.max())
         else:
-            mixture(z, self.accuracy, s.trust if s.router else 0.0, s.recency, made)
+            mixture(z, self.ledger.accuracy, s.trust if s.router else 0.0, s.recency, made)
             return made
         return made / made.sum()
 
@@ -108,7 +109,7 @@ class DriftMoE:
         if self.is_task:
             found = (sigmoid(look.scores) if self.settings.router else 1.0) * look.votes[:, 1]
             if self.settings.combine == "mixture":
-                found = found * self.accuracy
+                found = found * self.ledger.accuracy
         else:
             found = look.weights @ np.nan_to_num(look.votes)
         total = found.sum()
@@ -178,7 +179,7 @@ class DriftMoE:
         weights = self._lessons(look, y, right, targets)
         self._teach(x, y, weights, past)
         self._follow(right, weights)
-        self.chosen += look.weights
+        self.ledger.chosen += look.weights
         if self.router is not None:
             self._route(look, targets)
         if s.scale:
@@ -214,16 +215,16 @@ class DriftMoE:
         if s.explore and self.random.random() < s.explore:
             taught[self.random.integers(self.experts)] = 1.0
         if s.reset_after:
-            taught[self.rows < self.nursed] = 1.0
+            taught[self.rows < self.ledger.nursed] = 1.0
         if s.balance:
-            self.bias += s.balance * np.sign(taught.mean() - taught).astype(np.float32)
+            self.ledger.favour(taught, s.balance)
         if s.poisson:
             taught = taught * self.random.poisson(s.poisson, self.experts)
         return taught
 
     def _taken(self, z: NDArray[np.float32]) -> NDArray[np.int64]:
         """The `top_k` experts that learn a row by the router's scores."""
-        return np.argsort(-(z + self.bias), kind="stable")[: self.settings.top_k]
+        return np.argsort(-(z + self.ledger.bias), kind="stable")[: self.settings.top_k]
 
     def _teach(self, x: Row, y: int, weights: NDArray[np.float64], past: NDArray[np.float64]) -> None:
         if not self.is_task:
@@ -237,15 +238,13 @@ class DriftMoE:
     def _follow(self, right: NDArray[np.bool_], weights: NDArray[np.float64]) -> None:
         """Recent accuracies, drifts, and experts that nobody teaches."""
         s = self.settings
-        follow(right, weights, s.rate, self.rows, self.accuracy, self.trained, self.last_taught)
+        self.ledger.follow(right, weights, self.rows)
         if s.detect and not self.inert:
-            self.resets[self.banks.drifted(1.0 - right.astype(np.float64))] += 1
+            self.ledger.resets[self.banks.drifted(1.0 - right.astype(np.float64))] += 1
         if s.reset_after and not self.inert:
-            for k in np.flatnonzero(self.rows - self.last_taught >= s.reset_after).tolist():
+            for k in np.flatnonzero(self.rows - self.ledger.last >= s.reset_after).tolist():
                 self.banks.reset(k)
-                self.resets[k] += 1
-                self.nursed[k] = self.rows + max(s.reset_after // 10, 1)
-                self.last_taught[k] = self.rows
+                self.ledger.begun(k, self.rows, until=self.rows + max(s.reset_after // 10, 1))
 
     def _route(self, look: Look, targets: NDArray[np.bool_]) -> None:
         assert self.router is not None
@@ -273,7 +272,7 @@ class DriftMoE:
         if self.is_task:
             if not self.inert:
                 self.banks.add(self.classes - self.experts)
-            self._count(self.classes)
+            self.ledger.grow(self.classes, self.rows)
         if self.settings.router:
             if self.router is None:
                 s = self.settings
@@ -285,36 +284,21 @@ class DriftMoE:
             ]
         self._look = None
 
-    def _count(self, experts: int) -> None:
-        """What is kept of each expert, for as many as there are."""
-        more = experts - self.experts
-        kinds: dict[str, Any] = {
-            "accuracy": np.full(more, 0.5), "bias": np.zeros(more, np.float32), "chosen": np.zeros(more),
-            "trained": np.zeros(more, np.int64), "resets": np.zeros(more, np.int64),
-            "last_taught": np.full(more, self.rows if hasattr(self, "rows") else 0),
-            "nursed": np.zeros(more, np.int64),
-        }  # fmt: skip
-        for name, values in kinds.items():
-            setattr(self, name, np.append(getattr(self, name, values[:0]), values))
-        self.experts = experts
-
-    accuracy: NDArray[np.float64]
-    bias: NDArray[np.float32]
-    chosen: NDArray[np.float64]
-    trained: NDArray[np.int64]
-    resets: NDArray[np.int64]
-    last_taught: NDArray[np.int64]
-    nursed: NDArray[np.int64]
-
     # -- what a report and a checkpoint ask for ------------------------------------------------------------------
 
     def activity(self) -> dict[str, NDArray[Any]]:
         """Since the start, by expert: the weight it had, the rows it learned, how often it began anew."""
-        return {"chosen": self.chosen.copy(), "trained": self.trained.copy(), "reset": self.resets.copy()}
+        ledger = self.ledger
+        return {"chosen": ledger.chosen.copy(), "trained": ledger.trained.copy(), "reset": ledger.resets.copy()}
+
+    @property
+    def experts(self) -> int:
+        """How many there are."""
+        return self.ledger.size
 
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-        arrays = {name: getattr(self, name).copy() for name in COUNTED}
-        arrays |= {"mean": self._mean.copy(), "square": self._square.copy(), "labels": self.labels.copy()}
+        arrays = {"mean": self._mean.copy(), "square": self._square.copy(), "labels": self.labels.copy()}
+        arrays |= {f"ledger.{name}": values.copy() for name, values in self.ledger.arrays().items()}
         values: dict[str, Any] = {
             "settings": self.settings.describes(), "rows": self.rows, "classes": self.classes,
             "features": self.features, "random": self.random.bit_generator.state, "router": None,
@@ -345,16 +329,17 @@ class DriftMoE:
             raise AdapterError(f"{other[0]} is {own[other[0]]}, and was {theirs.get(other[0])} when this was saved")
         self.rows = 0
         self._grow(int(values["features"]), int(values["classes"]))
-        for name in COUNTED:
-            setattr(self, name, np.array(arrays[name]))
+        self.ledger.restore(_part(arrays, "ledger"))
+        for name in ("mean", "square"):
+            if arrays[name].shape != (self.features,):
+                raise ValueError(f"{name} is of {arrays[name].shape}, and there are {self.features} features")
         self._mean, self._square = np.array(arrays["mean"]), np.array(arrays["square"])
-        self.rows, self.labels = int(values["rows"]), np.array(arrays["labels"])
+        self.rows, self.labels = int(values["rows"]), np.array(arrays["labels"]).reshape(self.labels.shape)
         self.random.bit_generator.state = values["random"]
         self._buffer = [*zip(arrays["buffer.x"], arrays["buffer.m"], strict=True)] if "buffer.x" in arrays else []
         for name, part in (("banks", self.banks), ("router", self.router)):
             if part is not None:
-                held = {k.removeprefix(f"{name}."): v for k, v in arrays.items() if k.startswith(f"{name}.")}
-                part.restore(held, values[name])
+                part.restore(_part(arrays, name), values[name])
         self._look = None
 
     def cpu_seconds(self) -> float:
@@ -366,8 +351,12 @@ class DriftMoE:
         self.banks.close()
 
 
-COUNTED = ("accuracy", "bias", "chosen", "trained", "resets", "last_taught", "nursed")
 RELEASED_DROPOUT = 0.2
+
+
+def _part(arrays: Mapping[str, NDArray[Any]], name: str) -> dict[str, NDArray[Any]]:
+    """Those arrays whose names begin so."""
+    return {key.removeprefix(f"{name}."): held for key, held in arrays.items() if key.startswith(f"{name}.")}
 
 
 def _softmax(z: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -129,9 +129,13 @@ class Scores:
         return arrays, {"steps": self.steps, "random": self._random.bit_generator.state}
 
     def restore(self, arrays: Mapping[str, NDArray[Any]], values: Mapping[str, Any]) -> None:
-        count = len(self.parameters)
-        self.parameters = [np.array(arrays[f"weights.{i}"]) for i in range(count)]
-        self.moments = [[np.array(arrays[f"{name}.{i}"]) for i in range(count)] for name in ("first", "second")]
+        named = {"weights": self.parameters, "first": self.moments[0], "second": self.moments[1]}
+        for name, own in named.items():
+            for i, p in enumerate(own):
+                given = arrays[f"{name}.{i}"]
+                if given.shape != p.shape or given.dtype != p.dtype:
+                    raise ValueError(f"{name}.{i} is {given.dtype} {given.shape}, and the router's is {p.shape}")
+                own[i] = np.array(given)
         self.steps = int(values["steps"])
         self._random.bit_generator.state = values["random"]
 

@@ -1,0 +1,66 @@
+"""What is kept of each expert: how right it was lately, what it learned, and when."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesaic.trees.rows import follow
+
+
+class Ledger:
+    """Of K experts, which may become more.
+
+    Args:
+        rate: how fast recent accuracies move.
+    """
+
+    def __init__(self, rate: float) -> None:
+        self.rate = rate
+        self.accuracy = np.zeros(0)
+        """Recent accuracies (K,)."""
+        self.bias = np.zeros(0, np.float32)
+        """What is added to router scores where it is chosen who learns (K,)."""
+        self.chosen = np.zeros(0)
+        """Sums of weights in answers (K,)."""
+        self.trained, self.resets, self.last, self.nursed = np.zeros((4, 0), np.int64)
+        """Rows learned, times begun anew, the last row learned, and the row until which it is taught (K,)."""
+
+    @property
+    def size(self) -> int:
+        return len(self.accuracy)
+
+    def grow(self, size: int, row: int) -> None:
+        """Room for K experts, at a row."""
+        more = size - self.size
+        born: dict[str, Any] = {"accuracy": 0.5, "last": row}
+        for name, values in self.arrays().items():
+            setattr(self, name, np.append(values, np.full(more, born.get(name, 0), values.dtype)))
+
+    def follow(self, right: NDArray[np.bool_], lessons: NDArray[np.float64], row: int) -> None:
+        """A row was answered rightly by some, and learned by some, (K,) each."""
+        follow(right, lessons, self.rate, row, self.accuracy, self.trained, self.last)
+
+    def begun(self, which: int, row: int, until: int) -> None:
+        """An expert that nobody taught begins anew, and is taught for a while."""
+        self.resets[which] += 1
+        self.last[which], self.nursed[which] = row, until
+
+    def favour(self, taught: NDArray[np.float64], step: float) -> None:
+        """Raise the bias of those that learned less than their share of a row, lower the others'."""
+        self.bias += step * np.sign(taught.mean() - taught).astype(np.float32)
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        names = ("accuracy", "bias", "chosen", "trained", "resets", "last", "nursed")
+        return {name: getattr(self, name) for name in names}
+
+    def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Become what `arrays` told of, of as many experts. Raises ValueError for anything else."""
+        for name, own in self.arrays().items():
+            given = arrays[name]
+            if given.shape != own.shape or given.dtype != own.dtype:
+                raise ValueError(f"{name} is {given.dtype} {given.shape}, and of {self.size} experts {own.dtype}")
+            setattr(self, name, np.array(given))
