@@ -10,6 +10,7 @@ from typing import Any
 
 import results_adapters
 import results_ffn
+import results_trees
 
 from moesaic import bench
 from moesaic.lora import METHODS
@@ -327,11 +328,13 @@ def page(results: Path) -> str:
 def main() -> None:
     results, docs = ROOT / "results", ROOT / "docs"
     (docs / "results.md").write_text(page(results))
-    for name, drawing in {**results_adapters.pictures(results), **results_ffn.pictures(results)}.items():
-        (docs / name).write_text(drawing)
-    for name in results_ffn.BLOCKS:
-        page_file = docs / name
-        page_file.write_text(results_ffn.filled(name, page_file.read_text(), results))
+    for script in (results_adapters, results_ffn, results_trees):
+        for name, drawing in script.pictures(results).items():
+            (docs / name).write_text(drawing)
+    for script in (results_ffn, results_trees):
+        for name in script.BLOCKS:
+            page_file = docs / name
+            page_file.write_text(script.filled(name, page_file.read_text(), results))
     if (results / "bench.json").is_file():
         parts = [performance(results / "bench.json")]
         if (results / "bench-smollm2.json").is_file():

@@ -1,4 +1,4 @@
-"""The examples of the pages on feed-forward layers run as written, and their commands are known."""
+"""The examples of the pages on feed-forward layers and streams run as written, and their commands are known."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ import pytest
 from moesaic.ffn.method import methods
 from moesaic.runs.conversion import load_conversion
 from moesaic.runs.pretraining import load_pretraining
+from moesaic.trees.comparing import load_comparison
+from moesaic.trees.running import load_run
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("smoe-dropout", "read-me", "rmoe")
+PAGES = ("smoe-dropout", "read-me", "rmoe", "driftmoe")
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -29,6 +31,7 @@ def blocks(page: str, language: str) -> list[str]:
         ("smoe-dropout", r"8 sort 4 1 8 : 1 4 8.*\n4 sort 4 1 8 :"),
         ("read-me", r"round 2\ntensor\(\[\[0.*\n 1 4 8.*memory \d+ read \d+"),
         ("rmoe", r"tensor\(.*tensor\(.* 2\nMoesaicMixtralForCausalLM"),
+        ("driftmoe", r"Accuracy: 9\d\.\d+%\n\[.*\]\nTrue\nAccuracy: "),
     ],
 )
 def test_an_example_runs_as_written(page: str, said: str, tmp_path: Path) -> None:
@@ -44,13 +47,15 @@ def commands() -> list[list[str]]:
     pages += re.findall(r"```sh\n(.*?)```", readme, flags=re.DOTALL)
     lines = [shlex.split(line, comments=True) for block in pages for line in block.splitlines()]
     ours = [line[1:] for line in lines if line[:1] == ["moesaic"]]
-    return [line for line in ours if line[0] == "convert" or line[1].startswith("pretrain/")]
+    return [line for line in ours if line[0] in ("convert", "stream") or line[1].startswith("pretrain/")]
 
 
 @pytest.mark.parametrize("line", commands(), ids=" ".join)
 def test_a_command_is_one_that_is_understood(line: list[str]) -> None:
     verb, name, *settings = line
-    if verb == "convert":
+    if verb == "stream":
+        assert {"run": load_run, "compare": load_comparison}[name](settings)
+    elif verb == "convert":
         assert name in methods()
         assert load_conversion(name, settings).method == name
     else:

@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 from moesaic.trees.rows import layer
 
 Floats = NDArray[np.float32]
+_THREADS = ThreadpoolController()
 
 
 class Scores:
@@ -72,7 +73,7 @@ class Scores:
 
         A target that is NaN is not known, and counts for nothing.
         """
-        with threadpool_limits(1, "blas"):  # two threads wait for each other longer than they compute
+        with _THREADS.limit(limits=1, user_api="blas"):  # two wait for each other longer than they compute
             return self._step(x, targets, kept)
 
     def _step(self, x: Floats, targets: Floats, kept: Floats | None) -> float:

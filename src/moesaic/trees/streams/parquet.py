@@ -33,7 +33,7 @@ class ParquetStream(TableStream):
             import pyarrow
             from pyarrow import parquet
         except ImportError:
-            raise MissingDependency("pyarrow", "train") from None
+            raise MissingDependency("pyarrow", "trees") from None
         try:
             return parquet.ParquetFile(self.path)
         except (pyarrow.ArrowException, OSError) as error:
