@@ -25,7 +25,7 @@ class Leaf:
     def __init__(self, used: list[int], classes: int, counts: list[float]) -> None:
         self.used, self.counts, self.rows = used, counts, []
         self.classes, self.right = classes, [0.0, 0.0]
-        self.seen, self.split = 0.0, None
+        self.seen, self.due, self.split = 0.0, 0.0, None
 
     def majority(self) -> int:
         return int(np.argmax(self.counts))
@@ -68,7 +68,7 @@ def entropy(weights: Any) -> float:
     return float(-(shares * np.log2(shares)).sum())
 
 
-def best_split(leaf: Leaf) -> tuple[int, float, list[list[float]]] | None:
+def best_split(leaf: Leaf) -> tuple[tuple[int, float, list[list[float]]] | None, float]:
     gains = []
     for j in leaf.used:
         values = [x[j] for x, _, _ in leaf.rows if not math.isnan(x[j])]
@@ -97,12 +97,14 @@ def best_split(leaf: Leaf) -> tuple[int, float, list[list[float]]] | None:
             gain, at, sides = max(tried, key=lambda found: found[0])
             gains.append((gain, j, at, sides))
     gains = sorted((found for found in gains if found[0] > 0), key=lambda found: -found[0])
-    if not gains:
-        return None
-    reach = math.log2(max(leaf.classes, 2))
-    eps = math.sqrt(reach**2 * math.log(1 / PLAIN["delta"]) / (2 * sum(leaf.counts)))
-    second = gains[1][0] if len(gains) > 1 else 0.0
-    return gains[0][1:] if gains[0][0] - second > eps or eps < PLAIN["tau"] else None
+    if not gains or entropy(leaf.counts) <= 0:
+        return None, 0.0
+    reach, total = math.log2(max(leaf.classes, 2)), sum(leaf.counts)
+    enough = reach**2 * math.log(1 / PLAIN["delta"]) / 2
+    eps, gap = math.sqrt(enough / total), gains[0][0] - (gains[1][0] if len(gains) > 1 else 0.0)
+    if gap > eps or eps < PLAIN["tau"]:
+        return gains[0][1:], 0.0
+    return None, enough / max(gap, PLAIN["tau"]) ** 2 - total if entropy(leaf.counts) > eps else 0.0
 
 
 class Tree:
@@ -123,10 +125,11 @@ class Tree:
         leaf.rows.append((x, y, weight))
         leaf.counts[y] += weight
         leaf.seen += weight
-        if leaf.seen < PLAIN["grace_period"]:
+        if leaf.seen < max(PLAIN["grace_period"], leaf.due):
             return
-        leaf.seen = 0.0
-        if (found := best_split(leaf)) is not None:
+        found, missing = best_split(leaf)
+        leaf.seen, leaf.due = 0.0, hoeffding.PATIENCE * missing
+        if found is not None:
             j, at, sides = found
             left, right = (Leaf(leaf.used, leaf.classes, list(side)) for side in sides)
             leaf.split = j, at, left, right, left if sum(sides[0]) >= sum(sides[1]) else right

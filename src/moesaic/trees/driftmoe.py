@@ -81,14 +81,14 @@ class DriftMoE:
         classes = max(self.classes, classes or 0)
         if not self.rows:
             return np.full(classes, 1 / max(classes, 1))
-        look = self._seen(x)
+        look = self._seen(np.ascontiguousarray(x, np.float64))
         found = np.zeros(classes)
         found[: self.classes] = self._combined(look)
         return found
 
     def weights(self, x: Row) -> NDArray[np.float64]:
         """How much each expert counts for a row (K,), summing to 1."""
-        return self._seen(x).weights.copy()
+        return self._seen(np.ascontiguousarray(x, np.float64)).weights.copy()
 
     def _weights(self, z: NDArray[np.float32]) -> NDArray[np.float64]:
         s = self.settings
@@ -111,7 +111,7 @@ class DriftMoE:
             if self.settings.combine == "mixture":
                 found = found * self.ledger.accuracy
         else:
-            found = look.weights @ np.nan_to_num(look.votes)
+            found = look.weights @ (look.votes if self.settings.lazy is None else np.nan_to_num(look.votes))
         total = found.sum()
         return found / total if total > 0 else np.full(self.classes, 1 / self.classes)
 
@@ -165,6 +165,7 @@ class DriftMoE:
 
     def learn(self, x: Row, y: int) -> None:
         """Learn that a row is of class `y`."""
+        x = np.ascontiguousarray(x, np.float64)  # for another layout all would be compiled again
         self._grow(len(x), y + 1)
         s = self.settings
         past = self._past(s.label_delay)

@@ -45,7 +45,8 @@ class Forest(NamedTuple):
     right_bayes: Any
     """(S,) weight of the rows that either was right about."""
     seen: Any
-    """(S,) weight since a split was tried last."""
+    due: Any
+    """(S,) weight since a split was tried last, and that at which it is tried next."""
     free_nodes: Any
     free_leaves: Any
     tops: Any
@@ -67,7 +68,8 @@ def check(f: Forest, roots: NDArray[Any], beside: NDArray[Any]) -> None:
         "free_nodes": (nodes,), "used": (leaves, share), "low": (leaves, share), "high": (leaves, share),
         "weight": (leaves, share, classes), "mean": (leaves, share, classes), "square": (leaves, share, classes),
         "narrow": (leaves, share, classes), "height": (leaves, share, classes), "right_majority": (leaves,),
-        "right_bayes": (leaves,), "seen": (leaves,), "free_leaves": (leaves,), "tops": (2,), "random": (1,),
+        "right_bayes": (leaves,), "seen": (leaves,), "due": (leaves,), "free_leaves": (leaves,), "tops": (2,),
+        "random": (1,),
     }  # fmt: skip
     within = all(getattr(f, name).shape == shape for name, shape in shapes.items())
     if within:
@@ -107,6 +109,7 @@ def empty(nodes: int, leaves: int, features: int, share: int, classes: int, seed
         missing=places(nodes), leaf=places(nodes), counts=numbers(leaves, classes), used=np.full(wide[:2], NONE),
         weight=numbers(*wide), mean=numbers(*wide), square=numbers(*wide), narrow=numbers(*wide),
         height=numbers(*wide), low=numbers(*wide[:2]), high=numbers(*wide[:2]), right_majority=numbers(leaves),
-        right_bayes=numbers(leaves), seen=numbers(leaves), free_nodes=places(nodes), free_leaves=places(leaves),
-        tops=places(2), random=np.array([seed], np.uint64), order=np.arange(features), leaves=places(roots),
+        right_bayes=numbers(leaves), seen=numbers(leaves), due=numbers(leaves), free_nodes=places(nodes),
+        free_leaves=places(leaves), tops=places(2), random=np.array([seed], np.uint64), order=np.arange(features),
+        leaves=places(roots),
     )  # fmt: skip

@@ -26,6 +26,9 @@ NEVER = -1e300
 LEAST_SHARE = 0.01
 """Of a leaf's weight on either side of a split."""
 LEAST_VARIANCE = 1e-12
+PATIENCE = 0.3
+"""Part of the weight that a split still wants, as features stand, after which it is tried again; trying costs more than
+learning a row (García-Martín et al., DSAA 2018, wait for all of it)."""
 APART = 30.0
 """What a value costs, in nats, that is not the only one a feature had in a class."""
 
@@ -170,7 +173,7 @@ def plant(f: Forest, features: int, share: int) -> int:
     choose(f, s, features, share)
     f.counts[s] = 0.0
     f.weight[s], f.mean[s], f.square[s], f.narrow[s], f.height[s] = 0.0, 0.0, 0.0, 0.0, 0.0
-    f.right_majority[s], f.right_bayes[s], f.seen[s] = 0.0, 0.0, 0.0
+    f.right_majority[s], f.right_bayes[s], f.seen[s], f.due[s] = 0.0, 0.0, 0.0, 0.0
     return node
 
 
@@ -237,10 +240,10 @@ def parted(f: Forest, s: int, j: int, threshold: float, sides: Any) -> tuple[flo
 
 
 @njit(cache=True)
-def best_split(f: Forest, s: int, delta: float, tau: float, sides: Any, kept: Any) -> tuple[int, float]:
+def best_split(f: Forest, s: int, delta: float, tau: float, sides: Any, kept: Any) -> tuple[int, float, float]:
     """The feature and threshold that a leaf is to be split at, and its classes' weights on both sides into `kept`.
 
-    -1 where none is better than the next by more than chance.
+    -1 where none is better than the next by more than chance; and then the weight at which one would be, as they stand.
     """
     classes = f.counts.shape[1]
     total = 0.0
@@ -248,9 +251,10 @@ def best_split(f: Forest, s: int, delta: float, tau: float, sides: Any, kept: An
         total += f.counts[s, c]
     before = entropy(f.counts[s])
     reach = math.log2(max(classes, 2))
-    eps = math.sqrt(reach * reach * math.log(1.0 / delta) / (2.0 * total))
+    enough = reach * reach * math.log(1.0 / delta) / 2.0
+    eps = math.sqrt(enough / total)
     if before <= 0.0 or (eps >= tau and before <= eps):
-        return -1, 0.0
+        return -1, 0.0, 0.0
     best, second, feature, place = 0.0, 0.0, -1, 0.0
     for j in range(f.used.shape[1]):
         if f.used[s, j] < 0:
@@ -273,8 +277,8 @@ def best_split(f: Forest, s: int, delta: float, tau: float, sides: Any, kept: An
         elif own > second:
             second = own
     if feature >= 0 and (best - second > eps or eps < tau):
-        return feature, place
-    return -1, 0.0
+        return feature, place, 0.0
+    return -1, 0.0, enough / max(best - second, tau) ** 2 - total
 
 
 @njit(cache=True)
@@ -323,10 +327,10 @@ def _one(
     if by_bayes == y:
         f.right_bayes[s] += weight
     observe(f, s, x, y, weight)
-    if f.seen[s] < grace or f.leaves[tree] >= most:
+    if f.seen[s] < max(grace, f.due[s]) or f.leaves[tree] >= most:
         return
-    f.seen[s] = 0.0
-    feature, threshold = best_split(f, s, delta, tau, work[:2], work[2:4])
+    feature, threshold, missing = best_split(f, s, delta, tau, work[:2], work[2:4])
+    f.seen[s], f.due[s] = 0.0, PATIENCE * missing
     if feature >= 0:
         split(f, node, feature, threshold, work[2:4], features, share)
         f.leaves[tree] += 1
