@@ -73,6 +73,8 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "paper, with input scaling": ("driftmoe-paper", {"backend": "arrays", "scale": True}),
     "paper, three answer": ("driftmoe-paper", {"backend": "arrays", "combine": "topk"}),
 }
+SLOW = ("SGBT-10", "SGBT-100")
+"""Run last."""
 TABLES = {
     "ten": (TEN, STREAMS),
     "hundred": (HUNDRED, ("led_a", "electricity")),
@@ -119,6 +121,7 @@ def main() -> None:
     there = {(c["table"], c["stream"], c["arm"], c["seed"]) for c in done}
     cells = [(name, stream, arm, seed) for seed in seeds for stream in streams for arm in arms]
     left = [cell for cell in cells if cell not in there]
+    left.sort(key=lambda cell: cell[2] in SLOW)
     with ProcessPoolExecutor(
         int(given.get("workers", 1)), mp_context=get_context("spawn"), max_tasks_per_child=1
     ) as pool:
