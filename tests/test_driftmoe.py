@@ -27,7 +27,8 @@ SMALL: dict[str, Any] = {"backend": "arrays", "hidden": (16, 8), "batch_size": 3
 
 
 def made(fidelity: str = "best", **given: Any) -> DriftMoE:
-    return DriftMoE(settings(fidelity, **SMALL | {"n_experts": 6} | given))
+    size = {} if given.get("variant") == "task" else {"n_experts": 6}
+    return DriftMoE(settings(fidelity, **SMALL | size | given))
 
 
 def rows(count: int, *, name: str = "sea_a", seed: int = 0) -> Iterator[tuple[NDArray[Any], int]]:
@@ -191,13 +192,17 @@ def test_f_many_rows_are_one_after_the_other(kind: str) -> None:
 
     table = pd.DataFrame([x for x, _ in datasets.Phishing().take(300)])
     labels = pd.Series([y for _, y in datasets.Phishing().take(300)])
-    one, many = (DriftMoEClassifier(kind, n_experts=4, hidden=(16, 8), batch_size=32) for _ in range(2))
+    size = {"n_experts": 4} if kind == "data" else {}
+    one, many = (DriftMoEClassifier(kind, **size, hidden=(16, 8), batch_size=32) for _ in range(2))
     many.learn_many(table, labels)
     for x, y in zip(table.to_dict(orient="records"), labels, strict=True):
         one.learn_one(x, y)
     assert same(one.core, many.core)
     found = many.predict_proba_many(table[:9])
     assert found.shape == (9, 2)
+    with pytest.raises(DataError, match="300 rows and 299 labels"):
+        many.learn_many(table, labels[:-1])
+    assert same(one.core, many.core)
     assert [one.predict_proba_one(x) for x in table[:9].to_dict(orient="records")] == found.to_dict(orient="records")
 
 
@@ -342,6 +347,10 @@ def test_features_and_classes_may_come_later_and_be_missing() -> None:
     assert sum(model.predict_proba_one({}).values()) == pytest.approx(1)
     with pytest.raises(DataError, match="feature 'a' is 'red', no number"):
         model.learn_one({"a": "red"}, "no")
+    before = model.core.rows
+    for missing in (None, float("nan")):
+        model.learn_one({"a": 1.0}, missing)
+    assert (model.core.rows, len(model.labels)) == (before, 3), "a missing label is none of the classes"
     assert sum(model.predict_proba_one({"a": float("inf")}).values()) == pytest.approx(1)
 
 
@@ -351,6 +360,7 @@ def test_features_and_classes_may_come_later_and_be_missing() -> None:
      ({"n_experts": 2}, "top_k=3 is more than n_experts=2"), ({"lr": float("nan")}, "lr=nan must be a number"),
      ({"hidden": ()}, "hidden"), ({"backend": "rivr"}, "did you mean 'river'"), ({"router": 1}, "true or false"),
      ({"poisson": -1}, "poisson=-1 must be a number between 0 and 100"), ({"combine": "best"}, "combine='best'"),
+     ({"variant": "task", "n_experts": 5}, "leave n_experts out"), ({"top_k": 2}, "top_k counts with train=topk"),
      ({"fidelity": "x"}, "fidelity='x'"), ({"router": False, "variant": "task", "fidelity": "code"}, "leaves nothing")],
 )  # fmt: skip
 def test_settings_that_cannot_be_are_one_clear_line(given: dict[str, Any], message: str) -> None:

@@ -464,7 +464,7 @@ def test_a_parquet_file_is_read_batch_by_batch(tmp_path: Path) -> None:
 
 
 def test_a_parquet_file_of_other_things_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(DataError, match="column 'day' holds dates or times"):
+    with pytest.raises(DataError, match="column 'day' holds dates"):
         file_stream(parquet(tmp_path / "d.parquet", {"day": [date(2024, 1, 1)], "label": [0]}))
     with pytest.raises(DataError, match="column 'many' is of type list"):
         file_stream(parquet(tmp_path / "l.parquet", {"many": [[1, 2]], "label": [0]}))
@@ -653,3 +653,23 @@ def test_importing_streams_imports_none_of_the_packages_that_it_may_need() -> No
     code = "import sys, moesaic.trees.streams; print([m for m in ('pandas', 'river', 'pyarrow') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_columns_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("time,a,note,y\n2024-01-01,1,x,no\n2024-01-02,2,,yes\n")
+    stream = file_stream(tmp_path / "a.csv", drop=["time", "note"])
+    (chunk,) = stream.chunks()
+    assert stream.features == ["a"]
+    assert chunk.x.tolist() == [[1.0], [2.0]]
+    assert stream.classes == ["no", "yes"]
+    with pytest.raises(DataError, match=r"holds dates .*leave it out: drop=time"):
+        list(file_stream(tmp_path / "a.csv").chunks())
+    with pytest.raises(ConfigError, match="no column 'tme' to drop: did you mean 'time'"):
+        file_stream(tmp_path / "a.csv", drop="tme")
+    with pytest.raises(ConfigError, match="y is the target"):
+        file_stream(tmp_path / "a.csv", drop="y")
+    (tmp_path / "a.arff").write_text(
+        "@relation r\n@attribute d date\n@attribute a numeric\n@attribute y {n,p}\n@data\n1-1-2024,3,p\n"
+    )
+    (chunk,) = file_stream(tmp_path / "a.arff", drop="d").chunks()
+    assert (chunk.x.tolist(), chunk.y.tolist()) == ([[3.0]], [1])

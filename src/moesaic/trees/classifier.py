@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+ENCODE = ": compose.SelectType(str) | preprocessing.OneHotEncoder() does so"
+
+
 class DriftMoEClassifier(base.MiniBatchClassifier):
     """A pool of incremental trees and a router that learns beside them which of them is right about what.
 
@@ -32,7 +35,7 @@ class DriftMoEClassifier(base.MiniBatchClassifier):
         backend: arrays (compiled trees of our own), river (its Hoeffding trees), capymoa (MOA's, in a child process),
             or any river classifier, of which each expert is a copy.
         n_experts: K; 30 in `best`, 12 in the others. The task variant has one for each class.
-        top_k: experts that learn a row with `train="topk"`, or answer it with `combine="topk"`.
+        top_k: experts that learn a row with `train="topk"`, or answer it with `combine="topk"`; 3.
         combine: top1, topk or mixture.
         train: which experts learn a row: topk (of the router's scores), correct (those that were right) or all.
         share: of the features that a leaf (arrays), or an expert (river), looks at, drawn at random.
@@ -75,7 +78,7 @@ class DriftMoEClassifier(base.MiniBatchClassifier):
         fidelity: str = "best",
         backend: Any = None,
         n_experts: int | None = None,
-        top_k: int = 3,
+        top_k: int | None = None,
         combine: str | None = None,
         train: str | None = None,
         share: float | None = None,
@@ -125,7 +128,13 @@ class DriftMoEClassifier(base.MiniBatchClassifier):
     # -- one row -------------------------------------------------------------------------------------------------
 
     def learn_one(self, x: dict[Hashable, Any], y: Hashable) -> None:
-        """Learn that a row is of class `y`. Raises DataError for a value that is no number."""
+        """Learn that a row is of class `y`; of a label that is missing (None, NaN) nothing is learned.
+
+        Raises:
+            DataError: a feature is no number.
+        """
+        if y is None or y != y:
+            return
         row = self._row(x, grow=True)
         if y not in self._numbers:
             self._numbers[y] = len(self.labels)
@@ -150,16 +159,16 @@ class DriftMoEClassifier(base.MiniBatchClassifier):
                 try:
                     row[place] = value
                 except (TypeError, ValueError):
-                    raise DataError(
-                        f"feature {name!r} is {value!r}, no number: encode it first, as compose.SelectType(str) | "
-                        "preprocessing.OneHotEncoder() does"
-                    ) from None
+                    how = ENCODE if isinstance(value, str) else ""
+                    raise DataError(f"feature {name!r} is {value!r}, no number: make it one{how}") from None
         return row
 
     # -- many rows -----------------------------------------------------------------------------------------------
 
     def learn_many(self, X: pd.DataFrame, y: pd.Series) -> None:
-        """Learn rows one after the other, as `learn_one` does."""
+        """Learn rows one after the other, as `learn_one` does. Raises DataError where there is not a label for each."""
+        if len(X) != len(y):
+            raise DataError(f"there are {len(X)} rows and {len(y)} labels: give each row its own")
         for x, label in zip(X.to_dict(orient="records"), y, strict=True):
             self.learn_one(x, label)
 

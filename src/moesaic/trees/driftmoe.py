@@ -81,14 +81,14 @@ class DriftMoE:
         classes = max(self.classes, classes or 0)
         if not self.rows:
             return np.full(classes, 1 / max(classes, 1))
-        look = self._seen(np.ascontiguousarray(x, np.float64))
+        look = self._seen(_plain(x))
         found = np.zeros(classes)
         found[: self.classes] = self._combined(look)
         return found
 
     def weights(self, x: Row) -> NDArray[np.float64]:
         """How much each expert counts for a row (K,), summing to 1."""
-        return self._seen(np.ascontiguousarray(x, np.float64)).weights.copy()
+        return self._seen(_plain(x)).weights.copy()
 
     def _weights(self, z: NDArray[np.float32]) -> NDArray[np.float64]:
         s = self.settings
@@ -165,7 +165,7 @@ class DriftMoE:
 
     def learn(self, x: Row, y: int) -> None:
         """Learn that a row is of class `y`."""
-        x = np.ascontiguousarray(x, np.float64)  # for another layout all would be compiled again
+        x = _plain(x)
         self._grow(len(x), y + 1)
         s = self.settings
         past = self._past(s.label_delay)
@@ -353,6 +353,12 @@ class DriftMoE:
 
 
 RELEASED_DROPOUT = 0.2
+
+
+def _plain(x: Row) -> Row:
+    """A row in one layout, for another would be compiled anew; infinite values are missing ones."""
+    x = np.ascontiguousarray(x, np.float64)
+    return np.where(np.isinf(x), np.nan, x) if np.isinf(x).any() else x
 
 
 def _part(arrays: Mapping[str, NDArray[Any]], name: str) -> dict[str, NDArray[Any]]:

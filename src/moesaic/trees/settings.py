@@ -92,6 +92,8 @@ def settings(fidelity: str = "best", **given: Any) -> Settings:
     for name in given:
         if name not in known:
             raise ConfigError(f"a DriftMoE has no setting {name}; {suggest(name, known)}")
+    if given.get("variant") == "task" and given.get("n_experts") is not None:
+        raise ConfigError("variant=task has an expert for each class: leave n_experts out")
     chosen = PRESETS[fidelity] | {name: value for name, value in given.items() if value is not None}
     if given.get("share") is None and chosen.get("backend", "arrays") != "arrays":
         chosen["share"] = 1.0
@@ -99,6 +101,8 @@ def settings(fidelity: str = "best", **given: Any) -> Settings:
         chosen["hidden"] = tuple(width) if isinstance(width, list) else (width,)
     made = Settings(fidelity=fidelity, **chosen)  # type: ignore[arg-type]
     _check(made)
+    if given.get("top_k") is not None and made.train != "topk" and made.combine != "topk":
+        raise ConfigError("top_k counts with train=topk or combine=topk only: leave it out, or set one of them")
     return made
 
 

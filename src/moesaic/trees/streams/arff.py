@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ _ATTRIBUTE = re.compile(r"""@attribute\s+('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[^
 class ArffStream(TableStream):
     """The rows of an ARFF file."""
 
-    def __init__(self, path: Path, target: str | None, on_bad_rows: OnBadRows, name: str | None) -> None:
-        super().__init__(path, name, on_bad_rows)
+    def __init__(
+        self, path: Path, target: str | None, on_bad_rows: OnBadRows, name: str | None, drop: Sequence[str] = ()
+    ) -> None:
+        super().__init__(path, name, on_bad_rows, drop)
         label = self._declare(self._header(), target)
         declared = list(label.codes) if label.kind == "nominal" else None
         self._declare_labels(Labels(declared, label_in))
@@ -83,7 +86,7 @@ def _column(text: str) -> Column:
     if word == "string":
         return Column(name, "text")
     if word == "date":
-        raise BadRow(f"column '{name}' holds dates: turn them into numbers, or leave the column out")
+        return Column(name, "date")
     raise BadRow(
         f"'{name}' is of type '{kind[:40]}': numeric, real, integer, string or {{values}} on one line are read"
     )

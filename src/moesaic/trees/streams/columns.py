@@ -17,6 +17,8 @@ TRUTH = {"true": 1.0, "True": 1.0, "TRUE": 1.0, "false": 0.0, "False": 0.0, "FAL
 MAX_CODES = 100_000
 """Different texts that a column may have: they are kept in memory."""
 MAX_CLASSES = 10_000
+DROP = "drop="
+"""How a column is left out."""
 _DATE = re.compile(r"(\d{4}[-/.]\d{1,2}[-/.]\d{1,2}|\d{1,2}[-/.]\d{1,2}[-/.]\d{4})([T ].*)?")
 _COMMA = re.compile(r"[-+]?\d[\d.]*(,\d+)+(\.\d+)?")
 
@@ -33,7 +35,10 @@ class Column:
     """
 
     def __init__(
-        self, name: str, kind: Literal["number", "truth", "text", "nominal"] | None = None, texts: Sequence[str] = ()
+        self,
+        name: str,
+        kind: Literal["number", "truth", "text", "nominal", "date"] | None = None,
+        texts: Sequence[str] = (),
     ) -> None:
         self.name, self.kind = name, kind
         self.codes = {text: float(code) for code, text in enumerate(texts)}
@@ -79,7 +84,9 @@ class Column:
         if self.kind == "nominal":
             raise BadRow(f"'{self.name}' is '{text}', which is not among its declared values")
         if len(self.codes) >= MAX_CODES:
-            raise DataError(f"column '{self.name}' has over {MAX_CODES:,} different texts: leave it out")
+            raise DataError(
+                f"column '{self.name}' has over {MAX_CODES:,} different texts: leave it out, {DROP}{self.name}"
+            )
         return self.codes.setdefault(text, float(len(self.codes)))
 
     def _kind_of(self, text: str) -> Literal["number", "truth", "text"]:
@@ -100,7 +107,7 @@ class Column:
         return number
 
     def _dates(self, given: Any) -> str:
-        return f"column '{self.name}' holds dates ({given}): turn them into numbers, or leave the column out"
+        return f"column '{self.name}' holds dates ({given}): turn them into numbers, or leave it out: {DROP}{self.name}"
 
 
 class Labels:

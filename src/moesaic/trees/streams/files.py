@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -16,7 +17,11 @@ SUFFIXES = (".csv", ".csv.gz", ".arff", ".arff.gz", ".parquet")
 
 
 def file_stream(
-    path: str | Path, target: str | None = None, on_bad_rows: OnBadRows = "stop", name: str | None = None
+    path: str | Path,
+    target: str | None = None,
+    on_bad_rows: OnBadRows = "stop",
+    name: str | None = None,
+    drop: Sequence[str] | str = (),
 ) -> TableStream:
     """A stream of the rows of a file.
 
@@ -29,14 +34,16 @@ def file_stream(
         target: the column of the labels; the last one where none is named.
         on_bad_rows: whether a row that does not fit ends the reading or is counted in the stream's `skipped`.
         name: the stream's; else the file's.
+        drop: columns that are left out.
     Raises:
-        ConfigError: there is no such target, or the file's name ends otherwise than in `SUFFIXES`.
+        ConfigError: there is no such target or column to drop, or the file's name ends otherwise than in `SUFFIXES`.
         DataError: there is no such file, it is empty or damaged, or has columns of dates; while it is read: a row does
             not fit (with file:line; the rows before it have been given), there are no rows, or the file is cut off.
         MissingDependency: pyarrow is not installed, and the file is Parquet.
     """
     if on_bad_rows not in get_args(OnBadRows):
         raise ConfigError(f"on_bad_rows is {on_bad_rows!r}: choose one of {', '.join(get_args(OnBadRows))}")
+    left_out = [drop] if isinstance(drop, str) else [str(column) for column in drop]
     place = path_of(path)
     if place.is_dir():
         raise DataError(f"{place} is a folder: name a file in it")
@@ -44,19 +51,21 @@ def file_stream(
         raise DataError(f"there is no file {place}")
     kind = Path(place.stem).suffix if place.suffix == ".gz" else place.suffix
     if kind.lower() == ".csv":
-        return CsvStream(place, target, on_bad_rows, name)
+        return CsvStream(place, target, on_bad_rows, name, left_out)
     if kind.lower() == ".arff":
-        return ArffStream(place, target, on_bad_rows, name)
+        return ArffStream(place, target, on_bad_rows, name, left_out)
     if place.suffix.lower() == ".parquet":
-        return ParquetStream(place, target, on_bad_rows, name)
+        return ParquetStream(place, target, on_bad_rows, name, left_out)
     raise ConfigError(f"{place}: a stream's file ends in {', '.join(SUFFIXES)}")
 
 
 class CsvStream(TableStream):
     """The rows of a CSV file."""
 
-    def __init__(self, path: Path, target: str | None, on_bad_rows: OnBadRows, name: str | None) -> None:
-        super().__init__(path, name, on_bad_rows)
+    def __init__(
+        self, path: Path, target: str | None, on_bad_rows: OnBadRows, name: str | None, drop: Sequence[str] = ()
+    ) -> None:
+        super().__init__(path, name, on_bad_rows, drop)
         first = next((line for line in lines(path) if line.strip()), None)
         if first is None:
             raise DataError(f"{path} is empty")

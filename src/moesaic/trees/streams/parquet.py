@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ BATCH = 1024
 class ParquetStream(TableStream):
     """The rows of a Parquet file; the line in a message is the row's number, from 1 on."""
 
-    def __init__(self, path: Path, target: str | None, on_bad_rows: OnBadRows, name: str | None) -> None:
-        super().__init__(path, name, on_bad_rows)
+    def __init__(
+        self, path: Path, target: str | None, on_bad_rows: OnBadRows, name: str | None, drop: Sequence[str] = ()
+    ) -> None:
+        super().__init__(path, name, on_bad_rows, drop)
         with self._open() as file:
             schema = file.schema_arrow
             rows = file.metadata.num_rows
@@ -47,11 +50,8 @@ class ParquetStream(TableStream):
             return Column(field.name, "number")
         if types.is_string(kind) or types.is_large_string(kind) or types.is_null(kind):
             return Column(field.name)
-        if types.is_temporal(kind):
-            raise DataError(
-                f"{self.path}: column '{field.name}' holds dates or times ({kind}): turn them into numbers, or leave "
-                "the column out"
-            )
+        if types.is_temporal(kind) or field.name in self.drop:
+            return Column(field.name, "date")
         raise DataError(
             f"{self.path}: column '{field.name}' is of type {kind}: numbers, truth values and texts are read"
         )

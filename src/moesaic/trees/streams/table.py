@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moesaic.errors import ConfigError, DataError, first_line, suggest
-from moesaic.trees.streams.columns import BadRow, Column, Labels
+from moesaic.trees.streams.columns import DROP, BadRow, Column, Labels
 from moesaic.trees.streams.stream import Chunk, Gathered, Skipped, Stream
 
 OnBadRows = Literal["stop", "skip"]
@@ -24,8 +24,8 @@ _NOT_UTF8 = re.compile("[\udc80-\udcff]")
 class TableStream(Stream):
     """A table whose columns but one are features. Whoever derives from it declares them, then its labels."""
 
-    def __init__(self, path: Path, name: str | None, on_bad_rows: OnBadRows) -> None:
-        self.path, self.on_bad_rows = path, on_bad_rows
+    def __init__(self, path: Path, name: str | None, on_bad_rows: OnBadRows, drop: Sequence[str] = ()) -> None:
+        self.path, self.on_bad_rows, self.drop = path, on_bad_rows, {*drop}
         self.name = name or path.name.split(".")[0] or path.name
         self._skipped = Skipped()
         self._plain = False
@@ -49,10 +49,20 @@ class TableStream(Stream):
             raise DataError(f"{self.path}: two columns are called '{double}' (are there names in the first line?)")
         if target is not None and target not in names:
             raise ConfigError(f"{self.path} has no column '{target}': {suggest(target, names)}")
-        if len(names) < 2:
-            raise DataError(f"{self.path} has one column: there must be a label and a feature")
+        if unknown := self.drop - {*names}:
+            raise ConfigError(f"{self.path} has no column '{min(unknown)}' to drop: {suggest(min(unknown), names)}")
         self.target = len(names) - 1 if target is None else names.index(target)
-        self.columns = [column for place, column in enumerate(columns) if place != self.target]
+        if names[self.target] in self.drop:
+            raise ConfigError(f"{names[self.target]} is the target: it cannot be dropped; target= names another")
+        self._wide = len(names)
+        self._dropped = [place for place in reversed(range(len(names))) if names[place] in self.drop]
+        away = {self.target, *self._dropped}
+        self.columns = [column for place, column in enumerate(columns) if place not in away]
+        if not self.columns:
+            raise DataError(f"{self.path} has one column: there must be a label and a feature")
+        if dates := [column.name for column in self.columns if column.kind == "date"]:
+            how = f"turn them into numbers, or leave it out: {DROP}{dates[0]}"
+            raise DataError(f"{self.path}: column '{dates[0]}' holds dates: {how}")
         self.features = [column.name for column in self.columns]
         return columns[self.target]
 
@@ -107,9 +117,11 @@ class TableStream(Stream):
         try:
             if isinstance(fields, BadRow):
                 raise fields
-            if len(fields) != len(self.columns) + 1:
-                raise BadRow(f"it has {len(fields)} fields, where there are {len(self.columns) + 1} columns")
-            label = fields.pop(self.target)
+            if len(fields) != self._wide:
+                raise BadRow(f"it has {len(fields)} fields, where there are {self._wide} columns")
+            label = fields[self.target]
+            for place in sorted((self.target, *self._dropped), reverse=True):
+                del fields[place]
             gathered.add(self._values(fields), self._label(label))
         except BadRow as bad:
             where = f"{self.path}:{line}: {bad}"
