@@ -40,7 +40,7 @@ class Leaf:
                 weights, mean, variance = self.normal(j, c)
                 if weights <= 0 or math.isnan(x[j]):
                     continue
-                if variance > 1e-12:
+                if variance > 1e-20 * mean**2:
                     logs[c] += -0.5 * math.log(2 * math.pi * variance) - (x[j] - mean) ** 2 / (2 * variance)
                 elif x[j] != mean:
                     logs[c] -= 30.0
@@ -82,7 +82,7 @@ def best_split(leaf: Leaf) -> tuple[tuple[int, float, list[list[float]]] | None,
                 weight, mean, variance = leaf.normal(j, c)
                 below = (
                     0.5 * (1 + math.erf((at - mean) / math.sqrt(2 * variance)))
-                    if variance > 1e-12
+                    if variance > 1e-20 * mean**2
                     else float(mean <= at)
                 )
                 sides[0].append(weight * below)
@@ -270,9 +270,21 @@ def test_damaged_trees_are_refused(name: str, value: int) -> None:
     arrays, values = pool.state()
     inner = int(np.flatnonzero(arrays["feature"] >= 0)[0])
     flat = arrays[name].reshape(-1)
-    flat[inner if name in ("left", "missing", "feature") else 0] = value
+    leaf = hoeffding.find(pool.forest, rows(1)[0][0], pool.roots[0])
+    flat[{"left": inner, "missing": inner, "feature": inner, "leaf": leaf}.get(name, 0)] = value
     with pytest.raises(AdapterError, match="damaged"):
         ArrayTrees(4).restore(arrays, values)
+
+
+def test_what_is_checked_holds_for_every_bank_that_has_learned() -> None:
+    for count, prepared in ((1, ()), (400, (0,)), (1500, (1, 2))):
+        pool = bank(count)
+        for k in prepared:
+            pool.prepare(k)
+        pool.reset(0)
+        for x, y in zip(*rows(200, seed=8), strict=True):
+            pool.learn(x, int(y), np.full(4, 2.0))
+        ArrayTrees(4).restore(*pool.state())
 
 
 def test_trees_in_a_circle_and_other_banks_are_refused() -> None:

@@ -362,7 +362,7 @@ def test_an_interrupted_run_goes_on_exactly(tmp_path: Path, delay: int, number: 
 def test_ctrl_c_without_a_folder_says_that_nothing_is_kept_and_a_second_one_stops_at_once() -> None:
     learner = Stopped()
     learner.left = 10
-    with pytest.raises(KeyboardInterrupt, match=r"stopped at row 1,000 of 3,000, and nothing is kept without folder="):
+    with pytest.raises(KeyboardInterrupt, match=r"stopped at row 1,000 of 3,000, and nothing is kept"):
         prequential(noisy(), learner)
     assert learner.left == 10 - 1000
 
@@ -430,10 +430,10 @@ def test_a_checkpoint_of_another_run_is_refused_and_says_why(tmp_path: Path) -> 
 
 def test_what_cannot_be_kept_or_asked_is_refused_at_once(tmp_path: Path) -> None:
     pytest.importorskip("river")
-    from river import dummy
+    from river import neighbors
 
-    with pytest.raises(ConfigError, match="without folder="):
-        prequential(noisy(), from_river(dummy.NoChangeClassifier()), folder=tmp_path)
+    with pytest.raises(ConfigError, match="this classifier's state cannot be written"):
+        prequential(noisy(), from_river(neighbors.KNNClassifier()), folder=tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="is a file"):
         prequential(noisy(), NoChange(), folder=tmp_path / "file")
@@ -532,3 +532,38 @@ def test_progress_is_a_bar_in_a_terminal_and_lines_elsewhere(
     said = capsys.readouterr().err
     assert "row/s" in said
     assert "of 3,000" not in said
+
+
+class Broken(Rows):
+    """It ends in the middle, as a source does whose reader is interrupted."""
+
+    def _read(self, size: int, start: int, stop: int | None) -> Iterator[Chunk]:
+        for number, chunk in enumerate(super()._read(size, start, stop)):
+            if number == 5:
+                raise KeyboardInterrupt
+            yield chunk
+
+
+def test_rivers_classifiers_and_ours_are_taken_as_they_are_and_go_on_exactly(tmp_path: Path) -> None:
+    pytest.importorskip("river")
+    from river import tree
+
+    from moesaic.trees import DriftMoEClassifier
+
+    def ours() -> Any:
+        return DriftMoEClassifier(n_experts=3, hidden=(8,), batch_size=16)
+
+    for number, make in enumerate((tree.HoeffdingTreeClassifier, ours)):
+        stream = noisy(900)
+        stream.drifts = ()
+        whole = prequential(stream, make(), window=100)
+        place = tmp_path / str(number)
+        with pytest.raises(KeyboardInterrupt):
+            prequential(Broken(stream.x, stream.y), make(), window=100, folder=place, every=100, chunk=100)
+        model = make()
+        again = prequential(noisy(900), model, window=100, folder=place, every=100, chunk=100)
+        assert again.windows == whole.windows
+        if number:
+            assert len(model.predict_proba_one(dict.fromkeys(stream.features, 0.5))) == len(stream.classes)
+            with pytest.raises(ConfigError, match="has learned rows of its own"):
+                prequential(noisy(50), model)

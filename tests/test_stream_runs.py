@@ -11,6 +11,7 @@ import pytest
 
 from moesaic.cli.main import main
 from moesaic.errors import ConfigError
+from moesaic.trees import load
 from moesaic.trees.comparing import StreamComparison, ranks, summarised
 from moesaic.trees.driftmoe import DriftMoE
 from moesaic.trees.learners import OURS, known, learner
@@ -45,6 +46,9 @@ def test_a_run_leaves_figures_and_a_page(tmp_path: Path, capsys: pytest.CaptureF
     assert page.count('stroke-dasharray="3 4"') == 3
     assert "Who does what" in page
     assert "src=" not in page
+    again = load(out / "model")
+    assert again.labels == [0, 1]
+    assert sum(again.predict_proba_one(dict.fromkeys(again.places, 1.0)).values()) == pytest.approx(1)
     again = said(capsys, "run", "stream=sea_a", "length=4000", f"out={out}", *TINY, code=2)
     assert "holds a finished run; overwrite=true replaces it" in again
     said(capsys, "run", "stream=sea_a", "length=2000", f"out={out}", "learner=nochange", "overwrite=true")
@@ -82,9 +86,10 @@ def test_a_file_is_a_stream(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         file.write("a,b,state\n" + "\n".join(rows) + "\n")
     line = ["run", f"stream={tmp_path / 'sensors.csv.gz'}", "source.target=state", f"out={tmp_path / 'run'}", *TINY]
     assert "sensors.csv.gz:302" in said(capsys, *line, code=2)
-    said(capsys, *line, "source.on_bad_rows=skip", "overwrite=true")
+    told = said(capsys, *line, "source.on_bad_rows=skip")  # nothing was learned before: nothing is replaced
+    assert "1 rows were malformed, and left out" in told
     found = ran(tmp_path / "run")
-    assert found["rows"] == 599
+    assert (found["rows"], found["skipped"]) == (599, 1)
     assert {*found["classes"]} == {"yes", "no"}
     assert found["accuracy"] > 0.9
 
@@ -92,15 +97,23 @@ def test_a_file_is_a_stream(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_a_comparison_keeps_what_is_done_and_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = ["compare", "streams=sea_a,stagger", "learners=driftmoe,majority", "seeds=0,1", "length=1200"]
     line += [f"out={tmp_path / 'c'}", *(part.replace("model.", "model.driftmoe.") for part in TINY)]
-    told = said(capsys, *line)
-    assert "8 of 8: stagger, majority, seed 1" in told
+    assert main(["stream", *line]) == 0
+    told, progress = capsys.readouterr()
+    assert "8 of 8: stagger, majority, seed 1" in progress
     assert "Accuracy, percent" in told
     found = json.loads((tmp_path / "c" / "comparison.json").read_text())
     assert found["ranks"] == {"driftmoe": 1.0, "majority": 2.0}
     assert found["table"]["sea_a"]["driftmoe"]["accuracy"]["sd"] > 0
     assert found["drifts"]["sea_a"] == [300, 600, 900]
-    assert "1 of" not in said(capsys, *line), "what is there is not run again"
-    assert "1 of 4: sea_a, nochange, seed 0" in said(capsys, *line, "learners=driftmoe,majority,nochange")
+    assert main(["stream", *line]) == 0
+    assert "1 of" not in capsys.readouterr().err, "what is there is not run again"
+    one = next((tmp_path / "c" / "cells").glob("sea_a--majority-s1-*.json"))
+    one.write_text('{"stream": "sea_a"}')
+    assert main(["stream", *line]) == 0
+    assert "1 of 1: sea_a, majority, seed 1" in capsys.readouterr().err, "a damaged cell is run again"
+    assert "did you mean 'nochange'" in said(capsys, *line, "learners=driftmoe,nochang", code=2)
+    assert main(["stream", *line, "learners=driftmoe,majority,nochange"]) == 0
+    assert "1 of 4: sea_a, nochange, seed 0" in capsys.readouterr().err
     assert "holds a comparison with window=1000, now 100" in said(capsys, *line, "window=100", code=2)
     assert "<title>" in (tmp_path / "c" / "report.html").read_text()
 
@@ -127,7 +140,11 @@ def test_runs_are_reported_side_by_side(tmp_path: Path, capsys: pytest.CaptureFi
      (["run", "stream=led_a", "learner=river:tree.Nothing"], "river has no tree.Nothing"),
      (["run", "stream=led_a", "learner=river:os.system"], "river has no os.system"),
      (["run", "stream=led_a", "source.noice=1"], "noice"), (["run", "stream=led_a", "delay=-1"], "delay=-1"),
-     (["compare", "streams=led_a", "model.other.x=1"], "model.other are settings of a learner that is not compared"),
+     (["compare", "streams=led_a", "model.other.x=1"], "model.other: no such learner is compared"),
+     (["compare", "streams=led_a", "seeds=0,0"], "seeds has 0 twice"),
+     (["compare", "streams=led_a", "source.target=x"], "none of the streams has a setting source.target"),
+     (["run", "stream=led_a", "source.seed=1"], "led_a has no setting source.seed"),
+     (["run", "stream=led_a", "model.warning=0"], "warning=0 must be a number"),
      (["compare"], "streams, learners and seeds each need one"), (["compare", "streams=led_a", "engine=x"], "engine=x"),
      (["report"], "takes folders of finished runs"), (["run", "stream=led_a", "out=full"], "not a stream run's")],
 )  # fmt: skip

@@ -19,7 +19,8 @@ Learners: driftmoe, driftmoe-paper, driftmoe-code, driftmoe-task…, nochange, m
 river:MODULE.CLASS, capymoa-arf, capymoa-srp, capymoa-dems …
 
   moesaic stream run stream=led_a length=20000                  figures, drifts and who did what: report.html
-  moesaic stream run stream=sensors.csv.gz source.target=state  a file; interrupted, the same command goes on
+  moesaic stream run stream=sensors.csv.gz source.target=state  a file (target: the last column where left out;
+                                                                source.drop=time,id leaves columns out)
   moesaic stream compare streams=led_a,sea_a learners=driftmoe,river-arf seeds=0,1,2
   moesaic stream report runs/led_a-driftmoe-s0 runs/led_a-river-arf-s0 out=both.html"""
 
@@ -56,6 +57,9 @@ def _run(arguments: list[str], as_json: bool) -> int | None:
     figures = ", ".join(f"{name} {_percent(results[key])}" for name, key in named.items())
     speed = f"{results['rows_per_second']:,.0f} rows a CPU second"
     print(f"{wanted.folder()}: {results['rows']:,} rows, {figures}; {speed}")
+    for count, what in ((results["unlabelled"], "had no label"), (results["skipped"], "were malformed, and left out")):
+        if count:
+            print(f"{count:,} rows {what}")
     print(f"over time, drifts, and who did what: {wanted.folder() / 'report.html'}")
     return None
 

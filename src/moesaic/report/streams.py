@@ -18,7 +18,7 @@ _METRICS = {
     "kappa_m": "above naming the most frequent class so far",
     "kappa_t": "above naming the class that came last",
 }
-_COUNTS = {"chosen": "weight in answers", "trained": "rows learned", "reset": "times begun anew"}
+_COUNTS = {"chosen": "weight in answers", "trained": "rows learned"}
 
 
 def page(results: Sequence[dict[str, Any]]) -> str:
@@ -27,14 +27,18 @@ def page(results: Sequence[dict[str, Any]]) -> str:
     facts = [
         ("rows", ", ".join(dict.fromkeys(f"{r['rows']:,}" for r in results))),
         ("classes", ", ".join(first["classes"][:12]) + (" …" if len(first["classes"]) > 12 else "")),
-        ("labels come", f"{first['delay']} rows late" if first["delay"] else "before the next row"),
+        ("labels come", ", ".join(dict.fromkeys(map(_late, results)))),
+        ("without a label", f"{first['unlabelled']:,}" if first["unlabelled"] else ""),
+        ("left out as malformed", f"{first['skipped']:,}" if first.get("skipped") else ""),
         *(("command", r["command"]) for r in results),
     ]
+    facts = [(name, said) for name, said in facts if said]
     streams = list(dict.fromkeys(r["stream"] for r in results))
-    figures = [_curves(results)]
+    figures = [_curves(results), _begun(results)]
     figures += [made for r in results for made in _activity(r)]
     return of_run(
-        "moesaic stream", f"{', '.join(_names(results))} on {', '.join(map(_short, streams))}", facts=facts,
+        "moesaic stream", f"{', '.join(dict.fromkeys(r['learner'] for r in results))} on "
+        f"{', '.join(map(_short, streams))}", facts=facts,
         grids=[_figures(results), *_drifts(results)], figures=[f for f in figures if f is not None],
         settings={name: r["settings"] for name, r in zip(_names(results), results, strict=True)},
         versions=first["versions"],
@@ -59,7 +63,7 @@ def comparison_page(summary: dict[str, Any]) -> str:
     ]
     return of_run(
         "moesaic stream compare",
-        f"{len(summary['learners'])} learners on {len(summary['streams'])} streams",
+        f"{_counted(len(summary['learners']), 'learner')} on {_counted(len(summary['streams']), 'stream')}",
         facts=facts, grids=comparison_grids(summary),
         figures=[Figure("Accuracy over the stream", drawn, caption)] if drawn else [],
         settings=summary["settings"], versions=summary["versions"],
@@ -103,10 +107,32 @@ def _short(stream: str) -> str:
 
 def _names(results: Sequence[dict[str, Any]]) -> list[str]:
     """Of each run, as short as tells them apart."""
-    names = [r["learner"] for r in results]
-    if len({*names}) == len(names):
-        return names
-    return [f"{r['learner']}, {_short(r['stream'])}, seed {r['seed']}" for r in results]
+    ways = (
+        lambda r: str(r["learner"]),
+        lambda r: f"{r['learner']}, seed {r['seed']}",
+        lambda r: f"{r['learner']}, {_short(r['stream'])}, seed {r['seed']}",
+        lambda r: f"{r['learner']}, {_other(r, results)}",
+    )
+    for way in ways:
+        names = [way(r) for r in results]
+        if len({*names}) == len(names):
+            return names
+    return [f"{name}, {number}" for number, name in enumerate(names, 1)]
+
+
+def _other(result: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> str:
+    """The settings in which it differs from some other."""
+    of = result["settings"]
+    differ = [key for key in of if any(of[key] != r["settings"].get(key) for r in results)]
+    return ", ".join(f"{key}={of[key]}" for key in differ)
+
+
+def _late(result: Mapping[str, Any]) -> str:
+    return f"{result['delay']:,} rows late" if result["delay"] else "before the next row"
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
 
 
 def _percent(value: float | None) -> str:
@@ -116,9 +142,10 @@ def _percent(value: float | None) -> str:
 def _figures(results: Sequence[dict[str, Any]]) -> Grid:
     names = _names(results)
     rows = [[metric, *(_percent(r[metric]) for r in results)] for metric in _METRICS]
+    rows = [[f"{row[0]}, %", *row[1:]] for row in rows]
     rows.append(["rows a CPU second", *(f"{r['rows_per_second']:,.0f}" for r in results)])
     rows.append(["peak memory, MiB", *(f"{r['peak_memory_mib']:,.0f}" for r in results)])
-    return Grid("Over all rows, percent", ["figure", *names], rows, list(_METRICS.items()))
+    return Grid("Over all rows", ["figure", *names], rows, list(_METRICS.items()))
 
 
 def _drifts(results: Sequence[dict[str, Any]]) -> list[Grid]:
@@ -150,9 +177,8 @@ def _curves(results: Sequence[dict[str, Any]]) -> Figure | None:
     where = sorted({drift["position"] for r in results for drift in r["drifts"]})
     drawn = _lines(series, where, "Accuracy by window")
     rows = f"{results[0]['window']:,}"
-    return Figure(
-        "Accuracy over the stream", [("", drawn)], f"Windows of {rows} rows; dashed where a drift has its middle."
-    )
+    dashed = "; dashed where a drift has its middle" if where else ""
+    return Figure("Accuracy over the stream", [("", drawn)], f"Windows of {rows} rows{dashed}.")
 
 
 def _lines(series: Sequence[charts.Line], drifts: Sequence[float], title: str) -> Any:
@@ -168,7 +194,7 @@ def _activity(result: dict[str, Any]) -> list[Figure]:
     drawn = []
     for what, said in _COUNTS.items():
         parts = [part for part in _parts(windows, what) if any(part[1])]
-        if what != "reset" and parts:
+        if parts and any(max(counts) > 1.1 * min(counts) for _, counts in parts):
             rows = {f"to row {_end(starts, last):,}": [v / sum(counts) for v in counts] for last, counts in parts}
             title = f"Experts' share of {said} over the stream"
             drawn.append(
@@ -177,8 +203,32 @@ def _activity(result: dict[str, Any]) -> list[Figure]:
     if not drawn:
         return []
     begun = sum(sum(window.get("reset", ())) for window in windows)
-    caption = f"Experts begun anew: {begun:,}." if begun else "No expert was begun anew."
+    caption = f"Each row sums to 1. Experts begun anew: {begun:,}." if begun else "Each row sums to 1."
     return [Figure(f"Who does what, {result['learner']}", drawn, caption)]
+
+
+def _begun(results: Sequence[dict[str, Any]]) -> Figure | None:
+    """When experts were begun anew, which is when a drift was noticed."""
+    series = []
+    for i, (name, r) in enumerate(zip(_names(results), results, strict=True)):
+        points = [(_end(r["windows"], k), sum(w.get("reset", ()))) for k, w in enumerate(r["activity"])]
+        if len(points) > 1 and any(count for _, count in points):
+            series.append(charts.Line(name, points, i))
+    if not series:
+        return None
+    where = sorted({drift["position"] for r in results for drift in r["drifts"]})
+    said = "; ".join(f"{s.label} {sum(count for _, count in s.points):,} in all" for s in series)
+    drawn = charts.lines(
+        series,
+        across="row",
+        up="experts begun anew",
+        title="Experts begun anew, by window",
+        description=said,
+        marks=where,
+    )
+    return Figure(
+        "When drifts were noticed", [("", drawn)], "Experts whose errors rose, and that were replaced, by window."
+    )
 
 
 def _parts(windows: Sequence[Mapping[str, Sequence[float]]], what: str) -> list[tuple[int, list[float]]]:

@@ -41,6 +41,9 @@ def atomic_folder(final: Path) -> Iterator[Path]:
     """
     if final.is_file() or _is_device(final):
         raise ConfigError(f"{final} is no folder; name another")
+    final = final.resolve()
+    if final in (Path.cwd(), *Path.cwd().parents):
+        raise ConfigError(f"{final} is the folder that this runs in, or one around it; name another")
     staging = final.parent / STAGING / final.name
     discard(staging)
     staging.mkdir(parents=True)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from moesaic.errors import MissingDependency
 from moesaic.trees.experts import Experts, Row, Votes
+from moesaic.trees.ledger import same_kind
 from moesaic.trees.settings import Settings
 
 SIGHTED = 3
@@ -136,9 +137,9 @@ class Watch:
     def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         for name, held in (("warning", self.warning), ("drift", self.drift)):
             for key, values in held.arrays().items():
-                if arrays[f"{name}.{key}"].shape != values.shape:
-                    raise ValueError(f"{name}.{key} is of another shape")
-                setattr(held, key, np.array(arrays[f"{name}.{key}"]))
+                setattr(held, key, same_kind(f"{name}.{key}", arrays[f"{name}.{key}"], values))
+            if not 0 <= held.filled.min() <= held.filled.max() <= held.sums.shape[-1] - 1:
+                raise ValueError(f"{name}.filled is out of range")
 
 
 def bank(settings: Settings, size: int, seed: int) -> Experts:

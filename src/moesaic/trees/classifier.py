@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Hashable, Iterable, Iterator
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+PLAIN = (float, int, bool)
 ENCODE = ": compose.SelectType(str) | preprocessing.OneHotEncoder() does so"
 
 
@@ -110,6 +113,24 @@ class DriftMoEClassifier(base.MiniBatchClassifier):
         self.core = DriftMoE(settings(**given))
         self.known((), ())
 
+    @classmethod
+    def of(cls, core: DriftMoE, features: Iterable[Hashable], labels: Iterable[Hashable]) -> DriftMoEClassifier:
+        """A classifier whose core has learned already, of features and classes by their places."""
+        described = {name: getattr(core.settings, name) for name in cls._parameters()}
+        if core.is_task:
+            described["n_experts"] = None
+        if core.settings.train != "topk" and core.settings.combine != "topk":
+            described["top_k"] = None
+        made = cls(**described)
+        made.close()
+        made.core = core
+        made.known(features, labels)
+        return made
+
+    @classmethod
+    def _parameters(cls) -> list[str]:
+        return [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
+
     def known(self, features: Iterable[Hashable], labels: Iterable[Hashable]) -> None:
         """Name the features by their places in a row, and the classes by their numbers."""
         self.places: dict[Hashable, int] = {name: place for place, name in enumerate(features)}
@@ -133,8 +154,11 @@ class DriftMoEClassifier(base.MiniBatchClassifier):
         Raises:
             DataError: a feature is no number.
         """
-        if y is None or y != y:
+        if _is_missing(y):
+            self.core.skip()
             return
+        if not isinstance(y, Hashable):
+            raise DataError(f"the label {y!r} cannot be told from others: give a text, a number or a tuple")
         row = self._row(x, grow=True)
         if y not in self._numbers:
             self._numbers[y] = len(self.labels)
@@ -149,18 +173,19 @@ class DriftMoEClassifier(base.MiniBatchClassifier):
         return dict(zip(self.labels, found.tolist(), strict=True))
 
     def _row(self, x: dict[Hashable, Any], *, grow: bool) -> NDArray[np.float64]:
+        for name, value in x.items():
+            if type(value) not in PLAIN and not isinstance(value, (Real, np.bool_)) and not _is_missing(value):
+                how = ENCODE if isinstance(value, str) else ""
+                raise DataError(f"feature {name!r} is {value!r}, no number: make it one{how}")
         if grow:
-            for name in sorted((name for name in x if name not in self.places), key=str):  # in no order of the dict's
+            new = (name for name in x if name not in self.places)
+            for name in sorted(new, key=_order):  # in no order of the dict's
                 self.places[name] = len(self.places)
         row = np.full(len(self.places), math.nan)
         for name, value in x.items():
             place = self.places.get(name)
-            if place is not None and value is not None:
-                try:
-                    row[place] = value
-                except (TypeError, ValueError):
-                    how = ENCODE if isinstance(value, str) else ""
-                    raise DataError(f"feature {name!r} is {value!r}, no number: make it one{how}") from None
+            if place is not None and (type(value) in PLAIN or not _is_missing(value)):
+                row[place] = value if type(value) is not int or abs(value) < 2**1000 else math.nan
         return row
 
     # -- many rows -----------------------------------------------------------------------------------------------
@@ -169,6 +194,9 @@ class DriftMoEClassifier(base.MiniBatchClassifier):
         """Learn rows one after the other, as `learn_one` does. Raises DataError where there is not a label for each."""
         if len(X) != len(y):
             raise DataError(f"there are {len(X)} rows and {len(y)} labels: give each row its own")
+        if hasattr(y, "index") and not X.index.equals(y.index):
+            raise DataError("rows and labels have other indexes: bring them into one order, y = y.loc[X.index]")
+        _check_columns(X)
         for x, label in zip(X.to_dict(orient="records"), y, strict=True):
             self.learn_one(x, label)
 
@@ -176,6 +204,7 @@ class DriftMoEClassifier(base.MiniBatchClassifier):
         """A column for each label, a row for each of X's; none of it changes anything."""
         import pandas as pd
 
+        _check_columns(X)
         rows = [self.predict_proba_one(x) for x in X.to_dict(orient="records")]
         return pd.DataFrame(rows, index=X.index, columns=self.labels)
 
@@ -194,6 +223,24 @@ class DriftMoEClassifier(base.MiniBatchClassifier):
     def close(self) -> None:
         """End what experts hold outside of this process."""
         self.core.close()
+
+
+def _is_missing(label: Any) -> bool:
+    """None, and what does not equal itself: NaN, and pandas' own signs."""
+    if isinstance(label, float):
+        return label != label
+    return label is None or type(label).__name__ in ("NAType", "NaTType")
+
+
+def _order(name: Hashable) -> tuple[str, str]:
+    return type(name).__name__, str(name)
+
+
+def _check_columns(X: Any) -> None:
+    if not hasattr(X, "to_dict"):
+        raise DataError(f"rows come as a pandas data frame, not as {type(X).__name__}: give its features names")
+    if not X.columns.is_unique:
+        raise DataError(f"two columns are called {X.columns[X.columns.duplicated()][0]!r}")
 
 
 def load(folder: str | Path) -> DriftMoEClassifier:

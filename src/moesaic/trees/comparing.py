@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import signal
 import statistics
+import sys
+import zlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from moesaic.errors import ConfigError, MissingDependency, MoesaicError, path_of
+from moesaic.errors import ConfigError, MissingDependency, MoesaicError, first_line, path_of, suggest
 from moesaic.runs.folder import check_writable, locked, read_json, write_json, write_text, writing
 from moesaic.runs.results import command_line, versions
 from moesaic.runs.settings import build, check_keys, differences, lists, names, parse_overrides, texts
@@ -59,7 +63,8 @@ class Cell:
 
     def file(self, folder: Path) -> Path:
         plain = "".join(c if c.isalnum() or c in "-_." else "-" for c in f"{Path(self.stream).name}--{self.learner}")
-        return folder / CELLS / f"{plain}-s{self.seed}.json"
+        mark = zlib.crc32(f"{self.stream} {self.learner}".encode())  # another folder's file may have the same name
+        return folder / CELLS / f"{plain}-s{self.seed}-{mark:08x}.json"
 
 
 def load_comparison(arguments: Sequence[str]) -> StreamComparison:
@@ -70,12 +75,23 @@ def load_comparison(arguments: Sequence[str]) -> StreamComparison:
     made = build(kind, {}, given)
     if not made.streams or not made.learners or not made.seeds:
         raise ConfigError("streams, learners and seeds each need one entry at least: streams=led_a,sea_a")
+    for name in ("streams", "learners", "seeds"):
+        given = getattr(made, name)
+        if doubled := [entry for entry in given if given.count(entry) > 1]:
+            raise ConfigError(f"{name} has {doubled[0]} twice")
+    if min(made.seeds) < 0:
+        raise ConfigError(f"seeds={min(made.seeds)} must be at least 0")
     if made.engine not in ("local", "ray"):
         raise ConfigError(f"engine={made.engine}; known: local, ray")
     if made.workers < 1 or made.window < 1 or made.delay < 0:
         raise ConfigError("workers and window must be at least 1, and delay at least 0")
     if unknown := made.model.keys() - {*made.learners}:
-        raise ConfigError(f"model.{min(unknown)} are settings of a learner that is not compared")
+        first = made.learners[0]
+        raise ConfigError(
+            f"model.{min(unknown)}: no such learner is compared; settings are written model.{first}.{min(unknown)}=…"
+        )
+    if not all(isinstance(given, dict) for given in made.model.values()):
+        raise ConfigError(f"settings of a learner are given by name: model.{made.learners[0]}.seed=1")
     return made
 
 
@@ -90,6 +106,7 @@ def compare(wanted: StreamComparison, *, command: str | None = None) -> dict[str
     folder = path_of(wanted.out)
     check_writable(folder, f"out={wanted.out}")
     cells = [Cell(s, l, seed) for seed in wanted.seeds for s in wanted.streams for l in wanted.learners]
+    _check(wanted)
     with writing(folder):
         (folder / CELLS).mkdir(parents=True, exist_ok=True)
     with locked(folder):
@@ -97,17 +114,33 @@ def compare(wanted: StreamComparison, *, command: str | None = None) -> dict[str
         if file.is_file() and (changed := differences(read_json(file), wanted.describes())):
             raise ConfigError(f"{folder} holds a comparison with {changed}: set it back, or another out=")
         write_json(file, wanted.describes())
-        left = [cell for cell in cells if not cell.file(folder).is_file()]
-        for number, (cell, found) in enumerate(_all(left, wanted), 1):
-            write_json(cell.file(folder), found)
-            said = found.get("failed") or f"{100 * found['accuracy']:.2f} %, {found['rows_per_second']:,.0f} rows/s"
-            print(f"{number} of {len(left)}: {cell.stream}, {cell.learner}, seed {cell.seed}: {said}", flush=True)
-        summary = summarised(
-            [read_json(cell.file(folder)) for cell in cells], wanted, command=command or command_line()
-        )
+        left = [cell for cell in cells if "failed" in _kept(cell.file(folder))]
+        try:
+            for number, (cell, found) in enumerate(_all(left, wanted), 1):
+                write_json(cell.file(folder), found)
+                speed = f"{found.get('rows_per_second') or 0:,.0f} rows/s"
+                said = found.get("failed") or f"{_percent(found['accuracy'])}, {speed}"
+                told = f"{number} of {len(left)}: {cell.stream}, {cell.learner}, seed {cell.seed}: {said}"
+                print(told, file=sys.stderr, flush=True)
+        except KeyboardInterrupt:
+            done = sum(cell.file(folder).is_file() for cell in cells)
+            raise KeyboardInterrupt(
+                f"stopped with {done} of {len(cells)} cells done, which are kept; the same command goes on"
+            ) from None
+        summary = summarised([_kept(cell.file(folder)) for cell in cells], wanted, command=command or command_line())
         write_text(folder / REPORT, comparison_page(summary))
         write_json(folder / SUMMARY, summary)
     return summary
+
+
+def _kept(file: Path) -> dict[str, Any]:
+    """A finished cell; `failed` where there is none, or one that is damaged."""
+    try:
+        found = read_json(file)
+    except ConfigError:
+        return {"failed": "not run yet"}
+    wanted = {"stream", "learner", "seed", "rows", "accuracy", "windows", "drifts"}
+    return found if "failed" in found or wanted <= found.keys() else {"failed": "its file is damaged"}
 
 
 def _all(cells: Sequence[Cell], wanted: StreamComparison) -> Iterable[tuple[Cell, dict[str, Any]]]:
@@ -117,10 +150,24 @@ def _all(cells: Sequence[Cell], wanted: StreamComparison) -> Iterable[tuple[Cell
         for cell in cells:
             yield cell, measure(cell, wanted)
     else:
-        with ProcessPoolExecutor(wanted.workers, mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(wanted.workers, get_context("spawn"), initializer=_quiet) as pool:
             running = {pool.submit(measure, cell, wanted): cell for cell in cells}
-            for done in as_completed(running):
-                yield running[done], done.result()
+            try:
+                for done in as_completed(running):
+                    try:
+                        yield running[done], done.result()
+                    except BrokenProcessPool:
+                        yield running[done], {"failed": "its process ended"}
+            except BaseException:
+                for process in [*(pool._processes or {}).values()]:  # else they would run their cells to the end
+                    process.terminate()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+
+def _quiet() -> None:
+    """Ctrl-C in the terminal is the first process's, which ends the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _by_ray(cells: Sequence[Cell], wanted: StreamComparison) -> Iterable[tuple[Cell, dict[str, Any]]]:
@@ -145,7 +192,7 @@ def measure(cell: Cell, wanted: StreamComparison) -> dict[str, Any]:
 
     named = {"stream": cell.stream, "learner": cell.learner, "seed": cell.seed}
     try:
-        stream = open_stream(cell.stream, wanted.length, cell.seed, **wanted.source)
+        stream = open_stream(cell.stream, wanted.length, cell.seed, **_source(cell.stream, wanted))
         given = wanted.model.get(cell.learner) or {}
         made = learner(cell.learner, stream, seed=cell.seed, delay=wanted.delay, given=given)
         try:
@@ -154,7 +201,34 @@ def measure(cell: Cell, wanted: StreamComparison) -> dict[str, Any]:
             made.close()
     except MoesaicError as error:
         return {**named, "failed": str(error)}
+    except Exception as error:  # the other cells go on
+        return {**named, "failed": f"{type(error).__name__}: {first_line(error)}"}
     return {**found.as_json(), **named, "versions": versions(PACKAGES)}
+
+
+def _source(stream: str, wanted: StreamComparison) -> dict[str, Any]:
+    """Those of the settings of streams that this one has."""
+    from moesaic.trees.streams import settings_of
+
+    return {name: value for name, value in wanted.source.items() if name in settings_of(stream)}
+
+
+def _check(wanted: StreamComparison) -> None:
+    """Raise ConfigError for a stream, a learner or a setting that is not known, before anything is run."""
+    from moesaic.trees.learners import learner
+    from moesaic.trees.streams import open_stream, settings_of
+
+    known = {name for stream in wanted.streams for name in settings_of(stream)}
+    if unknown := wanted.source.keys() - known:
+        raise ConfigError(f"none of the streams has a setting source.{min(unknown)}; {suggest(min(unknown), known)}")
+    opened = [open_stream(s, wanted.length, 0, **_source(s, wanted)) for s in wanted.streams]
+    for name in wanted.learners:
+        if not name.startswith("capymoa-"):  # those start a JVM each
+            learner(name, opened[0], delay=wanted.delay, given=wanted.model.get(name)).close()
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.2f} %"
 
 
 def summarised(results: Sequence[dict[str, Any]], wanted: StreamComparison, *, command: str) -> dict[str, Any]:
@@ -162,8 +236,8 @@ def summarised(results: Sequence[dict[str, Any]], wanted: StreamComparison, *, c
     table: dict[str, dict[str, Any]] = {}
     for stream in wanted.streams:
         for name in wanted.learners:
-            of = [r for r in results if (r["stream"], r["learner"]) == (stream, name) and "failed" not in r]
-            failed = [r["failed"] for r in results if (r["stream"], r["learner"]) == (stream, name) and "failed" in r]
+            own = [r for r in results if (r.get("stream"), r.get("learner")) == (stream, name)]
+            of, failed = [r for r in own if "failed" not in r], [r["failed"] for r in own if "failed" in r]
             table.setdefault(stream, {})[name] = _cell(of) | ({"failed": failed[0]} if failed else {})
     return {
         "streams": wanted.streams, "learners": wanted.learners, "seeds": wanted.seeds,
@@ -202,7 +276,7 @@ def _curves(results: Sequence[dict[str, Any]], wanted: StreamComparison) -> dict
     """By stream and learner, accuracy over windows with the first seed."""
     found: dict[str, dict[str, list[list[float]]]] = {}
     for r in results:
-        if r["seed"] == wanted.seeds[0] and "failed" not in r:
+        if "failed" not in r and r["seed"] == wanted.seeds[0]:
             points = [[w["start"] + w["rows"], w["accuracy"]] for w in r["windows"] if w["accuracy"] is not None]
             found.setdefault(r["stream"], {})[r["learner"]] = points
     return found

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from moesaic.errors import AdapterError
 from moesaic.trees.banks import Banks
 from moesaic.trees.experts import Row
-from moesaic.trees.ledger import Ledger
+from moesaic.trees.ledger import Ledger, same_kind, whole
 from moesaic.trees.router import Scores, sigmoid
 from moesaic.trees.rows import mixture, standardised, watch
 from moesaic.trees.settings import Settings
@@ -67,7 +67,7 @@ class DriftMoE:
         self.classes, self.features, self.rows = 0, 0, 0
         self.labels = np.full(s.history + s.label_delay if s.history else 0, np.nan)
         """The last labels, the newest first."""
-        self._mean, self._square = np.zeros(0), np.zeros(0)
+        self._mean, self._square, self._seen_in = np.zeros((3, 0))
         self._buffer: list[tuple[NDArray[np.float32], NDArray[np.float32]]] = []
         self._look: Look | None = None
         self._asked = b""
@@ -81,14 +81,20 @@ class DriftMoE:
         classes = max(self.classes, classes or 0)
         if not self.rows:
             return np.full(classes, 1 / max(classes, 1))
-        look = self._seen(_plain(x))
+        look = self._seen(self._wide(_plain(x)))
         found = np.zeros(classes)
         found[: self.classes] = self._combined(look)
         return found
 
     def weights(self, x: Row) -> NDArray[np.float64]:
         """How much each expert counts for a row (K,), summing to 1."""
-        return self._seen(_plain(x)).weights.copy()
+        return self._seen(self._wide(_plain(x))).weights.copy()
+
+    def _wide(self, x: Row) -> Row:
+        """A row of the features that were learned (d,): what it lacks is missing, what else it has is not known yet."""
+        if len(x) == self.features:
+            return x
+        return np.append(x[: self.features], np.full(max(self.features - len(x), 0), np.nan))
 
     def _weights(self, z: NDArray[np.float32]) -> NDArray[np.float64]:
         s = self.settings
@@ -123,14 +129,13 @@ class DriftMoE:
 
     def _made(self, x: Row, past: NDArray[np.float64]) -> Look:
         read, kept = self._scaled(x), self._dropped()
-        wide = x if len(x) >= self.features else np.append(x, np.full(self.features - len(x), np.nan))
         scores = np.zeros(self.experts, np.float32) if self.router is None else self.router(read, kept)
         weights, classes = self._weights(scores), 2 if self.is_task else self.classes
         if self.settings.lazy is None:
-            return Look(self.banks.predict(wide, classes, past), scores, weights, read, kept)
+            return Look(self.banks.predict(x, classes, past), scores, weights, read, kept)
         votes = np.full((self.experts, classes), np.nan)
         look = Look(votes, scores, weights, read, kept)
-        self._ask(look, wide, np.flatnonzero(weights))
+        self._ask(look, x, np.flatnonzero(weights))
         return look
 
     def _ask(self, look: Look, x: Row, which: NDArray[np.int64]) -> None:
@@ -155,10 +160,9 @@ class DriftMoE:
         """What the router reads of a row: missing values are a mean one's."""
         read = np.zeros(self.features, np.float32)
         if self.settings.scale:
-            standardised(x, self._mean, self._square, self.rows, read)
+            standardised(x, self._mean, self._square, self._seen_in, read)
         else:
-            x = x[: self.features]
-            read[: len(x)] = np.where(np.isfinite(x), x, 0.0)
+            read[: len(x)] = np.where(np.isnan(x), 0.0, np.clip(x, -LARGEST_READ, LARGEST_READ))
         return read
 
     # -- learning ------------------------------------------------------------------------------------------------
@@ -167,7 +171,7 @@ class DriftMoE:
         """Learn that a row is of class `y`."""
         x = _plain(x)
         self._grow(len(x), y + 1)
-        s = self.settings
+        x, s = self._wide(x), self.settings
         past = self._past(s.label_delay)
         look = self._made(x, past) if s.label_delay else self._seen(x)
         if s.lazy is not None:
@@ -184,12 +188,20 @@ class DriftMoE:
         if self.router is not None:
             self._route(look, targets)
         if s.scale:
-            watch(x, self._mean, self._square, self.rows)
-        if len(self.labels):
-            self.labels[1:] = self.labels[:-1]
-            self.labels[0] = y
+            watch(x, self._mean, self._square, self._seen_in)
+        self._remember(y)
         self.rows += 1
         self._look = None
+
+    def skip(self) -> None:
+        """A row whose label never came: those behind it were answered without it."""
+        self._remember(np.nan)
+        self._look = None
+
+    def _remember(self, label: float) -> None:
+        if len(self.labels):
+            self.labels[1:] = self.labels[:-1]
+            self.labels[0] = label
 
     def _right(self, look: Look, y: int) -> NDArray[np.bool_]:
         """m before its fallback. Of the task variant: whether an expert's yes or no is right; in the released code,
@@ -269,7 +281,8 @@ class DriftMoE:
             return
         more = max(features - self.features, 0)
         self.features, self.classes = max(features, self.features), max(classes, self.classes)
-        self._mean, self._square = np.append(self._mean, np.zeros(more)), np.append(self._square, np.zeros(more))
+        for name in SCALES:
+            setattr(self, name, np.append(getattr(self, name), np.zeros(more)))
         if self.is_task:
             if not self.inert:
                 self.banks.add(self.classes - self.experts)
@@ -298,7 +311,7 @@ class DriftMoE:
         return self.ledger.size
 
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-        arrays = {"mean": self._mean.copy(), "square": self._square.copy(), "labels": self.labels.copy()}
+        arrays = {name.lstrip("_"): getattr(self, name).copy() for name in (*SCALES, "labels")}
         arrays |= {f"ledger.{name}": values.copy() for name, values in self.ledger.arrays().items()}
         values: dict[str, Any] = {
             "settings": self.settings.describes(), "rows": self.rows, "classes": self.classes,
@@ -329,15 +342,17 @@ class DriftMoE:
         if other := [name for name in own if own[name] != theirs.get(name)]:
             raise AdapterError(f"{other[0]} is {own[other[0]]}, and was {theirs.get(other[0])} when this was saved")
         self.rows = 0
-        self._grow(int(values["features"]), int(values["classes"]))
+        self._grow(whole("features", values["features"], MOST), whole("classes", values["classes"], MOST))
         self.ledger.restore(_part(arrays, "ledger"))
-        for name in ("mean", "square"):
-            if arrays[name].shape != (self.features,):
-                raise ValueError(f"{name} is of {arrays[name].shape}, and there are {self.features} features")
-        self._mean, self._square = np.array(arrays["mean"]), np.array(arrays["square"])
-        self.rows, self.labels = int(values["rows"]), np.array(arrays["labels"]).reshape(self.labels.shape)
+        for name in (*SCALES, "labels"):
+            setattr(self, name, same_kind(name, arrays[name.lstrip("_")], getattr(self, name)))
+        self.rows = whole("rows", values["rows"], 2**63)
         self.random.bit_generator.state = values["random"]
-        self._buffer = [*zip(arrays["buffer.x"], arrays["buffer.m"], strict=True)] if "buffer.x" in arrays else []
+        self._buffer = []
+        if "buffer.x" in arrays:
+            for x, m in zip(arrays["buffer.x"], arrays["buffer.m"], strict=True):
+                pair = np.zeros(self.features, np.float32), np.zeros(self.experts, np.float32)
+                self._buffer.append((same_kind("buffer.x", x, pair[0]), same_kind("buffer.m", m, pair[1])))
         for name, part in (("banks", self.banks), ("router", self.router)):
             if part is not None:
                 part.restore(_part(arrays, name), values[name])
@@ -353,12 +368,20 @@ class DriftMoE:
 
 
 RELEASED_DROPOUT = 0.2
+SCALES = ("_mean", "_square", "_seen_in")
+LARGEST = 1e100
+"""Values beyond are taken for missing: their squares could not be counted."""
+LARGEST_READ = 1e9
+"""Of what the router reads where it does not scale: beyond, float32 cannot hold its gradient's square."""
+MOST = 1_000_000
+"""Features or classes of a state."""
 
 
 def _plain(x: Row) -> Row:
-    """A row in one layout, for another would be compiled anew; infinite values are missing ones."""
+    """A row in one layout, for another would be compiled anew; values that are beyond `LARGEST` are missing ones."""
     x = np.ascontiguousarray(x, np.float64)
-    return np.where(np.isinf(x), np.nan, x) if np.isinf(x).any() else x
+    far = np.abs(x) > LARGEST
+    return np.where(far, np.nan, x) if far.any() else x
 
 
 def _part(arrays: Mapping[str, NDArray[Any]], name: str) -> dict[str, NDArray[Any]]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
+
+import numpy as np
 
 from moesaic.errors import ConfigError, MissingDependency, suggest
 from moesaic.trees.driftmoe import DriftMoE
@@ -50,7 +53,10 @@ def learner(name: str, stream: Stream, *, seed: int = 0, delay: int = 0, given: 
     """
     given = dict(given or {})
     if name in OURS:
-        return DriftMoE(settings(**{"seed": seed, "label_delay": delay, **OURS[name], **given}))
+        wanted = settings(**{"seed": seed, "label_delay": delay, **OURS[name], **given})
+        if wanted.backend == "arrays":
+            compiled()
+        return DriftMoE(wanted)
     if name in PLAIN:
         if given:
             raise ConfigError(f"{name} has no setting {next(iter(given))}: it has none")
@@ -58,8 +64,21 @@ def learner(name: str, stream: Stream, *, seed: int = 0, delay: int = 0, given: 
     if name in RIVER or name.startswith("river:"):
         return from_river(_of_river(RIVER.get(name, name.removeprefix("river:")), seed, given), stream.features)
     if name.startswith(CAPYMOA):
-        return rival(name.removeprefix(CAPYMOA), stream.classes, stream.features, seed=seed, **given)
+        return rival(name.removeprefix(CAPYMOA), stream.classes, stream.features, **{"seed": seed, **given})
     raise ConfigError(f"no learner {name!r}; {suggest(name, known())}; or river:MODULE.CLASS")
+
+
+@cache
+def compiled() -> None:
+    """Have numba compile, or read, what runs for every row, before anybody counts time."""
+    model = DriftMoE(settings(n_experts=3, batch_size=1, hidden=(1,)))
+    for row in range(3):
+        model.predict_proba(np.full(2, row, np.float64), 2)
+        model.learn(np.full(2, row, np.float64), row % 2)
+    for bank in model.banks.banks:
+        arrays: Any = bank
+        arrays.prepare(0)
+        arrays.reset(0)
 
 
 def known() -> list[str]:

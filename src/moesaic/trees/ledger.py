@@ -60,7 +60,20 @@ class Ledger:
     def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Become what `arrays` told of, of as many experts. Raises ValueError for anything else."""
         for name, own in self.arrays().items():
-            given = arrays[name]
-            if given.shape != own.shape or given.dtype != own.dtype:
-                raise ValueError(f"{name} is {given.dtype} {given.shape}, and of {self.size} experts {own.dtype}")
-            setattr(self, name, np.array(given))
+            setattr(self, name, same_kind(name, arrays[name], own))
+
+
+def same_kind(name: str, given: NDArray[Any], own: NDArray[Any]) -> NDArray[Any]:
+    """A copy of an array that stands for another. Raises ValueError where it is of another shape, or infinite."""
+    if given.shape != own.shape or given.dtype != own.dtype:
+        raise ValueError(f"{name} is {given.dtype} {given.shape}, and must be {own.dtype} {own.shape}")
+    if own.dtype.kind == "f" and np.isinf(given).any():
+        raise ValueError(f"{name} is infinite")
+    return np.array(given)
+
+
+def whole(name: str, given: Any, end: int) -> int:
+    """A whole number from 0 and below `end`. Raises ValueError for anything else."""
+    if type(given) is not int or not 0 <= given < end:
+        raise ValueError(f"{name} is {given!r}")
+    return given

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
+from moesaic.trees.ledger import same_kind, whole
 from moesaic.trees.rows import layer
 
 Floats = NDArray[np.float32]
@@ -133,11 +134,10 @@ class Scores:
         named = {"weights": self.parameters, "first": self.moments[0], "second": self.moments[1]}
         for name, own in named.items():
             for i, p in enumerate(own):
-                given = arrays[f"{name}.{i}"]
-                if given.shape != p.shape or given.dtype != p.dtype:
-                    raise ValueError(f"{name}.{i} is {given.dtype} {given.shape}, and the router's is {p.shape}")
-                own[i] = np.array(given)
-        self.steps = int(values["steps"])
+                own[i] = same_kind(f"{name}.{i}", arrays[f"{name}.{i}"], p)
+                if np.isnan(own[i]).any():
+                    raise ValueError(f"{name}.{i} is not a number")
+        self.steps = whole("steps", values["steps"], 2**63)
         self._random.bit_generator.state = values["random"]
 
 

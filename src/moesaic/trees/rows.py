@@ -23,21 +23,22 @@ def layer(x: Any, weight: Any, bias: Any, relu: bool, out: Any) -> None:
 
 
 @njit(cache=True)
-def standardised(x: Any, mean: Any, square: Any, rows: int, out: Any) -> None:
+def standardised(x: Any, mean: Any, square: Any, seen: Any, out: Any) -> None:
     """How many standard deviations a row's values are above their means, at most ten; a missing one is a mean."""
     for i in range(len(out)):
         out[i] = 0.0
         if i < len(x) and square[i] > 0.0 and math.isfinite(x[i]):
-            out[i] = min(max((x[i] - mean[i]) / math.sqrt(square[i] / rows), -10.0), 10.0)
+            out[i] = min(max((x[i] - mean[i]) / math.sqrt(square[i] / seen[i]), -10.0), 10.0)
 
 
 @njit(cache=True)
-def watch(x: Any, mean: Any, square: Any, rows: int) -> None:
-    """Add a row to running means and sums of squared differences to them; `rows` before it."""
+def watch(x: Any, mean: Any, square: Any, seen: Any) -> None:
+    """Add a row to running means, sums of squared differences to them, and counts of the rows that have a feature."""
     for i in range(len(x)):
         if math.isfinite(x[i]):
+            seen[i] += 1.0
             apart = x[i] - mean[i]
-            mean[i] += apart / (rows + 1)
+            mean[i] += apart / seen[i]
             square[i] += apart * (x[i] - mean[i])
 
 
@@ -52,7 +53,7 @@ def mixture(scores: Any, accuracy: Any, trust: float, recency: float, out: Any) 
         out[i] = max(accuracy[i] / most, 1e-9) ** recency * (1.0 + math.exp(-scores[i])) ** -trust
         total += out[i]
     for i in range(len(out)):
-        out[i] /= total
+        out[i] = out[i] / total if total > 0.0 else 1.0 / len(out)
 
 
 @njit(cache=True)

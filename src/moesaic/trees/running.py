@@ -1,6 +1,6 @@
 """Runs of learners on streams, as people write them and as they lie on disk.
 
-settings.json  checkpoint/  results.json (last: the run is finished)  report.html
+settings.json  checkpoint/  model/ (of ours: `moesaic.trees.load`)  report.html  results.json (last: it is finished)
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moesaic.errors import ConfigError, path_of
-from moesaic.runs.folder import check_writable, discard, locked, read_json, write_json, write_text, writing
+from moesaic.errors import ConfigError, UnknownSetting, path_of, suggest
+from moesaic.runs.folder import check_writable, discard, locked, read_json, reading, write_json, write_text, writing
 from moesaic.runs.results import command_line, versions
 from moesaic.runs.settings import build, check_keys, differences, lists, names, parse_overrides, texts
 
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from moesaic.trees.streams import Stream
 
 SETTINGS, CHECKPOINT, RESULTS, REPORT = "settings.json", "checkpoint", "results.json", "report.html"
-MADE = (SETTINGS, CHECKPOINT, RESULTS, REPORT, ".lock")
+MODEL = "model"
+MADE = (SETTINGS, CHECKPOINT, RESULTS, REPORT, MODEL, ".lock")
 PACKAGES = ("river", "capymoa", "numba", "numpy")
 
 
@@ -59,8 +60,12 @@ class StreamRun:
 
     def opened(self) -> Stream:
         """Its stream. Raises as `open_stream` does."""
-        from moesaic.trees.streams import open_stream
+        from moesaic.trees.streams import open_stream, settings_of
 
+        known = settings_of(self.stream)
+        if unknown := self.source.keys() - known:
+            name = min(unknown)
+            raise UnknownSetting(f"{self.stream} has no setting source.{name}; {suggest(name, known)}", name)
         return open_stream(self.stream, self.length, self.seed, **self.source)
 
 
@@ -102,8 +107,10 @@ def run(wanted: StreamRun, *, command: str | None = None, progress: bool | None 
                 stream, made, window=wanted.window, delay=wanted.delay, progress=progress, every=wanted.every,
                 folder=folder / CHECKPOINT if is_kept(made) else None, settings={"learner": wanted.learner},
             )  # fmt: skip
+            _keep(made, stream, folder / MODEL)
             results = {
-                **found.as_json(), "learner": wanted.learner, "seed": wanted.seed, "settings": wanted.describes(),
+                **found.as_json(), "skipped": stream.skipped.count,
+                "learner": wanted.learner, "seed": wanted.seed, "settings": wanted.describes(),
                 "command": command or command_line(), "versions": versions(PACKAGES),
             }  # fmt: skip
             write_text(folder / REPORT, page([results]))
@@ -113,11 +120,25 @@ def run(wanted: StreamRun, *, command: str | None = None, progress: bool | None 
     return results
 
 
+def _keep(made: Any, stream: Stream, folder: Path) -> None:
+    """A learner of ours, as a classifier that is used elsewhere."""
+    from moesaic.trees.classifier import DriftMoEClassifier
+    from moesaic.trees.driftmoe import DriftMoE
+
+    if isinstance(made, DriftMoE):
+        DriftMoEClassifier.of(made, stream.features, stream.classes).save(folder, overwrite=True)
+
+
 def finished(folder: Path) -> dict[str, Any]:
     """The results of a run folder. Raises ConfigError where there are none."""
     if not (folder / RESULTS).is_file():
         raise ConfigError(f"{folder} holds no finished run on a stream: `moesaic stream run` makes one")
-    return read_json(folder / RESULTS)
+    found = read_json(folder / RESULTS)
+    from moesaic.report.streams import page
+
+    with reading(folder / RESULTS):
+        page([found])
+    return found
 
 
 def _place(wanted: StreamRun) -> Path:
@@ -133,16 +154,29 @@ def _place(wanted: StreamRun) -> Path:
     return folder
 
 
+def _changed(file: Path, wanted: StreamRun) -> str:
+    """What of the settings is not as it was; empty where nothing is, or nothing was."""
+    if not file.is_file():
+        return ""
+    try:
+        return differences(read_json(file), wanted.describes())
+    except ConfigError:
+        return "settings that are damaged"
+
+
 def _prepare(folder: Path, wanted: StreamRun) -> None:
     """An unfinished run of the same settings stays; what is to be replaced goes."""
+    if (folder / RESULTS).is_file() and not wanted.overwrite:  # another process was faster
+        raise ConfigError(f"{folder} holds a finished run; overwrite=true replaces it, out=… goes elsewhere")
     file = folder / SETTINGS
-    changed = differences(read_json(file), wanted.describes()) if file.is_file() else ""
-    if changed and not wanted.overwrite:
+    changed = _changed(file, wanted)
+    if changed and not wanted.overwrite and any(entry.is_dir() for entry in (folder / CHECKPOINT).glob("*")):
         raise ConfigError(
             f"{folder} holds an unfinished run with {changed}: set it back to go on, or overwrite=true, or another out="
         )
     if changed or (folder / RESULTS).is_file():
         (folder / RESULTS).unlink(missing_ok=True)
         (folder / REPORT).unlink(missing_ok=True)
-        discard(folder / CHECKPOINT)
+        for part in (CHECKPOINT, MODEL):
+            discard(folder / part)
     write_json(file, wanted.describes())

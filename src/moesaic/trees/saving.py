@@ -42,9 +42,12 @@ def write(face: Any, core: Any, folder: str | Path, *, overwrite: bool) -> None:
     arrays, values = core.state()
     tables, more = encode(face, FACE)
     arrays = {name: np.array(held, order="C") for name, held in {**arrays, **more}.items()}
-    with writing(place), atomic_folder(place) as staging:
-        save_file(arrays, staging / ARRAYS)
-        write_json(staging / VALUES, {"format": FORMAT, "face": tables, "core": values})
+    try:
+        with writing(place), atomic_folder(place) as staging:
+            save_file(arrays, staging / ARRAYS)
+            write_json(staging / VALUES, {"format": FORMAT, "face": tables, "core": values})
+    except UnicodeEncodeError:
+        raise AdapterError("a label or a feature's name holds half of a character: it cannot be written") from None
 
 
 def read(folder: str | Path, make: Callable[[Any], tuple[Any, Any]]) -> Any:

@@ -77,7 +77,7 @@ _LEAST = {
 _WITHIN = {
     "share": (0.0, 1.0), "poisson": (0.0, 100.0), "lr": (0.0, 1.0), "dropout": (0.0, 0.99), "trust": (0.0, 100.0),
     "recency": (0.0, 100.0), "rate": (0.0, 1.0),
-    "warning": (0.0, 1.0), "drift": (0.0, 1.0), "explore": (0.0, 1.0), "balance": (0.0, 1.0),
+    "warning": (1e-12, 1.0), "drift": (1e-12, 1.0), "explore": (0.0, 1.0), "balance": (0.0, 1.0),
 }  # fmt: skip
 
 
@@ -113,7 +113,7 @@ def _check(s: Settings) -> None:
         _one_of("backend", s.backend, get_args(Backend))
     for name, least in _LEAST.items():
         value = getattr(s, name)
-        if type(value) is not int or value < least:
+        if type(value) is not int or not least <= value < 2**63:
             raise ConfigError(f"{name}={value!r} must be a whole number, {least} or more")
     for name, (low, high) in _WITHIN.items():
         value = getattr(s, name)

@@ -59,41 +59,74 @@ class Forest(NamedTuple):
     """(roots,) how many leaves a tree has."""
 
 
-def check(f: Forest, roots: NDArray[Any], beside: NDArray[Any]) -> None:
-    """Raise AdapterError for arrays that a compiled loop could run out of, or be caught in."""
-    nodes, (leaves, classes) = len(f.feature), f.counts.shape
-    share = f.used.shape[1]
-    shapes = {
-        "threshold": (nodes,), "left": (nodes,), "right": (nodes,), "missing": (nodes,), "leaf": (nodes,),
-        "free_nodes": (nodes,), "used": (leaves, share), "low": (leaves, share), "high": (leaves, share),
-        "weight": (leaves, share, classes), "mean": (leaves, share, classes), "square": (leaves, share, classes),
-        "narrow": (leaves, share, classes), "height": (leaves, share, classes), "right_majority": (leaves,),
-        "right_bayes": (leaves,), "seen": (leaves,), "due": (leaves,), "free_leaves": (leaves,), "tops": (2,),
-        "random": (1,),
-    }  # fmt: skip
-    within = all(getattr(f, name).shape == shape for name, shape in shapes.items())
-    if within:
-        inner = np.flatnonzero(f.feature >= 0)
-        children = np.stack([f.left[inner], f.right[inner]])
-        within = (
-            f.tops.min() >= 0
-            and f.tops[0] <= nodes
-            and f.tops[1] <= leaves
-            and all(_inside(values, 0, nodes) for values in (children, f.missing[inner], roots, f.free_nodes))
-            and _inside(beside, NONE, nodes)
-            and all(_inside(values, 0, leaves) for values in (f.leaf, f.free_leaves))
-            and _inside(f.feature, NONE, len(f.order))
-            and _inside(f.used, NONE, len(f.order))
-            and bool((np.sort(f.order) == np.arange(len(f.order))).all())
-            and len(np.unique(children)) == children.size
-            and not np.isin(roots, children).any()
-        )
-    if not within:
-        raise AdapterError("these trees are damaged: their nodes lead nowhere")
+def check(f: Forest, roots: NDArray[Any], beside: NDArray[Any], size: int, features: Any) -> None:
+    """Raise AdapterError for arrays that a compiled loop could run out of, be caught in, or count wrongly with.
+
+    Args:
+        size: K, of the bank.
+        features: that rows are said to have.
+    """
+    try:
+        _check(f, roots, beside, size, features)
+    except (ValueError, IndexError, OverflowError) as error:
+        raise AdapterError(f"these trees are damaged: {error}") from None
 
 
-def _inside(values: NDArray[Any], least: int, end: int) -> bool:
-    return values.size == 0 or bool(values.min() >= least and values.max() < end)
+def _check(f: Forest, roots: NDArray[Any], beside: NDArray[Any], size: int, features: Any) -> None:
+    if f.counts.ndim != 2 or f.used.ndim != 2 or f.feature.ndim != 1 or type(features) is not int:
+        raise ValueError("they are of no shape")
+    nodes, (leaves, classes), share = len(f.feature), f.counts.shape, f.used.shape[1]
+    wanted = empty(nodes, leaves, features, share, classes, 0, roots=2 * size)._asdict()
+    wanted |= {"roots": np.zeros(size, np.int64), "beside": np.zeros(size, np.int64)}
+    for name, own in wanted.items():
+        given = {"roots": roots, "beside": beside}.get(name)
+        given = getattr(f, name) if given is None else given
+        if given.shape != own.shape or given.dtype != own.dtype:
+            raise ValueError(f"{name} is {given.dtype} {given.shape}, and must be {own.dtype} {own.shape}")
+    for name in ("counts", "weight", "narrow", "right_majority", "right_bayes", "seen"):
+        if not (np.isfinite(getattr(f, name)).all() and (getattr(f, name) >= 0).all()):
+            raise ValueError(f"{name} has what no sum of weights can be")
+    if not all(np.isfinite(values).all() for values in (f.mean, f.square, f.height)):
+        raise ValueError("a mean is infinite")
+    if not (np.sort(f.order) == np.arange(features)).all() or f.used.max(initial=NONE) >= features:
+        raise ValueError("a leaf looks at a feature that there is not")
+    if not (0 <= f.tops[0] <= nodes and 0 <= f.tops[1] <= leaves):
+        raise ValueError("more is free than there is")
+    own, sizes = _visited(f, [*roots.tolist(), *(node for node in beside.tolist() if node != NONE)], features)
+    held = [f.leaf[node] for node in own if f.feature[node] == NONE]
+    _part("nodes", own, f.free_nodes[: f.tops[0]], nodes)
+    _part("leaves", held, f.free_leaves[: f.tops[1]], leaves)
+    counted = f.leaves[[*range(size), *(size + np.flatnonzero(beside != NONE))]].tolist()
+    if counted != sizes:
+        raise ValueError("a tree has another number of leaves than is said")
+
+
+def _visited(f: Forest, roots: list[int], features: int) -> tuple[list[int], list[int]]:
+    """Every node that a root leads to, each once, and how many leaves each tree has. Raises ValueError in a circle."""
+    own: list[int] = []
+    sizes = []
+    for root in roots:
+        waiting, leaves = [root], 0
+        while waiting:
+            node = waiting.pop()
+            if not 0 <= node < len(f.feature) or len(own) >= len(f.feature):
+                raise ValueError("its nodes lead nowhere")
+            own.append(node)
+            if f.feature[node] == NONE:
+                leaves += 1
+                continue
+            if not 0 <= f.feature[node] < features or f.missing[node] not in (f.left[node], f.right[node]):
+                raise ValueError("its nodes lead nowhere")
+            waiting += [int(f.left[node]), int(f.right[node])]
+        sizes.append(leaves)
+    return own, sizes
+
+
+def _part(what: str, own: Any, free: NDArray[Any], total: int) -> None:
+    """Raise ValueError unless those in use and those that are free are all that there are, each once."""
+    every = np.concatenate([np.asarray(own, np.int64), free])
+    if len(every) != total or not (np.sort(every) == np.arange(total)).all():
+        raise ValueError(f"{what} are in use twice, or lost")
 
 
 def empty(nodes: int, leaves: int, features: int, share: int, classes: int, seed: int, *, roots: int = 0) -> Forest:

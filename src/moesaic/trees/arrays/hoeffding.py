@@ -25,7 +25,8 @@ NEVER = -1e300
 """Logarithm of a probability of nothing."""
 LEAST_SHARE = 0.01
 """Of a leaf's weight on either side of a split."""
-LEAST_VARIANCE = 1e-12
+LEAST_VARIANCE = 1e-20
+"""Of a feature's squared mean: what is below is rounding."""
 PATIENCE = 0.3
 """Part of the weight that a split still wants, as features stand, after which it is tried again; trying costs more than
 learning a row (García-Martín et al., DSAA 2018, wait for all of it)."""
@@ -213,7 +214,7 @@ def observe(f: Forest, s: int, x: Any, y: int, weight: float) -> None:
         f.square[s, j, y] += weight * apart * (value - f.mean[s, j, y])
         f.weight[s, j, y] = whole
         variance = f.square[s, j, y] / (whole - 1.0) if whole > 1.0 else 0.0
-        if variance > LEAST_VARIANCE:
+        if variance > LEAST_VARIANCE * f.mean[s, j, y] * f.mean[s, j, y]:
             f.narrow[s, j, y] = 0.5 / variance
             f.height[s, j, y] = -0.5 * math.log(6.283185307179586 * variance)
         else:

@@ -52,18 +52,27 @@ class ArrayTrees:
     # -- what the protocol asks for ------------------------------------------------------------------------------
 
     def predict(self, x: Row, classes: int, which: Sequence[int] | None = None) -> Votes:
-        if len(x) > self.features or classes > self.forest.counts.shape[1]:
-            self._widen(max(len(x), self.features), classes)
-        if which is not None:
-            votes = np.empty((len(which), classes))
-            hoeffding.answer_all(self.forest, x, self.roots[list(which)], votes, *np.zeros((3, len(which)), np.int64))
-            return votes
-        self._look(x)
-        return self.votes[:, :classes]
+        known, count = self.forest.counts.shape[1], self.size if which is None else len(which)
+        if not known or not self.features:
+            return np.full((count, classes), 1 / max(classes, 1))
+        x = self._fitted(x)
+        if which is None:
+            self._look(x)
+            votes, nodes = self.votes, self.nodes
+        else:
+            votes, nodes = np.empty((count, known)), np.zeros(count, np.int64)
+            roots = self.roots[list(which)]
+            hoeffding.answer_all(self.forest, x, roots, votes, nodes, *np.zeros((2, count), np.int64))
+        if classes <= known:
+            return votes[:, :classes].copy()
+        found = np.concatenate([votes, np.zeros((count, classes - known))], axis=1)
+        found[self.forest.counts[self.forest.leaf[nodes]].sum(axis=1) == 0] = 1 / classes
+        return found
 
     def learn(self, x: Row, y: int, weights: NDArray[np.float64]) -> None:
         if len(x) > self.features or y >= self.forest.counts.shape[1]:
-            self._widen(max(len(x), self.features), y + 1)
+            self._widen(max(len(x), self.features), max(y + 1, self.forest.counts.shape[1]))
+        x = self._fitted(x)
         self._look(x)
         self._known = None
         hoeffding.learn(
@@ -105,11 +114,17 @@ class ArrayTrees:
         if values.get("bank") != "arrays" or values.get("size") != self.size or wanted - arrays.keys():
             raise AdapterError(f"these are no trees of a bank of {self.size} in arrays")
         forest = Forest(**{name: np.array(arrays[name]) for name in Forest._fields})
-        check(forest, arrays["roots"], arrays["beside"])
+        check(forest, arrays["roots"], arrays["beside"], self.size, values.get("features"))
         self.forest, self.features = forest, int(values["features"])
         self.roots, self.beside = (np.array(arrays[name]) for name in ("roots", "beside"))
         self._known = None
         self._scratch()
+
+    def _fitted(self, x: Row) -> Row:
+        """A row as wide as those that were learned: compiled loops would read past the end of a narrower one."""
+        if len(x) == self.features:
+            return x
+        return np.append(x[: self.features], np.full(max(self.features - len(x), 0), np.nan))
 
     # -- room ----------------------------------------------------------------------------------------------------
 

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moesaic.errors import ConfigError, MissingDependency
+from moesaic.errors import AdapterError, ConfigError, MissingDependency
 from moesaic.trees.experts import Row
+from moesaic.trees.graph import decode, encode
 from moesaic.trees.prequential.learner import State
 
 
@@ -92,13 +93,62 @@ class RiverLearner:
         return {name: value for name, value in zip(names, x.tolist(), strict=False) if value == value}
 
     def state(self) -> State:
-        raise ConfigError("a classifier of river's has no state that can be written: evaluate it without folder=")
+        try:
+            tables, arrays = encode(self.classifier)
+        except AdapterError as error:
+            raise ConfigError(f"this classifier's state cannot be written ({error}): it is not kept") from None
+        return arrays, {"graph": tables}
 
     def restore(self, arrays: Mapping[str, NDArray[Any]], values: Mapping[str, Any]) -> None:
-        self.state()
+        found = decode(values["graph"], arrays)
+        if type(found) is not type(self.classifier):
+            raise AdapterError(f"this is the state of a {type(found).__name__}")
+        self.classifier = found
 
     def close(self) -> None:
         pass
+
+
+class Faced(RiverLearner):
+    """A `DriftMoEClassifier`, by its core; it knows the stream's features and classes by name afterwards."""
+
+    def __init__(self, classifier: Any, stream: Any) -> None:
+        super().__init__(classifier, stream.features)
+        self.stream = stream
+
+    def predict_proba(self, x: Row, classes: int) -> NDArray[np.float64]:
+        found: NDArray[np.float64] = self.classifier.core.predict_proba(x, classes)
+        return found
+
+    def learn(self, x: Row, y: int) -> None:
+        self.classifier.core.learn(x, y)
+        self.classifier.known(self.stream.features, self.stream.classes)
+
+    def skip(self) -> None:
+        self.classifier.core.skip()
+
+    def activity(self) -> dict[str, NDArray[Any]]:
+        found: dict[str, NDArray[Any]] = self.classifier.core.activity()
+        return found
+
+    def cpu_seconds(self) -> float:
+        return float(self.classifier.core.cpu_seconds())
+
+    def state(self) -> State:
+        found: State = self.classifier.core.state()
+        return found
+
+    def restore(self, arrays: Mapping[str, NDArray[Any]], values: Mapping[str, Any]) -> None:
+        self.classifier.core.restore(arrays, values)
+
+
+def faced(classifier: Any, stream: Any) -> RiverLearner:
+    """A classifier of river's interface as a learner for a stream. Raises ConfigError where it has learned before."""
+    if not hasattr(classifier, "core"):
+        return from_river(classifier, stream.features)
+    if classifier.labels:
+        raise ConfigError("this classifier has learned rows of its own: evaluate a new one, or a clone")
+    return Faced(classifier, stream)
 
 
 def from_river(classifier: Any, features: Sequence[str] | None = None) -> RiverLearner:

@@ -63,3 +63,11 @@ class Forked(Protocol):
 
     def cpu_seconds(self) -> float:
         """CPU seconds that they used since they began."""
+
+
+@runtime_checkable
+class Skipping(Protocol):
+    """A learner that wants to know of rows whose label never came."""
+
+    def skip(self) -> None:
+        """A row's label is missing: it is not learned."""

@@ -19,8 +19,9 @@ from moesaic.errors import ConfigError, DataError, path_of
 from moesaic.runs.folder import locked
 from moesaic.runs.results import peak_memory
 from moesaic.trees.prequential.activity import Activity
+from moesaic.trees.prequential.baselines import faced
 from moesaic.trees.prequential.checkpoint import END, Checkpoints
-from moesaic.trees.prequential.learner import Forked, Learner, Quick, State, Stateful
+from moesaic.trees.prequential.learner import Forked, Learner, Quick, Skipping, State, Stateful
 from moesaic.trees.prequential.metrics import Evaluator, Labels
 from moesaic.trees.prequential.recovery import recoveries
 from moesaic.trees.prequential.result import Result
@@ -32,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 def prequential(
     stream: Stream,
-    learner: Learner,
+    learner: Any,
     *,
     rows: int | None = None,
     window: int = 1000,
@@ -43,7 +44,9 @@ def prequential(
     every: int = 10_000,
     settings: Mapping[str, Any] | None = None,
 ) -> Result:
-    """Evaluate a learner on a stream, strictly test-then-train. The learner is left as it is at the end, and open.
+    """Evaluate a learner, or a classifier of river's interface, on a stream, strictly test-then-train.
+
+    It is left as it is at the end, and open.
 
     A row without a label is predicted, not scored and not learned. Classes that a row is predicted among are those
     that the stream named before it was read and those of the labels that have come.
@@ -69,6 +72,8 @@ def prequential(
         least = 0 if name == "delay" else 1
         if value is not None and value < least:
             raise ConfigError(f"{name}={value} must be {least} or more")
+    if not hasattr(learner, "learn") and hasattr(learner, "learn_one"):
+        learner = faced(learner, stream)
     source = stream if rows is None else stream.head(rows)
     total = source.length if source.length is not None else rows
     course = _Course(source, learner, window, delay)
@@ -76,7 +81,10 @@ def prequential(
     with ExitStack() as stack:
         kept = None
         if folder is not None:
-            described = {"stream": stream.name, "learner": type(learner).__name__, "rows": rows, "window": window}
+            described = {
+                "stream": stream.name, "length": stream.length, "stream's seed": getattr(stream, "seed", None),
+                "learner": type(learner).__name__, "rows": rows, "window": window,
+            }  # fmt: skip
             kept = Checkpoints(path_of(folder), {**described, "delay": delay, **(settings or {})})
             stack.enter_context(locked(kept.folder))
             if _went_on(course, kept):
@@ -90,9 +98,11 @@ def prequential(
             if kept is not None and saved:
                 kept.save(course.parts, course.row)
             if interrupts.asked:
-                how = "saved; the same command goes on from there" if saved else "and nothing is kept without folder="
+                how = "saved; the same command goes on from there" if saved else "and nothing is kept"
                 raise KeyboardInterrupt(f"stopped at row {told(course.row, total)}, {how}")
         course.finish()
+        if not course.evaluator.overall().scored:
+            logger.warning("no row of %s has a label: nothing was scored or learned", stream.name)
         if kept is not None:
             kept.save(course.parts, course.row, finished=True)
     return course.result()
@@ -199,6 +209,8 @@ class _Course:
         if y >= 0:
             self.learner.learn(x, y)
             self._known = max(self._known, y + 1)
+        elif isinstance(self.learner, Skipping):
+            self.learner.skip()
 
     def _clock(self) -> float:
         """CPU seconds, of the learner's processes too."""

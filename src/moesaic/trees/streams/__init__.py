@@ -9,9 +9,9 @@
 """
 
 from moesaic.trees.streams.files import file_stream
-from moesaic.trees.streams.named import open_stream
+from moesaic.trees.streams.named import open_stream, settings_of
 from moesaic.trees.streams.rows import rows_stream
 from moesaic.trees.streams.stream import Chunk, Drift, Stream
 from moesaic.trees.streams.synthetic import synthetic
 
-__all__ = ["Chunk", "Drift", "Stream", "file_stream", "open_stream", "rows_stream", "synthetic"]
+__all__ = ["Chunk", "Drift", "Stream", "file_stream", "open_stream", "rows_stream", "settings_of", "synthetic"]

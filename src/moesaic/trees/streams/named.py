@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.errors import ConfigError, DataError, MissingDependency, UnknownSetting, first_line, path_of, suggest
+from moesaic.trees.streams import synthetic as generators
 from moesaic.trees.streams.files import SUFFIXES, file_stream
 from moesaic.trees.streams.rows import RowsStream
 from moesaic.trees.streams.stream import Stream
@@ -87,6 +88,14 @@ def open_stream(name_or_path: str | Path, length: int | None = None, seed: int =
     else:
         raise ConfigError(f"unknown stream '{name}': {suggest(name, [*SYNTHETIC, *CAPYMOA, *RIVER])}; or name a file")
     return stream if length is None else stream.head(length)
+
+
+def settings_of(name_or_path: str | Path) -> set[str]:
+    """The settings that `open_stream` takes for a stream, beside length and seed."""
+    name = str(name_or_path)
+    if name in SYNTHETIC:
+        return {*generators.settings_of(name)}
+    return set() if name in RIVER else {*list(inspect.signature(file_stream).parameters)[1:]}
 
 
 def _file(path: str | Path, settings: dict[str, Any]) -> Stream:

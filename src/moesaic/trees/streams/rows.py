@@ -71,10 +71,13 @@ class RowsStream(Stream):
             if row is _END:
                 break
             try:
-                gathered.add(*self._parsed(row))
+                values, label = self._parsed(row)
             except (BadRow, DataError) as bad:
                 yield from gathered.take(len(self.features))
                 raise DataError(f"{self.name}, row {gathered.seen + 1}: {bad}") from None
+            if len(values) > gathered.width:  # rows before do not know of features that come later
+                yield from gathered.take(gathered.width)
+            gathered.add(values, label)
             if gathered.full:
                 yield from gathered.take(len(self.features))
         yield from gathered.take(len(self.features))
@@ -93,8 +96,9 @@ class RowsStream(Stream):
                 label = given
                 continue
             if key not in self._columns:
-                self._columns[key] = len(self.features), Column(str(key))
-                self.features.append(str(key))
+                name = str(key) if str(key) not in self.features else repr(key)
+                self._columns[key] = len(self.features), Column(name)
+                self.features.append(name)
             place, column = self._columns[key]
             found.append((place, column.value(given)))
         values = [float("nan")] * len(self.features)

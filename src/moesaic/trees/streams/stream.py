@@ -139,6 +139,11 @@ class Gathered:
         return self.stop is not None and self.seen >= self.stop
 
     @property
+    def width(self) -> int:
+        """Of the rows that have come; 0 where none has."""
+        return len(self._x[-1]) if self._x else 0
+
+    @property
     def full(self) -> bool:
         return len(self._y) >= self.size
 

@@ -146,9 +146,14 @@ def synthetic(name: str, length: int = 100_000, seed: int = 0, **settings: Any) 
     )
 
 
+def settings_of(name: str) -> dict[str, Any]:
+    """A generator's settings and their defaults."""
+    return {key: each.default for key, each in list(inspect.signature(SYNTHETIC[name]).parameters.items())[2:]}
+
+
 def _check(name: str, settings: dict[str, Any]) -> None:
     """Raises ConfigError where a setting is unknown, or not of the kind of its default."""
-    known = {key: each.default for key, each in list(inspect.signature(SYNTHETIC[name]).parameters.items())[2:]}
+    known = settings_of(name)
     kinds: dict[type, tuple[str, tuple[type, ...]]] = {
         bool: ("true or false", (bool,)),
         int: ("a whole number", (int,)),
