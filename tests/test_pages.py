@@ -31,7 +31,7 @@ def blocks(page: str, language: str) -> list[str]:
         ("smoe-dropout", r"8 sort 4 1 8 : 1 4 8.*\n4 sort 4 1 8 :"),
         ("read-me", r"round 2\ntensor\(\[\[0.*\n 1 4 8.*memory \d+ read \d+"),
         ("rmoe", r"tensor\(.*tensor\(.* 2\nMoesaicMixtralForCausalLM"),
-        ("driftmoe", r"Accuracy: 9\d\.\d+%\n\[.*\]\nTrue\nAccuracy: "),
+        ("driftmoe", r"Accuracy: 9\d\.\d+%\n\[.*\]\nTrue\nAccuracy: .*\n0\.\d+ 0\.\d+ \[0"),
     ],
 )
 def test_an_example_runs_as_written(page: str, said: str, tmp_path: Path) -> None:
