@@ -93,7 +93,8 @@ def ten(results: Path) -> list[str]:
     ranked = mean_ranks(found)
     rows = [[*row, f"{ranked[row[0].strip('*')]:.2f}"] for row in figures(found, lambda c: 100 * c["accuracy"])]
     lines = [
-        f"**{len(found)} stream{'s' * (len(found) > 1)}, ten members each**: accuracy in percent, cumulative, strictly test-then-train; "
+        f"**{len(found)} stream{'s' * (len(found) > 1)}, ten members each**: accuracy in percent, cumulative, strictly "
+        "test-then-train; "
         f"{seeds_of(found)}, of generator and learner (a file is the same for all); 100,000 rows of each "
         "generator, whole files (Electricity 45,312 rows, Weather 18,159, SEA's file 40,000). All but ours and the two "
         "controls run in CapyMOA 0.15.1 with its defaults, on the same rows. `paper` and `code` have MOA's trees. "

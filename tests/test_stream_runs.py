@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import moesaic.trees
 from moesaic.cli.main import main
 from moesaic.errors import ConfigError
 from moesaic.trees import load
@@ -178,3 +179,12 @@ def test_equals_share_a_rank_and_a_stream_that_some_lack_counts_for_none() -> No
     table = {"s": {"a": cell(0.9), "b": cell(0.9), "c": cell(0.5)}, "t": {"a": cell(0.1), "b": cell(0.2)}}
     assert ranks(table, ["a", "b", "c"]) == {"a": 1.5, "b": 1.5, "c": 3.0}
     assert summarised([], StreamComparison(streams=["s"], learners=["a"]), command="x")["ranks"] == {}
+
+
+def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    found = moesaic.trees.find_spec
+    monkeypatch.setattr(moesaic.trees, "find_spec", lambda name: None if name == "numba" else found(name))
+    assert "this needs numba: pip install 'moesaic[trees]'" in said(capsys, "run", "stream=led_a", code=2)
+    assert "moesaic[trees]" in said(capsys, "compare", "streams=led_a", code=2)
+    with pytest.raises(ImportError, match="numba"):
+        _ = moesaic.trees.load

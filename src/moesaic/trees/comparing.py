@@ -19,6 +19,7 @@ from moesaic.errors import ConfigError, MissingDependency, MoesaicError, first_l
 from moesaic.runs.folder import check_writable, locked, read_json, write_json, write_text, writing
 from moesaic.runs.results import command_line, versions
 from moesaic.runs.settings import build, check_keys, differences, lists, names, parse_overrides, texts
+from moesaic.trees import needed
 from moesaic.trees.running import PACKAGES
 
 METRICS = ("accuracy", "kappa_m", "kappa_t")
@@ -101,6 +102,7 @@ def compare(wanted: StreamComparison, *, command: str | None = None) -> dict[str
     Raises:
         ConfigError: the folder holds a comparison with other settings, or a name is unknown.
     """
+    needed()
     from moesaic.report.streams import comparison_page
 
     folder = path_of(wanted.out)

@@ -14,6 +14,7 @@ from moesaic.errors import ConfigError, UnknownSetting, path_of, suggest
 from moesaic.runs.folder import check_writable, discard, locked, read_json, reading, write_json, write_text, writing
 from moesaic.runs.results import command_line, versions
 from moesaic.runs.settings import build, check_keys, differences, lists, names, parse_overrides, texts
+from moesaic.trees import needed
 
 if TYPE_CHECKING:
     from moesaic.trees.streams import Stream
@@ -91,6 +92,7 @@ def run(wanted: StreamRun, *, command: str | None = None, progress: bool | None 
         MoesaicError: of the kind that fits; nothing that is there is lost.
         KeyboardInterrupt: after a checkpoint, when interrupted.
     """
+    needed()
     from moesaic.report.streams import page
     from moesaic.trees.learners import is_kept, learner
     from moesaic.trees.prequential import prequential
