@@ -410,7 +410,9 @@ def test_it_is_a_river_classifier() -> None:
 
 
 @pytest.mark.parametrize("given", [{}, {"fidelity": "paper", "n_experts": 3}, {"backend": naive_bayes.GaussianNB()}])
-def test_it_is_saved_without_pickle_and_goes_on_exactly(given: dict[str, Any], tmp_path: Path) -> None:
+def test_it_is_saved_without_pickle_and_goes_on_exactly(
+    given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = DriftMoEClassifier(hidden=(16, 8), batch_size=32, **{"n_experts": 5} | given)
     for x, y in datasets.Phishing().take(300):
         model.learn_one({**x, 7: 1.0}, ("a", 1) if y else False)
@@ -425,12 +427,61 @@ def test_it_is_saved_without_pickle_and_goes_on_exactly(given: dict[str, Any], t
     with pytest.raises(ConfigError, match="already there"):
         model.save(tmp_path / "saved")
     model.save(tmp_path / "saved", overwrite=True)
+    (tmp_path / "link").symlink_to("saved")
+    model.save(tmp_path / "link", overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert load(tmp_path / "saved").core.rows == model.core.rows
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path / "saved")
+        with pytest.raises(ConfigError, match="the folder that this runs in"):
+            model.save(".", overwrite=True)
+    assert load(tmp_path / "saved").core.rows == model.core.rows
     (tmp_path / "saved" / "state.json").write_text("{")
     with pytest.raises(AdapterError, match="cannot be read"):
         load(tmp_path / "saved")
     (tmp_path / "mine.txt").write_text("keep me")
     with pytest.raises(ConfigError, match="not a classifier's"):
         model.save(tmp_path, overwrite=True)
+
+
+def test_values_that_are_too_large_are_missing_and_spoil_nothing() -> None:
+    for given in ({}, {"fidelity": "paper", "backend": "arrays"}, {"variant": "task", "fidelity": "code"}):
+        model = DriftMoEClassifier(hidden=(16, 8), batch_size=8, **given)
+        draw = np.random.default_rng(0)
+        for t in range(300):
+            label = int(draw.integers(2))
+            odd = {10: 1e39, 20: 1e200, 30: float("inf"), 40: 10**400}.get(t)
+            model.learn_one({"a": draw.normal() + 3 * label if odd is None else odd, "b": draw.normal()}, label)
+        assert model.predict_proba_one({"a": 3.5, "b": 0.0})[1] > 0.5
+        assert all(np.isfinite(p).all() for p in model.core.router.parameters)
+
+
+def test_the_scale_of_features_makes_no_difference() -> None:
+    draw = np.random.default_rng(0)
+    y = draw.integers(3, size=900)
+    x = draw.normal(size=(900, 4)) + 2 * np.eye(4)[y]
+    found = []
+    for scale in (1.0, 2.0**-40, 2.0**60):
+        model, right = made(n_experts=5), 0
+        for row, label in zip(x * scale, y.tolist(), strict=True):
+            right += int(model.predict_proba(row, 3).argmax()) == label
+            model.learn(row, label)
+        found.append(right)
+    assert min(found) > 700, found
+    assert max(found) - min(found) < 15, found  # logarithms round otherwise
+
+
+def test_a_refused_row_leaves_no_trace_and_features_come_in_one_order() -> None:
+    one, other = (DriftMoEClassifier(n_experts=3, hidden=(8,), seed=1) for _ in range(2))
+    for t, (x, y) in enumerate(datasets.Phishing().take(200)):
+        x = {**x, 1: 0.5, "1": t / 200}
+        one.learn_one(x, y)
+        other.learn_one(dict(reversed(x.items())), y)
+        for bad, label in (({"new": "text"}, y), (x, [1]), ({"z": 1 + 2j}, y), ({"z": "0.9"}, y)):
+            with pytest.raises(DataError):
+                other.learn_one(bad, label)
+        assert one.predict_proba_one({**x, "more": 3.0}) == other.predict_proba_one(x)
+    assert same(one.core, other.core)
 
 
 def test_it_is_pickled_and_cloned() -> None:
