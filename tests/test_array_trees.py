@@ -287,6 +287,20 @@ def test_what_is_checked_holds_for_every_bank_that_has_learned() -> None:
         ArrayTrees(4).restore(*pool.state())
 
 
+def test_more_experts_leave_those_beside_others_as_they_are() -> None:
+    pool = bank()
+    pool.prepare(1)
+    for x, y in zip(*rows(900, seed=8), strict=True):
+        pool.learn(x, int(y), np.full(4, 3.0))
+    own, beside = pool.forest.leaves[:4].tolist(), pool.forest.leaves[5]
+    assert beside > 1
+    pool.add(3)
+    assert pool.forest.leaves.tolist() == [*own, 1, 1, 1, 0, beside, 0, 0, 0, 0, 0]
+    ArrayTrees(7).restore(*pool.state())
+    pool.reset(1)
+    assert pool.forest.leaves[1] == beside
+
+
 def test_trees_in_a_circle_and_other_banks_are_refused() -> None:
     arrays, values = bank().state()
     inner = int(np.flatnonzero(arrays["feature"] >= 0)[0])

@@ -292,9 +292,8 @@ class DriftMoE:
                 s = self.settings
                 self.router = Scores(self.features, self.experts, hidden=s.hidden, lr=s.lr, seed=s.seed)
             self.router.grow(self.features, self.experts)
-            pad = [(0, self.features), (0, self.experts)]
             self._buffer = [
-                (np.pad(x, (0, pad[0][1] - len(x))), np.pad(m, (0, pad[1][1] - len(m)))) for x, m in self._buffer
+                (np.pad(x, (0, self.features - len(x))), np.pad(m, (0, self.experts - len(m)))) for x, m in self._buffer
             ]
         self._look = None
 

@@ -151,9 +151,13 @@ def _place(wanted: StreamRun) -> Path:
         raise ConfigError(f"out={folder} is a file; name a folder")
     if folder.is_dir() and any(entry.name not in MADE for entry in folder.iterdir()):
         raise ConfigError(f"out={folder} holds files that are not a stream run's; name another folder")
+    _check_unfinished(folder, wanted)
+    return folder
+
+
+def _check_unfinished(folder: Path, wanted: StreamRun) -> None:
     if (folder / RESULTS).is_file() and not wanted.overwrite:
         raise ConfigError(f"{folder} holds a finished run; overwrite=true replaces it, out=… goes elsewhere")
-    return folder
 
 
 def _changed(file: Path, wanted: StreamRun) -> str:
@@ -168,8 +172,7 @@ def _changed(file: Path, wanted: StreamRun) -> str:
 
 def _prepare(folder: Path, wanted: StreamRun) -> None:
     """An unfinished run of the same settings stays; what is to be replaced goes."""
-    if (folder / RESULTS).is_file() and not wanted.overwrite:  # another process was faster
-        raise ConfigError(f"{folder} holds a finished run; overwrite=true replaces it, out=… goes elsewhere")
+    _check_unfinished(folder, wanted)  # another process may have been faster
     file = folder / SETTINGS
     changed = _changed(file, wanted)
     if changed and not wanted.overwrite and any(entry.is_dir() for entry in (folder / CHECKPOINT).glob("*")):

@@ -146,3 +146,10 @@ def empty(nodes: int, leaves: int, features: int, share: int, classes: int, seed
         free_leaves=places(leaves), tops=places(2), random=np.array([seed], np.uint64), order=np.arange(features),
         leaves=places(roots),
     )  # fmt: skip
+
+
+def fill(larger: Forest, f: Forest) -> None:
+    """Copy arrays into the beginnings of larger ones."""
+    for name, values in larger._asdict().items():
+        old = getattr(f, name)
+        values[tuple(slice(0, n) for n in old.shape)] = old

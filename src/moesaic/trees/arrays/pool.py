@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from moesaic.errors import AdapterError
 from moesaic.trees.arrays import hoeffding
-from moesaic.trees.arrays.forest import NONE, Forest, check, empty
+from moesaic.trees.arrays.forest import NONE, Forest, check, empty, fill
 from moesaic.trees.experts import Row, Votes
 
 FEW = 3
@@ -146,12 +146,10 @@ class ArrayTrees:
         f = self.forest
         nodes, leaves = len(f.feature), len(f.counts)
         made = empty(nodes, leaves, features, max(self._share, f.used.shape[1]), classes, 0, roots=2 * self.size)
-        for name, values in made._asdict().items():
-            old = getattr(f, name)
-            values[tuple(slice(0, n) for n in old.shape)] = old
-        made.tops[:] = f.tops
-        if len(made.order) > len(f.order):
-            made.order[len(f.order) :] = np.arange(len(f.order), len(made.order))
+        before = len(self.roots)
+        fill(made, f)
+        made.leaves[before:] = 0  # those of the trees beside stand behind all experts, of whom there may be more
+        made.leaves[self.size : self.size + before] = f.leaves[before:]
         hoeffding.choose_all(made, features, self._share)
         self.forest, self._known = made, None
         more = np.full(self.size - len(self.roots), NONE)
@@ -168,9 +166,7 @@ class ArrayTrees:
                 max(2 * nodes, least), max(2 * leaves, least), self.features, f.used.shape[1], f.counts.shape[1], 0,
                 roots=len(f.leaves),
             )  # fmt: skip
-            for name, values in made._asdict().items():
-                old = getattr(f, name)
-                values[tuple(slice(0, n) for n in old.shape)] = old
+            fill(made, f)
             for stack, top, total, before in (
                 (made.free_nodes, 0, len(made.feature), nodes),
                 (made.free_leaves, 1, len(made.counts), leaves),
