@@ -60,6 +60,11 @@ class Banks:
             self.reset(k)
         return drifted
 
+    def windows(self) -> tuple[Any, Any]:
+        """Of the two ADWINs; of none where nothing is watched."""
+        watch = self.watch or Watch(0, 0.5, 0.5)
+        return watch.warning.windows, watch.drift.windows
+
     def reset(self, which: int) -> None:
         held, own = self._of(which)
         held.reset(own)
@@ -111,20 +116,15 @@ class Watch:
     """Two ADWINs an expert: the first to change lets another grow beside it, the second puts it in its place."""
 
     def __init__(self, size: int, warning: float, drift: float) -> None:
-        from moesaic.trees.arrays.adwin import Adwin
+        from moesaic.trees.arrays.adwin import Adwin, add_twice
 
-        self.warning, self.drift = Adwin(size, warning), Adwin(size, drift)
+        self.warning, self.drift, self._add = Adwin(size, warning), Adwin(size, drift), add_twice
 
     def add(self, errors: NDArray[np.float64]) -> tuple[list[int], list[int]]:
         """Of errors (K,): who is warned of, and who has drifted."""
-        warned = np.flatnonzero(self.warning.add(errors)).tolist()
-        drifted = np.flatnonzero(self.drift.add(errors)).tolist()
-        for k in warned:
-            self.warning.reset(k)
-        for k in drifted:
-            self.warning.reset(k)
-            self.drift.reset(k)
-        return warned, drifted
+        risen = np.zeros((2, len(errors)), np.bool_)
+        self._add(errors, self.warning.windows, self.drift.windows, risen)
+        return np.flatnonzero(risen[0]).tolist(), np.flatnonzero(risen[1]).tolist()
 
     def grow(self, size: int) -> None:
         self.warning.grow(size)
@@ -149,7 +149,7 @@ def bank(settings: Settings, size: int, seed: int) -> Experts:
             from moesaic.trees.arrays.pool import ArrayTrees
         except ImportError:
             raise MissingDependency("numba", "trees") from None
-        return ArrayTrees(size, share=settings.share, seed=seed)
+        return ArrayTrees(size, share=settings.share, max_leaves=settings.max_leaves, seed=seed)
     from moesaic.trees.capymoa_trees import CapyMOATrees
     from moesaic.trees.river_trees import RiverTrees
 

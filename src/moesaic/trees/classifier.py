@@ -42,9 +42,11 @@ class DriftMoEClassifier(base.MiniBatchClassifier):
         combine: top1, topk or mixture.
         train: which experts learn a row: topk (of the router's scores), correct (those that were right) or all.
         share: of the features that a leaf (arrays), or an expert (river), looks at, drawn at random.
+        max_leaves: of a tree (arrays), 100, which then learns on in those that it has: what a row costs in time and
+            memory does not grow with the stream. Where much can be told apart for good, more may be better.
         poisson: each learns it as often as a Poisson distribution of this mean says; 0: once.
         router: whether there is one; without it experts count by their recent accuracy alone.
-        hidden: widths of the router's layers.
+        hidden: widths of the router's layers; (64, 32) in `best`, (256, 128) in the others.
         lr, batch_size, dropout: of the router's training, by Adam.
         scale: whether the router reads features as standard deviations from their running means.
         trust: power of the router's probability that an expert is right, in its weight in a mixture.
@@ -85,9 +87,10 @@ class DriftMoEClassifier(base.MiniBatchClassifier):
         combine: str | None = None,
         train: str | None = None,
         share: float | None = None,
+        max_leaves: int | None = None,
         poisson: float | None = None,
         router: bool = True,
-        hidden: tuple[int, ...] = (256, 128),
+        hidden: tuple[int, ...] | None = None,
         lr: float = 2e-3,
         batch_size: int = 256,
         dropout: float | None = None,
@@ -119,7 +122,9 @@ class DriftMoEClassifier(base.MiniBatchClassifier):
         described = {name: getattr(core.settings, name) for name in cls._parameters()}
         if core.is_task:
             described["n_experts"] = None
-        if core.settings.train != "topk" and core.settings.combine != "topk":
+        if core.settings.backend != "arrays":
+            described["max_leaves"] = None
+        if not core.settings.counts_top_k:
             described["top_k"] = None
         made = cls(**described)
         made.close()

@@ -28,11 +28,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesaic.errors import AdapterError
+from moesaic.trees import bulk
 from moesaic.trees.banks import Banks
 from moesaic.trees.experts import Row
 from moesaic.trees.ledger import Ledger, same_kind, whole
 from moesaic.trees.router import Scores, sigmoid
-from moesaic.trees.rows import mixture, standardised, watch
+from moesaic.trees.rows import blend, clipped, mixture, normalise, standardised, watch
 from moesaic.trees.settings import Settings
 
 
@@ -60,6 +61,7 @@ class DriftMoE:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = s = settings
+        self._is_bulk = bulk.covers(s)
         self.is_task, self.inert = s.variant == "task", s.has_inert_experts
         self.banks = Banks(s, 0 if self.is_task else s.n_experts)
         self.router: Scores | None = None
@@ -67,8 +69,8 @@ class DriftMoE:
         self.classes, self.features, self.rows = 0, 0, 0
         self.labels = np.full(s.history + s.label_delay if s.history else 0, np.nan)
         """The last labels, the newest first."""
-        self._mean, self._square, self._seen_in = np.zeros((3, 0))
-        self._buffer: list[tuple[NDArray[np.float32], NDArray[np.float32]]] = []
+        self.mean, self.square, self.seen_in = np.zeros((3, 0))
+        self.buffer: list[tuple[NDArray[np.float32], NDArray[np.float32]]] = []
         self._look: Look | None = None
         self._asked = b""
         self.ledger = Ledger(s.rate)
@@ -117,9 +119,10 @@ class DriftMoE:
             if self.settings.combine == "mixture":
                 found = found * self.ledger.accuracy
         else:
-            found = look.weights @ (look.votes if self.settings.lazy is None else np.nan_to_num(look.votes))
-        total = found.sum()
-        return found / total if total > 0 else np.full(self.classes, 1 / self.classes)
+            found = np.zeros(self.classes)
+            blend(look.weights, look.votes, found)
+        normalise(found)
+        return found
 
     def _seen(self, x: Row) -> Look:
         written = x.tobytes()
@@ -160,9 +163,9 @@ class DriftMoE:
         """What the router reads of a row: missing values are a mean one's."""
         read = np.zeros(self.features, np.float32)
         if self.settings.scale:
-            standardised(x, self._mean, self._square, self._seen_in, read)
+            standardised(x, self.mean, self.square, self.seen_in, read)
         else:
-            read[: len(x)] = np.where(np.isnan(x), 0.0, np.clip(x, -LARGEST_READ, LARGEST_READ))
+            clipped(x, read)
         return read
 
     # -- learning ------------------------------------------------------------------------------------------------
@@ -188,10 +191,30 @@ class DriftMoE:
         if self.router is not None:
             self._route(look, targets)
         if s.scale:
-            watch(x, self._mean, self._square, self._seen_in)
+            watch(x, self.mean, self.square, self.seen_in)
         self._remember(y)
         self.rows += 1
         self._look = None
+
+    def test_then_train(self, x: NDArray[np.float64], y: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
+        """Predict each row of x (n, d) among `classes`, then learn it with its class in y (n,); predictions (n,)."""
+        predicted = np.empty(len(y), np.int64)
+        x, at = np.array(_plain(x)), 0
+        while at < len(y):
+            done = self._is_bulk and bulk.test_then_train(self, x[at:], y[at:], predicted[at:])
+            if not done:
+                predicted[at] = self.predict_proba(x[at], classes).argmax()
+                self.learn(x[at], int(y[at]))
+            at += done or 1
+        return predicted
+
+    def learned(self, count: int, reads: NDArray[np.float32], targets: NDArray[np.float32]) -> None:
+        """Rows were learned in bulk: what the router read of them (n, d), and what it is to say (n, K)."""
+        self.rows += count
+        self._look = None
+        if self.router is not None:
+            self.buffer += zip(reads, targets, strict=True)
+            self._step(None)
 
     def skip(self) -> None:
         """A row whose label never came: those behind it were answered without it."""
@@ -260,19 +283,21 @@ class DriftMoE:
                 self.ledger.begun(k, self.rows, until=self.rows + max(s.reset_after // 10, 1))
 
     def _route(self, look: Look, targets: NDArray[np.bool_]) -> None:
-        assert self.router is not None
         wanted = targets.astype(np.float32)
         if self.settings.lazy is not None:
             wanted[np.isnan(look.votes[:, 0])] = np.nan
-        self._buffer.append((look.read, wanted))
-        if len(self._buffer) < (1 if self.inert else self.settings.batch_size):
+        self.buffer.append((look.read, wanted))
+        self._step(look.kept)
+
+    def _step(self, kept: NDArray[np.float32] | None) -> None:
+        """Let the router learn, once its batch is full."""
+        if self.router is None or len(self.buffer) < (1 if self.inert else self.settings.batch_size):
             return
-        rows, wanted = (np.stack(part) for part in zip(*self._buffer, strict=True))
-        kept = look.kept
+        rows, wanted = (np.stack(part) for part in zip(*self.buffer, strict=True))
         if kept is None and (p := self.settings.dropout):
             kept = ((self.random.random((len(rows), self.settings.hidden[0])) >= p) / (1 - p)).astype(np.float32)
         self.router.step(rows, wanted, kept)
-        self._buffer.clear()
+        self.buffer.clear()
 
     # -- growing -------------------------------------------------------------------------------------------------
 
@@ -292,8 +317,8 @@ class DriftMoE:
                 s = self.settings
                 self.router = Scores(self.features, self.experts, hidden=s.hidden, lr=s.lr, seed=s.seed)
             self.router.grow(self.features, self.experts)
-            self._buffer = [
-                (np.pad(x, (0, self.features - len(x))), np.pad(m, (0, self.experts - len(m)))) for x, m in self._buffer
+            self.buffer = [
+                (np.pad(x, (0, self.features - len(x))), np.pad(m, (0, self.experts - len(m)))) for x, m in self.buffer
             ]
         self._look = None
 
@@ -310,14 +335,14 @@ class DriftMoE:
         return self.ledger.size
 
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-        arrays = {name.lstrip("_"): getattr(self, name).copy() for name in (*SCALES, "labels")}
+        arrays = {name: getattr(self, name).copy() for name in (*SCALES, "labels")}
         arrays |= {f"ledger.{name}": values.copy() for name, values in self.ledger.arrays().items()}
         values: dict[str, Any] = {
             "settings": self.settings.describes(), "rows": self.rows, "classes": self.classes,
             "features": self.features, "random": self.random.bit_generator.state, "router": None,
         }  # fmt: skip
-        if self._buffer:
-            arrays["buffer.x"], arrays["buffer.m"] = (np.stack(part) for part in zip(*self._buffer, strict=True))
+        if self.buffer:
+            arrays["buffer.x"], arrays["buffer.m"] = (np.stack(part) for part in zip(*self.buffer, strict=True))
         parts: list[tuple[str, Any]] = [("banks", self.banks)]
         if self.router is not None:
             parts.append(("router", self.router))
@@ -344,14 +369,14 @@ class DriftMoE:
         self._grow(whole("features", values["features"], MOST), whole("classes", values["classes"], MOST))
         self.ledger.restore(_part(arrays, "ledger"))
         for name in (*SCALES, "labels"):
-            setattr(self, name, same_kind(name, arrays[name.lstrip("_")], getattr(self, name)))
+            setattr(self, name, same_kind(name, arrays[name], getattr(self, name)))
         self.rows = whole("rows", values["rows"], 2**63)
         self.random.bit_generator.state = values["random"]
-        self._buffer = []
+        self.buffer = []
         if "buffer.x" in arrays:
             for x, m in zip(arrays["buffer.x"], arrays["buffer.m"], strict=True):
                 pair = np.zeros(self.features, np.float32), np.zeros(self.experts, np.float32)
-                self._buffer.append((same_kind("buffer.x", x, pair[0]), same_kind("buffer.m", m, pair[1])))
+                self.buffer.append((same_kind("buffer.x", x, pair[0]), same_kind("buffer.m", m, pair[1])))
         for name, part in (("banks", self.banks), ("router", self.router)):
             if part is not None:
                 part.restore(_part(arrays, name), values[name])
@@ -367,11 +392,9 @@ class DriftMoE:
 
 
 RELEASED_DROPOUT = 0.2
-SCALES = ("_mean", "_square", "_seen_in")
+SCALES = ("mean", "square", "seen_in")
 LARGEST = 1e100
 """Values beyond are taken for missing: their squares could not be counted."""
-LARGEST_READ = 1e9
-"""Of what the router reads where it does not scale: beyond, float32 cannot hold its gradient's square."""
 MOST = 1_000_000
 """Features or classes of a state."""
 

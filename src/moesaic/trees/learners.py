@@ -55,7 +55,7 @@ def learner(name: str, stream: Stream, *, seed: int = 0, delay: int = 0, given: 
     if name in OURS:
         wanted = settings(**{"seed": seed, "label_delay": delay, **OURS[name], **given})
         if wanted.backend == "arrays":
-            compiled()
+            compiled(len(wanted.hidden) if wanted.router else 0, wanted.history > 0)
         return DriftMoE(wanted)
     if name in PLAIN:
         if given:
@@ -69,12 +69,20 @@ def learner(name: str, stream: Stream, *, seed: int = 0, delay: int = 0, given: 
 
 
 @cache
-def compiled() -> None:
-    """Have numba compile, or read, what runs for every row, before anybody counts time."""
-    model = DriftMoE(settings(n_experts=3, batch_size=1, hidden=(1,)))
-    for row in range(3):
-        model.predict_proba(np.full(2, row, np.float64), 2)
-        model.learn(np.full(2, row, np.float64), row % 2)
+def compiled(layers: int, sighted: bool) -> None:
+    """Have numba compile, or read, what runs for every row, before anybody counts time.
+
+    Args:
+        layers: between the router's first and last; 0 where there is no router.
+        sighted: whether some experts see the last labels.
+    """
+    widths = (1,) * max(layers, 1)
+    model = DriftMoE(settings(n_experts=3, batch_size=1, hidden=widths, router=layers > 0, history=int(sighted)))
+    x, y = np.arange(12, dtype=np.float64).reshape(6, 2), np.arange(6) % 2
+    for row, label in zip(x, y, strict=True):
+        model.predict_proba(row, 2)
+        model.learn(row, int(label))
+    model.test_then_train(x, y, 2)
     for bank in model.banks.banks:
         arrays: Any = bank
         arrays.prepare(0)

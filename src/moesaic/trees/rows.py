@@ -7,6 +7,9 @@ from typing import Any
 
 from numba import njit
 
+LARGEST_READ = 1e9
+"""Of what the router reads where it does not scale: beyond, float32 cannot hold its gradient's square."""
+
 
 @njit(cache=True)
 def layer(x: Any, weight: Any, bias: Any, relu: bool, out: Any) -> None:
@@ -32,6 +35,15 @@ def standardised(x: Any, mean: Any, square: Any, seen: Any, out: Any) -> None:
 
 
 @njit(cache=True)
+def clipped(x: Any, out: Any) -> None:
+    """A row's values as they are, at most `LARGEST_READ`; a missing one is 0."""
+    for i in range(len(out)):
+        out[i] = 0.0
+        if i < len(x) and x[i] == x[i]:
+            out[i] = min(max(x[i], -LARGEST_READ), LARGEST_READ)
+
+
+@njit(cache=True)
 def watch(x: Any, mean: Any, square: Any, seen: Any) -> None:
     """Add a row to running means, sums of squared differences to them, and counts of the rows that have a feature."""
     for i in range(len(x)):
@@ -54,6 +66,25 @@ def mixture(scores: Any, accuracy: Any, trust: float, recency: float, out: Any) 
         total += out[i]
     for i in range(len(out)):
         out[i] = out[i] / total if total > 0.0 else 1.0 / len(out)
+
+
+@njit(cache=True)
+def blend(weights: Any, votes: Any, out: Any) -> None:
+    """out (C,) += weights (K,) votes (K, C); votes that are NaN were not asked for."""
+    for k in range(len(votes)):
+        for c in range(len(out)):
+            if votes[k, c] == votes[k, c]:
+                out[c] += weights[k] * votes[k, c]
+
+
+@njit(cache=True)
+def normalise(out: Any) -> None:
+    """Make weights (C,) sum to 1; all alike where there are none."""
+    total = 0.0
+    for value in out:
+        total += value
+    for c in range(len(out)):
+        out[c] = out[c] / total if total > 0.0 else 1.0 / len(out)
 
 
 @njit(cache=True)

@@ -28,9 +28,10 @@ class Settings:
     combine: Combine = "mixture"
     train: Rule = "all"
     share: float = 0.8
+    max_leaves: int = 100
     poisson: float = 6.0
     router: bool = True
-    hidden: tuple[int, ...] = (256, 128)
+    hidden: tuple[int, ...] = (64, 32)
     lr: float = 2e-3
     batch_size: int = 256
     dropout: float = 0.0
@@ -56,6 +57,11 @@ class Settings:
         return {**dataclasses.asdict(self), "hidden": list(self.hidden), "backend": of}
 
     @property
+    def counts_top_k(self) -> bool:
+        """Whether `top_k` makes a difference."""
+        return "topk" in (self.train, self.combine)
+
+    @property
     def has_inert_experts(self) -> bool:
         """Whether experts change nothing that is answered: so it is in the released code's task variant."""
         return self.variant == "task" and self.fidelity == "code"
@@ -63,7 +69,7 @@ class Settings:
 
 _PUBLISHED: dict[str, Any] = {
     "backend": "river", "n_experts": 12, "combine": "top1", "train": "topk", "poisson": 0.0, "recency": 0.0,
-    "history": 0, "scale": False, "detect": False, "share": 1.0,
+    "history": 0, "hidden": (256, 128), "scale": False, "detect": False, "share": 1.0,
 }  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {"best": {}, "paper": {**_PUBLISHED, "dropout": 0.2}, "code": _PUBLISHED}
 """What differs from `Settings`' own defaults."""
@@ -71,8 +77,8 @@ _KNOWN: dict[str, tuple[str, ...]] = {
     "variant": get_args(Variant), "fidelity": get_args(Fidelity), "combine": get_args(Combine), "train": get_args(Rule),
 }  # fmt: skip
 _LEAST = {
-    "n_experts": 1, "top_k": 1, "batch_size": 1, "history": 0, "label_delay": 0, "reset_after": 0, "warmup": 0,
-    "seed": 0,
+    "n_experts": 1, "top_k": 1, "max_leaves": 1, "batch_size": 1, "history": 0, "label_delay": 0,
+    "reset_after": 0, "warmup": 0, "seed": 0,
 }  # fmt: skip
 _WITHIN = {
     "share": (0.0, 1.0), "poisson": (0.0, 100.0), "lr": (0.0, 1.0), "dropout": (0.0, 0.99), "trust": (0.0, 100.0),
@@ -101,7 +107,9 @@ def settings(fidelity: str = "best", **given: Any) -> Settings:
         chosen["hidden"] = tuple(width) if isinstance(width, list) else (width,)
     made = Settings(fidelity=fidelity, **chosen)  # type: ignore[arg-type]
     _check(made)
-    if given.get("top_k") is not None and made.train != "topk" and made.combine != "topk":
+    if given.get("max_leaves") is not None and made.backend != "arrays":
+        raise ConfigError("max_leaves is of backend=arrays only: leave it out")
+    if given.get("top_k") is not None and not made.counts_top_k:
         raise ConfigError("top_k counts with train=topk or combine=topk only: leave it out, or set one of them")
     return made
 
@@ -135,7 +143,7 @@ def _check(s: Settings) -> None:
     widths = s.hidden
     if not isinstance(widths, tuple) or not widths or any(type(w) is not int or w < 1 for w in widths):
         raise ConfigError(f"hidden={s.hidden!r} must be widths of layers, such as (256, 128)")
-    if s.variant == "data" and s.top_k > s.n_experts:
+    if s.variant == "data" and s.counts_top_k and s.top_k > s.n_experts:
         raise ConfigError(f"top_k={s.top_k} is more than n_experts={s.n_experts}")
     if not s.router and s.has_inert_experts:
         raise ConfigError("the released code's task variant is its router: router=false leaves nothing")

@@ -9,7 +9,7 @@ The window is an exponential histogram of at most `MOST` buckets for each power 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -20,6 +20,19 @@ EVERY = 32
 """Values between two looks at the window."""
 LEAST = 5
 """Values on either side of a cut."""
+
+
+class Windows(NamedTuple):
+    """What K detectors keep, R rows of buckets each."""
+
+    delta: float
+    sums: Any
+    spread: Any
+    """(K, R, buckets) of errors, and of squared differences to their mean."""
+    filled: Any
+    """(K, R) buckets in use."""
+    whole: Any
+    """(K, 4) of each window: its length, sum, sum of squared differences to the mean, and the values so far."""
 
 
 class Adwin:
@@ -36,12 +49,16 @@ class Adwin:
         self.spread = np.zeros((size, ROWS, MOST + 2))
         self.filled = np.zeros((size, ROWS), np.int64)
         self.whole = np.zeros((size, 4))
-        """Of each window: its length, sum, sum of squared differences to the mean, and the values so far."""
+
+    @property
+    def windows(self) -> Windows:
+        """What kernels take."""
+        return Windows(self.delta, self.sums, self.spread, self.filled, self.whole)
 
     def add(self, values: NDArray[np.float64]) -> NDArray[np.bool_]:
         """A value (K,) for each; returns whose mean has risen (K,)."""
         risen = np.zeros(len(values), np.bool_)
-        _add(values, self.delta, self.sums, self.spread, self.filled, self.whole, risen)
+        add(values, self.windows, risen)
         return risen
 
     def reset(self, which: int) -> None:
@@ -58,11 +75,32 @@ class Adwin:
 
 
 @njit(cache=True)
-def _add(values: Any, delta: float, sums: Any, spread: Any, filled: Any, whole: Any, risen: Any) -> None:
+def add(values: Any, w: Windows, risen: Any) -> None:
     for k in range(len(values)):
-        _insert(values[k], sums[k], spread[k], filled[k], whole[k])
-        if whole[k, 3] % EVERY == 0 and whole[k, 0] > 2 * LEAST:
-            risen[k] = _shrink(delta, sums[k], spread[k], filled[k], whole[k])
+        _insert(values[k], w.sums[k], w.spread[k], w.filled[k], w.whole[k])
+        risen[k] = False
+        if w.whole[k, 3] % EVERY == 0 and w.whole[k, 0] > 2 * LEAST:
+            risen[k] = _shrink(w.delta, w.sums[k], w.spread[k], w.filled[k], w.whole[k])
+
+
+@njit(cache=True)
+def add_twice(values: Any, warning: Windows, drift: Windows, risen: Any) -> None:
+    """Values (K,) to two detectors each; which of either have risen into `risen` (2, K), and begin anew.
+
+    A drift ends the warning, too.
+    """
+    add(values, warning, risen[0])
+    add(values, drift, risen[1])
+    for k in range(len(values)):
+        if risen[0, k] or risen[1, k]:
+            _clear(warning, k)
+        if risen[1, k]:
+            _clear(drift, k)
+
+
+@njit(cache=True)
+def _clear(w: Windows, k: int) -> None:
+    w.sums[k], w.spread[k], w.filled[k], w.whole[k] = 0.0, 0.0, 0, 0.0
 
 
 @njit(cache=True)

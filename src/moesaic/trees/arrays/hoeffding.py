@@ -31,7 +31,9 @@ PATIENCE = 0.3
 """Part of the weight that a split still wants, as features stand, after which it is tried again; trying costs more than
 learning a row (García-Martín et al., DSAA 2018, wait for all of it)."""
 APART = 30.0
-"""What a value costs, in nats, that is not the only one a feature had in a class."""
+"""What it costs at most, in nats, that a value is far from the mean of a class."""
+POINT = 1e250
+"""1 / (2 variance) where a feature had one value."""
 
 
 @njit(cache=True)
@@ -42,16 +44,6 @@ def uniform(random: Any) -> float:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return float((z ^ (z >> np.uint64(31))) >> np.uint64(11)) / 9007199254740992.0
-
-
-@njit(cache=True)
-def poisson(random: Any, rate: float) -> float:
-    """Knuth's: for small rates."""
-    left, product, count = math.exp(-rate), uniform(random), 0.0
-    while product > left:
-        product *= uniform(random)
-        count += 1.0
-    return count
 
 
 @njit(cache=True)
@@ -105,13 +97,10 @@ def bayes(f: Forest, s: int, x: Any, out: Any) -> int:
         value = x[f.used[s, j]]
         if value != value:
             continue
+        mean, narrow, height = f.mean[s, j], f.narrow[s, j], f.height[s, j]
         for c in range(classes):
-            if f.weight[s, j, c] > 0.0:
-                apart = value - f.mean[s, j, c]
-                if f.narrow[s, j, c] > 0.0:
-                    out[c] += f.height[s, j, c] - apart * apart * f.narrow[s, j, c]
-                elif apart != 0.0:
-                    out[c] -= APART
+            apart = value - mean[c]
+            out[c] += height[c] - min(apart * apart * narrow[c], APART)
     best = 0
     for c in range(classes):
         if out[c] > out[best]:
@@ -218,7 +207,7 @@ def observe(f: Forest, s: int, x: Any, y: int, weight: float) -> None:
             f.narrow[s, j, y] = 0.5 / variance
             f.height[s, j, y] = -0.5 * math.log(6.283185307179586 * variance)
         else:
-            f.narrow[s, j, y] = 0.0
+            f.narrow[s, j, y], f.height[s, j, y] = POINT, 0.0
 
 
 @njit(cache=True)
@@ -230,7 +219,7 @@ def parted(f: Forest, s: int, j: int, threshold: float, sides: Any) -> tuple[flo
         if whole <= 0.0:
             sides[0, c], sides[1, c] = 0.0, 0.0
             continue
-        if f.narrow[s, j, c] > 0.0:
+        if f.narrow[s, j, c] < POINT:
             below = 0.5 * (1.0 + math.erf((threshold - f.mean[s, j, c]) * math.sqrt(f.narrow[s, j, c])))
         else:
             below = 1.0 if f.mean[s, j, c] <= threshold else 0.0

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from moesaic.errors import AdapterError
 from moesaic.trees.arrays import hoeffding
+from moesaic.trees.arrays.course import Bank
 from moesaic.trees.arrays.forest import NONE, Forest, check, empty, fill
 from moesaic.trees.experts import Row, Votes
 
@@ -39,7 +40,7 @@ class ArrayTrees:
         grace_period: int = 50,
         delta: float = 0.05,
         tau: float = 0.05,
-        max_leaves: int = 1000,
+        max_leaves: int = 100,
     ) -> None:
         self.size, self.share, self.max_leaves = 0, share, max_leaves
         self.grace_period, self.delta, self.tau = grace_period, delta, tau
@@ -48,6 +49,11 @@ class ArrayTrees:
         self.features = 0
         self._known: bytes | None = None
         self.add(size)
+
+    @property
+    def classes(self) -> int:
+        """That were learned."""
+        return int(self.forest.counts.shape[1])
 
     # -- what the protocol asks for ------------------------------------------------------------------------------
 
@@ -72,6 +78,7 @@ class ArrayTrees:
     def learn(self, x: Row, y: int, weights: NDArray[np.float64]) -> None:
         if len(x) > self.features or y >= self.forest.counts.shape[1]:
             self._widen(max(len(x), self.features), max(y + 1, self.forest.counts.shape[1]))
+        self.make_room()
         x = self._fitted(x)
         self._look(x)
         self._known = None
@@ -79,8 +86,6 @@ class ArrayTrees:
             self.forest, x, y, weights, self.roots, self.beside, self.nodes, self.by_count, self.by_bayes,
             self.grace_period, self.delta, self.tau, self.features, self._share, self.max_leaves, self._work,
         )  # fmt: skip
-        if self.forest.tops.min() < 4 * self.size + 4:
-            self._make_room()
 
     def reset(self, which: int) -> None:
         """The tree beside takes its place; a new one where there is none."""
@@ -126,12 +131,26 @@ class ArrayTrees:
             return x
         return np.append(x[: self.features], np.full(max(self.features - len(x), 0), np.nan))
 
+    def lent(self) -> Bank:
+        """All of it, for a compiled loop that answers and learns rows by itself, until there is too little room."""
+        self._known = None
+        return Bank(
+            self.forest, self.roots, self.beside, self.nodes, self.by_count, self.by_bayes, self.votes, self._work,
+            self._stack, np.zeros(self.features), self._room, self.grace_period, self.delta, self.tau, self.features,
+            self._share, self.max_leaves,
+        )  # fmt: skip
+
     # -- room ----------------------------------------------------------------------------------------------------
 
     @property
     def _share(self) -> int:
         """Features of a leaf."""
         return max(min(self.features, FEW), round(self.share * self.features), 1)
+
+    @property
+    def _room(self) -> int:
+        """Nodes and leaves that one row may need: a split of each tree and of those beside, and a new tree each."""
+        return 6 * self.size + 6
 
     def _look(self, x: Row) -> None:
         """Every expert's answer to a row, unless it is the one that was looked at last."""
@@ -154,9 +173,14 @@ class ArrayTrees:
         self.forest, self._known = made, None
         more = np.full(self.size - len(self.roots), NONE)
         self.roots, self.beside = np.concatenate([self.roots, more]), np.concatenate([self.beside, more])
-        self._make_room()
+        self._enlarge()
 
-    def _make_room(self) -> None:
+    def make_room(self) -> None:
+        """Have as many nodes and leaves free as one row may need."""
+        if self.forest.tops.min() < self._room:
+            self._enlarge()
+
+    def _enlarge(self) -> None:
         """Twice as many nodes and leaves as long as too few of either are free."""
         least = 8 * self.size + 8
         while self.forest.tops.min() < least:
