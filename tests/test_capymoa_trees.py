@@ -20,8 +20,12 @@ from numpy.typing import NDArray
 
 from moesaic.errors import AdapterError, ConfigError, DataError, MissingDependency, TrainingError
 from moesaic.trees import capymoa_trees, jvm
+from moesaic.trees.bulk import sent, way
 from moesaic.trees.capymoa_trees import CapyMOATrees, shares
+from moesaic.trees.driftmoe import DriftMoE
 from moesaic.trees.experts import Experts
+from moesaic.trees.settings import settings
+from moesaic.trees.streams import synthetic
 
 HAS_JAVA = importlib.util.find_spec("capymoa") is not None and (shutil.which("java") or os.environ.get("JAVA_HOME"))
 needs_java = pytest.mark.skipif(not HAS_JAVA, reason="needs capymoa and Java")
@@ -161,6 +165,45 @@ def test_an_interrupt_amid_an_answer_and_a_child_that_is_killed_lose_nothing(
     (said,) = [record.getMessage() for record in caplog.records]
     assert "SIGKILL" in said
     assert len(bank._kept.done) <= 200
+
+
+@needs_java
+def test_many_rows_in_one_go_are_one_after_the_other_though_the_child_ends(
+    bank: CapyMOATrees, theirs: NDArray[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bank, "every", 200)
+    x, y, weights = rows()
+    told = []
+    for begin in range(0, 1000, 125):
+        if begin in (250, 750):
+            os.kill(child(bank), signal.SIGKILL)  # it is found to be dead while it is asked
+            assert ended(child(bank))
+        part = slice(begin, begin + 125)
+        told.append(bank.course(x[part], y[part], weights[part], CLASSES))
+        assert len(bank._kept.done) <= 200 + 125
+    told.append(run(bank, 1000, 1100))
+    assert np.array_equal(np.concatenate(told), theirs[:1100])
+
+
+@needs_java
+@pytest.mark.parametrize("given", [{}, {"explore": 0.2, "combine": "mixture"}, {"router": False, "combine": "topk"}])
+def test_a_drift_moe_over_them_learns_many_rows_as_one_after_the_other(given: dict[str, Any]) -> None:
+    wanted = settings("paper", backend="capymoa", n_experts=4, hidden=(16,), batch_size=32, **given)
+    one, many = DriftMoE(wanted), DriftMoE(wanted)
+    try:
+        assert way(wanted) is sent
+        for x, y in synthetic("led_a", length=400, seed=0).chunks(150):
+            said = []
+            for row, label in zip(x, y.tolist(), strict=True):
+                said.append(int(one.predict_proba(row, 10).argmax()))
+                one.learn(row, label)
+            assert many.test_then_train(x, y, 10).tolist() == said
+        (arrays, values), (others, told) = one.state(), many.state()
+        assert values == told
+        assert all(np.array_equal(arrays[name], others[name]) for name in arrays | others)
+    finally:
+        one.close()
+        many.close()
 
 
 @needs_java

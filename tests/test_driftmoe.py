@@ -18,7 +18,7 @@ from torch import nn
 from moesaic.errors import AdapterError, ConfigError, DataError
 from moesaic.routing import TopK
 from moesaic.trees import DriftMoEClassifier, load
-from moesaic.trees.bulk import covers
+from moesaic.trees.bulk import compiled, way
 from moesaic.trees.driftmoe import DriftMoE
 from moesaic.trees.router import Scores, sigmoid
 from moesaic.trees.settings import settings
@@ -219,7 +219,7 @@ def test_f_many_rows_are_one_after_the_other(kind: str) -> None:
 def test_rows_in_bulk_are_bit_for_bit_one_after_the_other(given: dict[str, Any], is_compiled: bool) -> None:
     """Through drifts, steps of the router, room that runs out, classes and features that come late, and gaps."""
     one, many = made(**given), made(**given)
-    assert covers(many.settings) is is_compiled
+    assert (way(many.settings) is compiled) is is_compiled
     stream = synthetic("led_a", length=2400, seed=0)
     draw = np.random.default_rng(1)
     for number, (x, y) in enumerate(stream.chunks(700)):

@@ -1,8 +1,14 @@
-"""Rows one after the other in compiled code, for a DriftMoE all of whose parts can be: bit for bit what its own calls
-for one row do."""
+"""Many rows at once, up to the router's next step: bit for bit what a DriftMoE's own calls for one row do.
+
+| experts | | |
+| --- | --- | --- |
+| in arrays, a mixture that all learn | one compiled loop | `compiled` |
+| in another process | which experts learn a row is known before any is asked: one way there and back | `sent` |
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,20 +16,48 @@ from numpy.typing import NDArray
 
 from moesaic.trees.settings import Settings
 
-
-def covers(s: Settings) -> bool:
-    """Whether the compiled loop does all that these settings ask for."""
-    special = s.warmup or s.explore or s.balance or s.reset_after or s.label_delay or s.lazy is not None
-    return (s.backend, s.variant, s.combine, s.train) == ("arrays", "data", "mixture", "all") and not special
+Way = Callable[[Any, NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]], int]
+"""Of a DriftMoE, rows x (n, d), classes y (n,) and predictions (n,), which are written: predicts and learns rows as far
+as the router's next step, and tells how many; 0 where the first has features or a class that are not known yet."""
 
 
-def test_then_train(model: Any, x: NDArray[np.float64], y: NDArray[np.int64], predicted: NDArray[np.int64]) -> int:
-    """Predict and learn rows x (n, d) of classes y (n,), as far as the router's next step; how many they were.
+def way(s: Settings) -> Way | None:
+    """The one that does all that settings ask for, None where there is none."""
+    if s.variant == "task" or s.warmup or s.balance or s.reset_after or s.label_delay or s.lazy is not None:
+        return None
+    if (s.backend, s.combine, s.train) == ("arrays", "mixture", "all") and not s.explore:
+        return compiled
+    if s.backend == "capymoa" and s.train != "correct" and not (s.history or s.detect or s.scale):
+        return sent
+    return None
 
-    `model` is a DriftMoE whose settings are covered.
 
-    0 where the first is of features or a class that are not known yet, and so has to be learned by itself.
-    """
+def _size(model: Any, x: NDArray[np.float64], y: NDArray[np.int64]) -> int:
+    """Rows that can be done at once."""
+    if x.shape[1] != model.features:
+        return 0
+    new = np.flatnonzero(y >= model.classes)
+    return min(int(new[0]) if len(new) else len(y), model.settings.batch_size - len(model.buffer))
+
+
+def sent(model: Any, x: NDArray[np.float64], y: NDArray[np.int64], predicted: NDArray[np.int64]) -> int:
+    """A `Way` for a bank that has a `course`."""
+    size = _size(model, x, y)
+    if not size:
+        return 0
+    asked = [model.scored(row) for row in x[:size]]
+    lessons = np.stack([model.lessons(scores, np.zeros(model.experts, np.bool_)) for _, scores in asked])
+    votes = model.banks.banks[0].course(x[:size], y[:size], lessons, model.classes)
+    for t, (read, scores) in enumerate(asked):
+        look = model.looked(votes[t], read, scores)
+        predicted[t] = model.combined(look).argmax()
+        right, targets = model.judged(look, y[t])
+        model.noted(x[t], y[t], look, right, targets, lessons[t])
+    return size
+
+
+def compiled(model: Any, x: NDArray[np.float64], y: NDArray[np.int64], predicted: NDArray[np.int64]) -> int:
+    """A `Way` for trees in arrays."""
     from moesaic.trees.arrays.course import Kept, Rule, course
 
     s, d, experts = model.settings, model.features, model.experts
@@ -32,9 +66,8 @@ def test_then_train(model: Any, x: NDArray[np.float64], y: NDArray[np.int64], pr
     fits = all(
         bank.features == width and bank.classes == model.classes for bank, width in zip(banks, wide, strict=True)
     )
-    new = np.flatnonzero(y >= model.classes)
-    size = min(int(new[0]) if len(new) else len(y), s.batch_size - len(model.buffer))
-    if x.shape[1] != d or not fits or not size:
+    size = _size(model, x, y)
+    if not fits or not size:
         return 0
     lessons = np.ones((size, experts))
     if s.poisson:

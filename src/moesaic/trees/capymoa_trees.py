@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from moesaic.errors import AdapterError, ConfigError, DataError, TrainingError
 from moesaic.trees.experts import Row, Votes
 from moesaic.trees.jvm import HEAP, Refused, Worker, WorkerDied
-from moesaic.trees.jvm_worker import ADD, LEARN, LOAD, PREDICT, PREPARE, RESET, SAVE
+from moesaic.trees.jvm_worker import ADD, COURSE, LEARN, LOAD, PREDICT, PREPARE, RESET, SAVE
 
 logger = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
@@ -144,6 +144,34 @@ class CapyMOATrees:
             return
         slots = {2 * k for k in learners} | {2 * k + 1 for k in learners}
         self._change(LEARN, int(y), self.size, weights.tobytes() + row.tobytes(), slots, row.size)
+
+    def course(
+        self, x: NDArray[np.float64], y: NDArray[np.int64], weights: NDArray[np.float64], classes: int
+    ) -> NDArray[np.float64]:
+        """Probabilities (n, K, classes) of rows (n, d), each answered before it is learned as of y (n,), in one go.
+
+        Args:
+            weights: (n, K) with which the trees learn.
+        Raises:
+            TrainingError: the child ends again and again; nothing of it was learned then.
+        """
+        rows, own = np.ascontiguousarray([self._row(row) for row in x]), np.ascontiguousarray(weights, np.float64)
+        if self._is_full:
+            self._save()
+        frames = [
+            (LEARN, int(label), self.size, lessons.tobytes() + row.tobytes())
+            for row, label, lessons in zip(rows, y, own, strict=True)
+        ]
+        learners = np.flatnonzero((own > 0).any(axis=0)).tolist()
+        payload = own.tobytes() + rows.tobytes() + np.ascontiguousarray(y, np.int64).tobytes()
+
+        def ask(worker: Worker) -> tuple[int, int, bytes]:
+            told = worker.ask(COURSE, classes, len(y), payload)
+            self._note(frames, {2 * k for k in learners} | {2 * k + 1 for k in learners}, rows.shape[1])
+            return told
+
+        count, width, votes = self._do(ask)
+        return shares(np.frombuffer(votes).reshape(count, width)[:, :classes]).reshape(len(y), self.size, classes)
 
     def reset(self, which: int) -> None:
         """Let a tree begin anew, or as the one that was prepared. Raises DataError where there is no such tree."""
@@ -267,14 +295,23 @@ class CapyMOATrees:
             changed: slots of the trees that are not what they were.
             features: how wide rows are from now on.
         """
-        if len(self._kept.done) >= self.every or self._kept.size >= JOURNAL:
+        if self._is_full:
             self._save()
-        worker, kept = self._take(), self._kept
-        self._features = self._features if features is None else features
-        kept.changed.update(changed)
-        kept.size += len(payload)
-        kept.done.append((operation, a, b, payload))
+        worker = self._take()
+        self._note([(operation, a, b, payload)], changed, features)
         self._tell(worker, operation, a, b, payload)
+
+    @property
+    def _is_full(self) -> bool:
+        """Whether so much was done since the trees were saved that it is time to do that again."""
+        return len(self._kept.done) >= self.every or self._kept.size >= JOURNAL
+
+    def _note(self, frames: list[Frame], changed: Set[int], features: int | None) -> None:
+        """What another child would have to do again."""
+        self._features = self._features if features is None else features
+        self._kept.changed.update(changed)
+        self._kept.size += sum(len(payload) for *_, payload in frames)
+        self._kept.done += frames
 
     def _save(self) -> _Kept:
         """Have the trees that changed written, and forget what was done."""

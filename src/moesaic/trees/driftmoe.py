@@ -61,7 +61,7 @@ class DriftMoE:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = s = settings
-        self._is_bulk = bulk.covers(s)
+        self._bulk = bulk.way(s)
         self.is_task, self.inert = s.variant == "task", s.has_inert_experts
         self.banks = Banks(s, 0 if self.is_task else s.n_experts)
         self.router: Scores | None = None
@@ -85,7 +85,7 @@ class DriftMoE:
             return np.full(classes, 1 / max(classes, 1))
         look = self._seen(self._wide(_plain(x)))
         found = np.zeros(classes)
-        found[: self.classes] = self._combined(look)
+        found[: self.classes] = self.combined(look)
         return found
 
     def weights(self, x: Row) -> NDArray[np.float64]:
@@ -111,7 +111,7 @@ class DriftMoE:
             return made
         return made / made.sum()
 
-    def _combined(self, look: Look) -> NDArray[np.float64]:
+    def combined(self, look: Look) -> NDArray[np.float64]:
         if self.inert:
             return _softmax(look.scores)
         if self.is_task:
@@ -131,8 +131,8 @@ class DriftMoE:
         return self._look
 
     def _made(self, x: Row, past: NDArray[np.float64]) -> Look:
-        read, kept = self._scaled(x), self._dropped()
-        scores = np.zeros(self.experts, np.float32) if self.router is None else self.router(read, kept)
+        kept = self._dropped()
+        read, scores = self.scored(x, kept)
         weights, classes = self._weights(scores), 2 if self.is_task else self.classes
         if self.settings.lazy is None:
             return Look(self.banks.predict(x, classes, past), scores, weights, read, kept)
@@ -140,6 +140,17 @@ class DriftMoE:
         look = Look(votes, scores, weights, read, kept)
         self._ask(look, x, np.flatnonzero(weights))
         return look
+
+    def scored(
+        self, x: Row, kept: NDArray[np.float32] | None = None
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """What the router reads of a row, and its scores (K,)."""
+        read = self._scaled(x)
+        return read, np.zeros(self.experts, np.float32) if self.router is None else self.router(read, kept)
+
+    def looked(self, votes: NDArray[np.float64], read: NDArray[np.float32], scores: NDArray[np.float32]) -> Look:
+        """A row whose votes are there already."""
+        return Look(votes, scores, self._weights(scores), read, None)
 
     def _ask(self, look: Look, x: Row, which: NDArray[np.int64]) -> None:
         """Experts that were not asked yet."""
@@ -180,17 +191,21 @@ class DriftMoE:
         if s.lazy is not None:
             drawn = self.random.choice(self.experts, min(s.lazy, self.experts), replace=False)
             self._ask(look, x, np.union1d(self._taken(look.scores), drawn))
-        right = self._right(look, y)
-        targets = right.copy()
-        if not right.any():
-            targets[y if self.is_task else int(np.nanargmax(look.votes[:, y]))] = True
-        weights = self._lessons(look, y, right, targets)
+        right, targets = self.judged(look, y)
+        weights = self.lessons(look.scores, targets)
         self._teach(x, y, weights, past)
+        self.noted(x, y, look, right, targets, weights)
+
+    def noted(
+        self, x: Row, y: int, look: Look, right: NDArray[np.bool_], targets: NDArray[np.bool_],
+        weights: NDArray[np.float64],
+    ) -> None:  # fmt: skip
+        """What else comes of a row that the experts have learned, with weights (K,)."""
         self._follow(right, weights)
         self.ledger.chosen += look.weights
         if self.router is not None:
             self._route(look, targets)
-        if s.scale:
+        if self.settings.scale:
             watch(x, self.mean, self.square, self.seen_in)
         self._remember(y)
         self.rows += 1
@@ -201,7 +216,7 @@ class DriftMoE:
         predicted = np.empty(len(y), np.int64)
         x, at = np.array(_plain(x)), 0
         while at < len(y):
-            done = self._is_bulk and bulk.test_then_train(self, x[at:], y[at:], predicted[at:])
+            done = 0 if self._bulk is None else self._bulk(self, x[at:], y[at:], predicted[at:])
             if not done:
                 predicted[at] = self.predict_proba(x[at], classes).argmax()
                 self.learn(x[at], int(y[at]))
@@ -236,8 +251,16 @@ class DriftMoE:
         said = look.votes[:, 1] > look.votes[:, 0]
         return own if self.inert else said == own
 
-    def _lessons(self, look: Look, y: int, right: NDArray[np.bool_], targets: NDArray[np.bool_]) -> NDArray[np.float64]:
-        """How often each expert learns the row (K,)."""
+    def judged(self, look: Look, y: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Which experts were right (K,), and m: where none was, the one that was nearest."""
+        right = self._right(look, y)
+        targets = right.copy()
+        if not right.any():
+            targets[y if self.is_task else int(np.nanargmax(look.votes[:, y]))] = True
+        return right, targets
+
+    def lessons(self, scores: NDArray[np.float32], targets: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """How often each expert learns the row (K,), by the router's scores and by who was right."""
         s = self.settings
         if self.inert:
             return np.zeros(self.experts)
@@ -247,7 +270,7 @@ class DriftMoE:
             taught = targets.astype(np.float64)
         else:
             taught = np.zeros(self.experts)
-            taught[self._taken(look.scores)] = 1.0
+            taught[self._taken(scores)] = 1.0
         if s.explore and self.random.random() < s.explore:
             taught[self.random.integers(self.experts)] = 1.0
         if s.reset_after:

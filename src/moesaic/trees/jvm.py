@@ -105,10 +105,15 @@ class Worker:
         return self._process.pid
 
     def send(self, operation: int, a: int = 0, b: int = 0, payload: bytes | bytearray = b"") -> None:
-        """A frame that has no answer. Raises WorkerDied."""
+        """A frame that has no answer; it leaves with those that follow, for each way to the child costs more than it
+        does there. Raises WorkerDied."""
+        self._write(HEADER.pack(operation, a, b, len(payload)) + payload)
+
+    def _write(self, frame: bytes, *, flush: bool = False) -> None:
         try:
-            self._in.write(HEADER.pack(operation, a, b, len(payload)) + payload)
-            self._in.flush()
+            self._in.write(frame)
+            if flush:
+                self._in.flush()
         except (OSError, ValueError):
             raise WorkerDied(self._how()) from None
         except BaseException:
@@ -117,7 +122,7 @@ class Worker:
 
     def ask(self, operation: int, a: int = 0, b: int = 0, payload: bytes | bytearray = b"") -> tuple[int, int, bytes]:
         """A frame's answer: a, b and payload. Raises WorkerDied, and Refused where it is an error."""
-        self.send(operation, a, b, payload)
+        self._write(HEADER.pack(operation, a, b, len(payload)) + payload, flush=True)
         return self._answer()
 
     def cpu_seconds(self) -> float:

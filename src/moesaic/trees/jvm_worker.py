@@ -11,6 +11,7 @@ It is run as a file, so that it imports nothing of ours: a child needs neither t
 | `LOAD` | features | number of slots | slots (int64), a size for each (int64), then their bytes | empty |
 | `PREPARE` | tree | | | none |
 | `ADD` | number of trees | | | none |
+| `COURSE` | classes | rows n | weights (n, trees), x (n, d) (float64), y (n,) (int64) | votes (float64); a, b: shape |
 | `CPU` | | | | seconds that this process used (float64) |
 
 Tree k is in slot 2k, and in slot 2k + 1 the one that was prepared and grows beside it, where there is one.
@@ -33,7 +34,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, BinaryIO, Protocol
 
-PREDICT, LEARN, RESET, SAVE, LOAD, PREPARE, ADD = range(7)
+PREDICT, LEARN, RESET, SAVE, LOAD, PREPARE, ADD, COURSE = range(8)
 CPU = 100
 FAILED, IMPOSSIBLE = 1, 2
 HEADER = struct.Struct("<iiqq")
@@ -88,7 +89,7 @@ class Trees:
 
         ObjectInputFilter.Config.setSerialFilter(ObjectInputFilter.Config.createFilter(ALLOWED))
         self.kind, self.options, self.seed = HoeffdingTree, options, seed
-        self.doubles, self.tables = jpype.JArray(jpype.JDouble), jpype.JArray(jpype.JDouble, 2)
+        self.doubles, self.tables, self.cubes = (jpype.JArray(jpype.JDouble, n) for n in (1, 2, 3))
         self.trees = jpype.JArray(HoeffdingTree)([self.new() for _ in range(size)])
         self.beside: dict[int, Any] = {}
         """Trees that grow beside others, to take their places."""
@@ -156,9 +157,27 @@ class Trees:
         Arrays.setAll(ballots, self.ballot)
         return np.asarray(ballots)
 
+    def course(self, x: Any, y: list[int], weights: list[list[float]], classes: int) -> Any:
+        """Votes (n, trees, classes) on rows (n, d), each asked for before the row is learned."""
+        import numpy as np
+        from java.util import Arrays
+
+        self.fit(x.shape[1], classes)
+        ballots = self.cubes(len(y))
+        for t, label in enumerate(y):
+            self.values[: self.features] = x[t]
+            ballots[t] = asked = self.tables(len(self.trees))
+            Arrays.setAll(asked, self.ballot)
+            self.taught(label, weights[t])
+        return np.asarray(ballots)
+
     def learn(self, x: Any, y: int, weights: list[float]) -> None:
         self.fit(len(x), y + 1)
         self.values[: self.features] = x
+        self.taught(y, weights)
+
+    def taught(self, y: int, weights: list[float]) -> None:
+        """The row that is in place is of class `y`."""
         self.values[self.features] = float(y)
         for i, weight in enumerate(weights):
             if weight > 0:
@@ -213,6 +232,12 @@ class Trees:
             cut = len(data) - 8 * b
             votes = self.predict(np.frombuffer(data[:cut]), a, np.frombuffer(data[cut:], np.int64).tolist())
             return votes.tobytes(), *votes.shape
+        elif operation == COURSE:
+            numbers = np.frombuffer(data[: -8 * b])
+            weights = numbers[: b * len(self.trees)].reshape(b, -1)
+            x, y = numbers[weights.size :].reshape(b, -1), np.frombuffer(data[-8 * b :], np.int64)
+            votes = self.course(x, y.tolist(), weights.tolist(), a)
+            return votes.tobytes(), len(votes) * votes.shape[1], votes.shape[2]
         elif operation == RESET:
             self.reset(a)
         elif operation == PREPARE:
