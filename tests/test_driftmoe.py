@@ -128,7 +128,7 @@ def test_c_where_no_expert_is_right_the_nearest_is_the_routers_target() -> None:
         if not right.any():
             right[votes[:, y].argmax()] = True
         model.learn(x, y)
-        found = model.buffer[-1][1] if model.buffer else None
+        found = model.router.buffer[-1][1] if model.router.buffer else None
         if found is not None:
             assert np.array_equal(found, right.astype(np.float32))
 
@@ -245,7 +245,7 @@ def test_weights_are_what_their_names_say() -> None:
         z = torch.from_numpy(model.router(x.astype(np.float32))).double()
         np.testing.assert_allclose(model.weights(x), TopK(top_k)(z).weights.numpy(), rtol=1e-5)
     model = taught(made(trust=2.0, recency=3.0))
-    z = model.router(model._scaled(x))
+    z = model.router(model.reading(x))
     wanted = sigmoid(z) ** 2 * model.ledger.accuracy**3
     np.testing.assert_allclose(model.weights(x), wanted / wanted.sum(), rtol=1e-4)
     votes = model.banks.predict(x, 2, model._past(0))
@@ -286,8 +286,8 @@ def test_lazily_only_those_that_are_routed_and_a_few_others_are_asked() -> None:
         every = sorted(k for which in asked for k in which)
         assert len(every) == len({*every}) <= 3
         assert {*best[:2].tolist()} <= {*every}
-        if model.buffer:
-            assert np.flatnonzero(~np.isnan(model.buffer[-1][1])).tolist() == every
+        if model.router.buffer:
+            assert np.flatnonzero(~np.isnan(model.router.buffer[-1][1])).tolist() == every
     whole = score(made("paper", n_experts=12), 3000)
     assert score(made("paper", n_experts=12, lazy=2), 3000) > whole - 0.02
     with pytest.raises(ConfigError, match="lazy needs variant=data"):

@@ -37,7 +37,8 @@ def _size(model: Any, x: NDArray[np.float64], y: NDArray[np.int64]) -> int:
     if x.shape[1] != model.features:
         return 0
     new = np.flatnonzero(y >= model.classes)
-    return min(int(new[0]) if len(new) else len(y), model.settings.batch_size - len(model.buffer))
+    waiting = 0 if model.router is None else len(model.router.buffer)
+    return min(int(new[0]) if len(new) else len(y), model.settings.batch_size - waiting)
 
 
 def sent(model: Any, x: NDArray[np.float64], y: NDArray[np.int64], predicted: NDArray[np.int64]) -> int:
@@ -78,8 +79,8 @@ def compiled(model: Any, x: NDArray[np.float64], y: NDArray[np.int64], predicted
     )
     weights, biases = tuple(layers[0::2]), tuple(layers[1::2])
     kept = Kept(
-        ledger.accuracy, ledger.trained, ledger.last, ledger.resets, ledger.chosen, model.labels, model.mean,
-        model.square, model.seen_in,
+        ledger.accuracy, ledger.trained, ledger.last, ledger.resets, ledger.chosen, model.labels,
+        model.reading.mean, model.reading.square, model.reading.seen,
     )  # fmt: skip
     trust = s.trust if s.router else 0.0
     rule = Rule(float(trust), float(s.recency), float(s.rate), s.scale, s.detect)

@@ -32,8 +32,9 @@ from moesaic.trees import bulk
 from moesaic.trees.banks import Banks
 from moesaic.trees.experts import Row
 from moesaic.trees.ledger import Ledger, same_kind, whole
+from moesaic.trees.reading import Reading
 from moesaic.trees.router import Scores, sigmoid
-from moesaic.trees.rows import blend, clipped, mixture, normalise, standardised, watch
+from moesaic.trees.rows import blend, mixture, normalise
 from moesaic.trees.settings import Settings
 
 
@@ -69,8 +70,7 @@ class DriftMoE:
         self.classes, self.features, self.rows = 0, 0, 0
         self.labels = np.full(s.history + s.label_delay if s.history else 0, np.nan)
         """The last labels, the newest first."""
-        self.mean, self.square, self.seen_in = np.zeros((3, 0))
-        self.buffer: list[tuple[NDArray[np.float32], NDArray[np.float32]]] = []
+        self.reading = Reading(s.scale)
         self._look: Look | None = None
         self._asked = b""
         self.ledger = Ledger(s.rate)
@@ -145,7 +145,7 @@ class DriftMoE:
         self, x: Row, kept: NDArray[np.float32] | None = None
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """What the router reads of a row, and its scores (K,)."""
-        read = self._scaled(x)
+        read = self.reading(x)
         return read, np.zeros(self.experts, np.float32) if self.router is None else self.router(read, kept)
 
     def looked(self, votes: NDArray[np.float64], read: NDArray[np.float32], scores: NDArray[np.float32]) -> Look:
@@ -170,15 +170,6 @@ class DriftMoE:
         """The labels that were known when a row was answered whose own comes `late` rows later, the last one first."""
         return self.labels[late : late + self.settings.history]
 
-    def _scaled(self, x: Row) -> NDArray[np.float32]:
-        """What the router reads of a row: missing values are a mean one's."""
-        read = np.zeros(self.features, np.float32)
-        if self.settings.scale:
-            standardised(x, self.mean, self.square, self.seen_in, read)
-        else:
-            clipped(x, read)
-        return read
-
     # -- learning ------------------------------------------------------------------------------------------------
 
     def learn(self, x: Row, y: int) -> None:
@@ -190,7 +181,7 @@ class DriftMoE:
         look = self._made(x, past) if s.label_delay else self._seen(x)
         if s.lazy is not None:
             drawn = self.random.choice(self.experts, min(s.lazy, self.experts), replace=False)
-            self._ask(look, x, np.union1d(self._taken(look.scores), drawn))
+            self._ask(look, x, np.union1d(self.ledger.taken(look.scores, s.top_k), drawn))
         right, targets = self.judged(look, y)
         weights = self.lessons(look.scores, targets)
         self._teach(x, y, weights, past)
@@ -204,9 +195,11 @@ class DriftMoE:
         self._follow(right, weights)
         self.ledger.chosen += look.weights
         if self.router is not None:
-            self._route(look, targets)
-        if self.settings.scale:
-            watch(x, self.mean, self.square, self.seen_in)
+            wanted = targets.astype(np.float32)
+            if self.settings.lazy is not None:
+                wanted[np.isnan(look.votes[:, 0])] = np.nan
+            self.router.take(look.read, wanted, look.kept)
+        self.reading.learn(x)
         self._remember(y)
         self.rows += 1
         self._look = None
@@ -228,8 +221,8 @@ class DriftMoE:
         self.rows += count
         self._look = None
         if self.router is not None:
-            self.buffer += zip(reads, targets, strict=True)
-            self._step(None)
+            for read, wanted in zip(reads, targets, strict=True):
+                self.router.take(read, wanted)
 
     def skip(self) -> None:
         """A row whose label never came: those behind it were answered without it."""
@@ -261,29 +254,7 @@ class DriftMoE:
 
     def lessons(self, scores: NDArray[np.float32], targets: NDArray[np.bool_]) -> NDArray[np.float64]:
         """How often each expert learns the row (K,), by the router's scores and by who was right."""
-        s = self.settings
-        if self.inert:
-            return np.zeros(self.experts)
-        if self.is_task or s.train == "all" or self.rows < s.warmup:
-            taught = np.ones(self.experts)
-        elif s.train == "correct":
-            taught = targets.astype(np.float64)
-        else:
-            taught = np.zeros(self.experts)
-            taught[self._taken(scores)] = 1.0
-        if s.explore and self.random.random() < s.explore:
-            taught[self.random.integers(self.experts)] = 1.0
-        if s.reset_after:
-            taught[self.rows < self.ledger.nursed] = 1.0
-        if s.balance:
-            self.ledger.favour(taught, s.balance)
-        if s.poisson:
-            taught = taught * self.random.poisson(s.poisson, self.experts)
-        return taught
-
-    def _taken(self, z: NDArray[np.float32]) -> NDArray[np.int64]:
-        """The `top_k` experts that learn a row by the router's scores."""
-        return np.argsort(-(z + self.ledger.bias), kind="stable")[: self.settings.top_k]
+        return self.ledger.lessons(self.settings, self.random, self.rows, scores, targets)
 
     def _teach(self, x: Row, y: int, weights: NDArray[np.float64], past: NDArray[np.float64]) -> None:
         if not self.is_task:
@@ -305,32 +276,13 @@ class DriftMoE:
                 self.banks.reset(k)
                 self.ledger.begun(k, self.rows, until=self.rows + max(s.reset_after // 10, 1))
 
-    def _route(self, look: Look, targets: NDArray[np.bool_]) -> None:
-        wanted = targets.astype(np.float32)
-        if self.settings.lazy is not None:
-            wanted[np.isnan(look.votes[:, 0])] = np.nan
-        self.buffer.append((look.read, wanted))
-        self._step(look.kept)
-
-    def _step(self, kept: NDArray[np.float32] | None) -> None:
-        """Let the router learn, once its batch is full."""
-        if self.router is None or len(self.buffer) < (1 if self.inert else self.settings.batch_size):
-            return
-        rows, wanted = (np.stack(part) for part in zip(*self.buffer, strict=True))
-        if kept is None and (p := self.settings.dropout):
-            kept = ((self.random.random((len(rows), self.settings.hidden[0])) >= p) / (1 - p)).astype(np.float32)
-        self.router.step(rows, wanted, kept)
-        self.buffer.clear()
-
     # -- growing -------------------------------------------------------------------------------------------------
 
     def _grow(self, features: int, classes: int) -> None:
         if features <= self.features and classes <= self.classes:
             return
-        more = max(features - self.features, 0)
         self.features, self.classes = max(features, self.features), max(classes, self.classes)
-        for name in SCALES:
-            setattr(self, name, np.append(getattr(self, name), np.zeros(more)))
+        self.reading.grow(self.features)
         if self.is_task:
             if not self.inert:
                 self.banks.add(self.classes - self.experts)
@@ -338,11 +290,11 @@ class DriftMoE:
         if self.settings.router:
             if self.router is None:
                 s = self.settings
-                self.router = Scores(self.features, self.experts, hidden=s.hidden, lr=s.lr, seed=s.seed)
+                self.router = Scores(
+                    self.features, self.experts, hidden=s.hidden, lr=s.lr, dropout=s.dropout, random=self.random,
+                    batch_size=1 if self.inert else s.batch_size, seed=s.seed,
+                )  # fmt: skip
             self.router.grow(self.features, self.experts)
-            self.buffer = [
-                (np.pad(x, (0, self.features - len(x))), np.pad(m, (0, self.experts - len(m)))) for x, m in self.buffer
-            ]
         self._look = None
 
     # -- what a report and a checkpoint ask for ------------------------------------------------------------------
@@ -358,14 +310,13 @@ class DriftMoE:
         return self.ledger.size
 
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-        arrays = {name: getattr(self, name).copy() for name in (*SCALES, "labels")}
-        arrays |= {f"ledger.{name}": values.copy() for name, values in self.ledger.arrays().items()}
+        arrays = {"labels": self.labels.copy()}
+        for name, held in (("ledger", self.ledger.arrays()), ("reading", self.reading.arrays())):
+            arrays |= {f"{name}.{key}": values.copy() for key, values in held.items()}
         values: dict[str, Any] = {
             "settings": self.settings.describes(), "rows": self.rows, "classes": self.classes,
             "features": self.features, "random": self.random.bit_generator.state, "router": None,
         }  # fmt: skip
-        if self.buffer:
-            arrays["buffer.x"], arrays["buffer.m"] = (np.stack(part) for part in zip(*self.buffer, strict=True))
         parts: list[tuple[str, Any]] = [("banks", self.banks)]
         if self.router is not None:
             parts.append(("router", self.router))
@@ -391,15 +342,10 @@ class DriftMoE:
         self.rows = 0
         self._grow(whole("features", values["features"], MOST), whole("classes", values["classes"], MOST))
         self.ledger.restore(_part(arrays, "ledger"))
-        for name in (*SCALES, "labels"):
-            setattr(self, name, same_kind(name, arrays[name], getattr(self, name)))
+        self.reading.restore(_part(arrays, "reading"))
+        self.labels = same_kind("labels", arrays["labels"], self.labels)
         self.rows = whole("rows", values["rows"], 2**63)
         self.random.bit_generator.state = values["random"]
-        self.buffer = []
-        if "buffer.x" in arrays:
-            for x, m in zip(arrays["buffer.x"], arrays["buffer.m"], strict=True):
-                pair = np.zeros(self.features, np.float32), np.zeros(self.experts, np.float32)
-                self.buffer.append((same_kind("buffer.x", x, pair[0]), same_kind("buffer.m", m, pair[1])))
         for name, part in (("banks", self.banks), ("router", self.router)):
             if part is not None:
                 part.restore(_part(arrays, name), values[name])
@@ -415,7 +361,6 @@ class DriftMoE:
 
 
 RELEASED_DROPOUT = 0.2
-SCALES = ("mean", "square", "seen_in")
 LARGEST = 1e100
 """Values beyond are taken for missing: their squares could not be counted."""
 MOST = 1_000_000

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesaic.trees.rows import follow
+from moesaic.trees.settings import Settings
 
 
 class Ledger:
@@ -48,6 +49,41 @@ class Ledger:
         """An expert that nobody taught begins anew, and is taught for a while."""
         self.resets[which] += 1
         self.last[which], self.nursed[which] = row, until
+
+    def lessons(
+        self, s: Settings, random: np.random.Generator, row: int, scores: NDArray[np.float32],
+        targets: NDArray[np.bool_],
+    ) -> NDArray[np.float64]:  # fmt: skip
+        """How often each expert learns a row (K,).
+
+        Args:
+            random: what is drawn is drawn from it.
+            row: rows that were learned before.
+            scores: the router's (K,).
+            targets: which experts were right, or nearest (K,).
+        """
+        if s.has_inert_experts:
+            return np.zeros(self.size)
+        if s.variant == "task" or s.train == "all" or row < s.warmup:
+            taught = np.ones(self.size)
+        elif s.train == "correct":
+            taught = targets.astype(np.float64)
+        else:
+            taught = np.zeros(self.size)
+            taught[self.taken(scores, s.top_k)] = 1.0
+        if s.explore and random.random() < s.explore:
+            taught[random.integers(self.size)] = 1.0
+        if s.reset_after:
+            taught[row < self.nursed] = 1.0
+        if s.balance:
+            self.favour(taught, s.balance)
+        if s.poisson:
+            taught = taught * random.poisson(s.poisson, self.size)
+        return taught
+
+    def taken(self, scores: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+        """The experts that learn a row by the router's scores (K,)."""
+        return np.argsort(-(scores + self.bias), kind="stable")[:count]
 
     def favour(self, taught: NDArray[np.float64], step: float) -> None:
         """Raise the bias of those that learned less than their share of a row, lower the others'."""

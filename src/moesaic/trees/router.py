@@ -30,13 +30,28 @@ class Scores:
         d_in, d_out: features and experts; both may grow.
         hidden: widths between.
         lr: Adam's.
+        batch_size: rows that `take` lets it learn at once.
+        dropout: of the first hidden units, in learning.
+        random: what dropout is drawn from.
         seed: of the weights.
     """
 
     def __init__(
-        self, d_in: int, d_out: int, *, hidden: tuple[int, ...] = (256, 128), lr: float = 2e-3, seed: int = 0
+        self,
+        d_in: int,
+        d_out: int,
+        *,
+        hidden: tuple[int, ...] = (256, 128),
+        lr: float = 2e-3,
+        batch_size: int = 256,
+        dropout: float = 0.0,
+        random: np.random.Generator | None = None,
+        seed: int = 0,
     ) -> None:
-        self.lr, self.steps = lr, 0
+        self.lr, self.steps, self.batch_size, self.dropout = lr, 0, batch_size, dropout
+        self.buffer: list[tuple[Floats, Floats]] = []
+        """Rows (d,) and targets (K,) that wait until they are a batch."""
+        self._draw = np.random.default_rng(seed) if random is None else random
         self._random = np.random.default_rng(seed)
         widths = [d_in, *hidden, d_out]
         self.parameters: list[Floats] = []
@@ -68,6 +83,18 @@ class Scores:
             layer(h, self.parameters[i], self.parameters[i + 1], i < len(self.parameters) - 2, made)
             h = made if i or kept is None else made * kept
         return h
+
+    def take(self, x: Floats, targets: Floats, kept: Floats | None = None) -> None:
+        """Learn a row (d,) and its targets (K,) with the others of its batch, once that is full."""
+        self.buffer.append((x, targets))
+        if len(self.buffer) < self.batch_size:
+            return
+        rows, wanted = (np.stack(part) for part in zip(*self.buffer, strict=True))
+        if kept is None and self.dropout:
+            drawn = self._draw.random((len(rows), self.parameters[0].shape[1]))
+            kept = ((drawn >= self.dropout) / (1 - self.dropout)).astype(np.float32)
+        self.step(rows, wanted, kept)
+        self.buffer.clear()
 
     def step(self, x: Floats, targets: Floats, kept: Floats | None = None) -> float:
         """One step of Adam on rows x (B, d) and targets (B, K) of 0 and 1; returns the loss before it.
@@ -124,10 +151,12 @@ class Scores:
         for held in self.moments:
             for i, p in enumerate(self.parameters):
                 held[i] = np.pad(held[i], [(0, a - b) for a, b in zip(p.shape, held[i].shape, strict=True)])
+        self.buffer = [(np.pad(x, (0, d_in - len(x))), np.pad(m, (0, d_out - len(m)))) for x, m in self.buffer]
 
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         named = {"weights": self.parameters, "first": self.moments[0], "second": self.moments[1]}
         arrays = {f"{name}.{i}": p.copy() for name, held in named.items() for i, p in enumerate(held)}
+        arrays |= {f"buffer.{i}": np.stack(part) for i, part in enumerate(zip(*self.buffer, strict=True))}
         return arrays, {"steps": self.steps, "random": self._random.bit_generator.state}
 
     def restore(self, arrays: Mapping[str, NDArray[Any]], values: Mapping[str, Any]) -> None:
@@ -137,6 +166,13 @@ class Scores:
                 own[i] = same_kind(f"{name}.{i}", arrays[f"{name}.{i}"], p)
                 if np.isnan(own[i]).any():
                     raise ValueError(f"{name}.{i} is not a number")
+        self.buffer = []
+        if "buffer.0" in arrays:
+            own_row, own_targets = np.zeros(self.d_in, np.float32), np.zeros(self.d_out, np.float32)
+            for x, m in zip(arrays["buffer.0"], arrays["buffer.1"], strict=True):
+                self.buffer.append((same_kind("buffer.0", x, own_row), same_kind("buffer.1", m, own_targets)))
+        if len(self.buffer) >= self.batch_size:
+            raise ValueError(f"{len(self.buffer)} rows wait for a batch of {self.batch_size}")
         self.steps = whole("steps", values["steps"], 2**63)
         self._random.bit_generator.state = values["random"]
 

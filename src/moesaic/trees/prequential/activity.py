@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moesaic.trees.prequential.learner import Learner, State, Watched
+from moesaic.trees.prequential.learner import Learner, State, Watched, ensure, whole
 
 Counts = dict[str, NDArray[Any]]
 """By what was done: how often, or with how much weight in sum, by each expert (K,)."""
@@ -39,14 +39,33 @@ class Activity:
         """Window by window; an empty list where the learner keeps no counts."""
         return [dict(counts) for counts in self._windows] if self._before else []
 
+    @property
+    def closed(self) -> int | None:
+        """Windows that have ended; None where the learner keeps no counts."""
+        return len(self._windows) if self._before else None
+
     def state(self) -> State:
         arrays = {f"before.{name}": counts for name, counts in self._before.items()}
         arrays |= {f"{i}.{name}": counts for i, window in enumerate(self._windows) for name, counts in window.items()}
         return arrays, {"windows": len(self._windows)}
 
     def restore(self, arrays: Mapping[str, NDArray[Any]], values: Mapping[str, Any]) -> None:
-        self._windows = [_named(arrays, f"{i}.") for i in range(values["windows"])]
-        self._before = _named(arrays, "before.")
+        """Become what `state` told of. Raises AdapterError, and nothing has changed, where that cannot be."""
+        count, names = whole(values, "windows"), [*self._before]
+        ensure(len(arrays) == (count + 1) * len(names), "it lacks counts of what experts did, or has more of them")
+        if not names:
+            return
+        windows = [_named(arrays, f"{i}.") for i in range(count)]
+        before = _named(arrays, "before.")
+        for name, own in self._before.items():
+            size = 0
+            for counts in (*windows, before):
+                found = counts.get(name, _LACKING)
+                shaped = found.dtype == own.dtype and found.ndim == 1 and found.size >= size
+                good = shaped and bool((np.isfinite(found) & (found >= 0)).all())
+                ensure(good, f"its counts of {name} are damaged")
+                size = found.size
+        self._windows, self._before = windows, before
 
     def _now(self) -> Counts:
         if not isinstance(self._learner, Watched):
@@ -69,3 +88,5 @@ def _joined(first: Counts, second: Counts, sign: int = 1) -> Counts:
 
 
 _NONE = np.zeros(0, np.int64)
+_LACKING = np.zeros((0, 0))
+"""No counts at all: those are of one dimension."""

@@ -17,9 +17,9 @@ import numpy as np
 from moesaic.errors import AdapterError, ConfigError, MissingDependency, MoesaicError, first_line
 from moesaic.runs.folder import atomic_folder, check_writable, discard, write_json, writing
 from moesaic.runs.settings import differences
-from moesaic.trees.prequential.learner import Stateful
+from moesaic.trees.prequential.learner import Stateful, ensure
 
-FORMAT = 1
+FORMAT = 2
 END = "end"
 _ROW = "row-"
 
@@ -77,7 +77,7 @@ class Checkpoints:
                 discard(other)
 
     def load(self, parts: Mapping[str, Stateful]) -> None:
-        """Let the parts become what the newest checkpoint holds.
+        """Let the parts become what the newest checkpoint holds, in their order; the first that is damaged ends it.
 
         Raises:
             ConfigError: it is of a run with other settings.
@@ -95,6 +95,7 @@ class Checkpoints:
             changed = differences(before, self.settings)
             for name, part in () if changed else parts.items():
                 own = [key for key in arrays if key.startswith(f"{name}/")]
+                ensure(isinstance(values.get(name), dict), f"its {name} is not there")
                 part.restore({key.removeprefix(f"{name}/"): arrays[key].copy() for key in own}, values[name])
         except MissingDependency:
             raise

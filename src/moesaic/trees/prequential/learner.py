@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from moesaic.errors import AdapterError
 from moesaic.trees.experts import Row
 
 State = tuple[dict[str, NDArray[Any]], dict[str, Any]]
@@ -71,3 +72,17 @@ class Skipping(Protocol):
 
     def skip(self) -> None:
         """A row's label is missing: it is not learned."""
+
+
+def ensure(good: bool, wrong: str) -> None:
+    """Raise AdapterError, with what is wrong of a state, unless it is good."""
+    if not good:
+        raise AdapterError(wrong)
+
+
+def whole(values: Mapping[str, Any], name: str, most: int = 2**53) -> int:
+    """A whole number of a state, from 0 on. Raises AdapterError for anything else."""
+    found: Any = values.get(name)
+    good = type(found) is int and 0 <= found <= most
+    ensure(good, f"its {name} is {str(found)[:40]!r}, and must be a whole number from 0 to {most:,}")
+    return int(found)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moesaic.trees.prequential.metrics import METRICS, Figures
+from moesaic.trees.prequential.metrics import METRICS, ClassFigures, Figures
 from moesaic.trees.prequential.recovery import Recovery
 
 
@@ -21,6 +21,8 @@ class Result:
         stream, learner: their names.
         classes: labels by their index, as texts.
         overall: over all rows.
+        by_class: the same of each class.
+        baselines: accuracy over all rows of `nochange` and `majority`, 0 to 1, as kappa_t and kappa_m count it.
         windows: window by window, of `window` rows each; the last may have fewer.
         drifts: what each known drift did.
         activity: by window, what was done how often by each expert (K,); empty where the learner counts nothing.
@@ -35,6 +37,8 @@ class Result:
     window: int
     delay: int
     overall: Figures
+    by_class: list[ClassFigures]
+    baselines: dict[str, float | None]
     windows: list[Figures]
     drifts: list[Recovery]
     activity: list[dict[str, NDArray[Any]]]
@@ -80,6 +84,11 @@ class Result:
             "scored": self.overall.scored,
             "unlabelled": self.unlabelled,
             **{metric: getattr(self.overall, metric) for metric in METRICS},
+            "baselines": self.baselines,
+            "by_class": [
+                {"class": name, **asdict(of), "recall": of.recall, "precision": of.precision}
+                for name, of in zip(self.classes, self.by_class, strict=True)
+            ],
             "window": self.window,
             "delay": self.delay,
             "windows": [asdict(window) for window in self.windows],

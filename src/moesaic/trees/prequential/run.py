@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 from collections import deque
@@ -21,7 +22,7 @@ from moesaic.runs.results import peak_memory
 from moesaic.trees.prequential.activity import Activity
 from moesaic.trees.prequential.baselines import faced
 from moesaic.trees.prequential.checkpoint import END, Checkpoints
-from moesaic.trees.prequential.learner import Forked, Learner, Quick, Skipping, State, Stateful
+from moesaic.trees.prequential.learner import Forked, Learner, Quick, Skipping, State, Stateful, ensure, whole
 from moesaic.trees.prequential.metrics import Evaluator, Labels
 from moesaic.trees.prequential.recovery import recoveries
 from moesaic.trees.prequential.result import Result
@@ -114,8 +115,9 @@ def _went_on(course: _Course, kept: Checkpoints) -> bool:
         for part in course.parts.values():
             part.state()  # one that cannot be kept says so now, and not after hours
         return False
+    course.finished = kept.newest.name == END
     kept.load(course.parts)
-    if kept.newest.name == END:
+    if course.finished:
         logger.warning("%s holds the finished run: nothing is run again", kept.folder)
         return True
     logger.warning("going on from row %s", f"{course.row:,}")
@@ -127,19 +129,20 @@ class _Course:
 
     Attributes:
         row: rows that were predicted.
-        parts: what a checkpoint consists of; the learner first, as others ask it.
+        parts: what a checkpoint consists of; the learner last, so that it is as it was where others are damaged.
+        finished: whether all rows were predicted and learned.
     """
 
     def __init__(self, stream: Stream, learner: Learner, window: int, delay: int) -> None:
         self.stream, self.learner, self.delay = stream, learner, delay
         self.evaluator, self.activity = Evaluator(window), Activity(learner)
         self.parts: dict[str, Stateful] = {
-            "learner": learner,
             "evaluator": self.evaluator,
             "activity": self.activity,
             "course": self,
+            "learner": learner,
         }
-        self.row = 0
+        self.row, self.finished = 0, False
         self._known = len(stream.classes)
         self._outstanding: deque[tuple[NDArray[np.float64], int]] = deque()
         self._cpu_seconds = self._peak = 0.0
@@ -238,13 +241,16 @@ class _Course:
 
     def result(self) -> Result:
         windows = self.evaluator.windows()
+        classes = self._expected.get("classes") or self._names()["classes"]
         return Result(
             stream=self.stream.name,
             learner=type(self.learner).__name__,
-            classes=self._expected.get("classes") or self._names()["classes"],
+            classes=classes,
             window=self.evaluator.window,
             delay=self.delay,
             overall=self.evaluator.overall(),
+            by_class=self.evaluator.by_class(len(classes)),
+            baselines=self.evaluator.baselines(),
             windows=windows,
             drifts=recoveries(windows, self.stream.drifts),
             activity=self.activity.windows(),
@@ -259,12 +265,36 @@ class _Course:
         return arrays, {**figures, "peak_memory_mib": self._peak_memory(), "names": self._names()}
 
     def restore(self, arrays: Mapping[str, NDArray[Any]], values: Mapping[str, Any]) -> None:
-        self.row, self._known = values["row"], values["known"]
+        """Become what `state` told of, after the figures. Raises AdapterError where it cannot be, or is not of them."""
+        row, names = whole(values, "row"), _checked_names(values.get("names"))
+        ensure(row == self.evaluator.rows, f"its figures are of other rows than {row:,}")
+        windows = len(self.evaluator.windows()) if self.finished else row // self.evaluator.window
+        ensure(self.activity.closed in (None, windows), "its windows are not those of what experts did")
+        ensure(self.evaluator.classes <= len(names["classes"]), "it lacks names of classes that it counted")
+        known, (x, y) = whole(values, "known", most=len(names["classes"])), (arrays["x"], arrays["y"])
+        late = 0 if self.finished else min(self.delay, row)
+        ensure(
+            x.dtype == np.float64 and x.ndim == 2 and len(x) == late, f"its outstanding rows are {x.dtype} {x.shape}"
+        )
+        ensure(x.shape[1] <= len(names["features"]), "its outstanding rows are wider than there are features")
+        ensure(y.dtype == np.int64 and y.shape == (late,), f"its outstanding labels are {y.dtype} {y.shape}")
+        learned = self.evaluator.classes_but(y)
+        ensure(learned <= known, f"its known is {known}, and it has learned {learned} classes")
+        for name in ("cpu_seconds", "peak_memory_mib"):
+            spent: Any = values.get(name)
+            good = type(spent) in (int, float) and 0 <= spent < math.inf
+            ensure(good, f"its {name} is {str(spent)[:40]!r}, and must be a number from 0 on")
+        self.row, self._known, self._outstanding = row, known, deque(zip(x, y.tolist(), strict=True))
         self._cpu_seconds, self._peak = values["cpu_seconds"], values["peak_memory_mib"]
-        self._expected, self._labels = values["names"], self.evaluator.classes
-        self._outstanding = deque(zip(arrays["x"], arrays["y"].tolist(), strict=True))
-        if self.row != self.evaluator.rows:
-            raise ConfigError("its figures are of other rows")
+        self._expected, self._labels = names, self.evaluator.classes
+
+
+def _checked_names(given: Any) -> dict[str, list[str]]:
+    """Names of features and classes, as a state has them. Raises AdapterError for anything else."""
+    kinds = given.values() if isinstance(given, dict) and given.keys() == {"features", "classes"} else [None]
+    good = all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in kinds)
+    ensure(good, "its names are not two lists of texts, features and classes")
+    return dict(given)
 
 
 def _stacked(rows: list[NDArray[np.float64]]) -> NDArray[np.float64]:
