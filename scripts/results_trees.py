@@ -175,9 +175,48 @@ def ablations(results: Path) -> list[str]:
     return [said, "", *table(["", *found], rows), ""]
 
 
+AGAINST = {
+    "best": "CapyMOA ARF-10", "best without router": "best", "paper, MOA's trees": "CapyMOA ARF-10",
+    "paper, river's trees": "river ARF-10", "paper, river's trees, lazy": "river ARF-10",
+}  # fmt: skip
+"""Whose rows a second a learner's are compared with."""
+
+
+def speed(results: Path) -> list[str]:
+    """What a row costs, by learner, number of experts and length of the stream."""
+    file = results / "stream-speed.json"
+    if not file.is_file():
+        return []
+    found = json.loads(file.read_text(encoding="utf-8"))
+    arms, rows = found["arms"], []
+    for arm in found["rows"]:
+        row = [f"{arm}, {found['rows'][arm]:,} rows"]
+        for of in arms.values():
+            own = of[arm]["us"]["all"]
+            said = spread(own, 0)
+            if arm in AGAINST:
+                ratios = [theirs / ours for ours, theirs in zip(own, of[AGAINST[arm]]["us"]["all"], strict=True)]
+                said += f" ({spread(ratios, 2)} ×)"
+            row.append(f"{said}; {spread([100 * a for a in of[arm]['accuracy']['all']])} %")
+        rows.append(row)
+    lines = [
+        "**What a row costs**: microseconds of CPU (and how many times as many rows a second as the learner that it is "
+        f"compared with), and accuracy; {found['rounds']} round{'s' * (found['rounds'] > 1)} in turn, each with a "
+        f"seed of its own, each learner in its own process. {'; '.join(f'{a}: to {b}' for a, b in AGAINST.items())}. "
+        "Lazily two more experts are asked than the router's three. Command: `python scripts/stream_speed.py`.", "",
+        *table(["learner", *arms], rows), "",
+    ]  # fmt: skip
+    for title, key, what in (("experts", "by_experts", ""), ("rows", "by_length", " of led_a")):
+        of = found[key]
+        costs = [[name, *(f"{cell[unit]:,.0f}" for cell in of.values())]
+                 for name, unit in (("µs a row", "us"), ("MiB at the peak", "mib"))]  # fmt: skip
+        lines += [*table([f"`best` by {title}{what}", *(f"{int(n):,}" for n in of)], costs), ""]
+    return lines
+
+
 def block(results: Path) -> str:
     """What stands between the marks of the page."""
-    return "\n".join([*ten(results), *hundred(results), *ablations(results)]).rstrip()
+    return "\n".join([*ten(results), *hundred(results), *ablations(results), *speed(results)]).rstrip()
 
 
 def filled(page: str, text: str, results: Path) -> str:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import logging
 import os
+import pickle
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -318,6 +320,48 @@ def test_a_state_comes_back(bank: CapyMOATrees, theirs: NDArray[Any]) -> None:
 
 
 @needs_java
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda made: pickle.loads(pickle.dumps(made))])
+def test_a_classifier_over_them_is_copied_and_pickled_and_goes_on_exactly(copied: Callable[[Any], Any]) -> None:
+    from moesaic.trees import DriftMoEClassifier
+
+    given: dict[str, Any] = {"n_experts": 3, "hidden": (8,), "batch_size": 32, "detect": True, "warning": 0.5}
+    x, y, _ = rows(900)
+    lines = [dict(enumerate(row)) for row in x.tolist()]
+    whole, model = (DriftMoEClassifier(backend="capymoa", **given) for _ in range(2))
+    told = []
+    for row, label in zip(lines, y.tolist(), strict=True):
+        told.append(whole.predict_proba_one(row))
+        whole.learn_one(row, label)
+    for row, label in zip(lines[:450], y.tolist(), strict=False):
+        model.learn_one(row, label)
+    again = copied(model)
+    for row, label in zip(lines[450:500], 1 - y[450:500] % 2, strict=True):
+        model.learn_one(row, int(label))  # the copy knows nothing of it
+    pid = child(model.core.banks.banks[0])
+    model.close()
+    assert ended(pid)
+    with pytest.raises(ConfigError, match="are closed"):
+        copied(model)
+    for t in range(450, 900):
+        assert again.predict_proba_one(lines[t]) == told[t], t
+        again.learn_one(lines[t], int(y[t]))
+    assert again.core.cpu_seconds() > 0
+    again.close()
+    whole.close()
+
+
+@needs_java
+def test_copies_share_nothing(bank: CapyMOATrees, theirs: NDArray[Any]) -> None:
+    run(bank, 0, 500)
+    other = copy.copy(bank)
+    run(other, 100, 200)
+    assert np.array_equal(run(bank, 500, 600), theirs[500:600])
+    os.kill(child(bank), signal.SIGKILL)
+    assert np.array_equal(run(bank, 600, 700), theirs[600:700])
+    other.close()
+
+
+@needs_java
 def test_a_foreign_state_is_refused(bank: CapyMOATrees) -> None:
     run(bank, 0, 300)
     arrays, values = bank.state()
@@ -452,6 +496,9 @@ def test_a_closed_bank_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     bank.close()
     with pytest.raises(ConfigError, match="are closed"):
         bank.learn(np.zeros(2), 0, np.ones(2))
+    for copied in (copy.deepcopy, copy.copy, pickle.dumps):
+        with pytest.raises(ConfigError, match=r"^the trees are closed: .* save or copy these before close\(\)$"):
+            copied(bank)
 
 
 def test_impossible_settings_are_refused() -> None:

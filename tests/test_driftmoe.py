@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import pickle
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from moesaic.routing import TopK
 from moesaic.trees import DriftMoEClassifier, load
 from moesaic.trees.bulk import compiled, way
 from moesaic.trees.driftmoe import DriftMoE
+from moesaic.trees.prequential import prequential
 from moesaic.trees.router import Scores, sigmoid
 from moesaic.trees.settings import settings
 from moesaic.trees.streams import synthetic
@@ -541,6 +544,22 @@ def test_a_nothing_is_better_than_the_best_there_can_be_on_led() -> None:
         right += int(model.predict_proba(x, 10).argmax()) == y
         model.learn(x, y)
     assert 0.70 < right / count <= 0.74 + 3 * (0.74 * 0.26 / count) ** 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("capymoa") is None or not shutil.which("java"), reason="needs capymoa and Java"
+)
+@pytest.mark.parametrize(("name", "count", "released"), [("led_g", 100_000, 73.7), ("sea_a", 50_000, 87.8)])
+def test_g_as_released_it_is_as_good_as_the_released_code(name: str, count: int, released: float) -> None:
+    """Before the first drift, with MOA's trees; the released code's figure is of one seed and CapyMOA's generators."""
+    source = synthetic(name, length=1_000_000, seed=0).head(count)
+    model = DriftMoE(settings("code", backend="capymoa"))
+    try:
+        found = prequential(source, model, progress=False)
+    finally:
+        model.close()
+    assert 100 * float(found.accuracy or 0) == pytest.approx(released, abs=1.0)
 
 
 def test_every_part_of_ours_is_worth_having_on_some_stream() -> None:

@@ -178,6 +178,26 @@ def test_figures_are_those_of_the_definitions_however_rows_are_cut(
         assert all(value is None or value <= 1 for value in (figures.kappa_m, figures.kappa_t))
 
 
+@given(labels, st.randoms(use_true_random=False), st.integers(1, 30))
+def test_classes_and_baselines_are_counted_exactly(y: Labels, chance: Any, cut: int) -> None:
+    predicted = np.array([chance.randrange(4) for _ in y], np.int64)
+    evaluator = Evaluator(7)
+    for i in range(0, len(y), cut):
+        evaluator.update(y[i : i + cut], predicted[i : i + cut])
+    known = y >= 0
+    for label, found in enumerate(evaluator.by_class(5)):
+        came, named = y == label, (predicted == label) & known
+        right = int((came & named).sum())
+        assert (found.came, found.predicted, found.right) == (came.sum(), named.sum(), right)
+        assert found.recall == (right / came.sum() if came.any() else None)
+        assert found.precision == (right / named.sum() if named.any() else None)
+    overall, own = evaluator.overall(), y[known]
+    before, counts = np.append(0, own)[:-1], np.cumsum(own[:, None] == np.arange(4), axis=0)
+    for name, right in (("nochange", before == own), ("majority", counts.argmax(axis=1) == own)):
+        assert evaluator.baselines()[name] == (right.sum() / len(own) if len(own) else None)
+    assert sum(found.right for found in evaluator.by_class(4)) == round((overall.accuracy or 0) * overall.scored)
+
+
 def test_figures_that_are_not_defined_are_none() -> None:
     evaluator = Evaluator(2)
     evaluator.update(np.array([-1, -1, 0, 0]), np.array([0, 1, 0, 0]))
@@ -412,6 +432,103 @@ def test_a_damaged_checkpoint_is_one_clear_line(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
     shutil.rmtree(place)
     assert prequential(noisy(), Stopped(), folder=tmp_path, window=100, delay=3).rows == 3000
+
+
+def without(held: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in held.items() if key != name}
+
+
+NAMES = {"features": ["x0", "x1", "x2"], "classes": ["0", "1", "2", "3"]}
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "why"),
+    [("course", "known", None, "known is 'None'"), ("course", "known", -1, "known is '-1'"),
+     ("course", "known", "2", "must be a whole number"), ("course", "known", True, "must be a whole number"),
+     ("course", "known", 3.0, "must be a whole number"), ("course", "known", 5, "a whole number from 0 to 4"),
+     ("course", "known", 1, "known is 1, and it has learned 4 classes"), ("course", "known", ..., "known is 'None'"),
+     ("course", "row", 10**30, "row is '1000"), ("course", "row", 1, "of other rows than 1"),
+     ("course", "row", "a\nb", r"row is 'a\nb'"), ("course", "cpu_seconds", "long", "cpu_seconds is 'long'"),
+     ("course", "cpu_seconds", float("nan"), "cpu_seconds is 'nan'"),
+     ("course", "peak_memory_mib", -1.0, "peak_memory_mib is '-1.0'"), ("course", "names", None, "two lists of texts"),
+     ("course", "names", NAMES | {"classes": "0123"}, "two lists of texts"),
+     ("course", "names", NAMES | {"features": ["x0", None, "x2"]}, "two lists of texts"),
+     ("course", "names", NAMES | {"classes": ["0"]}, "lacks names of classes"),
+     ("course", "names", NAMES | {"features": ["x0"]}, "wider than there are features"),
+     ("evaluator", "last", None, "last is 'None'"), ("evaluator", "last", 4, "last is '4'"),
+     ("evaluator", "last", -1, "last is '-1'"), ("activity", "windows", None, "windows is 'None'"),
+     ("activity", "windows", 10**15, "counts of what experts did"), ("activity", "windows", -1, "windows is '-1'")],
+)  # fmt: skip
+def test_a_checkpoint_with_a_wrong_value_is_refused_and_the_learner_is_as_it_was(
+    part: str, name: str, value: Any, why: str, tmp_path: Path
+) -> None:
+    file = interrupted(tmp_path) / "state.json"
+    stored = json.loads(file.read_text())
+    held = stored["values"][part]
+    stored["values"][part] = without(held, name) if value is ... else held | {name: value}
+    file.write_text(json.dumps(stored))
+    refused(tmp_path, why)
+
+
+def counted(arrays: dict[str, Any], row: int, column: int, by: int) -> dict[str, Any]:
+    found = arrays["evaluator/counted"].copy()
+    found[row, column] += by
+    return {"evaluator/counted": found}
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [(lambda a: {"course/x": a["course/x"][:, :0].astype(np.float32)}, "outstanding rows are float32"),
+     (lambda a: {"course/x": np.pad(a["course/x"], ((0, 0), (0, 1)))}, "wider than there are features"),
+     (lambda a: {"course/x": a["course/x"][:2]}, "outstanding rows are float64"),
+     (lambda a: {"course/x": a["course/x"][:2], "course/y": a["course/y"][:2]}, "outstanding rows are float64"),
+     (lambda a: {"course/y": a["course/y"][:2]}, "outstanding labels are int64"),
+     (lambda a: {"course/y": a["course/y"] * 0 + 4}, "labels are out of range"),
+     (lambda a: {"course/y": a["course/y"] * 0 - 2}, "labels are out of range"),
+     (lambda a: {"course/y": a["course/y"].astype(float)}, "outstanding labels are float64"),
+     (lambda a: {"evaluator/recent": a["evaluator/recent"][1:]}, "recent labels"),
+     (lambda a: {"evaluator/recent": a["evaluator/recent"] * 0 - 5}, "recent labels"),
+     (lambda a: {"evaluator/recent": a["evaluator/recent"] * 0 + 3}, "recent labels"),
+     (lambda a: {"evaluator/counted": a["evaluator/counted"][:, :-1]}, "counts are int64"),
+     (lambda a: {"evaluator/counted": a["evaluator/counted"][1:]}, "do not add up"),
+     (lambda a: {"evaluator/counted": a["evaluator/counted"][-1:]}, "counts are int64"),
+     (lambda a: {"evaluator/counted": a["evaluator/counted"] * 1.0}, "counts are float64"),
+     (lambda a: {"evaluator/counted": -a["evaluator/counted"]}, "out of range"),
+     (lambda a: {"evaluator/counted": a["evaluator/counted"] << 50}, "out of range"),
+     (lambda a: counted(a, 0, 1, 1), "contradict"), (lambda a: counted(a, 0, 2, 1000), "contradict"),
+     (lambda a: counted(a, -1, 0, 1), "do not add up"), (lambda a: counted(a, 0, 0, 1), "do not add up"),
+     (lambda a: {"activity/before.trained": a["activity/before.trained"] - 500}, "counts of trained are damaged"),
+     (lambda a: {"activity/0.trained": a["activity/0.trained"] * 1.0}, "counts of trained are damaged"),
+     (lambda a: {"activity/0.trained": a["activity/0.trained"][None]}, "counts of trained are damaged"),
+     (lambda a: {"activity/0.trained": np.zeros(9, np.int64)}, "counts of trained are damaged"),
+     (lambda a: {"activity/0.other": a["activity/0.trained"]}, "counts of what experts did")],
+)  # fmt: skip
+def test_a_checkpoint_with_wrong_numbers_is_refused_and_the_learner_is_as_it_was(
+    changed: Callable[[Any], dict[str, Any]], why: str, tmp_path: Path
+) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    file = interrupted(tmp_path) / "state.safetensors"
+    arrays = load_file(file)
+    made = {name: np.ascontiguousarray(array) for name, array in (arrays | changed(arrays)).items()}
+    save_file(made, file)
+    refused(tmp_path, why)
+
+
+def refused(folder: Path, why: str) -> None:
+    learner = Stopped(seed=5)
+    with pytest.raises(AdapterError, match=r"row-\d+ is damaged \(.+\): remove it to begin anew$") as caught:
+        prequential(noisy(), learner, folder=folder, window=100, delay=3)
+    assert why in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    assert learner.means.size == 0
+    assert learner.random.bit_generator.state == np.random.default_rng(5).bit_generator.state
+
+
+def test_a_checkpoint_of_the_middle_is_not_taken_for_the_end(tmp_path: Path) -> None:
+    interrupted(tmp_path).rename(tmp_path / "end")
+    with pytest.raises(AdapterError, match="outstanding rows are"):
+        prequential(noisy(), Stopped(), folder=tmp_path, window=100, delay=3)
 
 
 def test_a_checkpoint_of_another_run_is_refused_and_says_why(tmp_path: Path) -> None:

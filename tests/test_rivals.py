@@ -22,6 +22,7 @@ from moesaic.errors import ConfigError, DataError, TrainingError
 from moesaic.trees import jvm
 from moesaic.trees.prequential import Forked, Quick, prequential, rivals
 from moesaic.trees.prequential.rivals import RIVALS, Rival, rival
+from moesaic.trees.running import load_run, run
 from moesaic.trees.streams.stream import Chunk, Stream
 
 HAS_JAVA = importlib.util.find_spec("capymoa") is not None and (shutil.which("java") or os.environ.get("JAVA_HOME"))
@@ -180,6 +181,16 @@ def test_what_it_was_not_made_for_is_refused(tree: Rival) -> None:
     for ask in (tree.state, lambda: tree.restore({}, {})):
         with pytest.raises(ConfigError, match="without folder="):
             ask()
+
+
+@needs_java
+def test_a_file_whose_classes_appear_late_is_a_stream_for_them(tmp_path: Path) -> None:
+    text = "".join(f"{i % 40 + i // 300},{'abc'[i // 300]}\n" for i in range(900))
+    (tmp_path / "late.csv").write_text(f"x,label\n{text}")
+    settings = [f"stream={tmp_path / 'late.csv'}", "learner=capymoa-ht", "model.heap=512", f"out={tmp_path / 'run'}"]
+    found = run(load_run(settings), progress=False)
+    assert (found["rows"], found["classes"]) == (900, ["a", "b", "c"])
+    assert [of["came"] for of in found["by_class"]] == [300, 300, 300]
 
 
 @needs_java

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,11 +14,12 @@ import pytest
 import moesaic.trees
 from moesaic.cli.main import main
 from moesaic.errors import ConfigError
-from moesaic.trees import load
+from moesaic.report.streams_compared import comparison_page
+from moesaic.trees import learners, load
 from moesaic.trees.comparing import StreamComparison, ranks, summarised
 from moesaic.trees.driftmoe import DriftMoE
 from moesaic.trees.learners import OURS, known, learner
-from moesaic.trees.streams import synthetic
+from moesaic.trees.streams import open_stream, synthetic
 
 TINY = ["model.n_experts=4", "model.hidden=16", "model.batch_size=32"]
 
@@ -95,6 +98,17 @@ def test_a_file_is_a_stream(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert found["accuracy"] > 0.9
 
 
+def test_capymoas_learners_are_told_the_classes_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = "".join(f"{i},{'abc'[i // 40]}\n" for i in range(120))
+    (tmp_path / "late.csv").write_text(f"x,label\n{rows}")
+    monkeypatch.setattr(learners, "rival", lambda name, classes, features, **_: (name, [*classes], [*features]))
+    stream = open_stream(str(tmp_path / "late.csv"))
+    assert learner("capymoa-arf", stream) == ("arf", ["a", "b", "c"], ["x"])
+    assert learner("capymoa-arf", open_stream(str(tmp_path / "late.csv"), 60))[1] == ["a", "b"], "no row behind them"
+    with pytest.raises(ConfigError, match="did you mean 'capymoa-arf'"):
+        learner("capymoa-arff", stream)
+
+
 def test_a_comparison_keeps_what_is_done_and_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = ["compare", "streams=sea_a,stagger", "learners=driftmoe,majority", "seeds=0,1", "length=1200"]
     line += [f"out={tmp_path / 'c'}", *(part.replace("model.", "model.driftmoe.") for part in TINY)]
@@ -119,6 +133,61 @@ def test_a_comparison_keeps_what_is_done_and_ranks(tmp_path: Path, capsys: pytes
     assert "<title>" in (tmp_path / "c" / "report.html").read_text()
 
 
+def test_a_page_tells_of_classes_and_of_what_naming_one_of_them_is_worth(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = [f"c{i % 25 if i < 500 else i % 4:02}" for i in range(900)]
+    (tmp_path / "many.csv").write_text("a,b,label\n" + "".join(f"{i % 7},{i % 5},{c}\n" for i, c in enumerate(labels)))
+    line = ["run", f"stream={tmp_path / 'many.csv'}", "learner=nochange"]
+    said(capsys, *line, f"out={tmp_path / 'run'}")
+    found = ran(tmp_path / "run")
+    assert found["baselines"]["nochange"] == found["accuracy"]
+    assert {of["class"]: of["came"] for of in found["by_class"]} == {c: labels.count(c) for c in labels}
+    assert found["by_class"][1] | {"recall": 0, "precision": 0} == {
+        "class": "c01", "came": 120, "predicted": 120, "right": 0, "recall": 0, "precision": 0,
+    }  # fmt: skip
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "accuracy of the majority class, %" in page
+    assert "Classes, the 20 most frequent of 25" in page
+    assert '<th scope="row">c19</th>' in page
+    assert '<th scope="row">c20</th>' not in page
+    older = {name: value for name, value in found.items() if name not in ("baselines", "by_class")}
+    (tmp_path / "run" / "results.json").write_text(json.dumps(older))
+    said(capsys, "report", str(tmp_path / "run"), f"out={tmp_path / 'older.html'}")
+    assert "Classes" not in (tmp_path / "older.html").read_text()
+
+
+def test_a_comparison_shows_recovery_and_what_experts_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["compare", "streams=sea_a", "learners=driftmoe,nochange", "seeds=0,1", "length=1200", "window=100"]
+    said(capsys, *line, f"out={tmp_path}", *(part.replace("model.", "model.driftmoe.") for part in TINY))
+    found = json.loads((tmp_path / "comparison.json").read_text())["recovery"]["sea_a"]
+    assert [drift["position"] for drift in found["driftmoe"]] == [300, 600, 900]
+    cells = [json.loads(file.read_text()) for file in (tmp_path / "cells").glob("*--driftmoe-*")]
+    lowest = [cell["drifts"][1]["lowest"] for cell in cells]
+    assert found["driftmoe"][1]["lowest"] == pytest.approx(sum(lowest) / 2)
+    page = (tmp_path / "report.html").read_text()
+    assert f"→ {50 * sum(lowest):.1f}\n" in page.split("Recovery on sea_a", 1)[1]
+    folded = page.split("<details>")[1]
+    assert "Who does what on sea_a" in folded
+    assert "driftmoe: weight in answers" in folded
+    assert "nochange: " not in page
+
+
+def test_recovery_is_of_the_seeds_that_came_back() -> None:
+    def cell(seed: int, rows: int | None, lowest: float | None) -> dict[str, Any]:
+        drift = {"position": 500, "before": 0.8, "lowest": lowest, "rows": rows}
+        return {"stream": "s", "learner": "a", "seed": seed, "rows": 9, "windows": [], "drifts": [drift]}
+
+    wanted = StreamComparison(streams=["s"], learners=["a"], seeds=[0, 1, 2])
+    cells = [cell(0, 300, 0.5), cell(1, None, 0.4), cell(2, 500, 0.3)]
+    summary = summarised(cells, wanted, command="x")
+    (drift,) = summary["recovery"]["s"]["a"]
+    assert drift == pytest.approx({"position": 500, "before": 0.8, "lowest": 0.4, "rows": 400, "back": 2, "seeds": 3})
+    assert "80.0 → 40.0\n400 rows, 2 of 3 seeds" in comparison_page(summary)
+    never = summarised([cell(0, None, 0.4)], wanted, command="x")
+    assert "80.0 → 40.0\nnot back<" in comparison_page(never)
+
+
 def test_runs_are_reported_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("nochange", "majority"):
         said(capsys, "run", "stream=sea_a", "length=2500", f"learner={name}", f"out={tmp_path / name}")
@@ -128,6 +197,105 @@ def test_runs_are_reported_side_by_side(tmp_path: Path, capsys: pytest.CaptureFi
     assert "nochange" in page
     assert "majority" in page
     assert "no finished run" in said(capsys, "report", str(tmp_path), code=2)
+
+
+def test_a_report_replaces_pages_of_runs_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    said(capsys, "run", "stream=sea_a", "length=500", "learner=nochange", f"out={run}")
+    page = (run / "report.html").read_text()
+    mine, folder = tmp_path / "mine.html", tmp_path / "folder.html"
+    mine.write_text("<!doctype html><title>mine</title>")
+    folder.mkdir()
+    for file in (mine, folder):
+        told = said(capsys, "report", str(run), f"out={file}", code=2)
+        assert f"out={file} is already there, and is no page of `moesaic stream`: name another file" in told
+        assert len(told.strip().splitlines()) == 1
+    assert mine.read_text() == "<!doctype html><title>mine</title>"
+    for _ in range(2):
+        said(capsys, "report", str(run), f"out={tmp_path / 'new.html'}")
+    said(capsys, "report", str(run), f"out={run / 'report.html'}")
+    assert (tmp_path / "new.html").read_text() == (run / "report.html").read_text() == page
+
+
+@pytest.mark.parametrize("action", ["run", "compare"])
+@pytest.mark.parametrize(
+    "held",
+    [{"report.html": "<title>mine</title>"}, {"settings.json": '{"editor.fontSize": 14}'},
+     {"settings.json": "// mine\n{}"}, {"settings.json": "{}", "comparison.json": "{}"}, {"mine.txt": "mine"}],
+)  # fmt: skip
+def test_a_folder_with_files_of_others_is_let_be(
+    action: str, held: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, text in held.items():
+        (tmp_path / name).write_text(text)
+    line = {"run": ["stream=sea_a", "learner=nochange"], "compare": ["streams=sea_a", "learners=nochange", "seeds=0"]}
+    ways = [["overwrite=true"], []] if action == "run" else [[]]
+    for more in ways:
+        told = said(capsys, action, *line[action], "length=100", f"out={tmp_path}", *more, code=2)
+        assert "holds files that are not a stream" in told
+        assert len(told.strip().splitlines()) == 1
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == held
+
+
+CELLS = ["compare", "streams=sea_a,stagger", "learners=nochange,majority", "seeds=0", "length=400"]
+
+
+def figures(folder: Path) -> dict[str, Any]:
+    table = json.loads((folder / "comparison.json").read_text())["table"]
+    return {s: {name: cell.get("accuracy") for name, cell in of.items()} for s, of in table.items()}
+
+
+def test_ray_runs_the_same_cells(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against a stand-in with Ray's few calls; with Ray itself below, where it is installed."""
+
+    class RayError(Exception):
+        pass
+
+    def result(task: tuple[Any, Any]) -> Any:
+        function, (cell,) = task
+        if (cell.stream, cell.learner) == lost:
+            raise RayError("the worker died\nof this and that")
+        return function(cell)
+
+    def remote(**options: Any) -> Any:
+        asked.append(options)
+        return lambda function: SimpleNamespace(remote=lambda *given: (function, given))
+
+    asked: list[dict[str, Any]] = []
+    ray = SimpleNamespace(
+        init=lambda **_: None, remote=remote, get=result, wait=lambda tasks: (tasks[-1:], tasks[:-1]),
+        cancel=lambda task: None, exceptions=SimpleNamespace(RayError=RayError),
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    said(capsys, *CELLS, f"out={tmp_path / 'local'}")
+    lost: Any = ("stagger", "majority")
+    assert main(["stream", *CELLS, "engine=ray", f"out={tmp_path / 'ray'}"]) == 1
+    assert "stagger, majority, seed 0: its task ended: the worker died\n" in capsys.readouterr().err
+    lost = None
+    said(capsys, *CELLS, "engine=ray", f"out={tmp_path / 'ray'}")
+    assert figures(tmp_path / "ray") == figures(tmp_path / "local")
+    assert asked == [{"num_cpus": 1}] * 2
+    monkeypatch.setitem(sys.modules, "ray", None)
+    told = said(capsys, *CELLS, "engine=ray", f"out={tmp_path / 'none'}", code=2)
+    assert "this needs ray: pip install 'moesaic[ray]'" in told
+
+
+def test_a_cluster_of_rays_runs_the_same_cells_on_files_beside_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = pytest.importorskip("ray", reason="ray is not installed")
+    monkeypatch.chdir(tmp_path)
+    Path("rows.csv").write_text("a,b\n" + "".join(f"{i % 7},{i // 3 % 2}\n" for i in range(400)))
+    line = [part.replace("sea_a,stagger", "sea_a,rows.csv") for part in CELLS]
+    said(capsys, *line, "out=local")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        said(capsys, *line, "engine=ray", "out=ray")
+    finally:
+        ray.shutdown()
+    assert figures(tmp_path / "ray") == figures(tmp_path / "local")
 
 
 @pytest.mark.parametrize(

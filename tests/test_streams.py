@@ -480,6 +480,43 @@ def test_a_parquet_file_of_other_things_says_why(tmp_path: Path, monkeypatch: py
         file_stream(infinite)
 
 
+WORDS = ["", "?", "NA", "N/A", "n/a", "NULL", "null", "None", "nan", "NaN", "<NA>"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "arff", "declared", "texts", "nulls", "rows"])
+def test_what_is_missing_is_so_in_every_column_and_every_kind_of_file(tmp_path: Path, kind: str) -> None:
+    pd = pytest.importorskip("pandas")
+    names, first = ["size", "town", "label"], [1.5, "Rome", "none"]
+    texts = [[word] * 3 for word in WORDS]
+    lines = [",".join(map(str, row)) for row in [first, *texts]]
+    if kind == "csv":
+        stream = file_stream(written(tmp_path, "a.csv", "\n".join([",".join(names), *lines])))
+    elif kind in ("arff", "declared"):
+        types = ["real", "string", "string"] if kind == "arff" else ["real", "{Rome,Oslo}", "{none,mild}"]
+        head = [f"@attribute {name} {what}" for name, what in zip(names, types, strict=True)]
+        stream = file_stream(written(tmp_path, "a.arff", "\n".join([*head, "@data", *lines])))
+    elif kind in ("texts", "nulls"):
+        rest: list[Any] = WORDS if kind == "texts" else [None] * len(WORDS)
+        sizes = [1.5, *[None] * len(WORDS)]
+        columns = {"size": sizes, "town": ["Rome", *rest], "label": ["none", *rest]}
+        stream = file_stream(parquet(tmp_path / "a.parquet", columns))
+    else:
+        gaps = [*WORDS, None, float("nan"), np.float32("nan"), pd.NA, pd.NaT]
+        stream = rows_stream([({"size": a, "town": b}, c) for a, b, c in [first, *[[gap] * 3 for gap in gaps]]])
+    x, y = whole(stream.chunks())
+    assert x[0].tolist() == [1.5, 0]
+    assert np.isnan(x[1:]).all()
+    assert y.tolist() == [0] + [-1] * (len(y) - 1)
+    assert stream.classes[0] == "none"
+
+
+def test_a_missing_value_that_an_arff_file_declares_is_one(tmp_path: Path) -> None:
+    text = "@attribute a {None,NULL}\n@attribute c {mild,None}\n@data\nNULL,None\n?,?\nNone,mild\n"
+    x, y = whole(file_stream(written(tmp_path, "a.arff", text)).chunks())
+    np.testing.assert_array_equal(x[:, 0], [1, np.nan, 0])
+    assert y.tolist() == [1, -1, 0]
+
+
 @pytest.mark.parametrize(
     ("name", "rows", "features", "ones"),
     [

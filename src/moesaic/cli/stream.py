@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from moesaic.cli.show import print_json, show
@@ -66,7 +67,7 @@ def _run(arguments: list[str], as_json: bool) -> int | None:
 
 def _compare(arguments: list[str], as_json: bool) -> int | None:
     wanted = load_comparison(arguments)
-    from moesaic.report.streams import comparison_grids
+    from moesaic.report.streams_compared import comparison_grids
     from moesaic.trees.comparing import compare
 
     summary = compare(wanted)
@@ -93,12 +94,22 @@ def _report(arguments: list[str], as_json: bool) -> int | None:
     if file.suffix != ".html":
         raise ConfigError(f"out={file} must end in .html")
     check_writable(file, f"out={file}")
+    if file.exists() and not _is_page(file):
+        raise ConfigError(f"out={file} is already there, and is no page of `moesaic stream`: name another file")
     write_text(file, page(results))
     if as_json:
         print_json({"file": str(file), "runs": [_brief(r) for r in results]})
     else:
         print(f"written: {file}")
     return None
+
+
+def _is_page(file: Path) -> bool:
+    """Whether a file is a page of runs, which may be replaced by another."""
+    try:
+        return '<p class="kicker">moesaic stream</p>' in file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
 
 
 def _brief(results: Mapping[str, Any]) -> dict[str, Any]:

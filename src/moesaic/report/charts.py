@@ -127,7 +127,7 @@ def shares(
 ) -> Markup:
     """Experts' shares, a row for each task and a block of columns for each layer (or what `over` names).
 
-    The darkest tone is the largest share, or twice an equal share among the fewest experts if that is larger.
+    The strongest tone is the largest share, or twice an equal share among the fewest experts if that is larger.
     """
     tasks = list(dict.fromkeys(task for rows in layers.values() for task in rows))
     left, top, size, gap = label_width(tasks) + 22, 34.0, 18.0, 10.0
@@ -150,7 +150,7 @@ def shares(
                 box = {"x": x + size * e, "y": top + size * i, "width": size - 1.5, "height": size - 1.5, "rx": 2}
                 parts.append(tag("rect", said, style=_fill(share / largest, "above"), **box))
         x += size * experts + gap
-    key = f"palest 0 %, darkest {100 * largest:.0f} % of the weight"
+    key = f"faintest 0 %, strongest {100 * largest:.0f} % of the weight"
     bottom = top + size * len(tasks)
     parts.append(text(left, bottom + 16, key, class_="tick"))
     return drawing(max(x - gap + 2, left + 250), bottom + 24, title, description, parts)

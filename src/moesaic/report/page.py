@@ -23,11 +23,12 @@ _ARROW = " Arrow: off the scale, at the number beside it."
 
 @dataclass(frozen=True)
 class Figure:
-    """Drawings under one heading, each with a name of its own where they are several."""
+    """Drawings under one heading, each with a name of its own where they are several; `folded` until asked for."""
 
     heading: str
     drawings: Sequence[tuple[str, Markup]]
     caption: str
+    folded: bool = False
 
 
 def html(summary: dict[str, Any]) -> str:

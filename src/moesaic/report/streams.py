@@ -1,4 +1,4 @@
-"""Pages of learners on streams: accuracy over windows with the drifts marked, and what each expert did when."""
+"""Pages of runs on streams: accuracy over windows with the drifts marked, classes, and what each expert did when."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from moesaic.report import charts
 from moesaic.report.page import Figure, of_run
 from moesaic.report.text import Grid
 
 BINS = 20
 """Parts of a stream whose expert activity is shown."""
+CLASSES = 20
+"""Classes that have a line each."""
+_BASELINES = {"nochange": "NoChange", "majority": "the majority class"}
 _METRICS = {
     "accuracy": "of rows whose class was named before it was learned",
     "kappa": "above chance, by the classes' frequencies; 0 is chance, 100 perfect",
@@ -38,70 +43,15 @@ def page(results: Sequence[dict[str, Any]]) -> str:
     figures += [made for r in results for made in _activity(r)]
     return of_run(
         "moesaic stream", f"{', '.join(dict.fromkeys(r['learner'] for r in results))} on "
-        f"{', '.join(map(_short, streams))}", facts=facts,
-        grids=[_figures(results), *_drifts(results)], figures=[f for f in figures if f is not None],
+        f"{', '.join(map(short, streams))}", facts=facts,
+        grids=[_figures(results), *_classes(results), *_drifts(results)], figures=[f for f in figures if f is not None],
         settings={name: r["settings"] for name, r in zip(_names(results), results, strict=True)},
         versions=first["versions"],
     )  # fmt: skip
 
 
-def comparison_page(summary: dict[str, Any]) -> str:
-    """The page of a comparison."""
-    drawn = []
-    for stream, of in summary["curves"].items():
-        series = [
-            charts.Line(name, [(x, 100 * y) for x, y in points], i)
-            for i, (name, points) in enumerate(of.items())
-            if len(points) > 1
-        ]
-        if series:
-            drawn.append((_short(stream), _lines(series, summary["drifts"].get(stream, ()), _short(stream))))
-    caption = "Accuracy of each window, first seed; dashed where a drift has its middle."
-    facts = [
-        ("seeds", ", ".join(map(str, summary["seeds"]))),
-        ("command", summary["command"]),
-    ]
-    return of_run(
-        "moesaic stream compare",
-        f"{_counted(len(summary['learners']), 'learner')} on {_counted(len(summary['streams']), 'stream')}",
-        facts=facts, grids=comparison_grids(summary),
-        figures=[Figure("Accuracy over the stream", drawn, caption)] if drawn else [],
-        settings=summary["settings"], versions=summary["versions"],
-    )  # fmt: skip
-
-
-def comparison_grids(summary: dict[str, Any]) -> list[Grid]:
-    """Accuracy with mean ranks, the kappas, and CPU seconds: a row a learner, a column a stream."""
-    made = []
-    for metric, title in (
-        ("accuracy", "Accuracy, percent"), ("kappa_m", "Kappa M, percent"), ("kappa_t", "Kappa T, percent"),
-        ("cpu_seconds", "CPU seconds"),
-    ):  # fmt: skip
-        ranked = metric == "accuracy" and bool(summary["ranks"])
-        rows = []
-        for name in summary["learners"]:
-            row = [name, *(_shown(summary["table"][s].get(name, {}), metric) for s in summary["streams"])]
-            rows.append(row + ([f"{summary['ranks'][name]:.2f}"] if ranked else []))
-        header = ["learner", *map(_short, summary["streams"]), *(["mean rank"] if ranked else [])]
-        legend = [("a ± b", "mean and standard deviation over seeds")] if len(summary["seeds"]) > 1 else []
-        if ranked:
-            legend.append(("mean rank", "by accuracy, 1 is best, over the streams that all learners were run on"))
-        made.append(Grid(title, header, rows, legend))
-    failed = [
-        [s, name, of["failed"]] for s, row in summary["table"].items() for name, of in row.items() if "failed" in of
-    ]
-    return [*made, *([Grid("What failed", ["stream", "learner", "why"], failed, [])] if failed else [])]
-
-
-def _shown(cell: Mapping[str, Any], metric: str) -> str:
-    if metric not in cell:
-        return "–"
-    scale, digits = (1, 1) if metric == "cpu_seconds" else (100, 2)
-    mean, sd = cell[metric]["mean"], cell[metric]["sd"]
-    return f"{scale * mean:.{digits}f}" + (f" ± {scale * sd:.{digits}f}" if sd is not None else "")
-
-
-def _short(stream: str) -> str:
+def short(stream: str) -> str:
+    """A stream's name, or its file's without folder and ending."""
     return Path(stream).name.removesuffix(".gz").rpartition(".")[0] or Path(stream).name if "." in stream else stream
 
 
@@ -110,7 +60,7 @@ def _names(results: Sequence[dict[str, Any]]) -> list[str]:
     ways = (
         lambda r: str(r["learner"]),
         lambda r: f"{r['learner']}, seed {r['seed']}",
-        lambda r: f"{r['learner']}, {_short(r['stream'])}, seed {r['seed']}",
+        lambda r: f"{r['learner']}, {short(r['stream'])}, seed {r['seed']}",
         lambda r: f"{r['learner']}, {_other(r, results)}",
     )
     for way in ways:
@@ -131,27 +81,49 @@ def _late(result: Mapping[str, Any]) -> str:
     return f"{result['delay']:,} rows late" if result["delay"] else "before the next row"
 
 
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what}{'s' * (count != 1)}"
-
-
-def _percent(value: float | None) -> str:
+def percent(value: float | None) -> str:
+    """A share from 0 to 1, as percent."""
     return "–" if value is None else f"{100 * value:.2f}"
 
 
 def _figures(results: Sequence[dict[str, Any]]) -> Grid:
     names = _names(results)
-    rows = [[metric, *(_percent(r[metric]) for r in results)] for metric in _METRICS]
+    rows = [[metric, *(percent(r[metric]) for r in results)] for metric in _METRICS]
+    rows[1:1] = [
+        [f"accuracy of {name}", *(percent(r.get("baselines", {}).get(key)) for r in results)]
+        for key, name in _BASELINES.items()
+    ]
     rows = [[f"{row[0]}, %", *row[1:]] for row in rows]
     rows.append(["rows a CPU second", *(f"{r['rows_per_second']:,.0f}" for r in results)])
     rows.append(["peak memory, MiB", *(f"{r['peak_memory_mib']:,.0f}" for r in results)])
-    return Grid("Over all rows", ["figure", *names], rows, list(_METRICS.items()))
+    legend = [*_METRICS.items(), ("NoChange, the majority class", "as kappa_t and kappa_m count them on the same rows")]
+    return Grid("Over all rows", ["figure", *names], rows, legend)
+
+
+def _classes(results: Sequence[dict[str, Any]]) -> list[Grid]:
+    """How often each class came and was named, and how rightly; nothing of runs that do not tell."""
+    legend = [("recall", "of the rows of the class, named so"), ("precision", "of the rows named so, of the class")]
+    header = ["class", "rows", "of all rows, %", "named", "recall, %", "precision, %"]
+    made = []
+    for name, r in zip(_names(results), results, strict=True):
+        ordered = sorted(r.get("by_class", ()), key=lambda of: of["came"], reverse=True)
+        rows = [
+            [
+                of["class"], f"{of['came']:,}", percent(of["came"] / r["scored"] if r["scored"] else None),
+                f"{of['predicted']:,}", percent(of["recall"]), percent(of["precision"]),
+            ]
+            for of in ordered[:CLASSES]
+        ]  # fmt: skip
+        title = "Classes" if len(results) == 1 else f"Classes by {name}"
+        cut = f", the {CLASSES} most frequent of {len(ordered):,}" if len(ordered) > CLASSES else ""
+        made += [Grid(title + cut, header, rows, legend)] if rows else []
+    return made
 
 
 def _drifts(results: Sequence[dict[str, Any]]) -> list[Grid]:
     rows = [
         [
-            name, f"{drift['position']:,}", f"{drift['width']:,}", _percent(drift["before"]), _percent(drift["lowest"]),
+            name, f"{drift['position']:,}", f"{drift['width']:,}", percent(drift["before"]), percent(drift["lowest"]),
             "not yet" if drift["rows"] is None else f"{drift['rows']:,}",
         ]
         for name, r in zip(_names(results), results, strict=True)
@@ -175,13 +147,14 @@ def _curves(results: Sequence[dict[str, Any]]) -> Figure | None:
     if not series:
         return None
     where = sorted({drift["position"] for r in results for drift in r["drifts"]})
-    drawn = _lines(series, where, "Accuracy by window")
+    drawn = lines_of(series, where, "Accuracy by window")
     rows = f"{results[0]['window']:,}"
     dashed = "; dashed where a drift has its middle" if where else ""
     return Figure("Accuracy over the stream", [("", drawn)], f"Windows of {rows} rows{dashed}.")
 
 
-def _lines(series: Sequence[charts.Line], drifts: Sequence[float], title: str) -> Any:
+def lines_of(series: Sequence[charts.Line], drifts: Sequence[float], title: str) -> Markup:
+    """Accuracy in percent over rows, with drifts marked."""
     said = "; ".join(f"{s.label} from {s.points[0][1]:.1f} to {s.points[-1][1]:.1f}" for s in series)
     return charts.lines(
         series, across="row", up="accuracy, %", title=title, description=f"First to last: {said}.", marks=drifts
@@ -189,22 +162,27 @@ def _lines(series: Sequence[charts.Line], drifts: Sequence[float], title: str) -
 
 
 def _activity(result: dict[str, Any]) -> list[Figure]:
-    """What each expert did, in `BINS` parts of the stream."""
+    drawn = shares_over(result, BINS)
+    if not drawn:
+        return []
+    begun = sum(sum(window.get("reset", ())) for window in result["activity"])
+    caption = f"Each row sums to 1. Experts begun anew: {begun:,}." if begun else "Each row sums to 1."
+    return [Figure(f"Who does what, {result['learner']}", drawn, caption)]
+
+
+def shares_over(result: dict[str, Any], bins: int) -> list[tuple[str, Markup]]:
+    """What each expert did in so many parts of the stream: names and drawings, of what differs between experts."""
     windows, starts = result["activity"], result["windows"]
     drawn = []
     for what, said in _COUNTS.items():
-        parts = [part for part in _parts(windows, what) if any(part[1])]
+        parts = [part for part in _parts(windows, what, bins) if any(part[1])]
         if parts and any(max(counts) > 1.1 * min(counts) for _, counts in parts):
             rows = {f"to row {_end(starts, last):,}": [v / sum(counts) for v in counts] for last, counts in parts}
             title = f"Experts' share of {said} over the stream"
             drawn.append(
                 (said, charts.shares({"": rows}, title=title, description="One row a part of the stream.", over=""))
             )
-    if not drawn:
-        return []
-    begun = sum(sum(window.get("reset", ())) for window in windows)
-    caption = f"Each row sums to 1. Experts begun anew: {begun:,}." if begun else "Each row sums to 1."
-    return [Figure(f"Who does what, {result['learner']}", drawn, caption)]
+    return drawn
 
 
 def _begun(results: Sequence[dict[str, Any]]) -> Figure | None:
@@ -231,9 +209,9 @@ def _begun(results: Sequence[dict[str, Any]]) -> Figure | None:
     )
 
 
-def _parts(windows: Sequence[Mapping[str, Sequence[float]]], what: str) -> list[tuple[int, list[float]]]:
+def _parts(windows: Sequence[Mapping[str, Sequence[float]]], what: str, bins: int) -> list[tuple[int, list[float]]]:
     """Sums over neighbouring windows: the last window of each, and a figure for each expert."""
-    size = -(-len(windows) // BINS) or 1
+    size = -(-len(windows) // bins) or 1
     width = max((len(window.get(what, ())) for window in windows), default=0)
     found = []
     for start in range(0, len(windows), size):

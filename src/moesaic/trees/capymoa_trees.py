@@ -256,6 +256,13 @@ class CapyMOATrees:
         except TrainingError as error:
             raise AdapterError(f"the state of the trees cannot be read: {error}") from None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For `copy` and `pickle`: the trees as they are saved. A copy starts a child of its own when it is asked."""
+        self._check_open()
+        kept = self._save()
+        own = _Kept(dict(kept.trees), features=kept.features)
+        return self.__dict__ | {"_worker": None, "_spent": [], "_kept": own}
+
     def close(self) -> None:
         """End the child; once is enough."""
         self._closed = True
@@ -352,10 +359,13 @@ class CapyMOATrees:
 
     def _take(self) -> Worker | None:
         """The child, which is nobody's until it is put back: where that is interrupted, another takes its place."""
-        if self._closed:
-            raise ConfigError("the trees are closed: make another bank and restore their state")
+        self._check_open()
         worker, self._worker = self._worker, None
         return worker
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ConfigError("the trees are closed: make others, and save or copy these before close()")
 
     def _tell(self, worker: Worker | None, operation: int, a: int, b: int = 0, payload: bytes = b"") -> None:
         """Let a child do what is noted here already; one that has to be started does it from there."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import signal
 import statistics
 import sys
@@ -20,7 +20,7 @@ from moesaic.runs.folder import check_writable, locked, read_json, write_json, w
 from moesaic.runs.results import command_line, versions
 from moesaic.runs.settings import build, check_keys, differences, lists, names, parse_overrides, texts
 from moesaic.trees import needed
-from moesaic.trees.running import PACKAGES
+from moesaic.trees.running import PACKAGES, check_ours
 
 METRICS = ("accuracy", "kappa_m", "kappa_t")
 CELLS, SETTINGS, SUMMARY, REPORT = "cells", "settings.json", "comparison.json", "report.html"
@@ -100,26 +100,29 @@ def compare(wanted: StreamComparison, *, command: str | None = None) -> dict[str
     """Run all cells that are not there yet; returns what is written to comparison.json.
 
     Raises:
-        ConfigError: the folder holds a comparison with other settings, or a name is unknown.
+        ConfigError: the folder holds anything else, or a comparison with other settings, or a name is unknown.
     """
     needed()
-    from moesaic.report.streams import comparison_page
+    from moesaic.report.streams_compared import comparison_page
 
     folder = path_of(wanted.out)
     check_writable(folder, f"out={wanted.out}")
     cells = [Cell(s, l, seed) for seed in wanted.seeds for s in wanted.streams for l in wanted.learners]
+    check_ours(folder, "comparison", (CELLS, SETTINGS, SUMMARY, REPORT), {"source", "model", "window"})
     _check(wanted)
     with writing(folder):
-        (folder / CELLS).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         file = folder / SETTINGS
         if file.is_file() and (changed := differences(read_json(file), wanted.describes())):
             raise ConfigError(f"{folder} holds a comparison with {changed}: set it back, or another out=")
         write_json(file, wanted.describes())
+        with writing(folder / CELLS):
+            (folder / CELLS).mkdir(exist_ok=True)
         left = [cell for cell in cells if "failed" in _kept(cell.file(folder))]
         try:
             for number, (cell, found) in enumerate(_all(left, wanted), 1):
-                write_json(cell.file(folder), found)
+                write_json(cell.file(folder), {**found, **asdict(cell)})
                 speed = f"{found.get('rows_per_second') or 0:,.0f} rows/s"
                 said = found.get("failed") or f"{_percent(found['accuracy'])}, {speed}"
                 told = f"{number} of {len(left)}: {cell.stream}, {cell.learner}, seed {cell.seed}: {said}"
@@ -129,8 +132,10 @@ def compare(wanted: StreamComparison, *, command: str | None = None) -> dict[str
             raise KeyboardInterrupt(
                 f"stopped with {done} of {len(cells)} cells done, which are kept; the same command goes on"
             ) from None
-        summary = summarised([_kept(cell.file(folder)) for cell in cells], wanted, command=command or command_line())
-        write_text(folder / REPORT, comparison_page(summary))
+        results = [_kept(cell.file(folder)) for cell in cells]
+        summary = summarised(results, wanted, command=command or command_line())
+        first = [r for r in results if r.get("seed") == wanted.seeds[0] and "failed" not in r]
+        write_text(folder / REPORT, comparison_page(summary, first))
         write_json(folder / SUMMARY, summary)
     return summary
 
@@ -173,26 +178,39 @@ def _quiet() -> None:
 
 
 def _by_ray(cells: Sequence[Cell], wanted: StreamComparison) -> Iterable[tuple[Cell, dict[str, Any]]]:
-    """A task of one CPU for each cell, on whatever cluster there is."""
+    """A task of one CPU for each cell, on whatever cluster there is; its machines share the folders of files."""
     try:
         import ray
     except ImportError:
         raise MissingDependency("ray", "ray") from None
+    here = os.getcwd()
+
+    def measure_here(cell: Cell) -> dict[str, Any]:
+        os.chdir(here)  # files may be given relative to it
+        return measure(cell, wanted)
+
     ray.init(ignore_reinit_error=True, log_to_driver=False)
-    remote = ray.remote(num_cpus=1)(measure)
-    running = {remote.remote(cell, wanted): cell for cell in cells}
-    while running:
-        (done,), _ = ray.wait(list(running), num_returns=1)
-        yield running.pop(done), ray.get(done)
+    remote = ray.remote(num_cpus=1)(measure_here)
+    running = {remote.remote(cell): cell for cell in cells}
+    try:
+        while running:
+            (done,), _ = ray.wait([*running])
+            try:
+                found = ray.get(done)
+            except ray.exceptions.RayError as error:
+                found = {"failed": f"its task ended: {first_line(error)}"}
+            yield running.pop(done), found
+    finally:
+        for task in running:
+            ray.cancel(task)
 
 
 def measure(cell: Cell, wanted: StreamComparison) -> dict[str, Any]:
-    """A cell's result; `failed` says why there is none."""
+    """A cell's result, without its name; `failed` says why there is none."""
     from moesaic.trees.learners import learner
     from moesaic.trees.prequential import prequential
     from moesaic.trees.streams import open_stream
 
-    named = {"stream": cell.stream, "learner": cell.learner, "seed": cell.seed}
     try:
         stream = open_stream(cell.stream, wanted.length, cell.seed, **_source(cell.stream, wanted))
         given = wanted.model.get(cell.learner) or {}
@@ -202,10 +220,10 @@ def measure(cell: Cell, wanted: StreamComparison) -> dict[str, Any]:
         finally:
             made.close()
     except MoesaicError as error:
-        return {**named, "failed": str(error)}
+        return {"failed": str(error)}
     except Exception as error:  # the other cells go on
-        return {**named, "failed": f"{type(error).__name__}: {first_line(error)}"}
-    return {**found.as_json(), **named, "versions": versions(PACKAGES)}
+        return {"failed": f"{type(error).__name__}: {first_line(error)}"}
+    return {**found.as_json(), "versions": versions(PACKAGES)}
 
 
 def _source(stream: str, wanted: StreamComparison) -> dict[str, Any]:
@@ -244,7 +262,8 @@ def summarised(results: Sequence[dict[str, Any]], wanted: StreamComparison, *, c
     return {
         "streams": wanted.streams, "learners": wanted.learners, "seeds": wanted.seeds,
         "settings": wanted.describes(), "table": table, "ranks": ranks(table, wanted.learners),
-        "curves": _curves(results, wanted), "drifts": _drifts(results), "command": command,
+        "curves": _curves(results, wanted), "drifts": _drifts(results),
+        "recovery": _recovery(results), "command": command,
         "versions": versions(PACKAGES),
     }  # fmt: skip
 
@@ -288,9 +307,22 @@ def _drifts(results: Sequence[dict[str, Any]]) -> dict[str, list[int]]:
     return {r["stream"]: [d["position"] for d in r["drifts"]] for r in results if "failed" not in r}
 
 
-def read_summary(folder: Path) -> dict[str, Any]:
-    """A comparison's summary. Raises ConfigError where there is none."""
-    if not (folder / SUMMARY).is_file():
-        raise ConfigError(f"{folder} holds no comparison of streams: `moesaic stream compare` makes one")
-    found: dict[str, Any] = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-    return found
+def _recovery(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """By stream and learner, what each drift did: means over `seeds`, of rows over those that came `back`."""
+    found: dict[str, dict[str, list[Any]]] = {}
+    for r in results:
+        if "failed" not in r:
+            found.setdefault(r["stream"], {}).setdefault(r["learner"], []).append(r["drifts"])
+    return {
+        stream: {name: [_recovered(same) for same in zip(*seeds, strict=True)] for name, seeds in of.items()}
+        for stream, of in found.items()
+    }
+
+
+def _recovered(drifts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    means = {}
+    for figure in ("before", "lowest", "rows"):
+        values = [drift[figure] for drift in drifts if drift[figure] is not None]
+        means[figure] = statistics.fmean(values) if values else None
+    back = sum(drift["rows"] is not None for drift in drifts)
+    return {"position": drifts[0]["position"], **means, "back": back, "seeds": len(drifts)}

@@ -41,7 +41,7 @@ CAPYMOA = "capymoa-"
 
 
 def learner(name: str, stream: Stream, *, seed: int = 0, delay: int = 0, given: Mapping[str, Any] | None = None) -> Any:
-    """A learner for a stream, by name.
+    """A learner for a stream, by name. For CapyMOA's, a stream that does not declare its classes is read through once.
 
     Args:
         name: see `known`.
@@ -49,6 +49,7 @@ def learner(name: str, stream: Stream, *, seed: int = 0, delay: int = 0, given: 
         given: settings of the learner's own.
     Raises:
         ConfigError: no such learner (naming the nearest), or no such setting.
+        DataError: the stream had to be read, and cannot be.
         MissingDependency: its package is not installed.
     """
     given = dict(given or {})
@@ -63,7 +64,9 @@ def learner(name: str, stream: Stream, *, seed: int = 0, delay: int = 0, given: 
         return PLAIN[name]()
     if name in RIVER or name.startswith("river:"):
         return from_river(_of_river(RIVER.get(name, name.removeprefix("river:")), seed, given), stream.features)
-    if name.startswith(CAPYMOA):
+    if name in known():  # MOA has to know all classes and features before the first row
+        for _ in () if stream.classes and stream.features else stream.chunks():
+            pass
         return rival(name.removeprefix(CAPYMOA), stream.classes, stream.features, **{"seed": seed, **given})
     raise ConfigError(f"no learner {name!r}; {suggest(name, known())}; or river:MODULE.CLASS")
 

@@ -5,7 +5,7 @@ settings.json  checkpoint/  model/ (of ours: `moesaic.trees.load`)  report.html 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 SETTINGS, CHECKPOINT, RESULTS, REPORT = "settings.json", "checkpoint", "results.json", "report.html"
 MODEL = "model"
-MADE = (SETTINGS, CHECKPOINT, RESULTS, REPORT, MODEL, ".lock")
+MADE = (SETTINGS, CHECKPOINT, RESULTS, REPORT, MODEL)
 PACKAGES = ("river", "capymoa", "numba", "numpy")
 
 
@@ -147,12 +147,32 @@ def _place(wanted: StreamRun) -> Path:
     """Where the run lies. Raises ConfigError for a place that holds anything else."""
     folder = wanted.folder()
     check_writable(folder, f"out={folder}")
-    if folder.is_file():
-        raise ConfigError(f"out={folder} is a file; name a folder")
-    if folder.is_dir() and any(entry.name not in MADE for entry in folder.iterdir()):
-        raise ConfigError(f"out={folder} holds files that are not a stream run's; name another folder")
+    check_ours(folder, "run", MADE, {"stream", "learner", "window"})
     _check_unfinished(folder, wanted)
     return folder
+
+
+def check_ours(folder: Path, what: str, made: Collection[str], settings: Set[str]) -> None:
+    """Raise ConfigError for a folder with anything that `moesaic stream` would not have written there.
+
+    Args:
+        what: run or comparison.
+        made: names of what it writes; hidden files are let be.
+        settings: some that its settings.json has, which is the first to be there.
+    """
+    if folder.is_file():
+        raise ConfigError(f"out={folder} is a file; name a folder")
+    there = {entry.name for entry in folder.iterdir() if entry.name[0] != "."} if folder.is_dir() else set()
+    if there - {*made} or (there and not settings <= _read(folder / SETTINGS).keys()):
+        raise ConfigError(f"out={folder} holds files that are not a stream {what}'s; name another folder")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """Settings; none where they are missing or damaged."""
+    try:
+        return read_json(file)
+    except ConfigError:
+        return {}
 
 
 def _check_unfinished(folder: Path, wanted: StreamRun) -> None:
@@ -160,21 +180,11 @@ def _check_unfinished(folder: Path, wanted: StreamRun) -> None:
         raise ConfigError(f"{folder} holds a finished run; overwrite=true replaces it, out=… goes elsewhere")
 
 
-def _changed(file: Path, wanted: StreamRun) -> str:
-    """What of the settings is not as it was; empty where nothing is, or nothing was."""
-    if not file.is_file():
-        return ""
-    try:
-        return differences(read_json(file), wanted.describes())
-    except ConfigError:
-        return "settings that are damaged"
-
-
 def _prepare(folder: Path, wanted: StreamRun) -> None:
     """An unfinished run of the same settings stays; what is to be replaced goes."""
     _check_unfinished(folder, wanted)  # another process may have been faster
     file = folder / SETTINGS
-    changed = _changed(file, wanted)
+    changed = differences(read_json(file), wanted.describes()) if file.is_file() else ""
     if changed and not wanted.overwrite and any(entry.is_dir() for entry in (folder / CHECKPOINT).glob("*")):
         raise ConfigError(
             f"{folder} holds an unfinished run with {changed}: set it back to go on, or overwrite=true, or another out="

@@ -118,8 +118,9 @@ class Counts:
     @classmethod
     def of(cls, vector: Labels) -> Counts:
         """The counts that an array tells of."""
+        rows, scored, majority, unchanged = vector[:4].tolist()
         true, predicted, right = np.split(vector[4:].copy(), 3)
-        return cls(*vector[:4].tolist(), true, predicted, right)
+        return cls(rows, scored, majority, unchanged, true, predicted, right)
 
     def agree(self) -> bool:
         """Whether predictions of so many rows can have these counts."""

@@ -86,7 +86,7 @@ def rival(
     if isinstance(members, bool) or not isinstance(members, int) or members < 1:
         raise ConfigError(f"members must be a whole number above 0, and is {members!r}")
     if not stream_classes:
-        raise ConfigError(f"{name} has to know all classes before the first row: name them in the stream")
+        raise ConfigError(f"{name} has to know all classes before the first row, and none is named: are there labels?")
     own = {"random_seed": seed} | ({} if size is None else {size: members})
     return Rival(name, kind, len(stream_classes), len(features), own | settings, heap=heap)
 

@@ -12,7 +12,11 @@ from typing import Any, Literal
 
 from moesaic.errors import DataError
 
-MISSING = frozenset({"", "?", "NA", "nan", "NaN", "NAN"})
+MISSING = frozenset({
+    "", "?", "NA", "N/A", "n/a", "<NA>", "#NA", "#N/A", "#N/A N/A", "NULL", "null", "None", "NaN", "NAN", "nan", "-NaN",
+    "-nan", "1.#IND", "-1.#IND", "1.#QNAN", "-1.#QNAN",
+})  # fmt: skip
+"""Texts that stand for a missing value, of a feature or a label alike: ARFF's sign, and what pandas reads as one."""
 TRUTH = {"true": 1.0, "True": 1.0, "TRUE": 1.0, "false": 0.0, "False": 0.0, "FALSE": 0.0}
 MAX_CODES = 100_000
 """Different texts that a column may have: they are kept in memory."""
@@ -44,7 +48,7 @@ class Column:
         self.codes = {text: float(code) for code, text in enumerate(texts)}
 
     def value(self, given: Any) -> float:
-        """NaN where it is missing.
+        """NaN where it is missing: None, NaN or a text of `MISSING` that is not declared.
 
         Raises:
             BadRow: it does not fit what the column holds.
@@ -52,7 +56,7 @@ class Column:
         """
         if isinstance(given, str):
             return self._of_text(given.strip())
-        if given is None:
+        if _is_none(given):
             return math.nan
         if isinstance(given, (date, time)):
             raise DataError(self._dates(given))
@@ -126,7 +130,7 @@ class Labels:
         self._index: dict[Any, int] = {text: place for place, text in enumerate(declared or ())}
 
     def index(self, given: Any) -> int:
-        """Its place; -1 where it is missing.
+        """Its place; -1 where it is missing: None, NaN or a text of `MISSING` that is not declared.
 
         Raises:
             BadRow: it is not among the declared ones, or is no text and no number.
@@ -146,7 +150,7 @@ class Labels:
             if text in MISSING:
                 return -1
             given = text
-        elif given is None or given != given:
+        elif _is_none(given) or given != given:
             return -1
         if self.closed:
             raise BadRow(f"the label is '{given}', which is not among its declared values")
@@ -157,6 +161,11 @@ class Labels:
             self._index[label] = len(self.classes)
             self.classes.append(label)
         return self._index.setdefault(given, self._index[label])
+
+
+def _is_none(given: Any) -> bool:
+    """None, or one of pandas' own signs."""
+    return given is None or type(given).__name__ in ("NAType", "NaTType")
 
 
 def number_in(text: str) -> float | None:

@@ -26,9 +26,11 @@ def file_stream(
     """A stream of the rows of a file.
 
     Numbers stay as they are; values that an ARFF file declares become their index; true and false become 1 and 0; other
-    texts are numbered as they appear in their column, whose first value says what it holds. Empty, `?`, `NA` and `nan`
-    are missing. Labels are numbers or texts, in the order that an ARFF file declares, else as they appear. A CSV file
-    whose first line is all numbers has no names: they are x0, x1, …; fields end with a comma, a semicolon or a tab.
+    texts are numbered as they appear in their column, whose first value says what it holds. Labels are numbers or
+    texts, in the order that an ARFF file declares, else as they appear. Missing, as features and as labels, are null
+    (Parquet) and the texts that pandas reads so: nothing, NA, N/A, NULL, None, nan … (`columns.MISSING`), and `?`; but
+    a value that an ARFF file declares is one. A CSV file whose first line is all numbers has no names: they are x0, x1,
+    …; fields end with a comma, a semicolon or a tab.
 
     Args:
         target: the column of the labels; the last one where none is named.

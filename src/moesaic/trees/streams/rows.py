@@ -19,7 +19,7 @@ def rows_stream(source: Source, target: str | None = None, name: str = "rows") -
     Features are in the order in which they appear, by their names; one that appears late makes x wider from its chunk
     on, and one that a row lacks is NaN in it. Values are numbers, truth values (1 and 0) or texts: those that write
     out a number are one, others are numbered as they appear; None, NaN and what files call missing are NaN. Labels
-    stay what they are; None and NaN are missing.
+    stay what they are, without spaces around them; those are missing that would be missing features.
 
     Args:
         source: an iterable, or a function that gives an iterator each time; of an iterator rows are read once only. Its
