@@ -25,7 +25,7 @@ from moesaic.trees.driftmoe import DriftMoE
 from moesaic.trees.prequential import prequential
 from moesaic.trees.router import Scores, sigmoid
 from moesaic.trees.settings import settings
-from moesaic.trees.streams import synthetic
+from moesaic.trees.streams import rows_stream, synthetic
 
 SMALL: dict[str, Any] = {"backend": "arrays", "hidden": (16, 8), "batch_size": 32}
 
@@ -241,6 +241,37 @@ def test_rows_in_bulk_are_bit_for_bit_one_after_the_other(given: dict[str, Any],
         assert one.ledger.resets.sum() > 0, "no drift was found: the test shows less than it says"
 
 
+class RowByRow:
+    """A model without its way over many rows."""
+
+    def __init__(self, model: DriftMoE) -> None:
+        self.predict_proba, self.learn, self.skip = model.predict_proba, model.learn, model.skip
+        self.state, self.restore, self.close = model.state, model.restore, model.close
+
+
+def test_rows_without_labels_or_features_are_the_same_in_bulk() -> None:
+    for chunk in (1, 64, 300):
+        models = made(), made()
+        draw = np.random.default_rng(0)
+        rows = [(x, y if draw.random() > 0.2 else None) for x, y in (({"a": draw.normal() + i % 2, "b": 1.0}, i % 2)
+                for i in range(300))]  # fmt: skip
+        one, many = (prequential(rows_stream(rows), learner, window=100, chunk=chunk, progress=False)
+                     for learner in (RowByRow(models[0]), models[1]))  # fmt: skip
+        assert [w.accuracy for w in one.windows] == [w.accuracy for w in many.windows]
+        assert same(*models)
+    models = made(), made()
+    y = np.arange(90) % 3 // 2
+    said = []
+    for label in y.tolist():
+        said.append(int(models[0].predict_proba(np.zeros(0), 2).argmax()))
+        models[0].learn(np.zeros(0), label)
+    assert models[1].test_then_train(np.zeros((90, 0)), y, 2).tolist() == said
+    with pytest.raises(DataError, match="5 rows and 7 classes"):
+        models[1].test_then_train(np.zeros((5, 0)), y[:7], 2)
+    with pytest.raises(DataError, match="from 0 on"):
+        models[1].test_then_train(np.zeros((1, 0)), np.array([-1]), 2)
+
+
 def test_weights_are_what_their_names_say() -> None:
     x, _ = next(rows(1, seed=8))
     for combine, top_k in (("top1", 1), ("topk", 2)):
@@ -429,9 +460,20 @@ def test_another_models_state_is_refused() -> None:
     arrays, values = taught(made()).state()
     with pytest.raises(AdapterError, match=r"recency is 4\.0, and was"):
         made(recency=4.0).restore(arrays, values)
-    del arrays["router.weights.0"]
-    with pytest.raises(AdapterError, match="no state of a DriftMoE"):
-        made().restore(arrays, values)
+    for name, change in (
+        ("router.weights.0", None), ("router.buffer.0", None), ("router.second.0", -1.0), ("reading.seen", 0.0),
+        ("ledger.accuracy", -1.0), ("banks.0.due", np.nan),
+    ):  # fmt: skip
+        damaged = {key: held for key, held in arrays.items() if key != name}
+        if change is not None:
+            damaged[name] = np.full_like(arrays[name], change)
+        with pytest.raises(AdapterError, match=r"no state of a DriftMoE|damaged"):
+            made().restore(damaged, values)
+
+
+def test_whole_numbers_are_numbers() -> None:
+    given = settings(recency=8, trust=1, drift=1)
+    assert [type(v) for v in (given.recency, given.trust, given.drift)] == [float] * 3
 
 
 def test_it_is_a_river_classifier() -> None:
@@ -488,6 +530,18 @@ def test_values_that_are_too_large_are_missing_and_spoil_nothing() -> None:
             model.learn_one({"a": draw.normal() + 3 * label if odd is None else odd, "b": draw.normal()}, label)
         assert model.predict_proba_one({"a": 3.5, "b": 0.0})[1] > 0.5
         assert all(np.isfinite(p).all() for p in model.core.router.parameters)
+
+
+def test_values_next_to_nothing_spoil_nothing(tmp_path: Path) -> None:
+    for tiny in (1e-155, 2.3e-162, 5e-324):
+        model = DriftMoEClassifier(n_experts=3, hidden=(8,))
+        draw = np.random.default_rng(0)
+        for t in range(80):
+            model.learn_one({"a": (t % 2 + draw.normal()) * tiny, "b": draw.normal() + 3 * (t % 2)}, t % 2)
+        model.save(tmp_path / "saved", overwrite=True)
+        row = {"a": tiny, "b": 3.0}
+        assert load(tmp_path / "saved").predict_proba_one(row) == model.predict_proba_one(row)
+        assert model.predict_proba_one(row)[1] > 0.5
 
 
 def test_the_scale_of_features_makes_no_difference() -> None:

@@ -28,10 +28,12 @@ from moesaic.trees.prequential import (
     Majority,
     NoChange,
     Result,
+    checkpoint,
     from_river,
     prequential,
     recoveries,
 )
+from moesaic.trees.states import read_state, write_state
 from moesaic.trees.streams.stream import Chunk, Drift, Stream
 
 Labels = NDArray[np.int64]
@@ -462,12 +464,22 @@ NAMES = {"features": ["x0", "x1", "x2"], "classes": ["0", "1", "2", "3"]}
 def test_a_checkpoint_with_a_wrong_value_is_refused_and_the_learner_is_as_it_was(
     part: str, name: str, value: Any, why: str, tmp_path: Path
 ) -> None:
-    file = interrupted(tmp_path) / "state.json"
-    stored = json.loads(file.read_text())
+    place = interrupted(tmp_path)
+    arrays, stored = read_state(place, version=checkpoint.FORMAT)
     held = stored["values"][part]
     stored["values"][part] = without(held, name) if value is ... else held | {name: value}
-    file.write_text(json.dumps(stored))
+    write_state(place, arrays, stored, version=checkpoint.FORMAT)
     refused(tmp_path, why)
+
+
+@pytest.mark.parametrize("name", ["state.json", "state.safetensors"])
+def test_a_checkpoint_that_is_not_as_it_was_written_is_refused(name: str, tmp_path: Path) -> None:
+    file = interrupted(tmp_path) / name
+    data = bytearray(file.read_bytes())
+    at = data.rindex(b'"known": ') + 9 if name == "state.json" else len(data) - 3
+    data[at] ^= 1
+    file.write_bytes(data)
+    refused(tmp_path, "not as they were written")
 
 
 def counted(arrays: dict[str, Any], row: int, column: int, by: int) -> dict[str, Any]:
@@ -506,12 +518,9 @@ def counted(arrays: dict[str, Any], row: int, column: int, by: int) -> dict[str,
 def test_a_checkpoint_with_wrong_numbers_is_refused_and_the_learner_is_as_it_was(
     changed: Callable[[Any], dict[str, Any]], why: str, tmp_path: Path
 ) -> None:
-    from safetensors.numpy import load_file, save_file
-
-    file = interrupted(tmp_path) / "state.safetensors"
-    arrays = load_file(file)
-    made = {name: np.ascontiguousarray(array) for name, array in (arrays | changed(arrays)).items()}
-    save_file(made, file)
+    place = interrupted(tmp_path)
+    arrays, stored = read_state(place, version=checkpoint.FORMAT)
+    write_state(place, arrays | changed(arrays), stored, version=checkpoint.FORMAT)
     refused(tmp_path, why)
 
 
@@ -600,6 +609,8 @@ def test_recovery_that_cannot_be_told_is_none() -> None:
     for windows, drift in ((curve(0.8, 0.8), Drift(50)), (curve(0.8), Drift(500)), ([], Drift(1))):
         (found,) = recoveries(windows, [drift])
         assert (found.lowest, found.drop, found.rows) == (None, None, None)
+    first, _ = recoveries(curve(0.8, 0.9, 0.9, 0.9), [Drift(150), Drift(240)])
+    assert (first.before, first.lowest, first.rows) == (0.8, None, None), "no whole window lies between the two"
     (found,) = recoveries(curve(0.8, None, 0.8, None, 0.8), [Drift(200)])
     assert (found.before, found.drop, found.rows) == (0.8, 0.0, 100)
 
@@ -628,6 +639,9 @@ class Served(NoChange):
 
     def cpu_seconds(self) -> float:
         return self.used
+
+    def peak_memory(self) -> float:
+        return 1000.0
 
 
 def test_time_of_a_learners_processes_counts() -> None:

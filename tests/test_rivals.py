@@ -148,6 +148,7 @@ def test_predictions_by_chunks_are_those_of_their_own_evaluation(
     assert result.accuracy == pytest.approx(accuracy / 100)
     assert 0 < learner.cpu_seconds() < 60
     assert result.cpu_seconds > 0
+    assert result.peak_memory_mib > learner.peak_memory() > 50, "a JVM is no smaller"
     if name != "ht":
         learner.close()
 

@@ -126,6 +126,13 @@ def test_a_comparison_keeps_what_is_done_and_ranks(tmp_path: Path, capsys: pytes
     one.write_text('{"stream": "sea_a"}')
     assert main(["stream", *line]) == 0
     assert "1 of 1: sea_a, majority, seed 1" in capsys.readouterr().err, "a damaged cell is run again"
+    sound = json.loads(one.read_text())
+    other = next((tmp_path / "c" / "cells").glob("sea_a--majority-s0-*.json"))
+    for wrong in (sound | {"windows": [{"start": 0, "rows": 9, "accuracy": []}]}, sound | {"cpu_seconds": "x"},
+                  sound | {"drifts": [3]}, json.loads(other.read_text())):  # fmt: skip
+        one.write_text(json.dumps(wrong))
+        assert main(["stream", *line]) == 0
+        assert "1 of 1: sea_a, majority, seed 1" in capsys.readouterr().err
     assert "did you mean 'nochange'" in said(capsys, *line, "learners=driftmoe,nochang", code=2)
     assert main(["stream", *line, "learners=driftmoe,majority,nochange"]) == 0
     assert "1 of 4: sea_a, nochange, seed 0" in capsys.readouterr().err
@@ -155,6 +162,18 @@ def test_a_page_tells_of_classes_and_of_what_naming_one_of_them_is_worth(
     (tmp_path / "run" / "results.json").write_text(json.dumps(older))
     said(capsys, "report", str(tmp_path / "run"), f"out={tmp_path / 'older.html'}")
     assert "Classes" not in (tmp_path / "older.html").read_text()
+
+
+def test_a_comparison_of_which_nothing_was_done_may_change_its_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = "\n".join(f"2026-01-{1 + i % 28:02},{i % 7},{'ab'[i % 2]}" for i in range(60))
+    (tmp_path / "dated.csv").write_text(f"when,x,y\n{rows}\n")
+    line = ["compare", f"streams={tmp_path / 'dated.csv'}", "learners=nochange", "seeds=0", f"out={tmp_path / 'c'}"]
+    assert "leave it out: source.drop=when" in said(capsys, *line, code=1)
+    said(capsys, *line, "source.drop=when")
+    told = said(capsys, *line, "source.drop=when", "window=7", code=2)
+    assert "holds a comparison with window=1000, now 7" in told
 
 
 def test_a_comparison_shows_recovery_and_what_experts_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -308,12 +327,18 @@ def test_a_cluster_of_rays_runs_the_same_cells_on_files_beside_it(
      (["run", "stream=led_a", "learner=nochange", "model.x=1"], "has no setting x"),
      (["run", "stream=led_a", "learner=river:tree.Nothing"], "river has no tree.Nothing"),
      (["run", "stream=led_a", "learner=river:os.system"], "river has no os.system"),
+     (["run", "stream=led_a", "learner=river:forest.ARFClasifier"], "did you mean 'ARFClassifier'"),
+     (["compare", "streams=led_a", "learners=capymoa-arff"], "did you mean 'capymoa-arf'"),
      (["run", "stream=led_a", "source.noice=1"], "noice"), (["run", "stream=led_a", "delay=-1"], "delay=-1"),
      (["compare", "streams=led_a", "model.other.x=1"], "model.other: no such learner is compared"),
      (["compare", "streams=led_a", "seeds=0,0"], "seeds has 0 twice"),
      (["compare", "streams=led_a", "source.target=x"], "none of the streams has a setting source.target"),
      (["run", "stream=led_a", "source.seed=1"], "led_a has no setting source.seed"),
      (["run", "stream=led_a", "model.warning=0"], "warning=0 must be a number"),
+     (["compare", "streams=led_a", "workers=99999999999999999999"], "is more than 1,000"),
+     (["run", "stream=led_a", "window=5000000000000000000"], "window=5000000000000000000 must be 1 or more"),
+     (["run", "stream=led_a", "model.history=5000000000000000000"], "history=5000000000000000000 is more than"),
+     (["run", "stream=led_a", "learner=river:compose.Pipeline"], "an empty pipeline is no classifier"),
      (["compare"], "streams, learners and seeds each need one"), (["compare", "streams=led_a", "engine=x"], "engine=x"),
      (["report"], "takes folders of finished runs"), (["run", "stream=led_a", "out=full"], "not a stream run's")],
 )  # fmt: skip

@@ -699,7 +699,7 @@ def test_columns_are_left_out(tmp_path: Path) -> None:
     assert stream.features == ["a"]
     assert chunk.x.tolist() == [[1.0], [2.0]]
     assert stream.classes == ["no", "yes"]
-    with pytest.raises(DataError, match=r"holds dates .*leave it out: drop=time"):
+    with pytest.raises(DataError, match=r"holds dates .*leave it out: source.drop=time"):
         list(file_stream(tmp_path / "a.csv").chunks())
     with pytest.raises(ConfigError, match="no column 'tme' to drop: did you mean 'time'"):
         file_stream(tmp_path / "a.csv", drop="tme")

@@ -58,12 +58,20 @@ def peak_memory(device: Any) -> dict[str, Any]:
     return {"peak_memory_mib": round(_resident_peak() / 2**20, 1), "peak_memory_of": "process"}
 
 
+def peak_memory_of(process: int | str) -> float:
+    """MiB that a process held at most, by its number. Raises OSError where the system does not tell."""
+    status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
+    told = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")]
+    if not told:
+        raise OSError(f"/proc/{process}/status tells of no memory")
+    return int(told[0]) / 1024
+
+
 def _resident_peak() -> int:
     """Bytes."""
     try:
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-        return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
-    except (OSError, StopIteration):
+        return int(peak_memory_of("self") * 2**20)
+    except OSError:
         import resource
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -107,6 +107,10 @@ class Banks:
         """CPU seconds of processes beside this one."""
         return sum(held.cpu_seconds() for held in self.banks if hasattr(held, "cpu_seconds"))
 
+    def peak_memory(self) -> float:
+        """MiB that those processes held at most."""
+        return sum(held.peak_memory() for held in self.banks if hasattr(held, "peak_memory"))
+
     def close(self) -> None:
         for held in self.banks:
             held.close()

@@ -34,7 +34,7 @@ def way(s: Settings) -> Way | None:
 
 def _size(model: Any, x: NDArray[np.float64], y: NDArray[np.int64]) -> int:
     """Rows that can be done at once."""
-    if x.shape[1] != model.features:
+    if not model.features or x.shape[1] != model.features:
         return 0
     new = np.flatnonzero(y >= model.classes)
     waiting = 0 if model.router is None else len(model.router.buffer)

@@ -208,6 +208,10 @@ class CapyMOATrees:
                 pass  # what it used is among those that have ended; who asks for more starts another
         return sum(self._spent) + living
 
+    def peak_memory(self) -> float:
+        """MiB that its child held at most; 0 where there is none, or the system does not tell."""
+        return 0.0 if self._worker is None else self._worker.peak_memory()
+
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Each tree as Java writes it, uint8, empty where it is new; and the settings they grew with.
 

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from moesaic.runs.settings import build, check_keys, differences, lists, names, 
 from moesaic.trees import needed
 from moesaic.trees.running import PACKAGES, check_ours
 
+MOST_WORKERS = 1000
 METRICS = ("accuracy", "kappa_m", "kappa_t")
 CELLS, SETTINGS, SUMMARY, REPORT = "cells", "settings.json", "comparison.json", "report.html"
 
@@ -86,6 +87,8 @@ def load_comparison(arguments: Sequence[str]) -> StreamComparison:
         raise ConfigError(f"engine={made.engine}; known: local, ray")
     if made.workers < 1 or made.window < 1 or made.delay < 0:
         raise ConfigError("workers and window must be at least 1, and delay at least 0")
+    if made.workers > MOST_WORKERS:
+        raise ConfigError(f"workers={made.workers} is more than {MOST_WORKERS:,}")
     if unknown := made.model.keys() - {*made.learners}:
         first = made.learners[0]
         raise ConfigError(
@@ -114,12 +117,13 @@ def compare(wanted: StreamComparison, *, command: str | None = None) -> dict[str
         folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         file = folder / SETTINGS
-        if file.is_file() and (changed := differences(read_json(file), wanted.describes())):
+        changed = differences(read_json(file), wanted.describes()) if file.is_file() else ""
+        if changed and any("failed" not in _read(kept) for kept in (folder / CELLS).glob("*.json")):
             raise ConfigError(f"{folder} holds a comparison with {changed}: set it back, or another out=")
         write_json(file, wanted.describes())
         with writing(folder / CELLS):
             (folder / CELLS).mkdir(exist_ok=True)
-        left = [cell for cell in cells if "failed" in _kept(cell.file(folder))]
+        left = [cell for cell in cells if not _is_whole(cell, _read(cell.file(folder)), wanted)]
         try:
             for number, (cell, found) in enumerate(_all(left, wanted), 1):
                 write_json(cell.file(folder), {**found, **asdict(cell)})
@@ -132,7 +136,7 @@ def compare(wanted: StreamComparison, *, command: str | None = None) -> dict[str
             raise KeyboardInterrupt(
                 f"stopped with {done} of {len(cells)} cells done, which are kept; the same command goes on"
             ) from None
-        results = [_kept(cell.file(folder)) for cell in cells]
+        results = [_read(cell.file(folder)) for cell in cells]
         summary = summarised(results, wanted, command=command or command_line())
         first = [r for r in results if r.get("seed") == wanted.seeds[0] and "failed" not in r]
         write_text(folder / REPORT, comparison_page(summary, first))
@@ -140,14 +144,29 @@ def compare(wanted: StreamComparison, *, command: str | None = None) -> dict[str
     return summary
 
 
-def _kept(file: Path) -> dict[str, Any]:
-    """A finished cell; `failed` where there is none, or one that is damaged."""
+def _read(file: Path) -> dict[str, Any]:
+    """A cell; `failed` where there is none."""
     try:
-        found = read_json(file)
+        return read_json(file)
     except ConfigError:
         return {"failed": "not run yet"}
-    wanted = {"stream", "learner", "seed", "rows", "accuracy", "windows", "drifts"}
-    return found if "failed" in found or wanted <= found.keys() else {"failed": "its file is damaged"}
+
+
+def _is_whole(cell: Cell, found: dict[str, Any], wanted: StreamComparison) -> bool:
+    """Whether a cell is done, and all that a page shows of it is there."""
+    from moesaic.report.streams_compared import comparison_page
+
+    if "failed" in found:
+        return False
+    alone = replace(wanted, streams=[cell.stream], learners=[cell.learner], seeds=[cell.seed])
+    try:
+        comparison_page(summarised([found], alone, command=""), [found])
+        numbers = [of["accuracy"] for of in (found, *found["windows"])]
+    except Exception:  # whatever a page makes of damage
+        return False
+    return all(v is None or type(v) in (int, float) for v in numbers) and all(
+        found[name] == value for name, value in asdict(cell).items()
+    )
 
 
 def _all(cells: Sequence[Cell], wanted: StreamComparison) -> Iterable[tuple[Cell, dict[str, Any]]]:
@@ -235,6 +254,7 @@ def _source(stream: str, wanted: StreamComparison) -> dict[str, Any]:
 
 def _check(wanted: StreamComparison) -> None:
     """Raise ConfigError for a stream, a learner or a setting that is not known, before anything is run."""
+    from moesaic.trees.learners import known as known_learners
     from moesaic.trees.learners import learner
     from moesaic.trees.streams import open_stream, settings_of
 
@@ -243,7 +263,7 @@ def _check(wanted: StreamComparison) -> None:
         raise ConfigError(f"none of the streams has a setting source.{min(unknown)}; {suggest(min(unknown), known)}")
     opened = [open_stream(s, wanted.length, 0, **_source(s, wanted)) for s in wanted.streams]
     for name in wanted.learners:
-        if not name.startswith("capymoa-"):  # those start a JVM each
+        if not (name.startswith("capymoa-") and name in known_learners()):  # those start a JVM each
             learner(name, opened[0], delay=wanted.delay, given=wanted.model.get(name)).close()
 
 

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moesaic.errors import AdapterError
+from moesaic.errors import AdapterError, DataError
 from moesaic.trees import bulk
 from moesaic.trees.banks import Banks
 from moesaic.trees.experts import Row
@@ -206,6 +206,8 @@ class DriftMoE:
 
     def test_then_train(self, x: NDArray[np.float64], y: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
         """Predict each row of x (n, d) among `classes`, then learn it with its class in y (n,); predictions (n,)."""
+        if len(x) != len(y) or y.min(initial=0) < 0:
+            raise DataError(f"there are {len(x)} rows and {len(y)} classes: give each row its own, from 0 on")
         predicted = np.empty(len(y), np.int64)
         x, at = np.array(_plain(x)), 0
         while at < len(y):
@@ -355,6 +357,10 @@ class DriftMoE:
         """CPU seconds of processes that experts run in, beside this one."""
         return self.banks.cpu_seconds()
 
+    def peak_memory(self) -> float:
+        """MiB that those processes held at most."""
+        return self.banks.peak_memory()
+
     def close(self) -> None:
         """End what experts hold outside of this process."""
         self.banks.close()
@@ -362,16 +368,20 @@ class DriftMoE:
 
 RELEASED_DROPOUT = 0.2
 LARGEST = 1e100
-"""Values beyond are taken for missing: their squares could not be counted."""
+"""Values beyond are taken for missing, and below 1 / `LARGEST` for 0: their squares could not be counted."""
 MOST = 1_000_000
 """Features or classes of a state."""
 
 
 def _plain(x: Row) -> Row:
-    """A row in one layout, for another would be compiled anew; values that are beyond `LARGEST` are missing ones."""
+    """Rows in one layout, for another would be compiled anew; what is beyond `LARGEST` is missing, next to 0 is 0."""
     x = np.ascontiguousarray(x, np.float64)
-    far = np.abs(x) > LARGEST
-    return np.where(far, np.nan, x) if far.any() else x
+    size = np.abs(x)
+    if (size > LARGEST).any():
+        x = np.where(size > LARGEST, np.nan, x)
+    if ((size < 1 / LARGEST) & (x != 0)).any():
+        x = np.where(size < 1 / LARGEST, 0.0, x)
+    return x
 
 
 def _part(arrays: Mapping[str, NDArray[Any]], name: str) -> dict[str, NDArray[Any]]:

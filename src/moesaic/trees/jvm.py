@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from moesaic.errors import ConfigError, MissingDependency
+from moesaic.runs.results import peak_memory_of
 from moesaic.trees.jvm_worker import CPU, HEADER, IMPOSSIBLE
 
 WORKER = Path(__file__).with_name("jvm_worker.py")
@@ -132,6 +133,13 @@ class Worker:
         """
         (seconds,) = struct.unpack("<d", self.ask(CPU)[2])
         return float(seconds)
+
+    def peak_memory(self) -> float:
+        """MiB that it held at most; 0 where the system does not tell."""
+        try:
+            return peak_memory_of(self.pid)
+        except OSError:
+            return 0.0
 
     def close(self) -> None:
         """End it: its input closes, then SIGTERM, then SIGKILL. Once is enough, and so is forgetting it."""

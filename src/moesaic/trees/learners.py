@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
+import sys
+import threading
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 import numpy as np
 
-from moesaic.errors import ConfigError, MissingDependency, suggest
+from moesaic.errors import ConfigError, MissingDependency, first_line, suggest
 from moesaic.trees.driftmoe import DriftMoE
 from moesaic.trees.prequential import Learner, Majority, NoChange, from_river
 from moesaic.trees.prequential.rivals import RIVALS, rival
@@ -36,6 +39,9 @@ RIVER = {
     "river-levbag": "ensemble.LeveragingBaggingClassifier",
 }
 """Names, and river's classes; any other of its classifiers is `river:MODULE.CLASS`."""
+logger = logging.getLogger(__name__)
+PATIENCE = 3.0
+"""Seconds in which compiled code is read, where it is there already."""
 CAPYMOA = "capymoa-"
 """In front of a rival's name."""
 
@@ -79,6 +85,9 @@ def compiled(layers: int, sighted: bool) -> None:
         layers: between the router's first and last; 0 where there is no router.
         sighted: whether some experts see the last labels.
     """
+    said = threading.Timer(PATIENCE, logger.warning, ["compiling what runs for every row: once, for about a minute"])
+    said.daemon = True
+    said.start()
     widths = (1,) * max(layers, 1)
     model = DriftMoE(settings(n_experts=3, batch_size=1, hidden=widths, router=layers > 0, history=int(sighted)))
     x, y = np.arange(12, dtype=np.float64).reshape(6, 2), np.arange(6) % 2
@@ -90,6 +99,7 @@ def compiled(layers: int, sighted: bool) -> None:
         arrays: Any = bank
         arrays.prepare(0)
         arrays.reset(0)
+    said.cancel()
 
 
 def known() -> list[str]:
@@ -115,7 +125,9 @@ def _of_river(path: str, seed: int, given: dict[str, Any]) -> Any:
     try:
         found = getattr(importlib.import_module(f"river.{module}"), name)
     except (ImportError, AttributeError):
-        raise ConfigError(f"river has no {path}; write it as river:tree.HoeffdingTreeClassifier") from None
+        there = [other for other in dir(sys.modules.get(f"river.{module}")) if other[:1].isupper()]
+        how = suggest(name, there) if there else "write it as river:tree.HoeffdingTreeClassifier"
+        raise ConfigError(f"river has no {path}; {how}") from None
     if not inspect.isclass(found):
         raise ConfigError(f"river.{path} is no class")
     parameters = inspect.signature(found).parameters
@@ -126,5 +138,5 @@ def _of_river(path: str, seed: int, given: dict[str, Any]) -> Any:
         own["model"] = _of_river(RIVER["river-ht"], seed, {})
     try:
         return found(**own | given)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"river.{path} cannot be made so: {error}") from None
+    except Exception as error:  # whatever a class of river's makes of it
+        raise ConfigError(f"river.{path} cannot be made so: {type(error).__name__} {first_line(error)}") from None

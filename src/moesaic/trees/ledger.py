@@ -97,6 +97,8 @@ class Ledger:
         """Become what `arrays` told of, of as many experts. Raises ValueError for anything else."""
         for name, own in self.arrays().items():
             setattr(self, name, same_kind(name, arrays[name], own))
+        if not ((self.accuracy >= 0) & (self.accuracy <= 1)).all():
+            raise ValueError("an accuracy is not between 0 and 1")
 
 
 def same_kind(name: str, given: NDArray[Any], own: NDArray[Any]) -> NDArray[Any]:

@@ -49,3 +49,5 @@ class Reading:
         """Become what `arrays` told of, of as many features. Raises ValueError for anything else."""
         for name, own in self.arrays().items():
             setattr(self, name, same_kind(name, arrays[name], own))
+        if not ((self.square >= 0) & ((self.seen >= 1) | ((self.seen == 0) & (self.square == 0)))).all():
+            raise ValueError("a mean is of no rows")

@@ -166,8 +166,10 @@ class Scores:
                 own[i] = same_kind(f"{name}.{i}", arrays[f"{name}.{i}"], p)
                 if np.isnan(own[i]).any():
                     raise ValueError(f"{name}.{i} is not a number")
+        if any((p < 0).any() for p in self.moments[1]):
+            raise ValueError("a mean of squares is below 0")
         self.buffer = []
-        if "buffer.0" in arrays:
+        if "buffer.0" in arrays or "buffer.1" in arrays:
             own_row, own_targets = np.zeros(self.d_in, np.float32), np.zeros(self.d_out, np.float32)
             for x, m in zip(arrays["buffer.0"], arrays["buffer.1"], strict=True):
                 self.buffer.append((same_kind("buffer.0", x, own_row), same_kind("buffer.1", m, own_targets)))

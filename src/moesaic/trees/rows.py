@@ -30,8 +30,9 @@ def standardised(x: Any, mean: Any, square: Any, seen: Any, out: Any) -> None:
     """How many standard deviations a row's values are above their means, at most ten; a missing one is a mean."""
     for i in range(len(out)):
         out[i] = 0.0
-        if i < len(x) and square[i] > 0.0 and math.isfinite(x[i]):
-            out[i] = min(max((x[i] - mean[i]) / math.sqrt(square[i] / seen[i]), -10.0), 10.0)
+        deviation = math.sqrt(square[i] / seen[i]) if square[i] > 0.0 else 0.0
+        if i < len(x) and deviation > 0.0 and math.isfinite(x[i]):
+            out[i] = min(max((x[i] - mean[i]) / deviation, -10.0), 10.0)
 
 
 @njit(cache=True)

@@ -73,6 +73,8 @@ _PUBLISHED: dict[str, Any] = {
 }  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {"best": {}, "paper": {**_PUBLISHED, "dropout": 0.2}, "code": _PUBLISHED}
 """What differs from `Settings`' own defaults."""
+MOST = 10**9
+"""Of anything that is counted."""
 _KNOWN: dict[str, tuple[str, ...]] = {
     "variant": get_args(Variant), "fidelity": get_args(Fidelity), "combine": get_args(Combine), "train": get_args(Rule),
 }  # fmt: skip
@@ -107,6 +109,8 @@ def settings(fidelity: str = "best", **given: Any) -> Settings:
         chosen["hidden"] = tuple(width) if isinstance(width, list) else (width,)
     made = Settings(fidelity=fidelity, **chosen)  # type: ignore[arg-type]
     _check(made)
+    numbers: dict[str, Any] = {name: float(getattr(made, name)) for name in _WITHIN}
+    made = dataclasses.replace(made, **numbers)
     if given.get("max_leaves") is not None and made.backend != "arrays":
         raise ConfigError("max_leaves is of backend=arrays only: leave it out")
     if given.get("top_k") is not None and not made.counts_top_k:
@@ -123,6 +127,8 @@ def _check(s: Settings) -> None:
         value = getattr(s, name)
         if type(value) is not int or not least <= value < 2**63:
             raise ConfigError(f"{name}={value!r} must be a whole number, {least} or more")
+        if name != "seed" and value > MOST:
+            raise ConfigError(f"{name}={value} is more than {MOST:,}")
     for name, (low, high) in _WITHIN.items():
         value = getattr(s, name)
         if type(value) not in (int, float) or not math.isfinite(value) or not low <= value <= high:
@@ -141,7 +147,7 @@ def _check(s: Settings) -> None:
             "fidelity=paper has them: else all experts are asked anyway"
         )
     widths = s.hidden
-    if not isinstance(widths, tuple) or not widths or any(type(w) is not int or w < 1 for w in widths):
+    if not isinstance(widths, tuple) or not widths or any(type(w) is not int or not 1 <= w <= MOST for w in widths):
         raise ConfigError(f"hidden={s.hidden!r} must be widths of layers, such as (256, 128)")
     if s.variant == "data" and s.counts_top_k and s.top_k > s.n_experts:
         raise ConfigError(f"top_k={s.top_k} is more than n_experts={s.n_experts}")

@@ -86,7 +86,7 @@ def _check(f: Forest, roots: NDArray[Any], beside: NDArray[Any], size: int, feat
     for name in ("counts", "weight", "narrow", "right_majority", "right_bayes", "seen"):
         if not (np.isfinite(getattr(f, name)).all() and (getattr(f, name) >= 0).all()):
             raise ValueError(f"{name} has what no sum of weights can be")
-    if not all(np.isfinite(values).all() for values in (f.mean, f.square, f.height)):
+    if not all(np.isfinite(values).all() for values in (f.mean, f.square, f.height, f.due)):
         raise ValueError("a mean is infinite")
     if not (np.sort(f.order) == np.arange(features)).all() or f.used.max(initial=NONE) >= features:
         raise ValueError("a leaf looks at a feature that there is not")

@@ -165,7 +165,8 @@ def from_river(classifier: Any, features: Sequence[str] | None = None) -> RiverL
         from river.compose import Pipeline
     except ImportError:
         raise MissingDependency("river", "trees") from None
-    last = [*classifier.steps.values()][-1] if isinstance(classifier, Pipeline) and classifier.steps else classifier
-    if not isinstance(last, Classifier):
-        raise ConfigError(f"{last!r} is no classifier of river's: give one, such as tree.HoeffdingTreeClassifier()")
+    steps = [*classifier.steps.values()] if type(classifier) is Pipeline else [classifier]
+    if not steps or not isinstance(steps[-1], Classifier):
+        last = repr(steps[-1]) if steps else "an empty pipeline"
+        raise ConfigError(f"{last} is no classifier of river's: give one, such as tree.HoeffdingTreeClassifier()")
     return RiverLearner(classifier, features)

@@ -12,14 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from moesaic.errors import AdapterError, ConfigError, MissingDependency, MoesaicError, first_line
-from moesaic.runs.folder import atomic_folder, check_writable, discard, write_json, writing
+from moesaic.runs.folder import atomic_folder, check_writable, discard, writing
 from moesaic.runs.settings import differences
 from moesaic.trees.prequential.learner import Stateful, ensure
+from moesaic.trees.states import read_state, write_state
 
-FORMAT = 2
+FORMAT = 3
 END = "end"
 _ROW = "row-"
 
@@ -59,19 +58,12 @@ class Checkpoints:
         Raises:
             ConfigError: a part cannot be kept, or the folder cannot be written.
         """
-        from safetensors.numpy import save_file
-
         states = {name: part.state() for name, part in parts.items()}
         place = self.folder / (END if finished else f"{_ROW}{row}")
-        arrays = {
-            f"{part}/{name}": np.array(array, order="C")
-            for part, (held, _) in states.items()
-            for name, array in held.items()
-        }
+        arrays = {f"{part}/{name}": array for part, (held, _) in states.items() for name, array in held.items()}
         values = {part: held for part, (_, held) in states.items()}
         with writing(place), atomic_folder(place) as staging:
-            save_file(arrays, staging / "state.safetensors")
-            write_json(staging / "state.json", {"format": FORMAT, "settings": self.settings, "values": values})
+            write_state(staging, arrays, {"settings": self.settings, "values": values}, version=FORMAT)
         for other in self._all():
             if other != place:
                 discard(other)
@@ -83,15 +75,11 @@ class Checkpoints:
             ConfigError: it is of a run with other settings.
             AdapterError: it is damaged.
         """
-        from safetensors.numpy import load_file
-
         place = self.newest
         assert place is not None
         try:
-            stored = json.loads((place / "state.json").read_text(encoding="utf-8"))
-            arrays, values, before = load_file(place / "state.safetensors"), stored["values"], stored["settings"]
-            if stored["format"] != FORMAT:
-                raise AdapterError("it is of another version of moesaic")
+            arrays, stored = read_state(place, version=FORMAT)
+            values, before = stored["values"], stored["settings"]
             changed = differences(before, self.settings)
             for name, part in () if changed else parts.items():
                 own = [key for key in arrays if key.startswith(f"{name}/")]

@@ -65,6 +65,9 @@ class Forked(Protocol):
     def cpu_seconds(self) -> float:
         """CPU seconds that they used since they began."""
 
+    def peak_memory(self) -> float:
+        """MiB that they held at most, 0 where the system does not tell."""
+
 
 @runtime_checkable
 class Skipping(Protocol):

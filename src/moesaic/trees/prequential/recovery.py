@@ -15,7 +15,7 @@ TOLERANCE = 0.01
 
 @dataclass(frozen=True)
 class Recovery:
-    """A drift and what it did. What cannot be told is None.
+    """A drift and what it did. What cannot be told, for want of a whole window on either side, is None.
 
     Attributes:
         before: mean accuracy of the windows between the drift before it and this one.
@@ -51,7 +51,7 @@ def recoveries(windows: Sequence[Figures], drifts: Sequence[Drift]) -> list[Reco
 
 
 def _judged(drift: Drift, over: int, earlier: Sequence[Figures], later: Sequence[Figures]) -> Recovery:
-    if not earlier or not later:
+    if not earlier or not any(w.start >= over for w in later):
         return Recovery(drift.position, drift.width, _mean(earlier), None, None, None)
     before = math.fsum(map(_accuracy, earlier)) / len(earlier)
     needed = before - TOLERANCE - 1e-12  # 0.8 less 0.01 is more than 0.79 to a computer

@@ -148,6 +148,10 @@ class Rival:
             used = sum(self._spent)
         return max(0.0, used - self._begun)
 
+    def peak_memory(self) -> float:
+        """MiB that the child held at most; 0 where the system does not tell."""
+        return self._worker.peak_memory()
+
     def state(self) -> State:
         raise ConfigError("a classifier of CapyMOA's has no state that can be written: evaluate it without folder=")
 

@@ -71,8 +71,8 @@ def prequential(
     given = {"rows": rows, "window": window, "delay": delay, "chunk": chunk, "every": every}
     for name, value in given.items():
         least = 0 if name == "delay" else 1
-        if value is not None and value < least:
-            raise ConfigError(f"{name}={value} must be {least} or more")
+        if value is not None and not least <= value <= MOST:
+            raise ConfigError(f"{name}={value} must be {least} or more, and at most {MOST:,}")
     if not hasattr(learner, "learn") and hasattr(learner, "learn_one"):
         learner = faced(learner, stream)
     source = stream if rows is None else stream.head(rows)
@@ -122,6 +122,10 @@ def _went_on(course: _Course, kept: Checkpoints) -> bool:
         return True
     logger.warning("going on from row %s", f"{course.row:,}")
     return False
+
+
+MOST = 10**12
+"""Rows of anything."""
 
 
 class _Course:
@@ -202,7 +206,9 @@ class _Course:
                 predicted[start:end] = learner.test_then_train(x[start:end], y[start:end], max(1, int(known[start])))
                 self._known = max(self._known, int(y[end - 1]) + 1)
             else:
-                predicted[start:end] = [self._predict(row) for row in x[start:end]]
+                for i in range(start, end):
+                    predicted[i] = self._predict(x[i])
+                    self._learn(x[i], -1)
         return predicted
 
     def _predict(self, x: NDArray[np.float64]) -> int:
@@ -220,8 +226,9 @@ class _Course:
         return time.process_time() + (self.learner.cpu_seconds() if isinstance(self.learner, Forked) else 0.0)
 
     def _peak_memory(self) -> float:
-        """MiB, over all that the run was cut into."""
-        return max(self._peak, float(peak_memory(SimpleNamespace(type="cpu"))["peak_memory_mib"]))
+        """MiB at most, of the learner's processes too, over all that the run was cut into."""
+        own = float(peak_memory(SimpleNamespace(type="cpu"))["peak_memory_mib"])
+        return max(self._peak, own + (self.learner.peak_memory() if isinstance(self.learner, Forked) else 0.0))
 
     def _names(self) -> dict[str, list[str]]:
         return {"features": [*map(str, self.stream.features)], "classes": [*map(str, self.stream.classes)]}

@@ -21,8 +21,8 @@ TRUTH = {"true": 1.0, "True": 1.0, "TRUE": 1.0, "false": 0.0, "False": 0.0, "FAL
 MAX_CODES = 100_000
 """Different texts that a column may have: they are kept in memory."""
 MAX_CLASSES = 10_000
-DROP = "drop="
-"""How a column is left out."""
+DROP = "source.drop="
+"""How a column is left out on the command line; in Python it is `drop=[name]`."""
 _DATE = re.compile(r"(\d{4}[-/.]\d{1,2}[-/.]\d{1,2}|\d{1,2}[-/.]\d{1,2}[-/.]\d{4})([T ].*)?")
 _COMMA = re.compile(r"[-+]?\d[\d.]*(,\d+)+(\.\d+)?")
 
