@@ -82,8 +82,7 @@ def compiled(model: Any, x: NDArray[np.float64], y: NDArray[np.int64], predicted
         ledger.accuracy, ledger.trained, ledger.last, ledger.resets, ledger.chosen, model.labels,
         model.reading.mean, model.reading.square, model.reading.seen,
     )  # fmt: skip
-    trust = s.trust if s.router else 0.0
-    rule = Rule(float(trust), float(s.recency), float(s.rate), s.scale, s.detect)
+    rule = Rule(s.trust if s.router else 0.0, s.recency, s.rate, s.scale, s.detect)
     units = tuple(np.empty(len(bias), np.float32) for bias in biases)
     reads, targets = np.empty((size, d), np.float32), np.empty((size, experts), np.float32)
     done = 0

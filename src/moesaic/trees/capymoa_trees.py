@@ -142,8 +142,7 @@ class CapyMOATrees:
         learners = np.flatnonzero(weights > 0).tolist()
         if not learners:
             return
-        slots = {2 * k for k in learners} | {2 * k + 1 for k in learners}
-        self._change(LEARN, int(y), self.size, weights.tobytes() + row.tobytes(), slots, row.size)
+        self._change(LEARN, int(y), self.size, weights.tobytes() + row.tobytes(), _slots(learners), row.size)
 
     def course(
         self, x: NDArray[np.float64], y: NDArray[np.int64], weights: NDArray[np.float64], classes: int
@@ -167,7 +166,7 @@ class CapyMOATrees:
 
         def ask(worker: Worker) -> tuple[int, int, bytes]:
             told = worker.ask(COURSE, classes, len(y), payload)
-            self._note(frames, {2 * k for k in learners} | {2 * k + 1 for k in learners}, rows.shape[1])
+            self._note(frames, _slots(learners), rows.shape[1])
             return told
 
         count, width, votes = self._do(ask)
@@ -417,6 +416,11 @@ class CapyMOATrees:
                 raise TrainingError(f"MOA's trees cannot go on: {refused}") from None
             self._worker = worker
             return told
+
+
+def _slots(trees: Sequence[int]) -> set[int]:
+    """Their own, and those of the trees beside."""
+    return {slot for k in trees for slot in (2 * k, 2 * k + 1)}
 
 
 def _name(slot: int) -> str:

@@ -62,8 +62,7 @@ class Adwin:
         return risen
 
     def reset(self, which: int) -> None:
-        for values in self.arrays().values():
-            values[which] = 0
+        _clear(self.windows, which)
 
     def grow(self, size: int) -> None:
         for name, values in self.arrays().items():
