@@ -13,7 +13,7 @@ import streams
 
 from moesaic.report import charts
 from moesaic.report.page import alone
-from moesaic.trees.comparing import ranks
+from moesaic.trees.summary import ranks
 
 BLOCKS = {"driftmoe.md": ("streams",)}
 OURS = "best"

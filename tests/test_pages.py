@@ -13,7 +13,7 @@ import pytest
 from moesaic.ffn.method import methods
 from moesaic.runs.conversion import load_conversion
 from moesaic.runs.pretraining import load_pretraining
-from moesaic.trees.comparing import load_comparison
+from moesaic.trees.comparison import load_comparison
 from moesaic.trees.running import load_run
 
 ROOT = Path(__file__).parents[1]

@@ -16,10 +16,11 @@ from moesaic.cli.main import main
 from moesaic.errors import ConfigError
 from moesaic.report.streams_compared import comparison_page
 from moesaic.trees import learners, load
-from moesaic.trees.comparing import StreamComparison, ranks, summarised
+from moesaic.trees.comparison import StreamComparison
 from moesaic.trees.driftmoe import DriftMoE
 from moesaic.trees.learners import OURS, known, learner
 from moesaic.trees.streams import open_stream, synthetic
+from moesaic.trees.summary import ranks, summarised
 
 TINY = ["model.n_experts=4", "model.hidden=16", "model.batch_size=32"]
 

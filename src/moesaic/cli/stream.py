@@ -9,7 +9,7 @@ from typing import Any
 from moesaic.cli.show import print_json, show
 from moesaic.cli.verbs import Section, verb
 from moesaic.errors import ConfigError, path_of, suggest
-from moesaic.trees.comparing import StreamComparison, load_comparison
+from moesaic.trees.comparison import StreamComparison, load_comparison
 from moesaic.trees.running import StreamRun, load_run
 
 ACTIONS = ("run", "compare", "report")
