@@ -17,7 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "results" / "stream-speed.json"
-ROWS = 20_000
+ROWS = 40_000
 STREAMS = ("led_a", "sea_a", "rbf_m")
 LEAN = {"lazy": 2}
 ARMS: dict[str, tuple[str, dict[str, Any], int]] = {
@@ -25,9 +25,13 @@ ARMS: dict[str, tuple[str, dict[str, Any], int]] = {
     "best without router": ("driftmoe-trees", {}, ROWS),
     "CapyMOA ARF-10": ("capymoa-arf", {}, ROWS),
     "paper, MOA's trees": ("driftmoe-paper", {"backend": "capymoa"}, ROWS),
-    "river ARF-10": ("river-arf", {"n_models": 10}, ROWS // 4),
-    "paper, river's trees": ("driftmoe-paper", {}, ROWS // 4),
-    "paper, river's trees, lazy": ("driftmoe-paper", LEAN, ROWS // 4),
+    "CapyMOA LevBag-10": ("capymoa-levbag", {}, ROWS),
+    "CapyMOA SRP-10": ("capymoa-srp", {}, ROWS),
+    "CapyMOA DEMS-10": ("capymoa-dems", {}, ROWS),
+    "CapyMOA SGBT-10": ("capymoa-sgbt", {}, ROWS // 8),
+    "river ARF-10": ("river-arf", {"n_models": 10}, ROWS // 8),
+    "paper, river's trees": ("driftmoe-paper", {}, ROWS // 8),
+    "paper, river's trees, lazy": ("driftmoe-paper", LEAN, ROWS // 8),
 }
 EXPERTS = (10, 20, 40, 80)
 LENGTHS = (10_000, 100_000, 500_000)
@@ -39,7 +43,7 @@ def measure(stream: str, name: str, given: dict[str, Any], rows: int, seed: int)
     from moesaic.trees.prequential import prequential
     from moesaic.trees.streams import synthetic
 
-    source = synthetic(stream, length=max(rows, 4 * ROWS), seed=seed).head(rows)
+    source = synthetic(stream, length=max(rows, 100_000), seed=seed).head(rows)
     warm = learner(name, source, seed=seed, given=given)  # compiled code is loaded before anything counts
     prequential(source.head(300), warm, progress=False)
     warm.close()

@@ -138,6 +138,9 @@ def test_a_comparison_keeps_what_is_done_and_ranks(tmp_path: Path, capsys: pytes
     assert main(["stream", *line, "learners=driftmoe,majority,nochange"]) == 0
     assert "1 of 4: sea_a, nochange, seed 0" in capsys.readouterr().err
     assert "holds a comparison with window=1000, now 100" in said(capsys, *line, "window=100", code=2)
+    assert main(["stream", *line, "window=100", "overwrite=true"]) == 0
+    assert "1 of " in capsys.readouterr().err
+    assert json.loads((tmp_path / "c" / "settings.json").read_text())["window"] == 100
     assert "<title>" in (tmp_path / "c" / "report.html").read_text()
 
 
@@ -217,6 +220,13 @@ def test_runs_are_reported_side_by_side(tmp_path: Path, capsys: pytest.CaptureFi
     assert "nochange" in page
     assert "majority" in page
     assert "no finished run" in said(capsys, "report", str(tmp_path), code=2)
+    whole = json.loads((tmp_path / "majority" / "results.json").read_text())
+    for part, wrong in (("accuracy", 10**400), ("settings", []), ("versions", None), ("windows", [{"start": 1e309}])):
+        (tmp_path / "majority" / "results.json").write_text(json.dumps({**whole, part: wrong}))
+        told = said(capsys, "report", *folders, f"out={tmp_path / 'both.html'}", code=2)
+        assert "results.json is damaged" in told
+        assert len(told.strip().splitlines()) == 1
+    assert (tmp_path / "both.html").read_text() == page
 
 
 def test_a_report_replaces_pages_of_runs_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

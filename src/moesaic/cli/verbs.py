@@ -31,8 +31,8 @@ class Section:
             return f"{self.title}\n  {', '.join(f.name for f in self.fields())}"
         lines = [self.title]
         for f in self.fields():
-            shown = "" if callable(f.default_factory) or f.default in ("", None) else f" [{_plain(f.default)}]"
-            lines.append(f"  {f.name:<14} {f.metadata['help']}{shown}")
+            default = _plain(f.default_factory() if callable(f.default_factory) else f.default)
+            lines.append(f"  {f.name:<14} {f.metadata['help']}{f' [{default}]' if default else ''}")
         return "\n".join(lines)
 
 
@@ -108,4 +108,9 @@ def verbs_with(key: str) -> Iterator[str]:
 
 
 def _plain(default: object) -> str:
+    """A default as it would be written; nothing for one that is empty."""
+    if isinstance(default, list | tuple):
+        return ",".join(map(_plain, default))
+    if default is None or isinstance(default, Mapping):
+        return ""
     return str(default).lower() if isinstance(default, bool) else str(default)

@@ -29,9 +29,7 @@ class CompareSettings:
     )
     baseline: str = field(default="lora", metadata={"help": "arm that the others are compared with; added if missing"})
     controls: bool = field(default=True, metadata={"help": "beside a mixture, also the arms uniform, oracle and bound"})
-    seeds: list[int] = field(
-        default_factory=lambda: [0, 1, 2], metadata={"help": "a run each for every arm; 0,1,2 if left out"}
-    )
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "a run each for every arm"})
     match: str = field(
         default="trainable_params",
         metadata={

@@ -114,7 +114,7 @@ def reading(file: Path) -> Iterator[None]:
     """Turn what a file that was edited by hand lacks, or has of another kind, into a ConfigError."""
     try:
         yield
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{file} is damaged: {type(error).__name__} {first_line(error)}; remove it") from None

@@ -58,9 +58,15 @@ def compare(wanted: StreamComparison, *, command: str | None = None) -> dict[str
         folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         file = folder / SETTINGS
-        changed = differences(read_json(file), wanted.describes()) if file.is_file() else ""
-        if changed and any("failed" not in _read(kept) for kept in (folder / CELLS).glob("*.json")):
-            raise ConfigError(f"{folder} holds a comparison with {changed}: set it back, or another out=")
+        there = [*(folder / CELLS).glob("*.json")]
+        new = wanted.overwrite or not file.is_file()
+        changed = "" if new else differences(read_json(file), wanted.describes())
+        if changed and any("failed" not in _read(kept) for kept in there):
+            raise ConfigError(
+                f"{folder} holds a comparison with {changed}: set it back, or overwrite=true, or another out="
+            )
+        for kept in there if wanted.overwrite else ():
+            kept.unlink()
         write_json(file, wanted.describes())
         with writing(folder / CELLS):
             (folder / CELLS).mkdir(exist_ok=True)
@@ -74,9 +80,8 @@ def compare(wanted: StreamComparison, *, command: str | None = None) -> dict[str
                 print(told, file=sys.stderr, flush=True)
         except KeyboardInterrupt:
             done = sum(cell.file(folder).is_file() for cell in cells)
-            raise KeyboardInterrupt(
-                f"stopped with {done} of {len(cells)} cells done, which are kept; the same command goes on"
-            ) from None
+            line = f"the same command{' without overwrite' if wanted.overwrite else ''} goes on"
+            raise KeyboardInterrupt(f"stopped with {done} of {len(cells)} cells done, which are kept; {line}") from None
         results = [_read(cell.file(folder)) for cell in cells]
         summary = summarised(results, wanted, command=command or command_line())
         first = [r for r in results if r.get("seed") == wanted.seeds[0] and "failed" not in r]

@@ -14,7 +14,7 @@ MOST_WORKERS = 1000
 
 @dataclass
 class StreamComparison:
-    """What is compared. `out`, `workers` and `engine` say where and how; the rest says what, and is kept with it."""
+    """What is compared. `out`, `overwrite`, `workers` and `engine` say where and how; the rest is kept with it."""
 
     streams: list[str] = field(default_factory=list, metadata={"help": "names or files, comma-separated"})
     learners: list[str] = field(
@@ -34,9 +34,10 @@ class StreamComparison:
     workers: int = field(default=1, metadata={"help": "cells at a time; 1 where times matter"})
     engine: str = field(default="local", metadata={"help": "local (processes) or ray (actors of a cluster)"})
     out: str = field(default="runs/streams", metadata={"help": "folder to write; finished cells are kept"})
+    overwrite: bool = field(default=False, metadata={"help": "run the cells that are there again"})
 
     def describes(self) -> dict[str, Any]:
-        how = ("out", "workers", "engine", "streams", "learners", "seeds")
+        how = ("out", "overwrite", "workers", "engine", "streams", "learners", "seeds")
         return {k: v for k, v in asdict(self).items() if k not in how}
 
 

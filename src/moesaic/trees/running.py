@@ -139,6 +139,8 @@ def finished(folder: Path) -> dict[str, Any]:
     from moesaic.report.streams import page
 
     with reading(folder / RESULTS):
+        for part in ("settings", "versions"):
+            found[part].items()
         page([found])
     return found
 
