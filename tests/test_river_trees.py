@@ -88,6 +88,30 @@ def test_what_is_read_predicts_and_learns_on_bit_for_bit(name: str) -> None:
     assert same(bank, other)
 
 
+def test_a_leaf_that_is_told_its_answer_learns_as_rivers_own_does() -> None:
+    bank, own = RiverTrees(3), [RiverTrees(1).experts[0] for _ in range(3)]
+    chance, asked = np.random.default_rng(2), 0
+    for x, y in rows(3000, classes=4, holes=0.05):
+        row = {j: value for j, value in enumerate(x.tolist()) if value == value}
+        if chance.random() < 0.9:
+            votes = bank.predict(x, 4)
+            for k, expert in enumerate(own):
+                found = np.array([expert.predict_proba_one(row).get(c, 0.0) for c in range(4)])
+                np.testing.assert_array_equal(votes[k], found / found.sum() if found.sum() else np.full(4, 0.25))
+        asked += len(bank._said)
+        weights = chance.poisson(1.0, 3).astype(float)
+        for _ in range(int(chance.integers(1, 3))):
+            bank.learn(x, y, weights)
+            for expert, w in zip(own, weights.tolist(), strict=True):
+                if w:
+                    expert.learn_one(row, y, w=w)
+    assert asked > 2000
+    assert all(expert.n_leaves > 2 for expert in own)
+    other = RiverTrees(3)
+    other.experts = own
+    assert same(bank, other)
+
+
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_predicting_changes_nothing(name: str) -> None:
     bank = RiverTrees(2, expert=CLASSIFIERS[name]())

@@ -4,13 +4,16 @@ An expert sees a row as river has it, {number of the feature: value}, without th
 and all experts look at it: no estimator of river's changes what it is given.
 
 Of the time of twelve trees that all predict and three that learn, over nine tenths go into river's trees; who needs
-few of the answers should ask for those alone (`which`).
+few of the answers should ask for those alone (`which`). A leaf of theirs works out naive Bayes to answer a row, and
+once more to learn it, to see whether that would have been right: here it is told the answer that it gave.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -38,6 +41,7 @@ class RiverTrees:
     def __init__(self, size: int, *, expert: Any = None, share: float = 1.0, seed: int = 0) -> None:
         try:
             from river import base, tree
+            from river.tree.nodes.htc_nodes import LeafNaiveBayesAdaptive
         except ImportError:
             raise MissingDependency("river", "trees") from None
         if isinstance(size, bool) or not isinstance(size, int) or size < 0:
@@ -55,6 +59,10 @@ class RiverTrees:
         self.experts: list[Any] = []
         self.beside: dict[int, Any] = {}
         """Those that grow beside an expert, to take its place."""
+        self._last: tuple[bytes, dict[int, float]] = (b"", {})
+        self._naive = tree.HoeffdingTreeClassifier, LeafNaiveBayesAdaptive
+        self._said: dict[int, tuple[dict[int, float], Any, dict[int, float]]] = {}
+        """By expert, the row that a leaf answered last by naive Bayes, the leaf, and its answer."""
         self.add(size)
 
     def predict(self, x: Row, classes: int, which: Sequence[int] | None = None) -> Votes:
@@ -62,7 +70,7 @@ class RiverTrees:
         chosen = range(self.size) if which is None else which
         given = [[0.0] * classes for _ in chosen]  # a list's items are set several times faster than an array's
         for own, k, row in zip(given, chosen, self._rows(x, chosen), strict=True):
-            for label, share in _answer(self.experts[k], row).items():
+            for label, share in self._answer(k, row).items():
                 if label < classes:
                     own[label] = share
         votes = np.array(given).reshape(len(chosen), classes)
@@ -85,13 +93,16 @@ class RiverTrees:
             raise DataError(f"{name} knows two classes: wrap it in river's multiclass.OneVsRestClassifier")
         label, taught = int(y), np.flatnonzero(weights > 0).tolist()
         for k, row in zip(taught, self._rows(x, taught), strict=True):
-            self._teach(self.experts[k], row, label, float(weights[k]))
+            with self._told(k, row):
+                self._teach(self.experts[k], row, label, float(weights[k]))
             if k in self.beside:
                 self._teach(self.beside[k], row, label, float(weights[k]))
 
     def _rows(self, x: Row, which: Sequence[int]) -> list[dict[int, float]]:
         """What each of some experts sees of a row."""
-        row = _dict(x)
+        if self._last[0] != (written := x.tobytes()):
+            self._last = written, _dict(x)
+        row = self._last[1]
         if self.share == 1.0:
             return [row] * len(which)
         if len(self._views) < self.size or self._width != len(x):
@@ -103,6 +114,31 @@ class RiverTrees:
         drawn = np.random.default_rng([self.seed, k]).random(features)
         seen: list[int] = np.flatnonzero(drawn < self.share).tolist()
         return seen or [int(drawn.argmin())] * (features > 0)
+
+    def _answer(self, k: int, row: dict[int, float]) -> dict[int, float]:
+        expert, (plain, adaptive) = self.experts[k], self._naive
+        if type(expert) is not plain:
+            return _answer(expert, row)
+        root: Any = expert._root
+        leaf: Any = root.traverse(row, until_leaf=True) if hasattr(root, "traverse") else root
+        found: dict[int, float] = {} if leaf is None else leaf.prediction(row, tree=expert)
+        if type(leaf) is adaptive and leaf.is_active() and leaf._nb_correct_weight >= leaf._mc_correct_weight:
+            self._said[k] = row, leaf, found
+        return found
+
+    @contextmanager
+    def _told(self, k: int, row: dict[int, float]) -> Iterator[None]:
+        """Let a leaf that answered this row, and learns it now, know what it said."""
+        known = self._said.pop(k, None)
+        if known is None or known[0] is not row:
+            yield
+            return
+        _, leaf, said = known
+        leaf.learn_one = partial(_learn_known, super(self._naive[1], leaf), leaf, said)
+        try:
+            yield
+        finally:
+            del leaf.learn_one
 
     def _teach(self, expert: Any, row: dict[int, float], label: int, weight: float) -> None:
         if self._weighs:
@@ -161,10 +197,22 @@ class RiverTrees:
             raise AdapterError(f"these experts are {', '.join(sorted(other))}, and those of this bank {kind.__name__}")
         if not all(type(k) is int and 0 <= k < self.size for k in beside):
             raise AdapterError("the experts of a bank of river's are damaged: some grow beside none")
-        self.expert, self.experts, self.beside = expert, experts, beside
+        self.expert, self.experts, self.beside, self._said = expert, experts, beside, {}
 
     def close(self) -> None:
         """Nothing is held outside of this object."""
+
+
+def _learn_known(
+    plain: Any, leaf: Any, naive: dict[int, float], x: dict[int, float], y: int, *, w: float, tree: Any
+) -> None:
+    """`LeafNaiveBayesAdaptive.learn_one` with the answer that it would work out; `plain` is the leaf as its parent."""
+    majority = plain.prediction(x)
+    if not leaf.stats or max(majority, key=majority.get) == y:
+        leaf._mc_correct_weight += w
+    if naive and max(naive, key=naive.__getitem__) == y:
+        leaf._nb_correct_weight += w
+    plain.learn_one(x, y, w=w, tree=tree)
 
 
 def _answer(expert: Any, row: dict[int, float]) -> dict[int, float]:
