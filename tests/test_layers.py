@@ -23,7 +23,7 @@ FLOORS = (
     ("lora",),
     ("adapters",),
     ("runs",),
-    ("training", "trees"),
+    ("training", "trees", "skills"),
     ("evaluation",),
     ("compare", "bench"),
     ("cli",),
@@ -39,6 +39,7 @@ NARROWER = {
     "ffn": {"host", "routing", "errors"},
     "adapters": {"lora", "host", "routing", "errors"},
     "trees": {"routing", "runs", "report", "errors"},
+    "skills": {"routing", "runs", "report", "errors"},
 }
 """Rooms that import less than the floors below them hold."""
 ALLOWED = {

@@ -21,6 +21,7 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
 from moesaic.errors import AdapterError, ConfigError, DataError
+from moesaic.runs.states import read_state, write_state
 from moesaic.trees.prequential import (
     METRICS,
     Evaluator,
@@ -33,7 +34,6 @@ from moesaic.trees.prequential import (
     prequential,
     recoveries,
 )
-from moesaic.trees.states import read_state, write_state
 from moesaic.trees.streams.stream import Chunk, Drift, Stream
 
 Labels = NDArray[np.int64]

@@ -8,8 +8,8 @@ from typing import Any
 
 from moesaic.errors import AdapterError, ConfigError, first_line, path_of
 from moesaic.runs.folder import atomic_folder, check_writable, writing
+from moesaic.runs.states import ARRAYS, VALUES, read_state, write_state
 from moesaic.trees.graph import decode, encode
-from moesaic.trees.states import ARRAYS, VALUES, read_state, write_state
 
 FORMAT = 2
 FACE = "face."

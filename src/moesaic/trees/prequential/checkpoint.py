@@ -15,8 +15,8 @@ from typing import Any
 from moesaic.errors import AdapterError, ConfigError, MissingDependency, MoesaicError, first_line
 from moesaic.runs.folder import atomic_folder, check_writable, discard, writing
 from moesaic.runs.settings import differences
+from moesaic.runs.states import read_state, write_state
 from moesaic.trees.prequential.learner import Stateful, ensure
-from moesaic.trees.states import read_state, write_state
 
 FORMAT = 3
 END = "end"

@@ -1,4 +1,4 @@
-"""What a learner knows, in a folder: numbers in safetensors, the rest in JSON, with a checksum of both."""
+"""A state, in a folder: numbers in safetensors, the rest in JSON, with a checksum of both."""
 
 from __future__ import annotations
 

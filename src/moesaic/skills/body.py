@@ -1,0 +1,218 @@
+"""Bodies: an MJCF, and a manifest that says what its parts are to a policy.
+
+Two are built in, `mini_humanoid` (planar, 10 joints) and `humanoid` (19 joints in the order of Unitree's H1); any other
+is a YAML file with the same keys beside its MJCF.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesaic.errors import ConfigError, MissingDependency, first_line, path_of, suggest
+from moesaic.runs.settings import build, read_yaml
+
+if TYPE_CHECKING:
+    import mujoco
+
+Floats = NDArray[np.float64]
+BODIES = Path(__file__).parent / "bodies"
+PER_JOINT = ("kp", "kd", "torque", "default")
+
+
+@dataclass(frozen=True)
+class Rest:
+    """A body that stands: `feet` and `hands` (2, 3), m, how high its feet are, and what it weighs, N."""
+
+    feet: Floats
+    hands: Floats
+    foot_height: float
+    weight: float
+
+
+@dataclass
+class Body:
+    """A body: the order of its joints, their servos, how it stands, and which of its parts do what.
+
+    Attributes:
+        mjcf: its file; a relative one lies beside the manifest.
+        joints: names of the d hinges that are driven, in the order of actions.
+        kp, kd, torque: servo gains (Nm/rad, Nm s/rad) and largest torque (Nm), by joint.
+        default: angles that it stands with, rad; an action is an offset from them in units of `action_scale` rad.
+        base, base_height: the body at the root (a free joint, or two slides and a hinge), and its height standing, m.
+        feet, hands: two bodies each, left first.
+        hips, knees, ankles: numbers of the joints that bend forward, left first.
+        upper, sway: numbers of the joints above the hips, and of the hips' yaw and roll.
+        decimation: physics steps in a control step.
+        falls_below, falls_beyond: an episode ends with the base lower than this, m, or tilted by more, rad.
+        foot_distance: least and most between the feet sideways, m.
+    """
+
+    mjcf: str
+    joints: list[str]
+    kp: list[float]
+    kd: list[float]
+    torque: list[float]
+    default: list[float]
+    base: str
+    base_height: float
+    feet: list[str]
+    hands: list[str]
+    hips: list[int]
+    knees: list[int]
+    ankles: list[int]
+    upper: list[int]
+    sway: list[int] = field(default_factory=list)
+    decimation: int = 10
+    action_scale: float = 0.25
+    falls_below: float = 0.3
+    falls_beyond: float = 1.0
+    foot_distance: list[float] = field(default_factory=lambda: [0.2, 0.5])
+
+    @property
+    def dim(self) -> int:
+        """d, the joints that are driven."""
+        return len(self.joints)
+
+    def contract(self) -> dict[str, Any]:
+        """What a policy relies on. A skill moves a body that has the same."""
+        return {name: getattr(self, name) for name in ("joints", *PER_JOINT, "decimation", "action_scale")}
+
+    @cached_property
+    def planar(self) -> bool:
+        """Whether it lives in x and z alone."""
+        return self.model().jnt_type[0] != 0
+
+    @cached_property
+    def rest(self) -> Rest:
+        """Where feet and hands are when it stands at the origin."""
+        mujoco = needed()
+        model = self.model()
+        data = mujoco.MjData(model)
+        for name, angle in zip(self.joints, self.default, strict=True):
+            data.joint(name).qpos = angle
+        root = model.joint(int(model.body(self.base).jntadr[0]))
+        height = int(root.qposadr[0]) + (1 if self.planar else 2)
+        data.qpos[height] = self.base_height - (model.body(self.base).pos[2] if self.planar else 0)
+        mujoco.mj_forward(model, data)
+        at = data.sensordata.reshape(-1, 3)
+        return Rest(at[0:2].copy(), at[2:4].copy(), float(at[0:2, 2].mean()), 9.81 * float(model.body_mass.sum()))
+
+    @property
+    def foot_height(self) -> float:
+        return self.rest.foot_height
+
+    def model(self, scene: Callable[[mujoco.MjSpec], None] | None = None) -> mujoco.MjModel:
+        """Its physics, with servos and sensors, and whatever `scene` puts beside it.
+
+        Sensors, in this order: positions of both feet and hands, velocities of the feet, forces on the feet (3 each).
+
+        Raises:
+            ConfigError: the MJCF cannot be read, or lacks what the manifest names.
+        """
+        mujoco = needed()
+        try:
+            spec = mujoco.MjSpec.from_file(self.mjcf)
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"{self.mjcf} is no MJCF that MuJoCo reads: {first_line(error)}") from None
+        self._check_names(spec)
+        for actuator in list(spec.actuators):
+            spec.delete(actuator)
+        for name, kp, kd, torque in zip(self.joints, self.kp, self.kd, self.torque, strict=True):
+            servo = spec.add_actuator(name=name, target=name, trntype=mujoco.mjtTrn.mjTRN_JOINT)
+            servo.set_to_position(kp, kv=kd)
+            servo.forcelimited, servo.forcerange = mujoco.mjtLimited.mjLIMITED_TRUE, [-torque, torque]
+        sensor, kind = mujoco.mjtSensor, mujoco.mjtObj.mjOBJ_XBODY
+        for name in (*self.feet, *self.hands):
+            spec.add_sensor(name=f"{name}_at", type=sensor.mjSENS_FRAMEPOS, objtype=kind, objname=name)
+        for name in self.feet:
+            spec.add_sensor(name=f"{name}_velocity", type=sensor.mjSENS_FRAMELINVEL, objtype=kind, objname=name)
+        for name in self.feet:  # the net force of all contacts: data 'force', reduced to one
+            spec.add_sensor(
+                name=f"{name}_force", type=sensor.mjSENS_CONTACT, objtype=kind, objname=name, intprm=[2, 3, 1]
+            )
+        if scene is not None:
+            scene(spec)
+        try:
+            made = spec.compile()
+        except ValueError as error:
+            raise ConfigError(f"{self.mjcf} does not compile: {first_line(error)}") from None
+        made.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_AUTORESET  # what diverges is to be seen
+        return made
+
+    def _check_names(self, spec: mujoco.MjSpec) -> None:
+        joints = {j.name for j in spec.joints}
+        bodies = {b.name for b in spec.bodies}
+        for what, wanted, known in (
+            ("joint", self.joints, joints), ("body", [self.base, *self.feet, *self.hands], bodies),
+        ):  # fmt: skip
+            for name in wanted:
+                if name not in known:
+                    raise ConfigError(f"{self.mjcf} has no {what} {name}; {suggest(name, known)}")
+
+
+def load_body(name: str | Path) -> Body:
+    """A built-in body by name, or a manifest by path.
+
+    Raises:
+        ConfigError: there is no such body, or a key is unknown, missing, or of the wrong kind or length.
+    """
+    own = BODIES / f"{name}.yaml"
+    file = own if own.is_file() else path_of(name)
+    if not file.is_file():
+        raise ConfigError(f"no body {name}: give a manifest's path, or a name; {suggest(str(name), built_in())}")
+    given = read_yaml(file)
+    known = {f.name: f for f in fields(Body)}
+    for key in given:
+        if key not in known:
+            raise ConfigError(f"{file}: unknown key '{key}'; {suggest(key, known)}")
+    lacking = [n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING and n not in given]
+    if lacking:
+        raise ConfigError(f"{file} lacks {', '.join(lacking)}")
+    made = build(Body, given)
+    made.mjcf = str(file.parent / path_of(made.mjcf))
+    _check(made, file)
+    return made
+
+
+def built_in() -> list[str]:
+    return sorted(file.stem for file in BODIES.glob("*.yaml"))
+
+
+def _check(body: Body, file: Path) -> None:
+    for name in PER_JOINT:
+        if len(getattr(body, name)) != body.dim:
+            raise ConfigError(f"{file}: {name} has {len(getattr(body, name))} entries for {body.dim} joints")
+        if not np.isfinite(getattr(body, name)).all():
+            raise ConfigError(f"{file}: {name} has an entry that is no number")
+    if len(set(body.joints)) < body.dim or not body.joints:
+        raise ConfigError(f"{file}: joints must be names, each once")
+    for name in ("feet", "hands", "hips", "knees", "ankles", "foot_distance"):
+        if len(getattr(body, name)) != 2:
+            raise ConfigError(f"{file}: {name} must have two entries, left first")
+    for name in ("hips", "knees", "ankles", "upper", "sway"):
+        for number in getattr(body, name):
+            if not 0 <= number < body.dim:
+                raise ConfigError(f"{file}: {name} names joint {number} of {body.dim}, counted from 0")
+    if min(*body.torque, *body.kp, body.action_scale, body.base_height, body.decimation) <= 0 or min(body.kd) < 0:
+        raise ConfigError(f"{file}: kp, torque, action_scale, base_height, decimation must be above 0, kd not below")
+
+
+def needed() -> Any:
+    """MuJoCo. Raises MissingDependency where the extra `[skills]` is not installed."""
+    if sys.platform == "linux" and "DISPLAY" not in os.environ:
+        os.environ.setdefault("MUJOCO_GL", "egl")  # it is read when MuJoCo is first imported
+    try:
+        import mujoco
+        import mujoco.rollout
+    except ImportError:
+        raise MissingDependency("mujoco", "skills") from None
+    return mujoco

@@ -1,0 +1,38 @@
+"""A policy as an ONNX file: `observation` (N, o) to `action` (N, d)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from moesaic.errors import ConfigError, MissingDependency
+from moesaic.skills.skill import Skill
+from moesaic.skills.skillblender import SkillBlender
+
+
+def to_onnx(policy: Skill | SkillBlender, file: Path) -> None:
+    """Write it, weights included.
+
+    Raises:
+        ConfigError: the name does not end in .onnx.
+        MissingDependency: onnxscript is not installed.
+    """
+    if file.suffix != ".onnx":
+        raise ConfigError(f"{file} must end in .onnx")
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError:
+        raise MissingDependency("onnxscript", "skills") from None
+    size = policy.command_dim + policy.shared_dim
+    part = file.with_name(f".{file.name}.part")
+    try:
+        torch.onnx.export(
+            nn.Module.eval(policy), (torch.zeros(2, size),), part, dynamo=True, external_data=False, verbose=False,
+            input_names=["observation"], output_names=["action"],
+            dynamic_shapes=({0: torch.export.Dim("bodies")},),
+        )  # fmt: skip
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,81 @@
+"""rsl-rl-lib (5.x) over these bodies, and with these policies.
+
+env = RslEnv(SkillEnv("far_reach", num_envs=256, autoreset="same_step"))
+runner = OnPolicyRunner(env, settings("runs/far-reach-per-joint-s0"), log_dir)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from rsl_rl.env import VecEnv
+from rsl_rl.models import MLPModel
+from tensordict import TensorDict
+from torch import Tensor
+
+from moesaic.errors import ConfigError
+from moesaic.skills.environment import SkillEnv
+from moesaic.skills.saving import load
+
+
+class RslEnv(VecEnv):
+    """A `SkillEnv` of mode same_step as rsl-rl has its environments: `policy` for the actor, `critic` beside it."""
+
+    def __init__(self, env: SkillEnv, seed: int = 0) -> None:
+        if env.metadata["autoreset_mode"].name != "SAME_STEP":
+            raise ConfigError('rsl-rl resets in the same step: SkillEnv(…, autoreset="same_step")')
+        self.env, self.num_envs, self.num_actions = env, env.num_envs, env.body.dim
+        self.max_episode_length, self.device = env.steps, "cpu"
+        self.cfg = {"task": env.name}
+        self.observed = self._told(*env.reset(seed=seed))
+
+    @property
+    def episode_length_buf(self) -> Tensor:
+        return torch.from_numpy(self.env.taken)
+
+    @episode_length_buf.setter
+    def episode_length_buf(self, steps: Tensor) -> None:
+        self.env.taken[:] = steps.numpy()
+
+    def get_observations(self) -> TensorDict:
+        return self.observed
+
+    def step(self, actions: Tensor) -> tuple[TensorDict, Tensor, Tensor, dict[str, Any]]:
+        observed, reward, ended, late, info = self.env.step(actions.numpy())
+        self.observed = self._told(observed, info)
+        done = torch.from_numpy(ended | late)
+        return self.observed, torch.from_numpy(reward).float(), done.long(), {"time_outs": torch.from_numpy(late)}
+
+    def _told(self, observed: Any, info: Any) -> TensorDict:
+        held = {"policy": torch.from_numpy(observed), "critic": torch.from_numpy(info["privileged"])}
+        return TensorDict(held, batch_size=[self.num_envs])
+
+
+class ActorModel(MLPModel):
+    """An actor that is a skill or a blend that was saved in `folder`."""
+
+    def __init__(self, *args: Any, folder: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        actor = load(folder)
+        self.mlp = actor
+        assert self.distribution is not None
+        self.distribution.std_param.data.copy_(actor.std)
+
+
+def settings(folder: str, critic_hidden: tuple[int, ...] = (128, 64)) -> dict[str, Any]:
+    """What an `OnPolicyRunner` wants to go on training a policy of ours, as PPO here does."""
+    return {
+        "num_steps_per_env": 32, "save_interval": 50, "seed": 0,
+        "obs_groups": {"actor": ["policy"], "critic": ["critic"]},
+        "actor": {
+            "class_name": ActorModel, "folder": str(folder),
+            "distribution_cfg": {"class_name": "GaussianDistribution", "init_std": 0.5},
+        },
+        "critic": {"class_name": "MLPModel", "hidden_dims": list(critic_hidden), "activation": "elu"},
+        "algorithm": {
+            "class_name": "PPO", "num_learning_epochs": 4, "num_mini_batches": 4, "learning_rate": 1e-3,
+            "schedule": "adaptive", "desired_kl": 0.01, "gamma": 0.99, "lam": 0.95, "entropy_coef": 0.001,
+            "value_loss_coef": 1.0, "use_clipped_value_loss": True, "clip_param": 0.2, "max_grad_norm": 1.0,
+        },
+    }  # fmt: skip

@@ -1,0 +1,77 @@
+"""Runs that train a policy, as people write them and as they lie on disk.
+
+settings.json  checkpoint/  metrics.jsonl  model/ (a skill, or a blend with its skills)  results.json (last: finished)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moesaic.errors import ConfigError, path_of, suggest
+from moesaic.runs.settings import build, check_keys, lists, names, parse_overrides, texts
+from moesaic.skills.skillblender import KINDS
+from moesaic.skills.tasks import SKILLS, TASKS, find
+
+_PPO = {"help": "settings of PPO: ppo.lr=3e-4 ppo.steps=60 …"}
+
+
+@dataclass
+class SkillRun:
+    """One policy for one skill or task. `out`, `overwrite`, `every` and `threads` say where and how."""
+
+    task: str = field(default="", metadata={"help": f"{', '.join(SKILLS)}, or a task: {', '.join(TASKS)}"})
+    skills: list[str] = field(
+        default_factory=list, metadata={"help": "of a blend: folders of skills, comma-separated, runs or their model/"}
+    )
+    kind: str = field(default="per_joint", metadata={"help": f"of a blend: {', '.join(KINDS)}"})
+    body: str = field(default="mini_humanoid", metadata={"help": "mini_humanoid, humanoid, or a manifest's path"})
+    steps: int = field(default=2_400_000, metadata={"help": "control steps of all environments together"})
+    num_envs: int = field(default=256, metadata={"help": "environments at a time"})
+    hidden: list[int] = field(default_factory=lambda: [128, 64], metadata={"help": "of the actor, or a blend's head"})
+    critic_hidden: list[int] = field(default_factory=lambda: [128, 64], metadata={"help": "of the critic"})
+    init_std: float = field(default=0.5, metadata={"help": "of exploration, in units of actions"})
+    randomise: bool = field(default=True, metadata={"help": "friction, mass, pushes, delays and noise"})
+    ppo: dict[str, Any] = field(default_factory=dict, metadata=_PPO)
+    seed: int = field(default=0, metadata={"help": "of weights, exploration and environments"})
+    threads: int = field(default=0, metadata={"help": "of the simulator; 0 steps on the caller's"})
+    every: int = field(default=50, metadata={"help": "rounds between checkpoints"})
+    out: str = field(default="", metadata={"help": "run folder; runs/<task>-<kind>-s<seed> where left out"})
+    overwrite: bool = field(default=False, metadata={"help": "replace a run that is there"})
+
+    @property
+    def blends(self) -> bool:
+        return bool(self.skills)
+
+    def folder(self) -> Path:
+        kind = self.kind.replace("_", "-") if self.blends else "flat"
+        return path_of(self.out) if self.out else Path("runs") / f"{self.task.replace('_', '-')}-{kind}-s{self.seed}"
+
+    def describes(self) -> dict[str, Any]:
+        """What makes two runs the same one."""
+        return {k: v for k, v in asdict(self).items() if k not in ("out", "overwrite", "every", "threads")}
+
+
+def load_run(arguments: Sequence[str], *, blends: bool) -> SkillRun:
+    """`key=value` settings to a run. Raises ConfigError for an unknown key (naming the nearest), or a wrong value."""
+    given = parse_overrides(arguments, lists=lists(SkillRun), texts=texts(SkillRun), sections=("ppo",))
+    check_keys("settings", given, names(SkillRun))
+    made = build(SkillRun, {}, given)
+    if not made.task:
+        raise ConfigError("task is missing: task=walk")
+    find(made.task)
+    if blends and not made.skills:
+        wanted = ",".join(f"runs/{name}-flat-s0" for name in find(made.task).skills or ("walk",))
+        raise ConfigError(f"skills is missing, the folders of those that are blended: skills={wanted}")
+    if made.skills and not blends:
+        raise ConfigError("skill train learns from nothing; `moesaic skill blend` takes skills")
+    if made.kind not in KINDS:
+        raise ConfigError(f"kind={made.kind}; {suggest(made.kind, KINDS)}")
+    for key, least in (("steps", 1), ("num_envs", 1), ("seed", 0), ("threads", 0), ("every", 1)):
+        if getattr(made, key) < least:
+            raise ConfigError(f"{key}={getattr(made, key)} must be at least {least}")
+    if made.init_std <= 0 or min([*made.hidden, *made.critic_hidden, 1]) < 1:
+        raise ConfigError("init_std and the sizes of layers must be above 0")
+    return made

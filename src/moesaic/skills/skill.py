@@ -1,0 +1,62 @@
+"""A skill: an actor, and what it relies on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from moesaic.errors import ConfigError
+from moesaic.runs.settings import differences
+from moesaic.skills.policy import mlp
+
+if TYPE_CHECKING:
+    from moesaic.skills.environment import SkillEnv
+
+
+class Skill(nn.Module):
+    """An actor: (N, c + s), a command and what all skills of a body see, to actions (N, d).
+
+    Args:
+        name: walk, reach …
+        relies: the body's contract and `sees`, the names and sizes of what stands behind the command.
+        bound: how large its commands may be.
+    """
+
+    std: Tensor
+
+    def __init__(
+        self, name: str, relies: dict[str, Any], command_dim: int, shared_dim: int, dim: int, hidden: Sequence[int],
+        bound: float = 1.0,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.name, self.relies, self.bound = name, relies, float(bound)
+        self.command_dim, self.shared_dim, self.dim, self.hidden = command_dim, shared_dim, dim, list(hidden)
+        self.net = mlp([command_dim + shared_dim, *hidden, dim])
+        self.register_buffer("std", torch.ones(dim))
+        with torch.no_grad():
+            for p in self.net[-1].parameters():
+                p.mul_(0.01)
+
+    def forward(self, observed: Tensor) -> Tensor:
+        found: Tensor = self.net(observed)
+        return found
+
+    def check_alike(self, other: Skill) -> None:
+        """Raise ConfigError unless another skill moves the same body and sees the same."""
+        if changed := differences(self.relies, other.relies):
+            raise ConfigError(f"the skills {self.name} and {other.name} do not go together: {changed}")
+
+    def shapes(self) -> dict[str, Any]:
+        """What it is made with."""
+        return {name: getattr(self, name) for name in _SHAPES}
+
+
+def relies_on(env: SkillEnv) -> dict[str, Any]:
+    """What a policy of this environment relies on: the body's servos, and what is seen behind a command."""
+    return {**env.body.contract(), "sees": env.sees()}
+
+
+_SHAPES = ("name", "relies", "command_dim", "shared_dim", "dim", "hidden", "bound")

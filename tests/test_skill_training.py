@@ -1,0 +1,212 @@
+"""PPO against its formulas, runs that are interrupted, and policies in other people's libraries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from moesaic.errors import AdapterError, ConfigError, TrainingError
+from moesaic.skills import training
+from moesaic.skills.environment import SkillEnv
+from moesaic.skills.policy import Policy, mlp
+from moesaic.skills.ppo import PPO, PPOSettings, divergence, gae
+from moesaic.skills.running import load_run
+from moesaic.skills.saving import load
+from moesaic.skills.skillbench import evaluate
+
+QUICK = ["num_envs=16", "hidden=16", "critic_hidden=16", "ppo.steps=8", "ppo.minibatches=2"]
+
+
+def trained(place: Path, *more: str, blends: bool = False) -> dict[str, Any]:
+    return training.train(load_run([*QUICK, f"out={place}", *more], blends=blends), progress=False)
+
+
+def learner(lr: float = 1e-3, **settings: Any) -> PPO:
+    env = SkillEnv("reach", num_envs=8, autoreset="same_step")
+    torch.manual_seed(0)
+    privileged = env.reset(seed=0)[1]["privileged"].shape[1]
+    size = env.single_observation_space.shape[0]
+    policy = Policy(mlp([size, 8, env.body.dim]), env.body.dim, privileged, [8], 0.5)
+    return PPO(env, policy, PPOSettings(steps=8, minibatches=2, lr=lr, **settings))
+
+
+def test_advantages_are_their_sum() -> None:
+    t, n, gamma, lam = 6, 3, 0.9, 0.8
+    rewards, values = torch.randn(t, n), torch.randn(t + 1, n)
+    done = (torch.rand(t, n) < 0.3).float()
+    found = gae(rewards, values, done, gamma, lam)
+    for row in range(n):
+        for start in range(t):
+            total, weight = 0.0, 1.0
+            for k in range(start, t):
+                going = 1 - done[k, row].item()
+                delta = rewards[k, row] + gamma * values[k + 1, row] * going - values[k, row]
+                total += weight * delta.item()
+                weight *= gamma * lam * going
+            assert found[start, row].item() == pytest.approx(total, abs=1e-5)
+
+
+def test_divergence_log_probabilities_and_entropy_are_torchs() -> None:
+    policy = Policy(mlp([3, 4]), 4, 5, [6])
+    policy.log_std.data.normal_()
+    mean, action = torch.randn(7, 4), torch.randn(7, 4)
+    own = torch.distributions.Normal(mean, policy.log_std.exp())
+    torch.testing.assert_close(policy.log_prob(action, mean), own.log_prob(action).sum(dim=-1))
+    torch.testing.assert_close(policy.entropy(), own.entropy()[0].sum())
+    other, log_std = torch.randn(7, 4), torch.randn(4)
+    wanted = torch.distributions.kl_divergence(torch.distributions.Normal(other, log_std.exp()), own).sum(dim=-1).mean()
+    torch.testing.assert_close(divergence(other, log_std, mean, policy.log_std), wanted)
+
+
+def test_the_learning_rate_follows_the_divergence() -> None:
+    ppo = learner()
+    for kl, wanted in ((0.05, 1e-3 / 1.5), (0.015, 1e-3 / 1.5), (0.001, 1e-3), (0.0, 1e-3)):
+        ppo._follow(kl)
+        assert ppo.lr == pytest.approx(wanted)
+    for _ in range(30):
+        ppo._follow(1.0)
+    assert ppo.lr == 1e-5
+
+
+def test_a_round_that_is_taken_up_is_the_one_that_would_have_been() -> None:
+    one, other = learner(), learner()
+    for _ in range(3):
+        one.iterate()
+    other.restore(*one.state())
+    for _ in range(2):
+        assert one.iterate() == other.iterate()
+    for a, b in zip(one.policy.parameters(), other.policy.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_time_outs_are_worth_what_the_critic_sees_last_and_falls_nothing() -> None:
+    ppo = learner()
+    ppo.env.steps = 4
+    ppo.collect()
+    assert ppo._late.any()
+    assert (ppo._last[ppo._late].abs().sum(dim=-1) > 0).all()
+    assert (ppo._done >= ppo._late.float()).all()
+
+
+def test_numbers_that_are_none_stop_it_and_bodies_that_diverge_do_not() -> None:
+    ppo = learner()
+    ppo.env.physics._state[3] = np.nan
+    ppo.iterate()
+    assert ppo.env.diverged == 1
+    assert all(torch.isfinite(p).all() for p in ppo.policy.parameters())
+    ppo.policy.critic[0].weight.data[0, 0] = torch.nan
+    with pytest.raises(TrainingError, match="the loss is no number any more"):
+        ppo.iterate()
+
+
+def test_a_run_that_is_interrupted_goes_on_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = trained(tmp_path / "whole", "task=walk", "steps=1024", "every=3")
+    rounds, plain = [0], PPO.iterate
+
+    def interrupted(self: PPO) -> dict[str, float]:
+        rounds[0] += 1
+        if rounds[0] == 5:
+            raise KeyboardInterrupt
+        return plain(self)
+
+    monkeypatch.setattr(PPO, "iterate", interrupted)
+    line = ("task=walk", "steps=1024", "every=3")
+    with pytest.raises(KeyboardInterrupt, match="stopped after 512 steps, which are kept"):
+        trained(tmp_path / "cut", *line)
+    with pytest.raises(ConfigError, match="holds an unfinished run with seed=0, now 1"):
+        trained(tmp_path / "cut", *line, "seed=1")
+    cut = trained(tmp_path / "cut", *line)
+    assert cut["last"] == whole["last"]
+    lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "cut")]
+    assert len(lines[0]) == len(lines[1]) == 8
+    for a, b in zip(*(load(tmp_path / n).state_dict().values() for n in ("whole", "cut")), strict=True):
+        assert torch.equal(a, b)
+    assert not (tmp_path / "cut" / "checkpoint").exists()
+    with pytest.raises(ConfigError, match="holds a finished run"):
+        trained(tmp_path / "cut", *line)
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "told", lambda *_: "")
+    plain = PPO.iterate
+    monkeypatch.setattr(
+        PPO, "iterate", lambda self: plain(self) if self.taken < 256 else (_ for _ in ()).throw(KeyboardInterrupt)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "r", "task=squat", "steps=1024")
+    file = tmp_path / "r" / "checkpoint" / "state.safetensors"
+    file.write_bytes(file.read_bytes()[:-7] + b"0000000")
+    with pytest.raises(AdapterError, match="its files are not as they were written; overwrite=true begins anew"):
+        trained(tmp_path / "r", "task=squat", "steps=1024")
+
+
+@pytest.fixture(scope="module")
+def blend(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("runs")
+    for name in ("walk", "reach"):
+        trained(place / name, f"task={name}", "steps=256")
+    trained(place / "blend", "task=far_reach", f"skills={place / 'walk'},{place / 'reach'}", "steps=512", blends=True)
+    return place / "blend"
+
+
+def test_a_blend_trains_and_is_measured(blend: Path) -> None:
+    found = evaluate(load(blend), "far_reach", "mini_humanoid", rollouts=6, seconds=1.0)
+    assert {*found["errors"]} == {"wrist"}
+    assert 0 <= found["success"] <= found["survival"] <= 1
+    assert found["energy"] == found["velocity"] * found["torque"]
+    assert found == evaluate(load(blend), "far_reach", "mini_humanoid", rollouts=6, seconds=1.0)
+
+
+def test_stable_baselines_acts_as_we_do_and_goes_on_training(blend: Path, tmp_path: Path) -> None:
+    sb3 = pytest.importorskip("stable_baselines3")
+    from moesaic.skills.for_sb3 import ActorPolicy, VecSkillEnv
+
+    env = VecSkillEnv(SkillEnv("far_reach", num_envs=4, autoreset="same_step", seconds=0.4))
+    model = sb3.PPO(ActorPolicy, env, n_steps=32, batch_size=64, policy_kwargs={"folder": str(blend)}, seed=0)
+    observed = env.reset()
+    wanted = load(blend)(torch.from_numpy(observed)).detach().numpy()
+    np.testing.assert_allclose(model.predict(observed, deterministic=True)[0], wanted, rtol=1e-5, atol=1e-6)
+    for _ in range(20):
+        observed, _, done, told = env.step(np.zeros((4, 10), np.float32))
+    assert done.all()
+    assert all(own["TimeLimit.truncated"] and own["terminal_observation"].shape == observed[0].shape for own in told)
+    model.learn(256)
+    frozen = load(blend).skills.state_dict()
+    assert all(torch.equal(held, frozen[name]) for name, held in model.policy.action_net.skills.state_dict().items())
+    model.save(tmp_path / "ours.zip")
+    again = sb3.PPO.load(tmp_path / "ours.zip")
+    np.testing.assert_array_equal(again.predict(observed)[0].shape, (4, 10))
+
+
+def test_rsl_rl_acts_as_we_do_and_goes_on_training(blend: Path, tmp_path: Path) -> None:
+    runners = pytest.importorskip("rsl_rl.runners")
+    from moesaic.skills.for_rsl_rl import RslEnv, settings
+
+    env = RslEnv(SkillEnv("far_reach", num_envs=4, autoreset="same_step", seconds=0.4))
+    runner = runners.OnPolicyRunner(env, {**settings(str(blend)), "num_steps_per_env": 8}, str(tmp_path))
+    seen = env.get_observations()
+    torch.testing.assert_close(runner.get_inference_policy()(seen), load(blend)(seen["policy"]))
+    runner.learn(2)
+    runner.save(str(tmp_path / "ours.pt"))
+    runner.load(str(tmp_path / "ours.pt"))
+
+
+def test_onnx_acts_as_we_do(blend: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    from moesaic.skills.export import to_onnx
+
+    for name in (blend, blend.parent / "walk"):
+        policy = load(name)
+        to_onnx(policy, tmp_path / "p.onnx")
+        session = runtime.InferenceSession(tmp_path / "p.onnx")
+        for rows in (1, 5):
+            o = torch.randn(rows, policy.command_dim + policy.shared_dim)
+            (found,) = session.run(None, {"observation": o.numpy()})
+            np.testing.assert_allclose(found, policy(o).detach().numpy(), rtol=0, atol=1e-5)
+    with pytest.raises(ConfigError, match=r"must end in \.onnx"):
+        to_onnx(policy, tmp_path / "p.pt")
