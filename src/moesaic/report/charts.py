@@ -123,9 +123,10 @@ def heat(
 
 
 def shares(
-    layers: Mapping[str, Mapping[str, Sequence[float]]], *, title: str, description: str, over: str = "layer"
-) -> Markup:
-    """Experts' shares, a row for each task and a block of columns for each layer (or what `over` names).
+    layers: Mapping[str, Mapping[str, Sequence[float]]], *, title: str, description: str, over: str = "layer",
+    of: str = "expert",
+) -> Markup:  # fmt: skip
+    """Experts' shares, a row for each task and a block of columns (`of`) for each layer (or what `over` names).
 
     The strongest tone is the largest share, or twice an equal share among the fewest experts if that is larger.
     """
@@ -134,7 +135,7 @@ def shares(
     every = [row for rows in layers.values() for row in rows.values()]
     largest = max(max(share, 2 / len(row)) for row in every for share in row)
     parts, x = [text(left - 10, top - 21, over, anchor="end", class_="tick")], left
-    parts.append(text(left - 10, top - 6, "expert", anchor="end", class_="tick"))
+    parts.append(text(left - 10, top - 6, of, anchor="end", class_="tick"))
     parts += [text(left - 10, top + size * i + 13, shorten(task), anchor="end") for i, task in enumerate(tasks)]
     for layer, rows in layers.items():
         experts = max((len(row) for row in rows.values()), default=0)
@@ -146,7 +147,7 @@ def shares(
                 if task not in rows or e >= len(rows[task]):
                     continue
                 share = rows[task][e]
-                said = tag("title", f"{over} {layer}, {task}, expert {e}: {100 * share:.0f} %".lstrip())
+                said = tag("title", f"{over} {layer}, {task}, {of} {e}: {100 * share:.0f} %".lstrip(" ,"))
                 box = {"x": x + size * e, "y": top + size * i, "width": size - 1.5, "height": size - 1.5, "rx": 2}
                 parts.append(tag("rect", said, style=_fill(share / largest, "above"), **box))
         x += size * experts + gap

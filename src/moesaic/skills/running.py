@@ -12,8 +12,7 @@ from typing import Any
 
 from moesaic.errors import ConfigError, path_of, suggest
 from moesaic.runs.settings import build, check_keys, lists, names, parse_overrides, texts
-from moesaic.skills.skillblender import KINDS
-from moesaic.skills.tasks import SKILLS, TASKS, find
+from moesaic.skills.names import KINDS, SKILLS, TASKS
 
 _PPO = {"help": "settings of PPO: ppo.lr=3e-4 ppo.steps=60 …"}
 
@@ -61,8 +60,11 @@ def load_run(arguments: Sequence[str], *, blends: bool) -> SkillRun:
     made = build(SkillRun, {}, given)
     if not made.task:
         raise ConfigError("task is missing: task=walk")
-    find(made.task)
+    if made.task not in (*SKILLS, *TASKS):
+        raise ConfigError(f"no skill or task {made.task}; {suggest(made.task, (*SKILLS, *TASKS))}")
     if blends and not made.skills:
+        from moesaic.skills.tasks import find
+
         wanted = ",".join(f"runs/{name}-flat-s0" for name in find(made.task).skills or ("walk",))
         raise ConfigError(f"skills is missing, the folders of those that are blended: skills={wanted}")
     if made.skills and not blends:
@@ -75,3 +77,33 @@ def load_run(arguments: Sequence[str], *, blends: bool) -> SkillRun:
     if made.init_std <= 0 or min([*made.hidden, *made.critic_hidden, 1]) < 1:
         raise ConfigError("init_std and the sizes of layers must be above 0")
     return made
+
+
+@dataclass
+class Look:
+    """What is done with runs that are there."""
+
+    folders: list[str] = field(default_factory=list, metadata={"help": "runs, one after another"})
+    task: str = field(default="", metadata={"help": "another task than the run's own"})
+    rollouts: int = field(default=128, metadata={"help": "eval: bodies at once"})
+    seconds: float = field(default=0.0, metadata={"help": "of a rollout; 0 for the task's own"})
+    seed: int = field(default=10_000, metadata={"help": "of goals and of where bodies begin"})
+    stick: bool = field(default=False, metadata={"help": "play: lines in place of OpenGL"})
+    out: str = field(default="", metadata={"help": "play: film.gif, film.mp4; export: policy.onnx"})
+
+
+def load_look(arguments: Sequence[str]) -> Look:
+    """Folders and `key=value` settings. Raises ConfigError as `load_run` does."""
+    folders, given = [a for a in arguments if "=" not in a], [a for a in arguments if "=" in a]
+    made = build(Look, {}, _checked(parse_overrides(given, lists=lists(Look), texts=texts(Look))))
+    made.folders = [*folders, *made.folders]
+    if not made.folders:
+        raise ConfigError("no run is given: moesaic skill eval runs/walk-flat-s0")
+    if made.rollouts < 1 or made.seconds < 0 or made.seed < 0:
+        raise ConfigError("rollouts must be at least 1, seconds and seed at least 0")
+    return made
+
+
+def _checked(given: dict[str, Any]) -> dict[str, Any]:
+    check_keys("settings", given, names(Look))
+    return given

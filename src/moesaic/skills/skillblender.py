@@ -21,10 +21,9 @@ from moesaic.errors import ConfigError
 from moesaic.routing.gates import Routing, Softmax
 from moesaic.routing.losses import Record
 from moesaic.routing.router import Site
+from moesaic.skills.names import KINDS
 from moesaic.skills.policy import mlp
 from moesaic.skills.skill import Skill
-
-KINDS = ("per_joint", "scalar", "switch", "mcp")
 
 
 class SkillBlender(nn.Module):
