@@ -14,7 +14,8 @@ def page(results: Sequence[dict[str, Any]]) -> str:
     """The page of policies that were measured, side by side where they are several."""
     first = results[0]
     facts = [
-        ("task", first["task"]), ("body", first["body"]), ("rollouts", f"{first['rollouts']} of {first['seconds']:g} s"),
+        ("task", first["task"]), ("body", first["body"]),
+        ("rollouts", f"{first['rollouts']} of {first['seconds']:g} s"),
         ("skills", ", ".join(first["skills"])),
         ("trained", ", ".join(f"{r['trained'].get('steps', 0):,} steps" for r in results)),
     ]  # fmt: skip
