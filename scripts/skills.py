@@ -56,7 +56,8 @@ def measure(table: str, task: str, arm: str, seed: int) -> dict[str, Any]:
     return {
         "table": table, "task": task, "arm": arm, "seed": seed, "steps": trained["steps"],
         "cpu_seconds": trained["cpu_seconds"], "trainable": trained["trainable"], "diverged": trained["diverged"],
-        **{name: value for name, value in found.items() if name not in left_out}, "versions": versions(("mujoco", "torch")),
+        **{name: value for name, value in found.items() if name not in left_out},
+        "versions": versions(("mujoco", "torch")),
     }  # fmt: skip
 
 

@@ -44,7 +44,7 @@ def measured(folder: str, wanted: Look) -> dict[str, Any]:
     """Figures of SkillBench, and of a blend the weights of its skills by joint over time."""
     policy, task, body, trained = opened(folder, wanted)
     times: list[torch.Tensor] = []
-    names = [skill.name for skill in policy.skills] if isinstance(policy, SkillBlender) else []
+    names = [str(skill.name) for skill in policy.skills] if isinstance(policy, SkillBlender) else []
     trace = RoutingTrace(names=names)
     joints = policy.relies["joints"]
 
