@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 
 from moesaic.errors import AdapterError, ConfigError, TrainingError
 from moesaic.skills import training
+from moesaic.skills.body import load_body
 from moesaic.skills.environment import SkillEnv
+from moesaic.skills.official import import_official
 from moesaic.skills.policy import Policy, mlp
 from moesaic.skills.ppo import PPO, PPOSettings, divergence, gae
 from moesaic.skills.running import load_run
@@ -210,3 +213,38 @@ def test_onnx_acts_as_we_do(blend: Path, tmp_path: Path) -> None:
             np.testing.assert_allclose(found, policy(o).detach().numpy(), rtol=0, atol=1e-5)
     with pytest.raises(ConfigError, match=r"must end in \.onnx"):
         to_onnx(policy, tmp_path / "p.pt")
+
+
+def official(dim: int, command: int, hidden: tuple[int, ...] = (12, 8)) -> dict[str, torch.Tensor]:
+    sizes = [command + 3 * dim + 6, *hidden, dim]
+    made = {"std": torch.rand(dim)}
+    for number, (before, after) in enumerate(pairwise(sizes)):
+        made |= {
+            f"actor.{2 * number}.weight": torch.randn(after, before),
+            f"actor.{2 * number}.bias": torch.randn(after),
+        }
+    return {**made, "critic.0.weight": torch.randn(3, 9)}
+
+
+def test_a_published_checkpoint_is_taken_by_its_shapes(tmp_path: Path) -> None:
+    body, file = load_body("humanoid"), tmp_path / "model_15000.pt"
+    state = official(19, 14)
+    torch.save({"model_state_dict": state, "iter": 15000, "infos": None}, file)
+    skill = import_official(file, "reach", body)
+    o = torch.randn(4, 14 + 63)
+    wanted = o
+    for number in (0, 2, 4):
+        wanted = wanted @ state[f"actor.{number}.weight"].t() + state[f"actor.{number}.bias"]
+        wanted = torch.nn.functional.elu(wanted) if number < 4 else wanted
+    torch.testing.assert_close(skill(o), wanted)
+    assert torch.equal(skill.std, state["std"])
+    with pytest.raises(AdapterError, match="sees 77 numbers, and walk of a body with 19 joints 66"):
+        import_official(file, "walk", body)
+    with pytest.raises(AdapterError, match="moves 19 joints, and the body has 10"):
+        import_official(file, "reach", load_body("mini_humanoid"))
+    torch.save({"model_state_dict": {"actor.weight": torch.ones(2)}}, file)
+    with pytest.raises(AdapterError, match="holds no actor of linear layers"):
+        import_official(file, "reach", body)
+    torch.save({"model_state_dict": {"actor.0.weight": Path("x")}}, file)
+    with pytest.raises(AdapterError, match="is no checkpoint of tensors alone"):
+        import_official(file, "reach", body)

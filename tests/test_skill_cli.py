@@ -1,0 +1,111 @@
+"""`moesaic skill` as people type it, its pages and films, and what it says to what cannot be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moesaic.cli.main import main
+from moesaic.skills.names import SKILLS, TASKS
+from moesaic.skills.tasks import SKILLS as SKILLS_MADE
+from moesaic.skills.tasks import TASKS as TASKS_MADE
+
+QUICK = ["num_envs=8", "hidden=16", "critic_hidden=16", "ppo.steps=8", "ppo.minibatches=2", "steps=64"]
+
+
+def said(capsys: pytest.CaptureFixture[str], *line: str, code: int = 0) -> str:
+    assert main(["skill", *line]) == code
+    told = capsys.readouterr()
+    return told.out if code == 0 else told.err
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("runs")
+    for name in ("walk", "reach"):
+        assert main(["skill", "train", f"task={name}", f"out={place / name}", *QUICK]) == 0
+    skills = f"skills={place / 'walk'},{place / 'reach' / 'model'}"
+    assert main(["skill", "blend", "task=far_reach", skills, f"out={place / 'blend'}", *QUICK]) == 0
+    return place
+
+
+def test_the_names_are_the_tasks() -> None:
+    assert tuple(SKILLS_MADE) == SKILLS
+    assert tuple(TASKS_MADE) == TASKS
+    assert all(set(task.skills) <= set(SKILLS) and len(task.skills) > 1 for task in TASKS_MADE.values())
+
+
+def test_runs_are_measured_and_their_pages_show_weights(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (found,) = json.loads(said(capsys, "eval", str(runs / "blend"), "rollouts=4", "seconds=1", "--json"))
+    assert found["skills"] == ["walk", "reach"]
+    weights = np.array(found["weights"])
+    assert weights.shape == (24, 10, 2)
+    np.testing.assert_allclose(weights.sum(axis=-1), 1, atol=1e-5)
+    use = np.array([*found["routing"]["utilisation"].values()])
+    np.testing.assert_allclose(use, weights.mean(axis=0), atol=0.05)
+    page = (runs / "blend" / "report.html").read_text()
+    assert "Which skill each joint listens to" in page
+    assert "left_hip" in page
+    both = said(capsys, "eval", str(runs / "walk"), str(runs / "walk"), "rollouts=2", "seconds=0.5")
+    assert "velocity error" in both
+
+
+def test_a_film_is_a_rollout(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = said(capsys, "play", str(runs / "blend"), "seconds=1", "stick=true")
+    assert f"written: {runs / 'blend' / 'film.gif'}" in told
+    with Image.open(runs / "blend" / "film.gif") as film:
+        shown = [film.seek(number) or film.info["duration"] for number in range(film.n_frames)]
+    assert sum(shown) == 1000, "pictures that are alike may be one that lasts"
+    assert len(shown) > 20
+    said(capsys, "play", str(runs / "walk"), "seconds=0.4", f"out={runs / 'walk.mp4'}", "stick=true")
+    assert (runs / "walk.mp4").stat().st_size > 1000
+    assert "out=film.avi must end in .gif or .mp4" in said(capsys, "play", str(runs / "walk"), "out=film.avi", code=2)
+
+
+def test_a_policy_is_exported(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnxscript", reason="needs onnxscript")
+    assert "policy.onnx" in said(capsys, "export", str(runs / "walk"))
+    assert (runs / "walk" / "policy.onnx").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        (["fly"], "no such action; known: blend, eval, export, play, train"),
+        (["train"], "task is missing: task=walk"),
+        (["train", "task=wlak"], "did you mean 'walk'"),
+        (["train", "task=walk", "setps=3"], "did you mean 'steps'"),
+        (["train", "task=walk", "steps=0"], "steps=0 must be at least 1"),
+        (["train", "task=walk", "hidden=0"], "must be above 0"),
+        (["train", "task=walk", "ppo.lrr=1"], "did you mean 'lr'"),
+        (["train", "task=walk", "body=nobody"], "no body nobody"),
+        (["train", "task=walk", "skills=a"], "`moesaic skill blend` takes skills"),
+        (["blend", "task=far_reach"], "skills=runs/walk-flat-s0,runs/reach-flat-s0"),
+        (["blend", "task=far_reach", "skills=nowhere"], "nowhere holds no policy"),
+        (["blend", "task=far_reach", "skills=a", "kind=sum"], "kind=sum"),
+        (["eval"], "no run is given"),
+        (["eval", "nowhere"], "nowhere holds no policy"),
+        (["play", "a", "b"], "one run at a time"),
+    ],
+)
+def test_bad_input_is_one_line(
+    line: list[str], wanted: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    told = said(capsys, *line, code=2)
+    assert wanted in told
+    assert len(told.strip().splitlines()) == 1
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_policy_of_another_body_or_task_is_refused(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["blend", "task=far_reach", f"skills={runs / 'walk'}", "body=humanoid", f"out={runs / 'no'}", *QUICK]
+    told = said(capsys, *line, code=2)
+    assert "is for another body: joints=" in told
+    assert not (runs / "no").exists()
+    told = said(capsys, "eval", str(runs / "walk"), "task=reach", code=2)
+    assert "takes 1 numbers for a command, and reach gives 4" in told
