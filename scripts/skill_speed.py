@@ -1,0 +1,205 @@
+"""What a control step costs: results/skill-speed.json. `python scripts/skill_speed.py [rounds=3]`, idle machine.
+
+Arms take turns within a round, each in a process of its own. Control steps of all environments together, by CPU second
+and by second; a step of training counts what is learned from it, too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+OUT = ROOT / "results" / "skill-speed.json"
+TASK, ID = "walk", "moesaic/MiniHumanoid-Walk-v0"
+FEW = 8
+"""Environments of those that step one after another."""
+CPU = 12.0
+"""CPU seconds of an arm, at least."""
+
+
+def env_of(num_envs: int, **settings: Any) -> Any:
+    from moesaic.skills.environment import SkillEnv
+
+    env = SkillEnv(settings.pop("task", TASK), num_envs=num_envs, autoreset="same_step", **settings)
+    env.reset(seed=0)
+    return env
+
+
+def actions(num_envs: int, dim: int = 10) -> list[Any]:
+    chance = np.random.default_rng(0)
+    return [(0.2 * chance.standard_normal((num_envs, dim))).astype(np.float32) for _ in range(64)]
+
+
+def stepping(env: Any, step: Callable[[Any], Any], num_envs: int) -> Callable[[], int]:
+    drawn = actions(num_envs)
+
+    def some() -> int:
+        for action in drawn[:16]:
+            step(action)
+        return 16 * num_envs
+
+    return some
+
+
+def bare(num_envs: int = 256, threads: int = 0) -> Callable[[], int]:
+    """MuJoCo's own batched stepping, from states that our environment is in."""
+    env = env_of(num_envs, randomise=False, threads=threads)
+    states = env.physics._state.copy()
+    drawn = actions(num_envs)
+
+    def some() -> int:
+        env.physics._state[:] = states
+        for action in drawn[:16]:
+            env.physics.step(env._default + env.body.action_scale * action)
+        return 16 * num_envs
+
+    return some
+
+
+def ours(num_envs: int = 256, threads: int = 0, randomise: bool = False) -> Callable[[], int]:
+    env = env_of(num_envs, randomise=randomise, threads=threads)
+    return stepping(env, env.step, num_envs)
+
+
+def vector(kind: str) -> Callable[[], int]:
+    import gymnasium as gym
+
+    import moesaic.skills  # noqa: F401
+
+    makers = [lambda: gym.make(ID, randomise=False)] * FEW
+    env = {"sync": gym.vector.SyncVectorEnv, "async": gym.vector.AsyncVectorEnv}[kind](makers)
+    env.reset(seed=0)
+    return stepping(env, env.step, FEW)
+
+
+def sb3(over: str, steps: int) -> Callable[[], int]:
+    import gymnasium as gym
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.vec_env import DummyVecEnv
+
+    import moesaic.skills  # noqa: F401
+    from moesaic.skills.for_sb3 import VecSkillEnv
+
+    if over == "dummy":
+        env: Any = DummyVecEnv([lambda: gym.make(ID, randomise=False)] * FEW)
+    else:
+        env = VecSkillEnv(env_of(256, randomise=False))
+    model = PPO(
+        "MlpPolicy", env, n_steps=steps, batch_size=2048, n_epochs=4, device="cpu",
+        policy_kwargs={"net_arch": {"pi": [128, 64], "vf": [128, 64]}},
+    )  # fmt: skip
+
+    def some() -> int:
+        model.learn(steps * env.num_envs, reset_num_timesteps=False)
+        return steps * int(env.num_envs)
+
+    return some
+
+
+def ppo(blends: bool) -> Callable[[], int]:
+    import torch
+
+    from moesaic.skills.policy import Policy
+    from moesaic.skills.ppo import PPO, PPOSettings
+    from moesaic.skills.skill import Skill, relies_on
+    from moesaic.skills.skillblender import SkillBlender
+
+    env = env_of(256, randomise=False, task="far_reach" if blends else TASK)
+    relies, dim, shared = relies_on(env), env.body.dim, env.shared_dim
+    if blends:
+        skills = [
+            Skill("walk", relies, 1, shared, dim, [128, 64], 2.0),
+            Skill("reach", relies, 4, shared, dim, [128, 64]),
+        ]
+        actor: Any = SkillBlender(skills, env.command_dim, [128, 64])
+    else:
+        actor = Skill(TASK, relies, env.command_dim, shared, dim, [128, 64])
+    torch.manual_seed(0)
+    privileged = env.reset(seed=0)[1]["privileged"].shape[1]
+    made = PPO(env, Policy(actor, dim, privileged, [128, 64], 0.5), PPOSettings())
+
+    def some() -> int:
+        made.iterate()
+        return 32 * 256
+
+    return some
+
+
+ARMS: dict[str, tuple[Callable[..., Callable[[], int]], dict[str, Any]]] = {
+    "bare rollout": (bare, {}),
+    "bare rollout, 2 threads": (bare, {"threads": 2}),
+    "ours": (ours, {}),
+    "ours, randomised": (ours, {"randomise": True}),
+    "ours, 2 threads": (ours, {"threads": 2}),
+    "SyncVectorEnv": (vector, {"kind": "sync"}),
+    "AsyncVectorEnv": (vector, {"kind": "async"}),
+    "SB3 PPO, DummyVecEnv": (sb3, {"over": "dummy", "steps": 1024}),
+    "SB3 PPO, our VecEnv": (sb3, {"over": "ours", "steps": 32}),
+    "our PPO, flat": (ppo, {"blends": False}),
+    "our PPO, blend": (ppo, {"blends": True}),
+    **{f"ours, {n} environments": (ours, {"num_envs": n}) for n in (1, 16, 64, 1024)},
+}
+
+
+def measure(arm: str) -> dict[str, float]:
+    """Control steps a CPU second (children included) and a second."""
+    import torch
+
+    torch.set_num_threads(1)
+    make, settings = ARMS[arm]
+    some = make(**settings)
+    some()
+    began, count = clock(), 0
+    while clock()[0] - began[0] < CPU or count == 0:
+        count += some()
+        if clock()[1] - began[1] > 4 * CPU:
+            break
+    used, passed = (now - before for now, before in zip(clock(), began, strict=True))
+    return {"per_cpu_second": count / used, "per_second": count / passed}
+
+
+def clock() -> tuple[float, float]:
+    """CPU seconds of this process and those of its children that live, and seconds."""
+    import psutil
+
+    own = psutil.Process()
+    times = [process.cpu_times() for process in (own, *own.children(recursive=True))]
+    return sum(t.user + t.system for t in times), time.perf_counter()
+
+
+def main() -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    given = dict(text.split("=", 1) for text in sys.argv[1:])
+    if given.keys() - {"rounds"}:
+        sys.exit(__doc__)
+    found: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
+    for number in range(int(given.get("rounds", 3))):
+        for arm in ARMS:
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                found[arm].append(pool.submit(measure, arm).result())
+            print(f"round {number + 1}, {arm}: {found[arm][-1]['per_cpu_second']:,.0f} a CPU second", flush=True)
+    from moesaic.runs.results import command_line, versions
+
+    names = ("per_cpu_second", "per_second")
+    OUT.write_text(json.dumps({
+        "arms": {
+            arm: {k: {"mean": statistics.mean(v), "all": v} for k in names if (v := [round(f[k], 1) for f in all_])}
+            for arm, all_ in found.items()
+        },
+        "command": command_line(), "versions": versions(("mujoco", "gymnasium", "stable-baselines3", "torch")),
+    }, indent=2) + "\n")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
