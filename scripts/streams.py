@@ -72,6 +72,7 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "paper, with a warm-up": ("driftmoe-paper", {"backend": "arrays", "warmup": 2000}),
     "paper, with input scaling": ("driftmoe-paper", {"backend": "arrays", "scale": True}),
     "paper, three answer": ("driftmoe-paper", {"backend": "arrays", "combine": "topk"}),
+    "paper, five of twelve asked": ("driftmoe-paper", {"backend": "arrays", "lazy": 2}),
 }
 SLOW = ("SGBT-10", "SGBT-100")
 """Run last."""

@@ -60,7 +60,7 @@ def test_a_film_is_a_rollout(runs: Path, capsys: pytest.CaptureFixture[str]) -> 
     with Image.open(runs / "blend" / "film.gif") as film:
         shown = [film.seek(number) or film.info["duration"] for number in range(film.n_frames)]
     assert sum(shown) == 1000, "pictures that are alike may be one that lasts"
-    assert len(shown) > 20
+    assert len(shown) > 5
     said(capsys, "play", str(runs / "walk"), "seconds=0.4", f"out={runs / 'walk.mp4'}", "stick=true")
     assert (runs / "walk.mp4").stat().st_size > 1000
     assert "out=film.avi must end in .gif or .mp4" in said(capsys, "play", str(runs / "walk"), "out=film.avi", code=2)

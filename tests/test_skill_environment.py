@@ -113,7 +113,10 @@ def test_a_sync_vector_of_single_bodies_is_a_vector_of_ours() -> None:
         np.testing.assert_array_equal(singles.step(action)[0], many.step(action)[0])
 
 
-def test_what_is_no_number_is_begun_anew_and_counted_and_the_others_do_not_notice() -> None:
+def test_what_is_no_number_is_begun_anew_and_counted_and_the_others_do_not_notice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     clean, hurt = (SkillEnv("walk", num_envs=50, autoreset="same_step") for _ in range(2))
     for env in (clean, hurt):
         env.reset(seed=1)
@@ -136,6 +139,8 @@ def test_what_is_no_number_is_begun_anew_and_counted_and_the_others_do_not_notic
             assert np.isfinite(info["final_obs"][7]).all()
     assert hurt.diverged == 2
     assert clean.diverged == 0
+    assert not [*tmp_path.iterdir()], "MuJoCo keeps no log here"
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_state_that_is_restored_goes_on_bit_for_bit() -> None:
@@ -148,6 +153,20 @@ def test_a_state_that_is_restored_goes_on_bit_for_bit() -> None:
     for action in actions[50:]:
         for a, b in zip(env.step(action)[:4], other.step(action)[:4], strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_servos_hold_a_body_where_it_stands(body: str) -> None:
+    env = SkillEnv("reach", body, 1, randomise=False)
+    env.reset(seed=0)
+    for _ in range(20):
+        env.step(np.zeros((1, env.body.dim)))
+    now = env.readings
+    assert np.abs(now.q - env.body.default).max() < 0.25
+    assert now.position[0, 2] == pytest.approx(env.body.base_height, abs=0.05)
+    for name in env.body.joints:
+        low, high = env.physics.model.joint(name).range
+        assert high - low > 0.8, "in radians"
 
 
 def test_random_numbers_are_even_and_normal_and_each_streams_own() -> None:
@@ -173,6 +192,7 @@ def test_random_numbers_are_even_and_normal_and_each_streams_own() -> None:
         ("mjcf: nothing.xml", "is no MJCF that MuJoCo reads"),
         ("hips: [0, 30]", "hips names joint 30 of 10"),
         ("feet: [left_foot]", "feet must have two entries"),
+        ("default: [-0.4, 0.8, -0.4, -0.4, 0.8, -0.4, 0, -0.3, 0, 0.3]", "right_elbow stands at 0.3 rad, outside its"),
     ],
 )
 def test_a_manifest_that_is_wrong_says_so(change: str, said: str, tmp_path: Path) -> None:

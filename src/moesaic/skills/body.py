@@ -145,6 +145,14 @@ class Body:
             made = spec.compile()
         except ValueError as error:
             raise ConfigError(f"{self.mjcf} does not compile: {first_line(error)}") from None
+        for name, angle in zip(self.joints, self.default, strict=True):
+            joint = made.joint(name)
+            if made.jnt_limited[joint.id] and not joint.range[0] <= angle <= joint.range[1]:
+                low, high = joint.range
+                raise ConfigError(
+                    f"{self.mjcf}: {name} stands at {angle:g} rad, outside its range of {low:.3g} to {high:.3g} "
+                    '(MJCF is in degrees unless its compiler says angle="radian")'
+                )
         made.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_AUTORESET  # what diverges is to be seen
         return made
 

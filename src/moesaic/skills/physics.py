@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -91,6 +92,8 @@ class Rollouts:
         threads: int = 0, alike: bool = True,
     ) -> None:  # fmt: skip
         mujoco = needed()
+        if mujoco.get_mju_user_warning() is None:
+            mujoco.set_mju_user_warning(_warned)
         self.body, self.num_envs, self.objects = body, num_envs, list(objects)
         model = body.model(scene)
         self.model, self.models = model, [model] * num_envs
@@ -227,6 +230,12 @@ class Rollouts:
 
     def close(self) -> None:
         self._pool.close()
+
+
+def _warned(text: str) -> None:
+    """MuJoCo's warnings, which else go to stderr and into a file here. Bodies that diverge are counted as such."""
+    if "simulation is unstable" not in text:
+        logging.getLogger("moesaic").warning("MuJoCo: %s", text)
 
 
 def _weigh(own: mujoco.MjModel, stock: mujoco.MjModel, name: str, factor: float) -> None:
