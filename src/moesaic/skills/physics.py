@@ -182,7 +182,7 @@ class Rollouts:
 
     def read(self) -> Readings:
         state, n = self._state, self.num_envs
-        sensed = self._sensors[:, -1].reshape(n, -1, 3)
+        sensed = self._sensors[:, -1].copy().reshape(n, -1, 3)  # the next step writes there
         q, dq = state[:, self._q], state[:, self._dq]
         targets = self._control[:, -1, self._servo]
         at, speed = self._root, self._root_speed
