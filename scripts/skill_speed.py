@@ -54,7 +54,7 @@ def stepping(env: Any, step: Callable[[Any], Any], num_envs: int) -> Callable[[]
 
 def bare(num_envs: int = 256, threads: int = 0) -> Callable[[], int]:
     """MuJoCo's own batched stepping, from states that our environment is in."""
-    env = env_of(num_envs, randomise=False, threads=threads)
+    env = env_of(num_envs, randomise=0, threads=threads)
     states = env.physics._state.copy()
     drawn = actions(num_envs)
 
@@ -67,7 +67,7 @@ def bare(num_envs: int = 256, threads: int = 0) -> Callable[[], int]:
     return some
 
 
-def ours(num_envs: int = 256, threads: int = 0, randomise: bool = False) -> Callable[[], int]:
+def ours(num_envs: int = 256, threads: int = 0, randomise: float = 0.0) -> Callable[[], int]:
     env = env_of(num_envs, randomise=randomise, threads=threads)
     return stepping(env, env.step, num_envs)
 
@@ -77,7 +77,7 @@ def vector(kind: str) -> Callable[[], int]:
 
     import moesaic.skills  # noqa: F401
 
-    makers = [lambda: gym.make(ID, randomise=False)] * FEW
+    makers = [lambda: gym.make(ID, randomise=0)] * FEW
     env = {"sync": gym.vector.SyncVectorEnv, "async": gym.vector.AsyncVectorEnv}[kind](makers)
     env.reset(seed=0)
     return stepping(env, env.step, FEW)
@@ -92,9 +92,9 @@ def sb3(over: str, steps: int) -> Callable[[], int]:
     from moesaic.skills.for_sb3 import VecSkillEnv
 
     if over == "dummy":
-        env: Any = DummyVecEnv([lambda: gym.make(ID, randomise=False)] * FEW)
+        env: Any = DummyVecEnv([lambda: gym.make(ID, randomise=0)] * FEW)
     else:
-        env = VecSkillEnv(env_of(256, randomise=False))
+        env = VecSkillEnv(env_of(256, randomise=0))
     model = PPO(
         "MlpPolicy", env, n_steps=steps, batch_size=2048, n_epochs=4, device="cpu",
         policy_kwargs={"net_arch": {"pi": [128, 64], "vf": [128, 64]}},
@@ -115,16 +115,16 @@ def ppo(blends: bool) -> Callable[[], int]:
     from moesaic.skills.skill import Skill, relies_on
     from moesaic.skills.skillblender import SkillBlender
 
-    env = env_of(256, randomise=False, task="far_reach" if blends else TASK)
-    relies, dim, shared = relies_on(env), env.body.dim, env.shared_dim
+    env = env_of(256, randomise=0, task="far_reach" if blends else TASK)
+    relies, dim, shared = relies_on(env), env.body.dim, env.senses.shared_dim
     if blends:
         skills = [
             Skill("walk", relies, 1, shared, dim, [128, 64], 2.0),
             Skill("reach", relies, 4, shared, dim, [128, 64]),
         ]
-        actor: Any = SkillBlender(skills, env.command_dim, [128, 64])
+        actor: Any = SkillBlender(skills, env.senses.command_dim, [128, 64])
     else:
-        actor = Skill(TASK, relies, env.command_dim, shared, dim, [128, 64])
+        actor = Skill(TASK, relies, env.senses.command_dim, shared, dim, [128, 64])
     torch.manual_seed(0)
     privileged = env.reset(seed=0)[1]["privileged"].shape[1]
     made = PPO(env, Policy(actor, dim, privileged, [128, 64], 0.5), PPOSettings())
@@ -140,7 +140,7 @@ ARMS: dict[str, tuple[Callable[..., Callable[[], int]], dict[str, Any]]] = {
     "bare rollout": (bare, {}),
     "bare rollout, 2 threads": (bare, {"threads": 2}),
     "ours": (ours, {}),
-    "ours, randomised": (ours, {"randomise": True}),
+    "ours, randomised": (ours, {"randomise": 1.0}),
     "ours, 2 threads": (ours, {"threads": 2}),
     "SyncVectorEnv": (vector, {"kind": "sync"}),
     "AsyncVectorEnv": (vector, {"kind": "async"}),

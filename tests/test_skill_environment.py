@@ -82,8 +82,8 @@ def test_threads_and_seeds_change_nothing_that_they_should_not() -> None:
 
 def test_both_ways_of_beginning_anew_see_the_same_episodes() -> None:
     """next_step shows an episode's last observation and begins in the step after; same_step keeps it in `final_obs`."""
-    same = SkillEnv("reach", num_envs=4, autoreset="same_step", randomise=False, seconds=1.0)
-    later = SkillEnv("reach", num_envs=4, autoreset="next_step", randomise=False, seconds=1.0)
+    same = SkillEnv("reach", num_envs=4, autoreset="same_step", randomise=0, seconds=1.0)
+    later = SkillEnv("reach", num_envs=4, autoreset="next_step", randomise=0, seconds=1.0)
     assert same.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP
     assert later.metadata["autoreset_mode"] is AutoresetMode.NEXT_STEP
     for env in (same, later):
@@ -106,8 +106,8 @@ def test_both_ways_of_beginning_anew_see_the_same_episodes() -> None:
 
 
 def test_a_sync_vector_of_single_bodies_is_a_vector_of_ours() -> None:
-    singles = SyncVectorEnv([lambda: gym.make("moesaic/MiniHumanoid-Reach-v0", randomise=False)] * 2)
-    many = SkillEnv("reach", num_envs=2, randomise=False)
+    singles = SyncVectorEnv([lambda: gym.make("moesaic/MiniHumanoid-Reach-v0", randomise=0)] * 2)
+    many = SkillEnv("reach", num_envs=2, randomise=0)
     np.testing.assert_array_equal(singles.reset(seed=4)[0], many.reset(seed=4)[0])
     for action in acts(many, 40, scale=0.1):
         np.testing.assert_array_equal(singles.step(action)[0], many.step(action)[0])
@@ -157,7 +157,7 @@ def test_a_state_that_is_restored_goes_on_bit_for_bit() -> None:
 
 @pytest.mark.parametrize("body", BODIES)
 def test_servos_hold_a_body_where_it_stands(body: str) -> None:
-    env = SkillEnv("reach", body, 1, randomise=False)
+    env = SkillEnv("reach", body, 1, randomise=0)
     env.reset(seed=0)
     for _ in range(20):
         env.step(np.zeros((1, env.body.dim)))

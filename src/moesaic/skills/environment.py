@@ -1,12 +1,7 @@
 """N bodies that do one skill or task, as a Gymnasium `VectorEnv`; `gym.make_vec("moesaic/MiniHumanoid-Walk-v0", 256)`.
 
-An action (d,) is an offset of servo targets from the default pose in units of the body's `action_scale`, within 18. An
-observation is
-
-    command (c) | q - q0 (d) | 0.05 dq (d) | last action (d) | spin | euler | velocity | height | sin, cos of the clock
-
-where a planar body has one number for spin (pitch) and for euler and two for velocity. The published layout ends with
-euler; what stands behind it makes skills learnable in minutes. All rows of random numbers are an environment's own.
+An action (d,) is an offset of servo targets from the default pose in units of the body's `action_scale`, within 18;
+what is seen is in `observing`. All rows of random numbers are an environment's own.
 """
 
 from __future__ import annotations
@@ -24,6 +19,7 @@ from moesaic.errors import ConfigError
 from moesaic.skills.body import Body, load_body
 from moesaic.skills.chance import Chance
 from moesaic.skills.moment import PERIOD, TOUCHES, Moment
+from moesaic.skills.observing import LIMIT, Senses
 from moesaic.skills.physics import Physics, Readings, Rollouts
 from moesaic.skills.rewards import norm
 from moesaic.skills.tasks import find
@@ -31,15 +27,11 @@ from moesaic.skills.tasks import find
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 Singles = NDArray[np.float32]
-LIMIT = 18.0
-"""Actions and observations are clipped to it."""
-NOISE = {"q": 0.03, "dq": 0.015, "spin": 0.06, "euler": 0.018}
-"""Standard deviations, in an observation's units: the published level of 0.6 times each sensor's."""
 PUSH_EVERY, PUSH = 4.0, 0.2
 """Seconds, and m/s at most."""
 ACTION_NOISE = 0.02
-FRICTION, MASS = (0.1, 2.0), 0.1
-"""Randomised: friction of all that touches, and the base's mass by this share (published: 5 kg of H1's 47)."""
+FRICTION, MASS = (-0.9, 1.0), 0.1
+"""Randomised: friction of all that touches, and the base's mass, by these shares (published: 5 kg of H1's 47)."""
 _KEPT = ("_action", "_action_before", "_action_earlier", "_goal", "taken", "_air", "_standing", "_pushed", "_over")
 
 
@@ -51,17 +43,18 @@ class SkillEnv(VectorEnv[Any, Any, Any]):
         body: a built-in body, or a manifest's path.
         threads: of the simulator; 0 steps on the caller's.
         autoreset: next_step (Gymnasium's default) or same_step (what PPO here and Stable-Baselines3 take).
-        randomise: friction, mass, pushes, delayed and noisy actions, noisy observations.
+        randomise: friction, mass, pushes, delayed and noisy actions, noisy observations: 0 for none, 1 for as much as
+            published.
         seconds: of an episode; the task's own where None.
         physics: another simulator in place of MuJoCo's, made from (body, task, num_envs).
 
     Raises:
-        ConfigError: no such task or body.
+        ConfigError: no such task or body, or a number out of its range.
     """
 
     def __init__(
         self, task: str = "walk", body: str | Body = "mini_humanoid", num_envs: int = 1, *, threads: int = 0,
-        autoreset: str = "next_step", randomise: bool = True, seconds: float | None = None,
+        autoreset: str = "next_step", randomise: float = 0.3, seconds: float | None = None,
         physics: Callable[[Body, Any, int], Physics] | None = None, render_mode: str | None = None,
     ) -> None:  # fmt: skip
         modes = {"next_step": AutoresetMode.NEXT_STEP, "same_step": AutoresetMode.SAME_STEP}
@@ -69,6 +62,8 @@ class SkillEnv(VectorEnv[Any, Any, Any]):
             raise ConfigError(f"autoreset={autoreset}; known: {', '.join(modes)}")
         if num_envs < 1:
             raise ConfigError(f"num_envs={num_envs} must be at least 1")
+        if not 0 <= randomise <= 1:
+            raise ConfigError(f"randomise={randomise} must be within 0 and 1")
         self.body = body if isinstance(body, Body) else load_body(body)
         self.task = find(task)(self.body)
         self.name, self.num_envs, self.randomise = task, num_envs, randomise
@@ -76,16 +71,17 @@ class SkillEnv(VectorEnv[Any, Any, Any]):
         self._same_step = autoreset == "same_step"
         self.render_mode = render_mode
         self._all = np.arange(num_envs)
-        self._traits = np.tile([1.0, 1.0, np.mean(self.task.masses or 0.0)], (num_envs, 1))
+        low, high = self.task.masses or (0.0, 0.0)
+        self._usual, self._thing = np.array([1.0, 1.0, (low + high) / 2]), ((low - high) / 2, (high - low) / 2)
+        self._traits = np.tile(self._usual, (num_envs, 1))
         self.physics = physics(self.body, self.task, num_envs) if physics else self._mujoco(threads)
         self.seconds = self.task.seconds if seconds is None else seconds
         self.steps = max(round(self.seconds / self.physics.dt), 1)
         self.every = max(round((self.task.every or 1e9) / self.physics.dt), 1)
         """Control steps after which another goal is drawn."""
         self._push_every = max(round(PUSH_EVERY / self.physics.dt), 1)
-        self._axes = {"spin": [1], "euler": [1], "velocity": [0, 2]} if self.body.planar else {
-            name: [0, 1, 2] for name in ("spin", "euler", "velocity")}  # fmt: skip
-        self._default = np.array(self.body.default)
+        self.senses = Senses(self.body, self.task)
+        self._default = self.senses.default
         self.weight = self.body.rest.weight
         self._lay()
         self.diverged = 0
@@ -108,16 +104,11 @@ class SkillEnv(VectorEnv[Any, Any, Any]):
 
     def _lay(self) -> None:
         """Sizes, spaces, and room for what is remembered from step to step."""
-        n, d = self.num_envs, self.body.dim
-        shared = 3 * d + sum(len(axes) for axes in self._axes.values()) + 3
-        self.command_dim, self.shared_dim = self.task.command_dim, shared
-        self.single_observation_space = gym.spaces.Box(-LIMIT, LIMIT, (self.command_dim + shared,), np.float32)
+        n, d, seen = self.num_envs, self.body.dim, self.senses.command_dim + self.senses.shared_dim
+        self.single_observation_space = gym.spaces.Box(-LIMIT, LIMIT, (seen,), np.float32)
         self.single_action_space = gym.spaces.Box(-LIMIT, LIMIT, (d,), np.float32)
         self.observation_space = batch_space(self.single_observation_space, n)
         self.action_space = batch_space(self.single_action_space, n)
-        places = [*range(2 * d), *range(3 * d, 3 * d + len(self._axes["spin"]) + len(self._axes["euler"]))]
-        self._noisy = self.command_dim + np.array(places)
-        self._spread = np.repeat([*NOISE.values()], [d, d, len(self._axes["spin"]), len(self._axes["euler"])])
         self._action, self._action_before, self._action_earlier = np.zeros((3, n, d))
         self._goal = np.zeros((n, self.task.goal_dim))
         self.taken = np.zeros(n, dtype=np.int64)
@@ -125,7 +116,7 @@ class SkillEnv(VectorEnv[Any, Any, Any]):
         self._standing = np.ones((n, 2), dtype=bool)
         self._pushed = np.zeros((n, 3))
         self._over = np.zeros(n, dtype=bool)
-        self._seen = np.zeros((n, self.command_dim + shared), np.float32)
+        self._seen: tuple[Singles, Singles] | None = None
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
@@ -139,8 +130,9 @@ class SkillEnv(VectorEnv[Any, Any, Any]):
                 raise ConfigError(f"seed has {len(own)} entries for {self.num_envs} environments")
             self._chance = Chance([row if s is None else int(s) for row, s in enumerate(own)])
             if self.randomise:
-                ranges = (FRICTION, (1 - MASS, 1 + MASS), self.task.masses or (0.0, 0.0))
-                self._traits = np.concatenate([self._chance.uniform(self._all, 1, *r) for r in ranges], axis=1)
+                ranges = (FRICTION, (-MASS, MASS), self._thing)
+                drawn = np.concatenate([self._chance.uniform(self._all, 1, *r) for r in ranges], axis=1)
+                self._traits = self._usual + self.randomise * drawn
                 self._vary()
             self._begun = True
         mask = (options or {}).get("reset_mask")
@@ -148,9 +140,13 @@ class SkillEnv(VectorEnv[Any, Any, Any]):
         self._place(rows)
         self._over[rows] = False
         self._now = self.physics.read()
-        self._seen = self._seen.copy()
-        self._seen[rows] = self._observe(rows)
-        return self._seen, self._info()
+        if self._seen is None or mask is None:
+            observed, privileged = self._look(self._all)
+        else:
+            observed, privileged = (held.copy() for held in self._seen)
+            observed[rows], privileged[rows] = self._look(rows)
+        self._seen = observed, privileged
+        return observed, {"privileged": privileged}
 
     def _vary(self) -> None:
         """Give bodies the friction and the masses that were drawn for them."""
@@ -197,34 +193,34 @@ class SkillEnv(VectorEnv[Any, Any, Any]):
         due = ~anew & (self.taken % self.every == 0)
         if due.any():
             self._goal[due] = self.task.draw(self._chance, np.flatnonzero(due), self._now.objects[due])
-        observed, info = self._observe(self._all), self._info()
+        observed, privileged = self._look(self._all)
+        info: dict[str, Any] = {"privileged": privileged}
         done = ended | late
         if not self._same_step:
             self._over = done
         elif done.any():
             final = np.full(self.num_envs, None, dtype=object)
             for row in np.flatnonzero(done):
-                final[row] = observed[row]
-            last = {name: np.where(done[:, None], held, 0) for name, held in info.items()}
+                final[row] = observed[row].copy()
+            last = {"privileged": np.where(done[:, None], privileged, 0)}
             rows = np.flatnonzero(done)
             self._place(rows)
             self._now = self.physics.read()
-            observed = observed.copy()
-            observed[rows] = self._observe(rows)
-            info = {**self._info(), "final_obs": final, "_final_obs": done, "final_info": last, "_final_info": done}
-        self._seen = observed
+            observed[rows], privileged[rows] = self._look(rows)
+            info |= {"final_obs": final, "_final_obs": done, "final_info": last, "_final_info": done}
+        self._seen = observed, privileged
         return observed, rewards, ended, late, info
 
     def _move(self, given: Floats) -> Flags:
         """Let the servos act; True for bodies that diverged."""
         if self.randomise:
-            delay = self._chance.uniform(self._all, 1)
+            delay = self.randomise * self._chance.uniform(self._all, 1)
             given = (1 - delay) * given + delay * self._action
-            given = given * (1 + ACTION_NOISE * self._chance.normal(self._all, self.body.dim))
+            given = given * (1 + self.randomise * ACTION_NOISE * self._chance.normal(self._all, self.body.dim))
             pushed = (self.taken > 0) & (self.taken % self._push_every == 0)
             if pushed.any():
                 rows = np.flatnonzero(pushed)
-                self._pushed[rows, :2] = self._chance.uniform(rows, 2, -PUSH, PUSH)
+                self._pushed[rows, :2] = self._chance.uniform(rows, 2, -PUSH, PUSH) * self.randomise
                 self._pushed[rows, 1] *= not self.body.planar
                 self.physics.push(rows, self._pushed[rows])
         self._action_earlier, self._action_before, self._action = self._action_before, self._action, given
@@ -249,36 +245,13 @@ class SkillEnv(VectorEnv[Any, Any, Any]):
         leaning = np.abs(self._now.euler[:, :2]).max(axis=1) > self.body.falls_beyond
         return leaning | (self._now.position[:, 2] < self.body.falls_below)
 
-    def _shared(self) -> list[Floats]:
-        """What all skills of a body see of it."""
-        now, axes, angle = self._now, self._axes, self._angle()
-        return [
-            now.q - self._default, 0.05 * now.dq, self._action, now.spin[:, axes["spin"]], now.euler[:, axes["euler"]],
-            now.velocity[:, axes["velocity"]], now.position[:, 2:], np.sin(angle)[:, None], np.cos(angle)[:, None],
-        ]  # fmt: skip
-
-    def sees(self) -> list[str]:
-        """What `_shared` lists, with sizes."""
-        sizes = {name: len(axes) for name, axes in self._axes.items()}
-        named = {"q": self.body.dim, "dq": self.body.dim, "action": self.body.dim, **sizes, "height": 1, "clock": 2}
-        return [f"{name}:{size}" for name, size in named.items()]
-
-    def _observe(self, rows: NDArray[np.int64]) -> Singles:
-        """What some bodies (n,) see, (n, o). Noise is drawn for these alone."""
-        seen = np.concatenate([self.task.command(self._now, self._goal), *self._shared()], axis=1)[rows]
-        if self.randomise:
-            seen[:, self._noisy] += self._spread * self._chance.normal(rows, len(self._noisy))
-        return np.clip(seen, -LIMIT, LIMIT).astype(np.float32)
-
-    def _info(self) -> dict[str, Any]:
-        """`privileged` (N, p): what a critic sees, without noise and with what no robot can measure."""
-        now, axes = self._now, self.task.axes
-        things = [now.objects - now.position[:, None], now.objects_velocity, now.feet - now.position[:, None]]
-        seen = [
-            self.task.command(now, self._goal), *self._shared(), *(t[..., axes].reshape(len(t), -1) for t in things),
-            self._pushed[:, axes], self._traits, self._standing,
-        ]  # fmt: skip
-        return {"privileged": np.clip(np.concatenate(seen, axis=1), -LIMIT, LIMIT).astype(np.float32)}
+    def _look(self, rows: NDArray[np.int64]) -> tuple[Singles, Singles]:
+        """What policies of some bodies (n,) see, and their critics. Noise is drawn for these alone."""
+        now, pick = (self._now, slice(None)) if rows is self._all else (self._now.of(rows), rows)
+        plain = self.senses.plain(now, self._goal[pick], self._action[pick], self._angle()[pick])
+        pushed = self._pushed[pick][:, self.task.axes]
+        privileged = self.senses.privileged(plain, now, pushed, self._traits[pick], self._standing[pick])
+        return self.senses.measured(plain, self.randomise, self._chance, rows), privileged
 
     def state(self) -> dict[str, NDArray[Any]]:
         """All that what comes next depends on, as arrays; `restore` takes it back."""

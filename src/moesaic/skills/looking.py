@@ -33,9 +33,9 @@ def opened(folder: str, wanted: Look) -> tuple[Skill | SkillBlender, str, str, d
     env = SkillEnv(task, body, 1)
     env.close()
     load(folder, relies_on(env))
-    if policy.command_dim != env.command_dim:
+    if policy.command_dim != env.senses.command_dim:
         raise ConfigError(
-            f"{folder} takes {policy.command_dim} numbers for a command, and {task} gives {env.command_dim}"
+            f"{folder} takes {policy.command_dim} numbers for a command, and {task} gives {env.senses.command_dim}"
         )
     return policy, task, body, trained
 
@@ -75,7 +75,7 @@ def film(folder: str, wanted: Look, file: Path) -> int:
     check_writable(file, f"out={file}")
     policy, task, body, _ = opened(folder, wanted)
     seconds = wanted.seconds or min(SECONDS.get(task, 8.0), 8.0)
-    env = SkillEnv(task, body, 1, autoreset="same_step", randomise=False, seconds=seconds)
+    env = SkillEnv(task, body, 1, autoreset="same_step", randomise=0, seconds=seconds)
     observed, _ = env.reset(seed=wanted.seed)
     frames = []
     every = max(round(0.04 / env.physics.dt), 1)

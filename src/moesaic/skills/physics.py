@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -47,6 +47,10 @@ class Readings:
     torque: Floats
     objects: Floats
     objects_velocity: Floats
+
+    def of(self, rows: NDArray[np.int64]) -> Readings:
+        """Those of some bodies."""
+        return Readings(**{part.name: getattr(self, part.name)[rows] for part in fields(self)})
 
 
 class Physics(Protocol):

@@ -26,20 +26,23 @@ SLOWEST, FASTEST = 1e-5, 1e-2
 class PPOSettings:
     """Defaults learn a skill of MiniHumanoid in minutes; `PUBLISHED` are the release's."""
 
-    steps: int = 32
+    steps: int = 16
     epochs: int = 4
     minibatches: int = 4
-    gamma: float = 0.99
-    lam: float = 0.95
+    gamma: float = 0.97
+    lam: float = 0.9
     clip: float = 0.2
+    clip_values: bool = False
     value_coef: float = 1.0
     entropy_coef: float = 0.001
     lr: float = 1e-3
-    target_kl: float = 0.01
+    target_kl: float = 0.02
     max_norm: float = 1.0
 
 
-PUBLISHED = PPOSettings(steps=60, epochs=2, minibatches=4, gamma=0.994, lam=0.9, lr=1e-5)
+PUBLISHED = PPOSettings(
+    steps=60, epochs=2, minibatches=4, gamma=0.994, lam=0.9, clip_values=True, lr=1e-5, target_kl=0.01
+)
 
 
 class PPO:
@@ -123,8 +126,11 @@ class PPO:
                 gain = advantages[rows]
                 surrogate = torch.minimum(ratio * gain, ratio.clamp(1 - s.clip, 1 + s.clip) * gain).mean()
                 value, target = policy.value(priv[rows]), returns[rows]
-                near = before[rows] + (value - before[rows]).clamp(-s.clip, s.clip)
-                value_loss = torch.maximum((value - target) ** 2, (near - target) ** 2).mean()
+                squared = (value - target) ** 2
+                if s.clip_values:
+                    near = before[rows] + (value - before[rows]).clamp(-s.clip, s.clip)
+                    squared = torch.maximum(squared, (near - target) ** 2)
+                value_loss = squared.mean()
                 loss = s.value_coef * value_loss - surrogate - s.entropy_coef * policy.entropy()
                 if not torch.isfinite(loss):
                     raise TrainingError(

@@ -116,6 +116,12 @@ def dof_acc(m: Moment) -> Floats:
     return (((m.now.dq - m.before.dq) / m.dt) ** 2).sum(axis=1)
 
 
+def apart(error: Floats) -> Floats:
+    """mean |error| over all but the first axis: how SkillBlender measures goals and rewards them."""
+    found: Floats = np.abs(error.reshape(len(error), -1)).mean(axis=1)
+    return found
+
+
 def near(error: Floats, sharpness: float = 4.0) -> Floats:
-    """exp(-s mean |error|), which all published goals have; the mean is over all but the first axis."""
-    return np.exp(-sharpness * np.abs(error.reshape(len(error), -1)).mean(axis=1))
+    """exp(-s mean |error|), which all published goals have."""
+    return np.exp(-sharpness * apart(error))

@@ -31,8 +31,11 @@ class SkillRun:
     num_envs: int = field(default=256, metadata={"help": "environments at a time"})
     hidden: list[int] = field(default_factory=lambda: [128, 64], metadata={"help": "of the actor, or a blend's head"})
     critic_hidden: list[int] = field(default_factory=lambda: [128, 64], metadata={"help": "of the critic"})
-    init_std: float = field(default=0.5, metadata={"help": "of exploration, in units of actions"})
-    randomise: bool = field(default=True, metadata={"help": "friction, mass, pushes, delays and noise"})
+    init_std: float = field(default=0.4, metadata={"help": "of exploration, in units of actions"})
+    randomise: float = field(
+        default=0.3,
+        metadata={"help": "friction, mass, pushes, delays, noise: 0 none, 1 as much as published"},
+    )
     ppo: dict[str, Any] = field(default_factory=dict, metadata=_PPO)
     seed: int = field(default=0, metadata={"help": "of weights, exploration and environments"})
     threads: int = field(default=0, metadata={"help": "of the simulator; 0 steps on the caller's"})

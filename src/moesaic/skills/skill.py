@@ -56,7 +56,7 @@ class Skill(nn.Module):
 
 def relies_on(env: SkillEnv) -> dict[str, Any]:
     """What a policy of this environment relies on: the body's servos, and what is seen behind a command."""
-    return {**env.body.contract(), "sees": env.sees()}
+    return {**env.body.contract(), "sees": env.senses.names()}
 
 
 _SHAPES = ("name", "relies", "command_dim", "shared_dim", "dim", "hidden", "bound")

@@ -36,9 +36,7 @@ def evaluate(
         `tilt` mean of |roll| and |pitch|, rad; `height` of the base, m; `jerk` mean squared change of actions; `jolt`
         mean change of the base's velocity in a step, m/s.
     """
-    env = SkillEnv(
-        task, body, rollouts, autoreset="same_step", randomise=False, seconds=seconds or SECONDS.get(task, 8.0)
-    )
+    env = SkillEnv(task, body, rollouts, autoreset="same_step", randomise=0, seconds=seconds or SECONDS.get(task, 8.0))
     env.measuring = True
     observed, _ = env.reset(seed=seed)
     going, last = np.ones(rollouts, dtype=bool), dict[str, Floats]()

@@ -37,11 +37,10 @@ def made(wanted: SkillRun, env: SkillEnv) -> Skill | SkillBlender:
     relies = relies_on(env)
     torch.manual_seed(wanted.seed)
     if not wanted.blends:
-        return Skill(
-            wanted.task, relies, env.command_dim, env.shared_dim, env.body.dim, wanted.hidden, env.task.bound
-        )  # fmt: skip
+        sizes = env.senses.command_dim, env.senses.shared_dim, env.body.dim
+        return Skill(wanted.task, relies, *sizes, wanted.hidden, env.task.bound)
     skills = [load_skill(folder, relies) for folder in wanted.skills]
-    return SkillBlender(skills, env.command_dim, wanted.hidden, wanted.kind)
+    return SkillBlender(skills, env.senses.command_dim, wanted.hidden, wanted.kind)
 
 
 def train(wanted: SkillRun, *, command: str | None = None, progress: bool | None = None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from moesaic.skills.chance import Chance
 from moesaic.skills.moment import Moment
 from moesaic.skills.physics import Readings
-from moesaic.skills.rewards import near, norm
+from moesaic.skills.rewards import apart, near
 from moesaic.skills.tasks.scenes import add_block
 from moesaic.skills.tasks.task import Rows, Task, in_turn
 
@@ -49,7 +49,7 @@ class ButtonPress(Task):
         return self.away(now, goal)
 
     def errors(self, now: Readings, goal: Floats) -> dict[str, Floats]:
-        return {"button": norm(self.away(now, goal))}
+        return {"button": apart(self.away(now, goal))}
 
     def button(self, m: Moment) -> Floats:
         return near(self.away(m.now, m.goal))

@@ -7,8 +7,6 @@ from numpy.typing import NDArray
 
 from moesaic.skills.body import Body
 from moesaic.skills.chance import Chance
-from moesaic.skills.moment import Moment
-from moesaic.skills.rewards import near
 from moesaic.skills.tasks.posture import Reach
 from moesaic.skills.tasks.task import Rows, in_turn
 
@@ -23,6 +21,7 @@ class FarReach(Reach):
 
     seconds, every = 24.0, 5.0
     skills = ("walk", "reach")
+    told, sharpness = 1.0, 4.0
 
     def __init__(self, body: Body) -> None:
         super().__init__(body)
@@ -33,6 +32,3 @@ class FarReach(Reach):
         low, high = ([-0.5, 0.0], [2.0, 0.25]) if self.body.planar else ([0.0, 0.0, 0.0], [2.0, 2.0, 0.5])
         moved = in_turn(chance, rows, np.array(low), np.array(high))
         return (goal + moved[:, None]).reshape(len(rows), -1)
-
-    def wrist_pos(self, m: Moment) -> Floats:
-        return near(self.away(m.now, m.goal))

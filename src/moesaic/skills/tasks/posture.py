@@ -9,7 +9,7 @@ from moesaic.skills.body import Body
 from moesaic.skills.chance import Chance
 from moesaic.skills.moment import Moment
 from moesaic.skills.physics import Readings
-from moesaic.skills.rewards import near, norm
+from moesaic.skills.rewards import apart, near, norm
 from moesaic.skills.tasks.task import Rows, Task
 
 Floats = NDArray[np.float64]
@@ -20,6 +20,10 @@ class Posture(Task):
     """A skill that stays where it is; another goal every second."""
 
     seconds, every = 24.0, 1.0
+    told = 4.0
+    """What a metre is in a command (published: 2 for a step, else 1): what is of order 1 is learned sooner."""
+    sharpness = 8.0
+    """Of the goal's reward (published: 4)."""
 
     def scaled(self, **own: float) -> dict[str, float]:
         """The terms of a skill; a planar body has none that ask for width."""
@@ -30,7 +34,7 @@ class Posture(Task):
 class Reach(Posture):
     """Goal: where each hand should be, on a circle (sphere) of 0.25 m around where it hangs."""
 
-    accuracy, success = "wrist", 0.1
+    accuracy, success = "wrist", 0.08
     radius = 0.25
 
     def __init__(self, body: Body) -> None:
@@ -65,13 +69,13 @@ class Reach(Posture):
         return goal.reshape(len(goal), 2, -1) - now.hands[..., self.axes]
 
     def command(self, now: Readings, goal: Floats) -> Floats:
-        return self.away(now, goal).reshape(len(goal), -1)
+        return self.told * self.away(now, goal).reshape(len(goal), -1)
 
     def errors(self, now: Readings, goal: Floats) -> dict[str, Floats]:
-        return {"wrist": norm(self.away(now, goal)).mean(axis=1)}
+        return {"wrist": apart(self.away(now, goal))}
 
     def wrist_pos(self, m: Moment) -> Floats:
-        return near(self.away(m.now, m.goal))
+        return near(self.away(m.now, m.goal), self.sharpness)
 
     def upper_body_pos(self, m: Moment) -> Floats:
         """The torso's joint alone: the arms are to move."""
@@ -82,7 +86,7 @@ class Reach(Posture):
 class Squat(Posture):
     """Goal: the height of the base, m."""
 
-    accuracy, success = "height", 0.08
+    accuracy, success = "height", 0.06
 
     def __init__(self, body: Body) -> None:
         super().__init__(body)
@@ -102,20 +106,24 @@ class Squat(Posture):
         low = max(0.2 * size, self.body.falls_below + 0.05)
         return np.clip(self.body.base_height + 0.2 * size * chance.normal(rows, 1), low, self.body.base_height + 0.02)
 
-    def command(self, now: Readings, goal: Floats) -> Floats:
+    def away(self, now: Readings, goal: Floats) -> Floats:
+        """(N, 1): how much higher the base should be, m."""
         return goal - now.position[:, 2:]
 
+    def command(self, now: Readings, goal: Floats) -> Floats:
+        return self.told * self.away(now, goal)
+
     def errors(self, now: Readings, goal: Floats) -> dict[str, Floats]:
-        return {"height": np.abs(self.command(now, goal))[:, 0]}
+        return {"height": apart(self.away(now, goal))}
 
     def squatting(self, m: Moment) -> Floats:
-        return near(self.command(m.now, m.goal))
+        return near(self.away(m.now, m.goal), self.sharpness)
 
 
 class Step(Posture):
     """Goal: where each foot should be on the ground; one of them 0.25 m from where it stood, in any direction."""
 
-    accuracy, success = "foot", 0.1
+    accuracy, success = "foot", 0.08
     length = 0.25
 
     def __init__(self, body: Body) -> None:
@@ -141,10 +149,10 @@ class Step(Posture):
         return goal.reshape(len(goal), 2, -1) - now.feet[..., self.ground]
 
     def command(self, now: Readings, goal: Floats) -> Floats:
-        return 2 * self.away(now, goal).reshape(len(goal), -1)
+        return self.told * self.away(now, goal).reshape(len(goal), -1)
 
     def errors(self, now: Readings, goal: Floats) -> dict[str, Floats]:
-        return {"foot": norm(self.away(now, goal)).mean(axis=1)}
+        return {"foot": apart(self.away(now, goal))}
 
     def feet_pos(self, m: Moment) -> Floats:
-        return near(self.away(m.now, m.goal))
+        return near(self.away(m.now, m.goal), self.sharpness)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from moesaic.skills.chance import Chance
 from moesaic.skills.moment import Moment
 from moesaic.skills.physics import Readings
-from moesaic.skills.rewards import near, norm
+from moesaic.skills.rewards import apart, near, norm
 from moesaic.skills.tasks.scenes import add_block, add_thing
 from moesaic.skills.tasks.task import Rows, Task, in_turn
 
@@ -42,7 +42,7 @@ class Thing(Task):
         return np.concatenate([self.left(now, goal), self.reaches(now).reshape(len(goal), -1)], axis=1)
 
     def errors(self, now: Readings, goal: Floats) -> dict[str, Floats]:
-        return {self.accuracy: norm(self.left(now, goal))}
+        return {self.accuracy: apart(self.left(now, goal))}
 
     def wrist_box(self, m: Moment) -> Floats:
         return near(self.reaches(m.now))
@@ -109,7 +109,7 @@ class PackageLift(Thing):
         return objects[:, 0] + in_turn(chance, rows, np.array([0, 0, low]), np.array([0, 0, high]))
 
     def errors(self, now: Readings, goal: Floats) -> dict[str, Floats]:
-        return {"height": np.abs(self.left(now, goal)[:, -1])}
+        return {"height": apart(self.left(now, goal)[:, -1:])}
 
     def box_height(self, m: Moment) -> Floats:
         return near(self.left(m.now, m.goal)[:, -1])
@@ -120,9 +120,9 @@ class FootballShoot(Thing):
 
     skills = ("walk", "step")
     objects, masses = ("ball",), (0.3, 0.5)
-    accuracy, success = "ball", 0.5
+    accuracy, success = "ball", 0.0  # done by `ended` alone
     scales: Mapping[str, float] = MappingProxyType({"torso_ball": 1.0, "ball_goal": 5.0})
-    radius = 0.11
+    radius, within = 0.11, 0.5
 
     @property
     def command_dim(self) -> int:
@@ -153,7 +153,7 @@ class FootballShoot(Thing):
         return np.concatenate([ball, self.left(now, goal)], axis=1)
 
     def ended(self, now: Readings, goal: Floats) -> NDArray[np.bool_]:
-        return norm(self.left(now, goal)) < self.success
+        return norm(self.left(now, goal)) < self.within
 
     def torso_ball(self, m: Moment) -> Floats:
         """The torso to where the ball lay at the beginning, on the ground."""

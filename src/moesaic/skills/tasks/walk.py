@@ -21,7 +21,7 @@ class Walk(Task):
     """Goal: vx, vy (m/s) and heading (rad); a planar body has vx alone, of -0.4 to 1."""
 
     seconds, every = 24.0, 8.0
-    accuracy, success, bound = "velocity", 0.2, 2.0
+    accuracy, success, bound = "velocity", 0.15, 2.0
 
     def __init__(self, body: Body) -> None:
         super().__init__(body)
