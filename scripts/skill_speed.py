@@ -116,7 +116,7 @@ def ppo(blends: bool) -> Callable[[], int]:
     from moesaic.skills.skillblender import SkillBlender
 
     env = env_of(256, randomise=0, task="far_reach" if blends else TASK)
-    relies, dim, shared = relies_on(env), env.body.dim, env.senses.shared_dim
+    relies, dim, shared = relies_on(env.senses), env.body.dim, env.senses.shared_dim
     if blends:
         skills = [
             Skill("walk", relies, 1, shared, dim, [128, 64], 2.0),

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+import lines
 
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "results" / "skills.jsonl"
@@ -61,27 +60,10 @@ def measure(table: str, task: str, arm: str, seed: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def main() -> None:
-    name, *rest = sys.argv[1:] or [""]
-    given = dict(text.split("=", 1) for text in rest if "=" in text)
-    if name not in TABLES or given.keys() - {"workers", "seeds"} or len(given) < len(rest):
-        sys.exit(__doc__)
-    seeds = [int(text) for text in given.get("seeds", "0,1,2").split(",")]
-    done = [json.loads(line) for line in FILE.read_text().splitlines()] if FILE.is_file() else []
-    there = {(c["table"], c["task"], c["arm"], c["seed"]) for c in done}
-    left = [(name, *cell, seed) for seed in seeds for cell in TABLES[name] if (name, *cell, seed) not in there]
-    with ProcessPoolExecutor(
-        int(given.get("workers", 1)), mp_context=get_context("spawn"), max_tasks_per_child=1
-    ) as pool:
-        running = {pool.submit(measure, *cell): cell for cell in left}
-        for number, future in enumerate(as_completed(running), 1):
-            found = future.result()
-            lead = found["errors"][found["leads"]]["mean"]
-            print(f"{number} of {len(left)}: {', '.join(map(str, running[future]))}: {found['leads']} {lead:.3f}, "
-                  f"survival {found['survival']:.2f}, {found['cpu_seconds']:.0f} s", flush=True)  # fmt: skip
-            with FILE.open("a") as file:
-                file.write(json.dumps(found) + "\n")
+def said(cell: dict[str, Any]) -> str:
+    lead = cell["errors"][cell["leads"]]["mean"]
+    return f"{cell['leads']} {lead:.3f}, survival {cell['survival']:.2f}, {cell['cpu_seconds']:.0f} s"
 
 
 if __name__ == "__main__":
-    main()
+    lines.make(FILE, TABLES, ("task", "arm"), measure, said, __doc__)

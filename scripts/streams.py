@@ -7,13 +7,11 @@ Cells that are there are not run again. The three real streams are files of ../s
 
 from __future__ import annotations
 
-import json
 import os
-import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+import lines
 
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "results" / "streams.jsonl"
@@ -111,30 +109,10 @@ def measure(table: str, stream: str, arm: str, seed: int) -> dict[str, Any]:
             "versions": versions(PACKAGES)}  # fmt: skip
 
 
-def main() -> None:
-    name, *rest = sys.argv[1:] or [""]
-    given = dict(text.split("=", 1) for text in rest if "=" in text)
-    if name not in TABLES or given.keys() - {"workers", "seeds"} or len(given) < len(rest):
-        sys.exit(__doc__)
-    arms, streams = TABLES[name]
-    seeds = [int(text) for text in given.get("seeds", "0,1,2").split(",")]
-    done = [json.loads(line) for line in FILE.read_text().splitlines()] if FILE.is_file() else []
-    there = {(c["table"], c["stream"], c["arm"], c["seed"]) for c in done}
-    cells = [(name, stream, arm, seed) for seed in seeds for stream in streams for arm in arms]
-    left = [cell for cell in cells if cell not in there]
-    left.sort(key=lambda cell: cell[2] in SLOW)
-    with ProcessPoolExecutor(
-        int(given.get("workers", 1)), mp_context=get_context("spawn"), max_tasks_per_child=1
-    ) as pool:
-        running = {pool.submit(measure, *cell): cell for cell in left}
-        for number, future in enumerate(as_completed(running), 1):
-            found = future.result()
-            said = found.get("failed") or f"{100 * found['accuracy']:.2f} % in {found['cpu_seconds']:.0f} s"
-            print(f"{number} of {len(left)}: {', '.join(map(str, running[future]))}: {said}", flush=True)
-            if "failed" not in found:
-                with FILE.open("a") as file:
-                    file.write(json.dumps(found) + "\n")
+def said(cell: dict[str, Any]) -> str:
+    return f"{100 * cell['accuracy']:.2f} % in {cell['cpu_seconds']:.0f} s"
 
 
 if __name__ == "__main__":
-    main()
+    cells = {name: [(stream, arm) for stream in streams for arm in arms] for name, (arms, streams) in TABLES.items()}
+    lines.make(FILE, cells, ("stream", "arm"), measure, said, __doc__, last=SLOW)

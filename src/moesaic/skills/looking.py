@@ -11,12 +11,15 @@ from moesaic.errors import ConfigError
 from moesaic.routing import RoutingTrace
 from moesaic.runs.folder import check_writable, read_json
 from moesaic.runs.results import versions
+from moesaic.skills.body import load_body
 from moesaic.skills.environment import SkillEnv
+from moesaic.skills.observing import Senses
 from moesaic.skills.running import Look
-from moesaic.skills.saving import MANIFEST, load, model_of
+from moesaic.skills.saving import MANIFEST, check_body, load, model_of
 from moesaic.skills.skill import Skill, relies_on
 from moesaic.skills.skillbench import SECONDS, evaluate
 from moesaic.skills.skillblender import SkillBlender
+from moesaic.skills.tasks import find
 
 BINS = 24
 """Parts of a rollout whose weights are shown."""
@@ -30,12 +33,12 @@ def opened(folder: str, wanted: Look) -> tuple[Skill | SkillBlender, str, str, d
     task, body = wanted.task or trained.get("task", ""), settings.get("body", "mini_humanoid")
     if not task:
         raise ConfigError(f"{folder} does not say what it was trained for: task=walk")
-    env = SkillEnv(task, body, 1)
-    env.close()
-    load(folder, relies_on(env))
-    if policy.command_dim != env.senses.command_dim:
+    own = load_body(body)
+    senses = Senses(own, find(task)(own))
+    check_body(policy, relies_on(senses), folder)
+    if policy.command_dim != senses.command_dim:
         raise ConfigError(
-            f"{folder} takes {policy.command_dim} numbers for a command, and {task} gives {env.senses.command_dim}"
+            f"{folder} takes {policy.command_dim} numbers for a command, and {task} gives {senses.command_dim}"
         )
     return policy, task, body, trained
 

@@ -31,7 +31,7 @@ class Senses:
 
     def __init__(self, body: Body, task: Task) -> None:
         d, axes = body.dim, [0, 1, 2]
-        self.task, self.default = task, np.array(body.default)
+        self.body, self.task, self.default = body, task, np.array(body.default)
         self._spin, self._velocity = ([1], [0, 2]) if body.planar else (axes, axes)
         turns = len(self._spin)
         sizes = {"q": d, "dq": d, "action": d, "spin": turns, "euler": turns}

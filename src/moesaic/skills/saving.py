@@ -54,9 +54,15 @@ def load(folder: str | Path, relies: Mapping[str, Any] | None = None) -> Skill |
         raise AdapterError(f"{folder} is damaged: {first_line(error)}") from None
     if not all(torch.isfinite(held).all() for held in made.state_dict().values()):
         raise AdapterError(f"{folder} is damaged: it has weights that are no numbers")
-    if relies is not None and (changed := differences(made.relies, dict(relies))):
-        raise AdapterError(f"the policy in {folder} is for another body: {changed}")
+    if relies is not None:
+        check_body(made, relies, folder)
     return made.eval()
+
+
+def check_body(policy: Skill | SkillBlender, relies: Mapping[str, Any], folder: str | Path) -> None:
+    """Raise AdapterError unless the body at hand is the one that the policy in `folder` is for."""
+    if changed := differences(policy.relies, dict(relies)):
+        raise AdapterError(f"the policy in {folder} is for another body: {changed}")
 
 
 def load_skill(folder: str | Path, relies: Mapping[str, Any] | None = None) -> Skill:

@@ -13,7 +13,7 @@ from moesaic.runs.settings import differences
 from moesaic.skills.policy import mlp
 
 if TYPE_CHECKING:
-    from moesaic.skills.environment import SkillEnv
+    from moesaic.skills.observing import Senses
 
 
 class Skill(nn.Module):
@@ -54,9 +54,9 @@ class Skill(nn.Module):
         return {name: getattr(self, name) for name in _SHAPES}
 
 
-def relies_on(env: SkillEnv) -> dict[str, Any]:
-    """What a policy of this environment relies on: the body's servos, and what is seen behind a command."""
-    return {**env.body.contract(), "sees": env.senses.names()}
+def relies_on(senses: Senses) -> dict[str, Any]:
+    """What a policy relies on: the body's servos, and what is seen behind a command."""
+    return {**senses.body.contract(), "sees": senses.names()}
 
 
 _SHAPES = ("name", "relies", "command_dim", "shared_dim", "dim", "hidden", "bound")

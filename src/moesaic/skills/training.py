@@ -34,7 +34,7 @@ SPEAKS = 2.0
 
 def made(wanted: SkillRun, env: SkillEnv) -> Skill | SkillBlender:
     """The actor that a run trains. Raises as `load_skill` and `SkillBlender` do."""
-    relies = relies_on(env)
+    relies = relies_on(env.senses)
     torch.manual_seed(wanted.seed)
     if not wanted.blends:
         sizes = env.senses.command_dim, env.senses.shared_dim, env.body.dim
