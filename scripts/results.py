@@ -8,8 +8,10 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import pages
 import results_adapters
 import results_ffn
+import results_skills
 import results_trees
 
 from moesaic import bench
@@ -328,13 +330,13 @@ def page(results: Path) -> str:
 def main() -> None:
     results, docs = ROOT / "results", ROOT / "docs"
     (docs / "results.md").write_text(page(results))
-    for script in (results_adapters, results_ffn, results_trees):
-        for name, drawing in script.pictures(results).items():
+    for script in (results_adapters, results_ffn, results_trees, results_skills):
+        for name, drawing in pages.drawn(script.PICTURES, results).items():
             (docs / name).write_text(drawing)
-    for script in (results_ffn, results_trees):
+    for script in (results_ffn, results_trees, results_skills):
         for name in script.BLOCKS:
             page_file = docs / name
-            page_file.write_text(script.filled(name, page_file.read_text(), results))
+            page_file.write_text(pages.filled(script.BLOCKS, name, page_file.read_text(), results))
     if (results / "bench.json").is_file():
         parts = [performance(results / "bench.json")]
         if (results / "bench-smollm2.json").is_file():

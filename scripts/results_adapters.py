@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters import GLIDER, MERGES, SETTINGS, TRAINED, UNTRAINED
+from pages import Pictures
 
 from moesaic.report import charts
 from moesaic.report.page import alone
@@ -18,7 +19,7 @@ TITLES = {
     "minilm": "Six adapters of all-MiniLM-L6-v2, routed by every method",
     "nano": "Six adapters of nano, routed by every method",
 }
-PICTURES = ("smollm2",)
+DRAWN = "smollm2"
 NOTE = """Plain LoRA adapters, one a task, trained apart; then every method over all six of a seed (held in), and over
 five of them on the task of the sixth (zero-shot), for methods that can leave an adapter out without new training. The
 heads of an encoder are the adapters' own. `{split}` rows, {rows}; percent, mean ± standard deviation over seeds
@@ -72,7 +73,7 @@ def routed(file: Path) -> str:
         zero = spread(by_seed(arm["zero_shot"])) if "zero_shot" in arm else ""
         cells = [f"`{name}`", *tasks, spread(arm["held_in"]), gap(arm["held_in"], oracle), gap(arm["held_in"], uniform)]
         lines.append("| " + " | ".join([*cells, zero]) + " |")
-    if found["setting"] in PICTURES:
+    if found["setting"] == DRAWN:
         lines[3:3] = ["", f"![Mean score of each method above the base's]({found['setting']}-adapters.svg)"]
         lines[5:5] = ["", "Routed in blue, merged in orange; a ring is a seed, a dot their mean."]
     base = arms["base"]
@@ -83,9 +84,9 @@ def routed(file: Path) -> str:
     return "\n".join([*lines, "", *verdicts(arms), ""])
 
 
-def picture(file: Path) -> str:
+def picture(results: Path) -> str:
     """Each method's mean score over tasks, in points above the base; rings are seeds."""
-    arms: dict[str, Any] = json.loads(file.read_text())["arms"]
+    arms: dict[str, Any] = json.loads((results / f"adapters-{DRAWN}.json").read_text())["arms"]
     base = arms["base"]["held_in"]
     dots = []
     for name, arm in sorted(arms.items(), key=lambda item: -statistics.mean(item[1]["held_in"])):
@@ -170,10 +171,7 @@ def _ratio(row: dict[str, float]) -> str:
     return f"{row['ratio']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
 
 
-def pictures(results: Path) -> dict[str, str]:
-    """Drawings for docs/, by file name."""
-    files = {f"{name}-adapters.svg": results / f"adapters-{name}.json" for name in PICTURES}
-    return {name: picture(file) for name, file in files.items() if file.is_file()}
+PICTURES: Pictures = {f"{DRAWN}-adapters.svg": (f"adapters-{DRAWN}.json", picture)}
 
 
 def sections(results: Path) -> list[str]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import conversions
 import pretraining
+from pages import Blocks, Pictures, spread, table
 
 from moesaic.report import charts
 from moesaic.report.page import alone
@@ -64,12 +65,6 @@ def cells(folder: Path) -> Cells:
     }
 
 
-def spread(values: Sequence[float], digits: int = 3) -> str:
-    if len(values) < 2:
-        return f"{statistics.mean(values):,.{digits}f}"
-    return f"{statistics.mean(values):,.{digits}f} ± {statistics.stdev(values):.{digits}f}"
-
-
 def paired(found: Cells, arm: str, other: str, value: Callable[[dict[str, Any]], float]) -> list[float]:
     """Differences of two arms, seed by seed, where both have the seed."""
     of = {cell["seed"]: value(cell) for cell in found[other]}
@@ -83,14 +78,9 @@ def _begun(text: str) -> str:
 def holds(values: Sequence[float]) -> str:
     """A difference and whether it is more than two of its standard deviations over seeds."""
     if len(values) < 3:
-        return f"{spread(values)} (fewer than three seeds)"
+        return f"{spread(values, 3)} (fewer than three seeds)"
     sure = abs(statistics.mean(values)) > 2 * statistics.stdev(values)
     return f"{statistics.mean(values):+.3f} ± {statistics.stdev(values):.3f}{'' if sure else ', within two deviations'}"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = ["| " + " | ".join(header) + " |", "| --- " + "| ---: " * (len(header) - 1) + "|"]
-    return lines + ["| " + " | ".join(row) + " |" for row in rows]
 
 
 # -- SMoE-Dropout --------------------------------------------------------------------------------------------------
@@ -106,8 +96,8 @@ def slim(results: Path) -> str:
     for arm, said in SLIM.items():
         if arm in found:
             of = found[arm]
-            by_k = [spread([at(c, k) for c in of]) if "by_k" in of[0] else "" for k in pretraining.KS]
-            rows.append([said, *(by_k if any(by_k) else ["", "", "", "", spread([c["mean_loss"] for c in of])])])
+            by_k = [spread([at(c, k) for c in of], 3) if "by_k" in of[0] else "" for k in pretraining.KS]
+            rows.append([said, *(by_k if any(by_k) else ["", "", "", "", spread([c["mean_loss"] for c in of], 3)])])
     first = next(iter(found.values()))[0]
     seeds = ", ".join(str(c["seed"]) for c in found["smoe-dropout"])
     lines = [
@@ -184,7 +174,7 @@ def depth(results: Path) -> str:
         rows.append(
             [
                 said,
-                spread([c["mean_loss"] for c in of]),
+                spread([c["mean_loss"] for c in of], 3),
                 *routing,
                 first,
                 last if len(of[0]["gradients"]["trained"]) > 1 else "",
@@ -479,29 +469,14 @@ def backends(files: list[Path]) -> str:
     return "\n".join(lines)
 
 
-BLOCKS: dict[str, dict[str, tuple[str, Callable[[Path], str]]]] = {
+BLOCKS: Blocks = {
     "smoe-dropout.md": {"slim": ("pretraining/slim", slim)},
     "rmoe.md": {"depth": ("pretraining/depth", depth)},
     "read-me.md": {"conversions": ("conversions/smollm2", converted), "serving": ("serving.json", serving)},
 }
-"""Page -> block -> what it is made of, and how."""
-PICTURES: dict[str, tuple[str, Callable[[Path], str]]] = {
+PICTURES: Pictures = {
     "slimming.svg": ("pretraining/slim", slimming),
     "rmoe.svg": ("pretraining/depth", routers),
     "read-me.svg": ("conversions/smollm2", domains_picture),
     "serving.svg": ("serving.json", latencies),
 }
-
-
-def filled(page: str, text: str, results: Path) -> str:
-    """A page's text with its blocks made anew."""
-    for name, (source, make) in BLOCKS[page].items():
-        if (results / source).exists():
-            head, mark, rest = text.partition(f"<!-- {name} -->\n")
-            assert mark, f"{page} has no block {name}"
-            text = f"{head}{mark}{make(results)}\n<!-- end -->{rest.partition('<!-- end -->')[2]}"
-    return text
-
-
-def pictures(results: Path) -> dict[str, str]:
-    return {name: make(results) for name, (source, make) in PICTURES.items() if (results / source).exists()}

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import streams
+from pages import Blocks, Pictures, spread, table
 
 from moesaic.report import charts
 from moesaic.report.page import alone
 from moesaic.trees.summary import ranks
 
-BLOCKS = {"driftmoe.md": ("streams",)}
 OURS = "best"
 RIVALS = ("ARF-10", "LevBag-10", "SRP-10")
 STRONGEST = "DEMS-10"
@@ -49,16 +49,6 @@ def cells(results: Path, table: str) -> Cells:
                 for arm in arms
             }
     return made
-
-
-def spread(values: Sequence[float], digits: int = 1) -> str:
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [f"| {' | '.join(header)} |", f"| --- |{' ---: |' * (len(header) - 1)}"]
-    return [*lines, *(f"| {' | '.join(row)} |" for row in rows)]
 
 
 def figures(found: Cells, value: Callable[[dict[str, Any]], float | None], digits: int = 1) -> list[list[str]]:
@@ -236,20 +226,8 @@ def block(results: Path) -> str:
     return "\n".join([*ten(results), *hundred(results), *ablations(results), *speed(results)]).rstrip()
 
 
-def filled(page: str, text: str, results: Path) -> str:
-    """A page with its blocks as the results have them."""
-    for name in BLOCKS[page]:
-        head, mark, rest = text.partition(f"<!-- {name} -->\n")
-        if mark:
-            text = f"{head}{mark}{block(results)}\n<!-- end -->{rest.partition('<!-- end -->')[2]}"
-    return text
-
-
-def pictures(results: Path) -> dict[str, str]:
-    """By file name."""
-    of = cells(results, "ten").get(DRAWN)
-    if not of:
-        return {}
+def over_time(results: Path) -> str:
+    of = cells(results, "ten")[DRAWN]
     series = []
     for number, (arm, label) in enumerate(SHOWN.items()):
         windows = of[arm][0]["windows"]
@@ -264,4 +242,8 @@ def pictures(results: Path) -> dict[str, str]:
         series, across="row", up="accuracy, %", title="Accuracy on LED with three abrupt drifts, windows of 4,000 rows",
         description=f"First to last: {said}.", marks=where,
     )  # fmt: skip
-    return {"streams.svg": alone(drawn)}
+    return alone(drawn)
+
+
+BLOCKS: Blocks = {"driftmoe.md": {"streams": ("streams.jsonl", block)}}
+PICTURES: Pictures = {"streams.svg": ("streams.jsonl", over_time)}

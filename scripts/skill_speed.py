@@ -96,7 +96,7 @@ def sb3(over: str, steps: int) -> Callable[[], int]:
     else:
         env = VecSkillEnv(env_of(256, randomise=0))
     model = PPO(
-        "MlpPolicy", env, n_steps=steps, batch_size=2048, n_epochs=4, device="cpu",
+        "MlpPolicy", env, n_steps=steps, batch_size=steps * env.num_envs // 4, n_epochs=4, device="cpu",
         policy_kwargs={"net_arch": {"pi": [128, 64], "vf": [128, 64]}},
     )  # fmt: skip
 
@@ -131,7 +131,7 @@ def ppo(blends: bool) -> Callable[[], int]:
 
     def some() -> int:
         made.iterate()
-        return 32 * 256
+        return made.settings.steps * 256
 
     return some
 
@@ -144,8 +144,8 @@ ARMS: dict[str, tuple[Callable[..., Callable[[], int]], dict[str, Any]]] = {
     "ours, 2 threads": (ours, {"threads": 2}),
     "SyncVectorEnv": (vector, {"kind": "sync"}),
     "AsyncVectorEnv": (vector, {"kind": "async"}),
-    "SB3 PPO, DummyVecEnv": (sb3, {"over": "dummy", "steps": 1024}),
-    "SB3 PPO, our VecEnv": (sb3, {"over": "ours", "steps": 32}),
+    "SB3 PPO, DummyVecEnv": (sb3, {"over": "dummy", "steps": 512}),
+    "SB3 PPO, our VecEnv": (sb3, {"over": "ours", "steps": 16}),
     "our PPO, flat": (ppo, {"blends": False}),
     "our PPO, blend": (ppo, {"blends": True}),
     **{f"ours, {n} environments": (ours, {"num_envs": n}) for n in (1, 16, 64, 1024)},

@@ -1,0 +1,157 @@
+"""What skills and blends of them came to: a block of docs/skillblender.md and a picture."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import skills
+from pages import Blocks, Pictures, spread, table
+
+from moesaic.report import charts
+from moesaic.report.page import alone
+
+NAMES = {
+    "per_joint": "per joint (paper)", "scalar": "one weight a skill", "switch": "one skill at a time",
+    "mcp": "product of Gaussians", "flat": "flat PPO",
+}  # fmt: skip
+UNITS = {"velocity": "m/s"}
+GOALS = {"walk": 0.15, "reach": 0.08, "squat": 0.06, "step": 0.08}
+DRAWN = ("far_reach", "per_joint")
+Cells = dict[tuple[str, str], list[dict[str, Any]]]
+"""By task and arm, a cell a seed."""
+
+
+def cells(results: Path, name: str) -> Cells:
+    """Of a table, in its order."""
+    file = results / "skills.jsonl"
+    found: Cells = defaultdict(list)
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        cell = json.loads(line)
+        if cell["table"] == name:
+            found[cell["task"], cell["arm"]].append(cell)
+    return {key: sorted(found[key], key=lambda c: c["seed"]) for key in skills.TABLES[name] if key in found}
+
+
+def mean_error(cell: Mapping[str, Any]) -> float:
+    return float(cell["errors"][cell["leads"]]["mean"])
+
+
+def seeds_of(found: Cells) -> str:
+    counts = {len(of) for of in found.values()}
+    said = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
+    return f"{said} seed{'s' * (max(counts) > 1)}"
+
+
+def learned(results: Path) -> list[str]:
+    """The skills."""
+    found = cells(results, "skills")
+    if not found:
+        return []
+    rows = []
+    for (task, _), of in found.items():
+        unit = UNITS.get(of[0]["leads"], "m")
+        rows.append([
+            task, f"{of[0]['leads']}, {unit}", spread([mean_error(c) for c in of], 3), f"{GOALS[task]}",
+            spread([100 * c["survival"] for c in of]), spread([100 * c["success"] for c in of]),
+            spread([c["tilt"] for c in of], 3), f"{of[0]['steps'] / 1e6:.1f}",
+            spread([c["cpu_seconds"] for c in of], 0),
+        ])  # fmt: skip
+    header = ["skill", "error of", "error", "goal", "survival, %", "success, %", "tilt, rad", "million steps", "CPU s"]
+    return [
+        f"**The four skills of MiniHumanoid**, {seeds_of(found)}, 128 rollouts each: mean error just before another "
+        "goal is drawn, ± the standard deviation over seeds. Command: `python scripts/skills.py skills`.", "",
+        *table(header, rows), "",
+    ]  # fmt: skip
+
+
+def compared(results: Path, name: str, title: str) -> list[str]:
+    """Tasks by every arm."""
+    found = cells(results, name)
+    if not found:
+        return []
+    rows, before = [], {key[0]: of for key, of in cells(results, "skills").items()}
+    for (task, arm), of in found.items():
+        taught = [sum(mean_of(before, skill) for skill in of[0]["skills"])] if arm != "flat" else [0.0]
+        rows.append([
+            task, NAMES[arm], spread([mean_error(c) for c in of], 3), spread([100 * c["success"] for c in of]),
+            spread([100 * c["survival"] for c in of]), spread([c["tilt"] for c in of], 3),
+            spread([c["jerk"] for c in of], 3), spread([c["jolt"] for c in of], 3),
+            spread([c["cpu_seconds"] for c in of], 0), f"{taught[0]:.0f}",
+        ])  # fmt: skip
+    header = ["task", "policy", "error, m", "success, %", "survival, %", "tilt, rad", "action change²", "jolt, m/s",
+              "CPU s", "skills' CPU s"]  # fmt: skip
+    return [
+        f"**{title}**, {seeds_of(found)}, 128 rollouts each. No regularisers in any task's reward. Flat PPO takes "
+        f"{skills.FLAT:g} times a blend's steps, for about as much time; what the skills had taken stands beside. "
+        f"Command: `python scripts/skills.py {name}`.", "", *table(header, rows), "", *verdict(found), "",
+    ]  # fmt: skip
+
+
+def mean_of(before: Mapping[str, Sequence[Mapping[str, Any]]], skill: str) -> float:
+    return statistics.mean(cell["cpu_seconds"] for cell in before[skill])
+
+
+def verdict(found: Cells) -> list[str]:
+    """What was expected of the paper's blend, and what it gives."""
+    tasks = list(dict.fromkeys(task for task, _ in found))
+    said = []
+    for task in tasks:
+        of = {arm: found[task, arm] for arm in NAMES if (task, arm) in found}
+        means = {arm: statistics.mean(map(mean_error, cells_)) for arm, cells_ in of.items()}
+        best = min(means, key=means.__getitem__)
+        calm = statistics.mean(c["jerk"] for c in of["flat"]) / statistics.mean(c["jerk"] for c in of["per_joint"])
+        soft = statistics.mean(c["jolt"] for c in of["flat"]) / statistics.mean(c["jolt"] for c in of["per_joint"])
+        said.append(
+            f"{task}: least error by {NAMES[best]} ({means[best]:.3f}, per joint {means['per_joint']:.3f}); flat "
+            f"PPO's actions change {calm:.1f} times as much as the per-joint blend's, and its base is jolted "
+            f"{soft:.1f} times as much"
+        )
+    return ["; ".join(said) + "."]
+
+
+def speed(results: Path) -> list[str]:
+    """What a control step costs."""
+    file = results / "skill-speed.json"
+    if not file.is_file():
+        return []
+    arms = json.loads(file.read_text(encoding="utf-8"))["arms"]
+    bare = arms["bare rollout"]["per_cpu_second"]["all"]
+    rows = [
+        [arm, spread(of["per_cpu_second"]["all"], 0), spread(of["per_second"]["all"], 0),
+         spread([a / b for a, b in zip(of["per_cpu_second"]["all"], bare, strict=True)], 2)]
+        for arm, of in arms.items()
+    ]  # fmt: skip
+    return [
+        f"**What a control step costs**: control steps of all environments together, {len(bare)} rounds in turn, one "
+        "torch thread. Of PPO, what is learned from them counts, too. Command: `python scripts/skill_speed.py`.", "",
+        *table(["", "a CPU second", "a second", "of bare rollout"], rows), "",
+    ]  # fmt: skip
+
+
+def block(results: Path) -> str:
+    """What stands between the marks of the page."""
+    return "\n".join([
+        *learned(results), *compared(results, "tasks", "Three tasks, five policies"),
+        *compared(results, "more", "Two more tasks"), *speed(results),
+    ]).rstrip()  # fmt: skip
+
+
+def weights(results: Path) -> str:
+    cell = cells(results, "tasks")[DRAWN][0]
+    number = 0
+    over = {joint: [part[row][number] for part in cell["weights"]] for row, joint in enumerate(cell["joints"])}
+    name = cell["skills"][number]
+    drawn = charts.shares(
+        {"": over}, title=f"FarReach: weight of {name} by joint, over {cell['seconds']:g} s", over="", of="time",
+        description=f"The rest is {cell['skills'][1]}'s. Mean over {cell['rollouts']} rollouts.",
+    )  # fmt: skip
+    return alone(drawn)
+
+
+BLOCKS: Blocks = {"skillblender.md": {"skills": ("skills.jsonl", block)}}
+PICTURES: Pictures = {"skillblender.svg": ("skills.jsonl", weights)}
