@@ -19,8 +19,6 @@ FILE = ROOT / "results" / "skills.jsonl"
 PLACE = Path(os.environ.get("MOESAIC_SKILLS") or ROOT / "runs" / "skills")
 SKILLS = ("walk", "reach", "squat", "step")
 ARMS = ("per_joint", "scalar", "switch", "mcp", "flat")
-STEPS = {"walk": 2_000_000, "reach": 1_200_000, "squat": 1_000_000, "step": 1_500_000}
-BLENDING = 800_000
 FLAT = 1.25
 """Steps of flat PPO for one of a blend: what takes as long."""
 TABLES: dict[str, list[tuple[str, str]]] = {
@@ -36,22 +34,24 @@ def measure(table: str, task: str, arm: str, seed: int) -> dict[str, Any]:
 
     from moesaic.runs.results import versions
     from moesaic.skills.looking import measured
-    from moesaic.skills.running import Look, SkillRun
+    from moesaic.skills.running import Look, load_run
     from moesaic.skills.tasks import find
     from moesaic.skills.training import train
 
     torch.set_num_threads(1)
     blended = [] if arm == "flat" else [str(PLACE / f"{name}-flat-s{seed}") for name in find(task).skills]
-    steps = STEPS.get(task) or int(BLENDING * (FLAT if arm == "flat" else 1))
     folder = PLACE / f"{task}-{arm}-s{seed}"
-    wanted = SkillRun(
-        task=task, skills=blended, kind=arm if blended else "per_joint", steps=steps, seed=seed, out=str(folder)
-    )
+    given = [f"task={task}", f"seed={seed}", f"out={folder}"]
+    if blended:
+        given += [f"kind={arm}", f"skills={','.join(blended)}"]
+    elif task not in SKILLS:
+        given.append(f"steps={int(FLAT * load_run(given, blends=False).steps)}")
+    wanted = load_run(given, blends=bool(blended))
     if not (folder / "results.json").is_file():
         train(wanted, command="python scripts/skills.py", progress=False)
     trained = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     found = measured(str(folder), Look(folders=[str(folder)]))
-    left_out = ("routing", "trained", "run")
+    left_out = ("routing", "trained", "run") if seed == 0 else ("routing", "trained", "run", "weights")
     return {
         "table": table, "task": task, "arm": arm, "seed": seed, "steps": trained["steps"],
         "cpu_seconds": trained["cpu_seconds"], "trainable": trained["trainable"], "diverged": trained["diverged"],

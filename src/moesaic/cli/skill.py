@@ -14,6 +14,7 @@ from moesaic.skills.running import Look, SkillRun, load_look, load_run
 ACTIONS = ("train", "blend", "eval", "play", "export")
 
 _ABOUT = """A skill is learned once; a blend learns, joint by joint, which skill to listen to and what to ask of it.
+What is not given is as `recipes/skills/BODY/TASK.yaml` has it, where there is one.
 Skills: walk, reach, squat, step. Tasks: far_reach, button_press, box_push, package_lift, football_shoot (or any skill).
 
   moesaic skill train task=walk                                     a skill, or a task from nothing (flat PPO)

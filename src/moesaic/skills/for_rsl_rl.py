@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moesaic.errors import ConfigError
 from moesaic.skills.environment import SkillEnv
+from moesaic.skills.ppo import PPOSettings
 from moesaic.skills.saving import load
 
 
@@ -63,10 +64,11 @@ class ActorModel(MLPModel):
         self.distribution.std_param.data.copy_(actor.std)
 
 
-def settings(folder: str, critic_hidden: tuple[int, ...] = (128, 64)) -> dict[str, Any]:
+def settings(folder: str, critic_hidden: tuple[int, ...] = (64, 64)) -> dict[str, Any]:
     """What an `OnPolicyRunner` wants to go on training a policy of ours, as PPO here does."""
+    own = PPOSettings()
     return {
-        "num_steps_per_env": 32, "save_interval": 50, "seed": 0,
+        "num_steps_per_env": own.steps, "save_interval": 50, "seed": 0,
         "obs_groups": {"actor": ["policy"], "critic": ["critic"]},
         "actor": {
             "class_name": ActorModel, "folder": str(folder),
@@ -74,8 +76,9 @@ def settings(folder: str, critic_hidden: tuple[int, ...] = (128, 64)) -> dict[st
         },
         "critic": {"class_name": "MLPModel", "hidden_dims": list(critic_hidden), "activation": "elu"},
         "algorithm": {
-            "class_name": "PPO", "num_learning_epochs": 4, "num_mini_batches": 4, "learning_rate": 1e-3,
-            "schedule": "adaptive", "desired_kl": 0.01, "gamma": 0.99, "lam": 0.95, "entropy_coef": 0.001,
-            "value_loss_coef": 1.0, "use_clipped_value_loss": True, "clip_param": 0.2, "max_grad_norm": 1.0,
+            "class_name": "PPO", "num_learning_epochs": own.epochs, "num_mini_batches": own.minibatches,
+            "learning_rate": own.lr, "schedule": "adaptive", "desired_kl": own.target_kl, "gamma": own.gamma,
+            "lam": own.lam, "entropy_coef": own.entropy_coef, "value_loss_coef": own.value_coef,
+            "use_clipped_value_loss": own.clip_values, "clip_param": own.clip, "max_grad_norm": own.max_norm,
         },
     }  # fmt: skip

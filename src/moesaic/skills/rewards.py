@@ -125,3 +125,8 @@ def apart(error: Floats) -> Floats:
 def near(error: Floats, sharpness: float = 4.0) -> Floats:
     """exp(-s mean |error|), which all published goals have."""
     return np.exp(-sharpness * apart(error))
+
+
+def toward(error: Floats) -> Floats:
+    """0.6 exp(-2 e) + 0.4 exp(-8 e), e as in `near`: a goal that is felt from afar and still up close."""
+    return 0.6 * near(error, 2.0) + 0.4 * near(error, 8.0)

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.errors import ConfigError, path_of, suggest
-from moesaic.runs.settings import build, check_keys, lists, names, parse_overrides, texts
+from moesaic.runs.recipe import PACKAGED
+from moesaic.runs.settings import build, check_keys, lists, names, parse_overrides, read_yaml, texts
+from moesaic.skills.body import built_in
 from moesaic.skills.names import KINDS, SKILLS, TASKS
 
 _PPO = {"help": "settings of PPO: ppo.lr=3e-4 ppo.steps=60 …"}
@@ -29,8 +31,8 @@ class SkillRun:
     body: str = field(default="mini_humanoid", metadata={"help": "mini_humanoid, humanoid, or a manifest's path"})
     steps: int = field(default=2_400_000, metadata={"help": "control steps of all environments together"})
     num_envs: int = field(default=256, metadata={"help": "environments at a time"})
-    hidden: list[int] = field(default_factory=lambda: [128, 64], metadata={"help": "of the actor, or a blend's head"})
-    critic_hidden: list[int] = field(default_factory=lambda: [128, 64], metadata={"help": "of the critic"})
+    hidden: list[int] = field(default_factory=lambda: [64, 64], metadata={"help": "of the actor, or a blend's head"})
+    critic_hidden: list[int] = field(default_factory=lambda: [64, 64], metadata={"help": "of the critic"})
     init_std: float = field(default=0.4, metadata={"help": "of exploration, in units of actions"})
     randomise: float = field(
         default=0.3,
@@ -56,15 +58,22 @@ class SkillRun:
         return {k: v for k, v in asdict(self).items() if k not in ("out", "overwrite", "every", "threads")}
 
 
+def recipe(body: str, task: str) -> dict[str, Any]:
+    """The settings that suit a built-in body and a task: `recipes/skills/BODY/TASK.yaml`."""
+    file = PACKAGED / "skills" / body / f"{task}.yaml"
+    return read_yaml(file) if body in built_in() and file.is_file() else {}
+
+
 def load_run(arguments: Sequence[str], *, blends: bool) -> SkillRun:
-    """`key=value` settings to a run. Raises ConfigError for an unknown key (naming the nearest), or a wrong value."""
+    """`key=value` settings on top of a recipe. Raises ConfigError for an unknown key (naming the nearest) or value."""
     given = parse_overrides(arguments, lists=lists(SkillRun), texts=texts(SkillRun), sections=("ppo",))
     check_keys("settings", given, names(SkillRun))
-    made = build(SkillRun, {}, given)
-    if not made.task:
+    task, body = given.get("task", ""), given.get("body", SkillRun.body)
+    if not task:
         raise ConfigError("task is missing: task=walk")
-    if made.task not in (*SKILLS, *TASKS):
-        raise ConfigError(f"no skill or task {made.task}; {suggest(made.task, (*SKILLS, *TASKS))}")
+    if task not in (*SKILLS, *TASKS):
+        raise ConfigError(f"no skill or task {task}; {suggest(task, (*SKILLS, *TASKS))}")
+    made = build(SkillRun, recipe(body, task), given)
     if blends and not made.skills:
         from moesaic.skills.tasks import find
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from moesaic.skills.chance import Chance
 from moesaic.skills.moment import Moment
 from moesaic.skills.physics import Readings
-from moesaic.skills.rewards import apart, near
+from moesaic.skills.rewards import apart, near, toward
 from moesaic.skills.tasks.scenes import add_block
 from moesaic.skills.tasks.task import Rows, Task, in_turn
 
@@ -52,7 +52,7 @@ class ButtonPress(Task):
         return {"button": apart(self.away(now, goal))}
 
     def button(self, m: Moment) -> Floats:
-        return near(self.away(m.now, m.goal))
+        return toward(self.away(m.now, m.goal))
 
     def right_arm_default(self, m: Moment) -> Floats:
         upper = [number for number in self.body.upper if self.body.joints[number].startswith("right")]

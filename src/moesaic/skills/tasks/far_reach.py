@@ -7,6 +7,8 @@ from numpy.typing import NDArray
 
 from moesaic.skills.body import Body
 from moesaic.skills.chance import Chance
+from moesaic.skills.moment import Moment
+from moesaic.skills.rewards import toward
 from moesaic.skills.tasks.posture import Reach
 from moesaic.skills.tasks.task import Rows, in_turn
 
@@ -21,11 +23,14 @@ class FarReach(Reach):
 
     seconds, every = 24.0, 5.0
     skills = ("walk", "reach")
-    told, sharpness = 1.0, 4.0
+    told = 1.0
 
     def __init__(self, body: Body) -> None:
         super().__init__(body)
         self.scales = {"wrist_pos": 5.0}
+
+    def wrist_pos(self, m: Moment) -> Floats:
+        return toward(self.away(m.now, m.goal))
 
     def draw(self, chance: Chance, rows: Rows, objects: Floats) -> Floats:
         goal = super().draw(chance, rows, objects).reshape(len(rows), 2, -1)

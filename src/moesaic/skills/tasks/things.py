@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from moesaic.skills.chance import Chance
 from moesaic.skills.moment import Moment
 from moesaic.skills.physics import Readings
-from moesaic.skills.rewards import apart, near, norm
+from moesaic.skills.rewards import apart, near, norm, toward
 from moesaic.skills.tasks.scenes import add_block, add_thing
 from moesaic.skills.tasks.task import Rows, Task, in_turn
 
@@ -45,10 +45,10 @@ class Thing(Task):
         return {self.accuracy: apart(self.left(now, goal))}
 
     def wrist_box(self, m: Moment) -> Floats:
-        return near(self.reaches(m.now))
+        return toward(self.reaches(m.now))
 
     def box_goal(self, m: Moment) -> Floats:
-        return near(self.left(m.now, m.goal))
+        return toward(self.left(m.now, m.goal))
 
 
 class BoxPush(Thing):
@@ -112,7 +112,7 @@ class PackageLift(Thing):
         return {"height": apart(self.left(now, goal)[:, -1:])}
 
     def box_height(self, m: Moment) -> Floats:
-        return near(self.left(m.now, m.goal)[:, -1])
+        return toward(self.left(m.now, m.goal)[:, -1])
 
 
 class FootballShoot(Thing):
