@@ -47,9 +47,9 @@ def seeds_of(found: Cells) -> str:
     return f"{said} seed{'s' * (max(counts) > 1)}"
 
 
-def learned(results: Path) -> list[str]:
-    """The skills."""
-    found = cells(results, "skills")
+def learned(results: Path, name: str, title: str) -> list[str]:
+    """The skills of a body."""
+    found = cells(results, name)
     if not found:
         return []
     rows = []
@@ -63,8 +63,8 @@ def learned(results: Path) -> list[str]:
         ])  # fmt: skip
     header = ["skill", "error of", "error", "goal", "survival, %", "success, %", "tilt, rad", "million steps", "CPU s"]
     return [
-        f"**The four skills of MiniHumanoid**, {seeds_of(found)}, 128 rollouts each: mean error just before another "
-        "goal is drawn, ± the standard deviation over seeds. Command: `python scripts/skills.py skills`.", "",
+        f"**{title}**, {seeds_of(found)}, 128 rollouts each: mean error just before another goal is drawn, ± the "
+        f"standard deviation over seeds. Command: `python scripts/skills.py {name}`.", "",
         *table(header, rows), "",
     ]  # fmt: skip
 
@@ -136,8 +136,9 @@ def speed(results: Path) -> list[str]:
 def block(results: Path) -> str:
     """What stands between the marks of the page."""
     return "\n".join([
-        *learned(results), *compared(results, "tasks", "Three tasks, five policies"),
-        *compared(results, "more", "Two more tasks"), *speed(results),
+        *learned(results, "skills", "The four skills of MiniHumanoid"),
+        *compared(results, "tasks", "Three tasks, five policies"), *compared(results, "more", "Two more tasks"),
+        *learned(results, "humanoid", "The 3-D body, one longer run"), *speed(results),
     ]).rstrip()  # fmt: skip
 
 

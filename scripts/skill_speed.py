@@ -97,7 +97,7 @@ def sb3(over: str, steps: int) -> Callable[[], int]:
         env = VecSkillEnv(env_of(256, randomise=0))
     model = PPO(
         "MlpPolicy", env, n_steps=steps, batch_size=steps * env.num_envs // 4, n_epochs=4, device="cpu",
-        policy_kwargs={"net_arch": {"pi": [128, 64], "vf": [128, 64]}},
+        policy_kwargs={"net_arch": {"pi": [64, 64], "vf": [64, 64]}},
     )  # fmt: skip
 
     def some() -> int:
@@ -119,15 +119,15 @@ def ppo(blends: bool) -> Callable[[], int]:
     relies, dim, shared = relies_on(env.senses), env.body.dim, env.senses.shared_dim
     if blends:
         skills = [
-            Skill("walk", relies, 1, shared, dim, [128, 64], 2.0),
-            Skill("reach", relies, 4, shared, dim, [128, 64]),
+            Skill("walk", relies, 1, shared, dim, [64, 64], (-0.8, 2.0)),
+            Skill("reach", relies, 4, shared, dim, [64, 64]),
         ]
-        actor: Any = SkillBlender(skills, env.senses.command_dim, [128, 64])
+        actor: Any = SkillBlender(skills, env.senses.command_dim, [64, 64])
     else:
-        actor = Skill(TASK, relies, env.senses.command_dim, shared, dim, [128, 64])
+        actor = Skill(TASK, relies, env.senses.command_dim, shared, dim, [64, 64])
     torch.manual_seed(0)
     privileged = env.reset(seed=0)[1]["privileged"].shape[1]
-    made = PPO(env, Policy(actor, dim, privileged, [128, 64], 0.5), PPOSettings())
+    made = PPO(env, Policy(actor, dim, privileged, [64, 64]), PPOSettings())
 
     def some() -> int:
         made.iterate()

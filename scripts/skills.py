@@ -25,6 +25,7 @@ TABLES: dict[str, list[tuple[str, str]]] = {
     "skills": [(name, "flat") for name in SKILLS],
     "tasks": [(task, arm) for task in ("far_reach", "button_press", "football_shoot") for arm in ARMS],
     "more": [(task, arm) for task in ("box_push", "package_lift") for arm in ARMS],
+    "humanoid": [("walk", "flat")],
 }
 
 
@@ -40,8 +41,10 @@ def measure(table: str, task: str, arm: str, seed: int) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     blended = [] if arm == "flat" else [str(PLACE / f"{name}-flat-s{seed}") for name in find(task).skills]
-    folder = PLACE / f"{task}-{arm}-s{seed}"
+    folder = PLACE / f"{'humanoid-' * (table == 'humanoid')}{task}-{arm}-s{seed}"
     given = [f"task={task}", f"seed={seed}", f"out={folder}"]
+    if table == "humanoid":
+        given.append("body=humanoid")
     if blended:
         given += [f"kind={arm}", f"skills={','.join(blended)}"]
     elif task not in SKILLS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,10 @@ import pytest
 from PIL import Image
 
 from moesaic.cli.main import main
+from moesaic.runs.recipe import PACKAGED
+from moesaic.runs.settings import read_yaml
 from moesaic.skills.names import SKILLS, TASKS
+from moesaic.skills.running import load_run
 from moesaic.skills.tasks import SKILLS as SKILLS_MADE
 from moesaic.skills.tasks import TASKS as TASKS_MADE
 
@@ -37,6 +41,16 @@ def test_the_names_are_the_tasks() -> None:
     assert tuple(SKILLS_MADE) == SKILLS
     assert tuple(TASKS_MADE) == TASKS
     assert all(set(task.skills) <= set(SKILLS) and len(task.skills) > 1 for task in TASKS_MADE.values())
+
+
+@pytest.mark.parametrize("file", sorted((PACKAGED / "skills").glob("*/*.yaml")), ids=lambda file: file.stem)
+def test_a_recipe_holds_what_is_not_given(file: Path) -> None:
+    body, task = file.parent.name, file.stem
+    own = read_yaml(file)
+    made = asdict(load_run([f"task={task}", f"body={body}"], blends=False))
+    assert own
+    assert {name: made[name] for name in own} == own
+    assert load_run([f"task={task}", f"body={body}", "steps=5"], blends=False).steps == 5
 
 
 def test_runs_are_measured_and_their_pages_show_weights(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

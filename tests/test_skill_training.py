@@ -66,7 +66,7 @@ def test_divergence_log_probabilities_and_entropy_are_torchs() -> None:
 
 
 def test_the_learning_rate_follows_the_divergence() -> None:
-    ppo = learner()
+    ppo = learner(target_kl=0.01)
     for kl, wanted in ((0.05, 1e-3 / 1.5), (0.015, 1e-3 / 1.5), (0.001, 1e-3), (0.0, 1e-3)):
         ppo._follow(kl)
         assert ppo.lr == pytest.approx(wanted)

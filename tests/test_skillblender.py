@@ -19,9 +19,9 @@ DIM, SHARED, COMMAND = 4, 9, 3
 RELIES: dict[str, Any] = {"joints": ["a", "b", "c", "d"], "kp": [1.0] * 4}
 
 
-def skill(name: str, command_dim: int, bound: float = 1.0, seed: int = 0, **relies: Any) -> Skill:
+def skill(name: str, command_dim: int, low: float = -1.0, seed: int = 0, **relies: Any) -> Skill:
     torch.manual_seed(seed)
-    made = Skill(name, {**RELIES, **relies}, command_dim, SHARED, DIM, [8], bound)
+    made = Skill(name, {**RELIES, **relies}, command_dim, SHARED, DIM, [8], (low, 1.0))
     for p in made.parameters():
         torch.nn.init.normal_(p, std=0.5)
     made.std.uniform_(0.5, 2)
@@ -29,7 +29,7 @@ def skill(name: str, command_dim: int, bound: float = 1.0, seed: int = 0, **reli
 
 
 def blender(kind: str = "per_joint", seed: int = 3) -> SkillBlender:
-    skills = [skill("walk", 1, 2.0, 1), skill("reach", 4, 1.0, 2)]
+    skills = [skill("walk", 1, -0.5, 1), skill("reach", 4, -1.0, 2)]
     torch.manual_seed(seed)
     made = SkillBlender(skills, COMMAND, [16], kind)
     torch.nn.init.normal_(made.head[-1].weight)
@@ -43,7 +43,8 @@ def naive(model: SkillBlender, o: Tensor) -> Tensor:
         y = model.head(row)
         at, commands = 0, []
         for one in model.skills:
-            commands.append([min(max(v.item(), -one.bound), one.bound) for v in y[at : at + one.command_dim]])
+            low, high = one.bounds
+            commands.append([min(max(v.item(), low), high) for v in y[at : at + one.command_dim]])
             at += one.command_dim
         does = [one(torch.cat([torch.tensor(g), row[COMMAND:]])) for one, g in zip(model.skills, commands, strict=True)]
         z, joints = y[at:], []
@@ -82,10 +83,10 @@ def test_commands_learn_through_skills_that_stay_frozen(kind: str) -> None:
 def test_a_command_that_is_clamped_has_no_gradient() -> None:
     model = blender()
     with torch.no_grad():
-        model.head[-1].bias[:5] = 50.0
+        model.head[-1].bias[:5] = -50.0
     commands, _ = model.asked(torch.randn(3, COMMAND + SHARED))
-    assert commands[0].eq(2.0).all(), "each skill's own bound"
-    assert commands[1].eq(1.0).all()
+    assert commands[0].eq(-0.5).all(), "each skill's own bounds"
+    assert commands[1].eq(-1.0).all()
     sum(c.sum() for c in commands).backward()
     assert model.head[-1].weight.grad[:5].abs().max() == 0
 
@@ -93,7 +94,7 @@ def test_a_command_that_is_clamped_has_no_gradient() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_skill_is_itself_and_equal_logits_are_the_mean(kind: str) -> None:
     o = torch.randn(5, COMMAND + SHARED)
-    alone = SkillBlender([skill("reach", 4, 1.0, 2)], COMMAND, [16], kind)
+    alone = SkillBlender([skill("reach", 4, -1.0, 2)], COMMAND, [16], kind)
     (command,), _ = alone.asked(o)
     torch.testing.assert_close(alone(o), alone.skills[0](torch.cat([command, o[:, COMMAND:]], -1)))
     if kind == "switch":

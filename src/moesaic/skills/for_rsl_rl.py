@@ -72,7 +72,7 @@ def settings(folder: str, critic_hidden: tuple[int, ...] = (64, 64)) -> dict[str
         "obs_groups": {"actor": ["policy"], "critic": ["critic"]},
         "actor": {
             "class_name": ActorModel, "folder": str(folder),
-            "distribution_cfg": {"class_name": "GaussianDistribution", "init_std": 0.5},
+            "distribution_cfg": {"class_name": "GaussianDistribution", "init_std": 0.6},
         },
         "critic": {"class_name": "MLPModel", "hidden_dims": list(critic_hidden), "activation": "elu"},
         "algorithm": {

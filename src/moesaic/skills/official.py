@@ -17,8 +17,8 @@ from moesaic.errors import AdapterError, ConfigError, first_line, suggest
 from moesaic.skills.body import Body
 from moesaic.skills.skill import Skill
 
-COMMANDS = {"walk": (3, 2.0), "reach": (14, 1.0), "squat": (1, 1.0), "step": (4, 1.0)}
-"""Of each published skill: numbers of its command, and how large they may be (H1; 1 for G1's walk)."""
+COMMANDS = {"walk": (3, (-2.0, 2.0)), "reach": (14, (-1.0, 1.0)), "squat": (1, (-1.0, 1.0)), "step": (4, (-1.0, 1.0))}
+"""Of each published skill: numbers of its command, and within what they are clamped (H1; 1 for G1's walk)."""
 _LAYER = re.compile(r"actor\.(\d+)\.(weight|bias)")
 
 
@@ -41,7 +41,7 @@ def import_official(file: str | Path, name: str, body: Body) -> Skill:
     for (weight, bias), before, after in zip(layers, sizes, sizes[1:], strict=False):
         if weight.shape != (after, before) or bias.shape != (after,):
             raise AdapterError(f"{file}: a layer is {tuple(weight.shape)} behind one of {before}")
-    command_dim, bound = COMMANDS[name]
+    command_dim, bounds = COMMANDS[name]
     shared, dim = 3 * body.dim + 6, body.dim
     if sizes[-1] != dim:
         raise AdapterError(f"{file} moves {sizes[-1]} joints, and the body has {dim}")
@@ -51,7 +51,7 @@ def import_official(file: str | Path, name: str, body: Body) -> Skill:
             f"a command of {command_dim}, 3 x {dim} of its joints, spin and euler"
         )
     relies: dict[str, Any] = {**body.contract(), "sees": published_layout(dim)}
-    made = Skill(name, relies, command_dim, shared, dim, sizes[1:-1], bound)
+    made = Skill(name, relies, command_dim, shared, dim, sizes[1:-1], bounds)
     held = {
         f"net.{2 * i}.{part}": t
         for i, layer in enumerate(layers)

@@ -29,14 +29,14 @@ class PPOSettings:
     steps: int = 16
     epochs: int = 4
     minibatches: int = 4
-    gamma: float = 0.97
+    gamma: float = 0.98
     lam: float = 0.9
     clip: float = 0.2
     clip_values: bool = False
     value_coef: float = 1.0
     entropy_coef: float = 0.001
     lr: float = 1e-3
-    target_kl: float = 0.02
+    target_kl: float = 0.03
     max_norm: float = 1.0
 
 

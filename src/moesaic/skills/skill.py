@@ -22,17 +22,17 @@ class Skill(nn.Module):
     Args:
         name: walk, reach …
         relies: the body's contract and `sees`, the names and sizes of what stands behind the command.
-        bound: how large its commands may be.
+        bounds: within which its commands are to be, least and most.
     """
 
     std: Tensor
 
     def __init__(
         self, name: str, relies: dict[str, Any], command_dim: int, shared_dim: int, dim: int, hidden: Sequence[int],
-        bound: float = 1.0,
+        bounds: Sequence[float] = (-1.0, 1.0),
     ) -> None:  # fmt: skip
         super().__init__()
-        self.name, self.relies, self.bound = name, relies, float(bound)
+        self.name, self.relies, self.bounds = name, relies, [float(b) for b in bounds]
         self.command_dim, self.shared_dim, self.dim, self.hidden = command_dim, shared_dim, dim, list(hidden)
         self.net = mlp([command_dim + shared_dim, *hidden, dim])
         self.register_buffer("std", torch.ones(dim))
@@ -59,4 +59,4 @@ def relies_on(senses: Senses) -> dict[str, Any]:
     return {**senses.body.contract(), "sees": senses.names()}
 
 
-_SHAPES = ("name", "relies", "command_dim", "shared_dim", "dim", "hidden", "bound")
+_SHAPES = ("name", "relies", "command_dim", "shared_dim", "dim", "hidden", "bounds")

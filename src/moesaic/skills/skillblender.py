@@ -1,7 +1,7 @@
 """SkillBlender (Kuang et al., arXiv 2506.09366): frozen skills, blended joint by joint.
 
     y   = MLP(o)                                     o = task command | what all skills see
-    g_i = clamp(y_i, -bound_i, bound_i)              a command for each of K skills
+    g_i = clamp(y_i, low_i, high_i)                   a command for each of K skills
     W   = softmax over skills of Z (K, d)            a weight for each skill and joint
     mu  = sum over skills of W_i * pi_i(g_i | shared)        (d,)
 
@@ -60,8 +60,8 @@ class SkillBlender(nn.Module):
         self.gate = Softmax()
         per = self.dim if kind == "per_joint" else 1
         self.head = mlp([command_dim + first.shared_dim, *hidden, sum(self.sizes) + len(skills) * per])
-        bounds = [skill.bound for skill in skills for _ in range(skill.command_dim)]
-        self.register_buffer("bounds", torch.tensor(bounds))
+        bounds = [skill.bounds for skill in skills for _ in range(skill.command_dim)]
+        self.register_buffer("bounds", torch.tensor(bounds).t().contiguous())
         self.register_buffer("precision", torch.stack([skill.std**-2 for skill in skills]))
 
     @classmethod
@@ -78,8 +78,8 @@ class SkillBlender(nn.Module):
     def asked(self, observed: Tensor) -> tuple[list[Tensor], Routing]:
         """A command (N, c_i) for each skill, and weights (N, d, K), or (N, 1, K) where joints share them."""
         y = self.head(observed)
-        commands, logits = y.split([len(self.bounds), y.shape[-1] - len(self.bounds)], dim=-1)
-        commands = commands.clamp(-self.bounds, self.bounds)
+        commands, logits = y.split([sum(self.sizes), y.shape[-1] - sum(self.sizes)], dim=-1)
+        commands = commands.clamp(*self.bounds)
         routing = self.gate(logits.unflatten(-1, (len(self.sizes), -1)).transpose(-1, -2))
         return list(commands.split(self.sizes, dim=-1)), routing
 

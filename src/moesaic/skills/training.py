@@ -38,7 +38,7 @@ def made(wanted: SkillRun, env: SkillEnv) -> Skill | SkillBlender:
     torch.manual_seed(wanted.seed)
     if not wanted.blends:
         sizes = env.senses.command_dim, env.senses.shared_dim, env.body.dim
-        return Skill(wanted.task, relies, *sizes, wanted.hidden, env.task.bound)
+        return Skill(wanted.task, relies, *sizes, wanted.hidden, env.task.bounds)
     skills = [load_skill(folder, relies) for folder in wanted.skills]
     return SkillBlender(skills, env.senses.command_dim, wanted.hidden, wanted.kind)
 

@@ -39,8 +39,8 @@ class Task(ABC):
     masses: ClassVar[tuple[float, float] | None] = None
     accuracy: ClassVar[str]
     success: ClassVar[float]
-    bound: ClassVar[float] = 1.0
-    """What a blend may command of it at most, in units of `command`."""
+    bounds: tuple[float, float] = (-1.0, 1.0)
+    """Within which a blend may command it, in units of `command`: what it was trained for."""
 
     def __init__(self, body: Body) -> None:
         self.body = body

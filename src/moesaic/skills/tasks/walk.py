@@ -15,13 +15,15 @@ from moesaic.skills.tasks.task import Rows, Task, in_turn
 Floats = NDArray[np.float64]
 SIDEWAYS = ("feet_distance", "default_joint_pos")
 """Terms that a planar body has no use for, as tracking a turn."""
+BACK = -0.4
+"""How fast a planar body walks back at most, m/s."""
 
 
 class Walk(Task):
     """Goal: vx, vy (m/s) and heading (rad); a planar body has vx alone, of -0.4 to 1."""
 
     seconds, every = 24.0, 8.0
-    accuracy, success, bound = "velocity", 0.15, 2.0
+    accuracy, success = "velocity", 0.15
 
     def __init__(self, body: Body) -> None:
         super().__init__(body)
@@ -32,6 +34,7 @@ class Walk(Task):
             "default_joint_pos": 0.5, "upper_body_pos": 0.5, "orientation": 1.0, "base_height": 0.2, "base_acc": 0.2,
             "action_smoothness": -0.002, "torques": -1e-5, "dof_vel": -5e-4, "dof_acc": -1e-7,
         }  # fmt: skip
+        self.bounds = (2 * BACK, 2.0) if body.planar else (-2.0, 2.0)
         left_out = (*SIDEWAYS, "tracking_ang_vel") if body.planar else ()
         self.scales = {name: scale for name, scale in terms.items() if name not in left_out}
 
@@ -45,7 +48,7 @@ class Walk(Task):
 
     def draw(self, chance: Chance, rows: Rows, objects: Floats) -> Floats:
         if self.body.planar:
-            goal = in_turn(chance, rows, np.array([-0.4, 0.0, 0.0]), np.array([1.0, 0.0, 0.0]))
+            goal = in_turn(chance, rows, np.array([BACK, 0.0, 0.0]), np.array([1.0, 0.0, 0.0]))
         else:
             goal = in_turn(chance, rows, np.array([-1.0, -1.0, -np.pi]), np.array([2.0, 1.0, np.pi]))
         goal[norm(goal[:, :2]) < 0.2, :2] = 0
