@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 Make = Callable[[Path], str]
+"""From results/ to a text; to none where what it shows is not there yet."""
 Blocks = Mapping[str, Mapping[str, tuple[str, Make]]]
 """Page -> block -> what it is made of, within results/, and how."""
 Pictures = Mapping[str, tuple[str, Make]]
@@ -24,13 +25,20 @@ def filled(blocks: Blocks, page: str, text: str, results: Path) -> str:
 
 def drawn(pictures: Pictures, results: Path) -> dict[str, str]:
     """By file name."""
-    return {name: make(results) for name, (source, make) in pictures.items() if (results / source).exists()}
+    made = {name: make(results) for name, (source, make) in pictures.items() if (results / source).exists()}
+    return {name: text for name, text in made.items() if text}
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
     """Mean and, of several, the sample's standard deviation."""
     mean = f"{statistics.mean(values):,.{digits}f}"
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def seeds(counts: Iterable[int]) -> str:
+    """How many seeds cells have: `3 seeds`, `1 to 3 seeds`."""
+    low, high = min(known := set(counts)), max(known)
+    return f"{low if low == high else f'{low} to {high}'} seed{'s' * (high > 1)}"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

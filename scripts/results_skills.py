@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import skills
-from pages import Blocks, Pictures, spread, table
+from pages import Blocks, Pictures, seeds, spread, table
 
 from moesaic.report import charts
 from moesaic.report.page import alone
@@ -41,12 +41,6 @@ def mean_error(cell: Mapping[str, Any]) -> float:
     return float(cell["errors"][cell["leads"]]["mean"])
 
 
-def seeds_of(found: Cells) -> str:
-    counts = {len(of) for of in found.values()}
-    said = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
-    return f"{said} seed{'s' * (max(counts) > 1)}"
-
-
 def learned(results: Path, name: str, title: str) -> list[str]:
     """The skills of a body."""
     found = cells(results, name)
@@ -63,8 +57,8 @@ def learned(results: Path, name: str, title: str) -> list[str]:
         ])  # fmt: skip
     header = ["skill", "error of", "error", "goal", "survival, %", "success, %", "tilt, rad", "million steps", "CPU s"]
     return [
-        f"**{title}**, {seeds_of(found)}, 128 rollouts each: mean error just before another goal is drawn, ± the "
-        f"standard deviation over seeds. Command: `python scripts/skills.py {name}`.", "",
+        f"**{title}**, {seeds(map(len, found.values()))}, 128 rollouts each: mean error just before another "
+        f"goal is drawn, ± the standard deviation over seeds. Command: `python scripts/skills.py {name}`.", "",
         *table(header, rows), "",
     ]  # fmt: skip
 
@@ -76,24 +70,21 @@ def compared(results: Path, name: str, title: str) -> list[str]:
         return []
     rows, before = [], {key[0]: of for key, of in cells(results, "skills").items()}
     for (task, arm), of in found.items():
-        taught = [sum(mean_of(before, skill) for skill in of[0]["skills"])] if arm != "flat" else [0.0]
+        taught = sum(statistics.mean(c["cpu_seconds"] for c in before[skill]) for skill in of[0]["skills"])
         rows.append([
             task, NAMES[arm], spread([mean_error(c) for c in of], 3), spread([100 * c["success"] for c in of]),
             spread([100 * c["survival"] for c in of]), spread([c["tilt"] for c in of], 3),
             spread([c["jerk"] for c in of], 3), spread([c["jolt"] for c in of], 3),
-            spread([c["cpu_seconds"] for c in of], 0), f"{taught[0]:.0f}",
+            spread([c["cpu_seconds"] for c in of], 0), f"{taught:.0f}",
         ])  # fmt: skip
     header = ["task", "policy", "error, m", "success, %", "survival, %", "tilt, rad", "action change²", "jolt, m/s",
               "CPU s", "skills' CPU s"]  # fmt: skip
     return [
-        f"**{title}**, {seeds_of(found)}, 128 rollouts each. No regularisers in any task's reward. Flat PPO takes "
-        f"{skills.FLAT:g} times a blend's steps, for about as much time; what the skills had taken stands beside. "
+        f"**{title}**, {seeds(map(len, found.values()))}, 128 rollouts each. No regularisers in any task's "
+        f"reward. Flat PPO takes {skills.FLAT:g} times a blend's steps, for about as much time; what "
+        "the skills had taken stands beside. "
         f"Command: `python scripts/skills.py {name}`.", "", *table(header, rows), "", *verdict(found), "",
     ]  # fmt: skip
-
-
-def mean_of(before: Mapping[str, Sequence[Mapping[str, Any]]], skill: str) -> float:
-    return statistics.mean(cell["cpu_seconds"] for cell in before[skill])
 
 
 def verdict(found: Cells) -> list[str]:
@@ -143,13 +134,15 @@ def block(results: Path) -> str:
 
 
 def weights(results: Path) -> str:
-    cell = cells(results, "tasks")[DRAWN][0]
-    number = 0
-    over = {joint: [part[row][number] for part in cell["weights"]] for row, joint in enumerate(cell["joints"])}
-    name = cell["skills"][number]
+    of = cells(results, "tasks").get(DRAWN)
+    if not of:
+        return ""
+    cell = of[0]
+    over = {joint: [part[row][0] for part in cell["weights"]] for row, joint in enumerate(cell["joints"])}
+    name, other = cell["skills"]
     drawn = charts.shares(
         {"": over}, title=f"FarReach: weight of {name} by joint, over {cell['seconds']:g} s", over="", of="time",
-        description=f"The rest is {cell['skills'][1]}'s. Mean over {cell['rollouts']} rollouts.",
+        description=f"The rest is {other}'s. Mean over {cell['rollouts']} rollouts.",
     )  # fmt: skip
     return alone(drawn)
 

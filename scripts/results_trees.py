@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import streams
-from pages import Blocks, Pictures, spread, table
+from pages import Blocks, Pictures, seeds, spread, table
 
 from moesaic.report import charts
 from moesaic.report.page import alone
@@ -81,10 +81,9 @@ def mean_ranks(found: Cells) -> dict[str, float]:
 
 
 def seeds_of(found: Cells) -> str:
-    counts = {max(map(len, of.values())) for of in found.values()}
-    said = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
     few = [arm for arm in next(iter(found.values())) if not whole(found, arm)]
-    return f"{said} seed{'s' * (max(counts) > 1)}{f' ({few[0]}, which is slow: fewer)' if few else ''}"
+    said = seeds(max(map(len, of.values())) for of in found.values())
+    return f"{said}{f' ({few[0]}, which is slow: fewer)' if few else ''}"
 
 
 def ten(results: Path) -> list[str]:
@@ -227,7 +226,9 @@ def block(results: Path) -> str:
 
 
 def over_time(results: Path) -> str:
-    of = cells(results, "ten")[DRAWN]
+    of = cells(results, "ten").get(DRAWN)
+    if not of:
+        return ""
     series = []
     for number, (arm, label) in enumerate(SHOWN.items()):
         windows = of[arm][0]["windows"]

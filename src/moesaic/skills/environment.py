@@ -270,7 +270,7 @@ class SkillEnv(VectorEnv[Any, Any, Any]):
         self._chance.seeds, self._chance.drawn = state["seeds"].copy(), state["drawn"].copy()
         self._vary()
         self.physics.restore(state["physics"])
-        self._begun, self._now = True, self.physics.read()
+        self._begun, self._now, self._seen = True, self.physics.read(), None
 
     @property
     def readings(self) -> Readings:

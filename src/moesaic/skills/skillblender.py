@@ -1,7 +1,7 @@
 """SkillBlender (Kuang et al., arXiv 2506.09366): frozen skills, blended joint by joint.
 
     y   = MLP(o)                                     o = task command | what all skills see
-    g_i = clamp(y_i, low_i, high_i)                   a command for each of K skills
+    g_i = clamp(y_i, low_i, high_i)                  a command for each of K skills
     W   = softmax over skills of Z (K, d)            a weight for each skill and joint
     mu  = sum over skills of W_i * pi_i(g_i | shared)        (d,)
 

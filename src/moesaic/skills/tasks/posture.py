@@ -32,7 +32,7 @@ class Posture(Task):
 
 
 class Reach(Posture):
-    """Goal: where each hand should be, on a circle (sphere) of 0.25 m around where it hangs."""
+    """Goal: where each hand should be, on a circle (sphere) of 0.25 m around where it rests."""
 
     accuracy, success = "wrist", 0.08
     radius = 0.25
