@@ -106,7 +106,9 @@ def packaged_pretrainings() -> list[str]:
 
 
 def _names() -> list[str]:
-    return sorted(p.relative_to(PACKAGED).with_suffix("").as_posix() for p in PACKAGED.rglob("*.yaml"))
+    """Those of models; `skills/` is `moesaic.skills.running`'s."""
+    names = (p.relative_to(PACKAGED).with_suffix("").as_posix() for p in PACKAGED.rglob("*.yaml"))
+    return sorted(name for name in names if not name.startswith("skills/"))
 
 
 def recipe_file(name: str) -> Path:
