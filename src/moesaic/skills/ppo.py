@@ -29,7 +29,7 @@ class PPOSettings:
     steps: int = 16
     epochs: int = 4
     minibatches: int = 4
-    gamma: float = 0.98
+    gamma: float = 0.985
     lam: float = 0.9
     clip: float = 0.2
     clip_values: bool = False

@@ -33,7 +33,7 @@ class SkillRun:
     num_envs: int = field(default=256, metadata={"help": "environments at a time"})
     hidden: list[int] = field(default_factory=lambda: [64, 64], metadata={"help": "of the actor, or a blend's head"})
     critic_hidden: list[int] = field(default_factory=lambda: [64, 64], metadata={"help": "of the critic"})
-    init_std: float = field(default=0.6, metadata={"help": "of exploration, in units of actions"})
+    init_std: float = field(default=1.0, metadata={"help": "of exploration, in units of actions"})
     randomise: float = field(
         default=0.3,
         metadata={"help": "friction, mass, pushes, delays, noise: 0 none, 1 as much as published"},

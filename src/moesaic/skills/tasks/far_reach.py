@@ -16,12 +16,12 @@ Floats = NDArray[np.float64]
 
 
 class FarReach(Reach):
-    """Goal: a target of `Reach` for each hand, and both moved together; another every 5 s.
+    """Goal: a target of `Reach` for each hand, and both moved together.
 
     Published: by up to 2 m ahead and to the left and 0.5 m up. Planar: -0.5 to 2 m ahead, up to 0.25 m up.
     """
 
-    seconds, every = 24.0, 5.0
+    seconds, every = 8.0, None
     skills = ("walk", "reach")
     told = 1.0
 
