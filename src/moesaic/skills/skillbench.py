@@ -19,8 +19,8 @@ from moesaic.skills.environment import SkillEnv
 
 Floats = NDArray[np.float64]
 SECONDS = {"walk": 24.0, "reach": 8.0, "squat": 8.0, "step": 8.0}
-"""Of a rollout; 8 s for tasks (published: 2.5 s, in which a body as small as ours does not get there; FarReach's targets
-change every 5 s there, and are behind where a body stands half the time)."""
+"""Of a rollout; 8 s for tasks (published: 2.5 s, in which a body as small as ours does not get there, and FarReach's
+targets change every 5 s: half of them lie behind where it stands then)."""
 
 
 @torch.no_grad()

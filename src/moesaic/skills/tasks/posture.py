@@ -104,7 +104,7 @@ class Squat(Posture):
         return 1
 
     def draw(self, chance: Chance, rows: Rows, objects: Floats) -> Floats:
-        """All heights alike, down to 0.2 m for H1 (published: N(0.89, 0.2) within 0.2 and 1.1 m: half of them standing)."""
+        """All heights alike (published: N(0.89, 0.2) within 0.2 and 1.1 m for H1, of which half ask it to stand)."""
         size = self.body.base_height / 0.89
         low = max(0.2 * size, self.body.falls_below + 0.05)
         return chance.uniform(rows, 1, low, self.body.base_height + 0.02)
