@@ -86,6 +86,22 @@ def test_a_round_that_is_taken_up_is_the_one_that_would_have_been() -> None:
         assert torch.equal(a, b)
 
 
+def test_what_is_kept_is_an_average_over_rounds() -> None:
+    for average in (0.0, 0.75):
+        ppo = learner(average=average)
+        begun = [p.detach().clone() for p in ppo.policy.mean.parameters()]
+        rounds = []
+        for _ in range(3):
+            ppo.iterate()
+            rounds.append([p.detach().clone() for p in ppo.policy.mean.parameters()])
+        ppo.settle()
+        for number, p in enumerate(ppo.policy.mean.parameters()):
+            expected = average**3 * begun[number]
+            for age, each in enumerate(reversed(rounds)):
+                expected = expected + (1 - average) * average**age * each[number]
+            torch.testing.assert_close(p.detach(), expected)
+
+
 def test_time_outs_are_worth_what_the_critic_sees_last_and_falls_nothing() -> None:
     ppo = learner()
     ppo.env.steps = 4

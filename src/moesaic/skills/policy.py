@@ -18,6 +18,13 @@ def mlp(sizes: Sequence[int]) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
+@torch.no_grad()
+def quiet(net: nn.Sequential) -> None:
+    """Let it begin with next to nothing: a body at rest, skills weighted alike."""
+    for p in net[-1].parameters():
+        p.mul_(0.01)
+
+
 class Policy(nn.Module):
     """Normal(mean(observation), diag(std^2)): the standard deviations (d,) are free parameters, the same everywhere.
 

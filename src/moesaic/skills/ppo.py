@@ -38,11 +38,13 @@ class PPOSettings:
     lr: float = 1e-3
     target_kl: float = 0.03
     max_norm: float = 1.0
+    average: float = 0.9
+    """Of the actor over rounds, which is what is kept: the share of it that stays in a round; 0 keeps the last one."""
 
 
 PUBLISHED = PPOSettings(
-    steps=60, epochs=2, minibatches=4, gamma=0.994, lam=0.9, clip_values=True, lr=1e-5, target_kl=0.01
-)
+    steps=60, epochs=2, minibatches=4, gamma=0.994, lam=0.9, clip_values=True, lr=1e-5, target_kl=0.01, average=0.0,
+)  # fmt: skip
 
 
 class PPO:
@@ -56,6 +58,7 @@ class PPO:
         self.observed, info = env.reset(seed=seed)
         self.privileged = info["privileged"]
         self.taken = 0
+        self.averaged = [p.detach().clone() for p in self._actor()]
         t, n = settings.steps, env.num_envs
         o, p, d = self.observed.shape[1], self.privileged.shape[1], env.body.dim
         self._obs, self._priv = torch.zeros(t, n, o), torch.zeros(t + 1, n, p)
@@ -67,7 +70,19 @@ class PPO:
     def iterate(self) -> dict[str, float]:
         """One round; figures of it. Raises TrainingError where numbers stop being numbers."""
         figures = self.collect()
-        return {**figures, **self.learn()}
+        figures |= self.learn()
+        for held, p in zip(self.averaged, self._actor(), strict=True):
+            held.lerp_(p.detach(), 1 - self.settings.average)
+        return figures
+
+    def _actor(self) -> list[Tensor]:
+        return [p for p in self.policy.mean.parameters() if p.requires_grad]
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Make the actor what is to be kept of it: one that is not at the mercy of the last round."""
+        for p, held in zip(self._actor(), self.averaged, strict=True):
+            p.copy_(held)
 
     @torch.no_grad()
     def collect(self) -> dict[str, float]:
@@ -151,13 +166,14 @@ class PPO:
         for number, own in self.optimizer.state_dict()["state"].items():
             arrays |= {f"optimizer.{number}.{name}": held.numpy().copy() for name, held in own.items()}
         arrays |= {f"env.{name}": held for name, held in self.env.state().items()}
+        arrays |= {f"averaged.{number}": held.numpy().copy() for number, held in enumerate(self.averaged)}
         arrays |= {"observed": self.observed, "privileged": self.privileged}
         arrays["generator"] = self.generator.get_state().numpy()
         return arrays, {"taken": self.taken, "lr": self.lr, "diverged": self.env.diverged}
 
     def restore(self, arrays: Mapping[str, NDArray[Any]], values: Mapping[str, Any]) -> None:
         """Go on from `state`: the next round is what it would have been. Raises whatever damage makes."""
-        parts: dict[str, dict[str, Any]] = {"policy": {}, "optimizer": {}, "env": {}}
+        parts: dict[str, dict[str, Any]] = {"policy": {}, "optimizer": {}, "env": {}, "averaged": {}}
         for name, held in arrays.items():
             part, dot, rest = name.partition(".")
             if dot:
@@ -169,6 +185,7 @@ class PPO:
             moments.setdefault(int(number), {})[moment] = torch.from_numpy(held)
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": [{**groups[0], "lr": values["lr"]}]})
+        self.averaged = [torch.from_numpy(parts["averaged"][str(number)].copy()) for number in range(len(self.averaged))]
         self.env.restore(parts["env"])
         self.env.diverged, self.taken = int(values["diverged"]), int(values["taken"])
         self.observed, self.privileged = arrays["observed"], arrays["privileged"]

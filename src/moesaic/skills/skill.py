@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moesaic.errors import ConfigError
 from moesaic.runs.settings import differences
-from moesaic.skills.policy import mlp
+from moesaic.skills.policy import mlp, quiet
 
 if TYPE_CHECKING:
     from moesaic.skills.observing import Senses
@@ -36,9 +36,7 @@ class Skill(nn.Module):
         self.command_dim, self.shared_dim, self.dim, self.hidden = command_dim, shared_dim, dim, list(hidden)
         self.net = mlp([command_dim + shared_dim, *hidden, dim])
         self.register_buffer("std", torch.ones(dim))
-        with torch.no_grad():
-            for p in self.net[-1].parameters():
-                p.mul_(0.01)
+        quiet(self.net)
 
     def forward(self, observed: Tensor) -> Tensor:
         found: Tensor = self.net(observed)

@@ -22,7 +22,7 @@ from moesaic.routing.gates import Routing, Softmax
 from moesaic.routing.losses import Record
 from moesaic.routing.router import Site
 from moesaic.skills.names import KINDS
-from moesaic.skills.policy import mlp
+from moesaic.skills.policy import mlp, quiet
 from moesaic.skills.skill import Skill
 
 
@@ -60,6 +60,7 @@ class SkillBlender(nn.Module):
         self.gate = Softmax()
         per = self.dim if kind == "per_joint" else 1
         self.head = mlp([command_dim + first.shared_dim, *hidden, sum(self.sizes) + len(skills) * per])
+        quiet(self.head)
         bounds = [skill.bounds for skill in skills for _ in range(skill.command_dim)]
         self.register_buffer("bounds", torch.tensor(bounds).t().contiguous())
         self.register_buffer("precision", torch.stack([skill.std**-2 for skill in skills]))

@@ -79,6 +79,7 @@ def train(wanted: SkillRun, *, command: str | None = None, progress: bool | None
                 "command": command or command_line(),
                 "versions": versions(PACKAGES),
             }  # fmt: skip
+            ppo.settle()
             actor.std = policy.log_std.detach().exp()
             save(actor, folder / MODEL, {k: results[k] for k in ("task", "steps", "seed", "settings", "versions")})
             write_json(folder / RESULTS, results)
