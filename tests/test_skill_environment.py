@@ -105,6 +105,19 @@ def test_both_ways_of_beginning_anew_see_the_same_episodes() -> None:
     assert not (ended | late).any()
 
 
+def test_a_goal_that_ends_an_episode_truncates_it() -> None:
+    env = SkillEnv("football_shoot", num_envs=2, autoreset="same_step", randomise=0)
+    env.reset(seed=0)
+    state = env.state()
+    env._goal[1, :3] = env.readings.objects[1, 0]
+    _, reward, ended, late, _ = env.step(np.zeros((2, env.body.dim), dtype=np.float32))
+    assert late.tolist() == env.succeeded.tolist() == [False, True]
+    assert not ended.any()
+    assert reward[1] > reward[0]
+    env.restore(state)
+    assert not env.step(np.zeros((2, env.body.dim), dtype=np.float32))[3].any()
+
+
 def test_a_sync_vector_of_single_bodies_is_a_vector_of_ours() -> None:
     singles = SyncVectorEnv([lambda: gym.make("moesaic/MiniHumanoid-Reach-v0", randomise=0)] * 2)
     many = SkillEnv("reach", num_envs=2, randomise=0)

@@ -185,8 +185,8 @@ class SkillEnv(VectorEnv[Any, Any, Any]):
         rewards, self.parts = self.task.reward(self._moment(before))
         rewards = np.where(anew, 0.0, rewards)
         self.last, self.succeeded = self._now, self.task.ended(self._now, self._goal) & ~anew
-        ended = lost | (~again & (self._fallen() | self.succeeded))
-        late = ~ended & (self.taken >= self.steps)
+        ended = lost | (~again & self._fallen())
+        late = ~ended & ((self.taken >= self.steps) | self.succeeded)
         self.diverged += int(lost.sum())
         if self.measuring:
             self.errors = self.task.errors(self._now, self._goal)

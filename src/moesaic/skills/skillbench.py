@@ -64,11 +64,10 @@ def evaluate(
                 sums[name] += part * going
             counted += going
             before, moving = action, now.velocity
-            ended = going & fallen
-            last = {k: np.where(going & ~(ended & ~env.succeeded), v, last.get(k, v)) for k, v in env.errors.items()}
-            won |= ended & env.succeeded
-            fell |= ended & ~env.succeeded
-            going &= ~ended
+            last = {k: np.where(going & ~fallen, v, last.get(k, v)) for k, v in env.errors.items()}
+            fell |= going & fallen
+            won |= going & ~fallen & env.succeeded
+            going &= ~(fallen | won)
             if step == env.steps or step % env.every == 0:
                 for name, error in last.items():
                     errors.setdefault(name, []).append(error)

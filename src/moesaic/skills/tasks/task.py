@@ -77,7 +77,8 @@ class Task(ABC):
         """How far from the goal, (N,) each, in m, m/s or rad."""
 
     def ended(self, now: Readings, goal: Floats) -> NDArray[np.bool_]:
-        """Whether it is done with before its time, (N,)."""
+        """Whether it is done before its time, (N,). That truncates an episode: rewards are positive, and where an end
+        were worth nothing (as published) a policy would stop short of it."""
         return np.zeros(len(goal), dtype=bool)
 
     def reward(self, m: Moment) -> tuple[Floats, dict[str, Floats]]:
