@@ -185,8 +185,8 @@ class PPO:
             moments.setdefault(int(number), {})[moment] = torch.from_numpy(held)
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": [{**groups[0], "lr": values["lr"]}]})
-        held = parts["averaged"]
-        self.averaged = [torch.from_numpy(held[str(number)].copy()) for number in range(len(held))]
+        kept = parts["averaged"]
+        self.averaged = [torch.from_numpy(kept[str(number)].copy()) for number in range(len(kept))]
         self.env.restore(parts["env"])
         self.env.diverged, self.taken = int(values["diverged"]), int(values["taken"])
         self.observed, self.privileged = arrays["observed"], arrays["privileged"]
