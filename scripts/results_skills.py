@@ -141,7 +141,8 @@ def weights(results: Path) -> str:
     over = {joint: [part[row][0] for part in cell["weights"]] for row, joint in enumerate(cell["joints"])}
     name, other = cell["skills"]
     drawn = charts.shares(
-        {"": over}, title=f"FarReach: weight of {name} by joint, over {cell['seconds']:g} s", over="", of="time",
+        {"": over}, title=f"FarReach: weight of {name} by joint, over {cell['seconds']:g} s", over="",
+        of=f"time / {cell['seconds'] / len(cell['weights']):.2f} s",
         description=f"The rest is {other}'s. Mean over {cell['rollouts']} rollouts.",
     )  # fmt: skip
     return alone(drawn)
