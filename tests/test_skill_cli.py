@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,10 +12,12 @@ import pytest
 from PIL import Image
 
 from moesaic.cli.main import main
+from moesaic.errors import ConfigError
 from moesaic.runs.recipe import PACKAGED
 from moesaic.runs.settings import read_yaml
 from moesaic.skills.names import SKILLS, TASKS
 from moesaic.skills.running import load_run
+from moesaic.skills.saving import load, save
 from moesaic.skills.tasks import SKILLS as SKILLS_MADE
 from moesaic.skills.tasks import TASKS as TASKS_MADE
 
@@ -95,15 +98,27 @@ def test_a_policy_is_exported(runs: Path, capsys: pytest.CaptureFixture[str]) ->
         (["train", "task=walk", "setps=3"], "did you mean 'steps'"),
         (["train", "task=walk", "steps=0"], "steps=0 must be at least 1"),
         (["train", "task=walk", "hidden=0"], "must be above 0"),
+        (["train", "task=walk", "seed=99999999999999999999999"], "must be at least 0 and at most"),
+        (["train", "task=walk", "init_std=nan"], "init_std=nan must be at least"),
+        (["train", "task=walk", "body=null"], "body is empty: leave it out"),
+        (["train", "task=walk", "kind=mcp"], "kind is a blend's"),
+        (["train", "task=walk", "ppo.steps=0"], "ppo.steps=0 must be at least 1"),
+        (["train", "task=walk", "ppo.average=2"], "ppo.average=2.0 must be at least 0"),
+        (["train", "task=walk", "ppo.gamma=nan"], "ppo.gamma=nan must be at least 0"),
+        (["train", "task=walk", "ppo.steps=1.5"], "ppo.steps=1.5 must be a whole number"),
         (["train", "task=walk", "ppo.lrr=1"], "did you mean 'lr'"),
         (["train", "task=walk", "body=nobody"], "no body nobody"),
         (["train", "task=walk", "skills=a"], "`moesaic skill blend` takes skills"),
         (["blend", "task=far_reach"], "skills=runs/walk-flat-s0,runs/reach-flat-s0"),
+        (["blend", "task=far_reach", "skills="], "skills is missing"),
         (["blend", "task=far_reach", "skills=nowhere"], "nowhere holds no policy"),
         (["blend", "task=far_reach", "skills=a", "kind=sum"], "kind=sum"),
         (["eval"], "no run is given"),
         (["eval", "nowhere"], "nowhere holds no policy"),
         (["play", "a", "b"], "one run at a time"),
+        (["play", "a", "seconds=inf"], "seconds=inf must be at least 0"),
+        (["play", "a", "rollouts=5"], "rollouts does nothing in `moesaic skill play`"),
+        (["eval", "a", "out=report.html"], "out does nothing in `moesaic skill eval`"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -123,3 +138,41 @@ def test_a_policy_of_another_body_or_task_is_refused(runs: Path, capsys: pytest.
     assert not (runs / "no").exists()
     told = said(capsys, "eval", str(runs / "walk"), "task=reach", code=2)
     assert "takes 1 numbers for a command, and reach gives 4" in told
+
+
+def test_what_is_no_run_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str], runs: Path) -> None:
+    mine = tmp_path / "model" / "thesis.txt"
+    mine.parent.mkdir()
+    mine.write_text("years of it")
+    (tmp_path / "settings.json").write_text("{}")
+    told = said(capsys, "train", "task=walk", f"out={tmp_path}", "overwrite=true", *QUICK, code=2)
+    assert "holds files that are not a skill's run's" in told
+    with pytest.raises(ConfigError, match="holds files that are not a policy's"):
+        save(load(runs / "walk"), mine.parent, {})
+    assert mine.read_text() == "years of it"
+
+
+def test_a_run_that_does_not_exist_is_told_before_others_are_measured(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = runs / "reach" / "report.html"
+    report.unlink(missing_ok=True)
+    assert "nowhere holds no policy" in said(capsys, "eval", str(runs / "reach"), "nowhere", "seconds=0.2", code=2)
+    assert not report.exists()
+
+
+def test_a_damaged_manifest_is_named(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for change in ({"trained": [1]}, {"trained": {"task": "walk", "settings": {"body": 5}}}, {"bounds": [1, 2, 3]}):
+        place = tmp_path / "copy"
+        shutil.copytree(runs / "walk" / "model", place, dirs_exist_ok=True)
+        file = place / "policy.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+        assert "is damaged" in said(capsys, "eval", str(place), "seconds=0.2", code=2)
+
+
+def test_folders_of_files_are_made(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    film = tmp_path / "new" / "film.gif"
+    assert str(film) in said(capsys, "play", str(runs / "walk"), f"out={film}", "seconds=0.1", "stick=true")
+    assert [file.name for file in film.parent.iterdir()] == ["film.gif"]
+    (tmp_path / "isdir.onnx").mkdir()
+    assert "cannot write" in said(capsys, "export", str(runs / "walk"), f"out={tmp_path / 'isdir.onnx'}", code=2)

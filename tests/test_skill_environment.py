@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 import moesaic.skills
 from moesaic.errors import ConfigError
+from moesaic.skills.body import BODIES as PLACE
 from moesaic.skills.body import load_body
 from moesaic.skills.chance import Chance
 from moesaic.skills.environment import SkillEnv
@@ -205,6 +207,11 @@ def test_random_numbers_are_even_and_normal_and_each_streams_own() -> None:
         ("mjcf: nothing.xml", "is no MJCF that MuJoCo reads"),
         ("hips: [0, 30]", "hips names joint 30 of 10"),
         ("feet: [left_foot]", "feet must have two entries"),
+        ("feet: [left_foot, left_foot]", "feet names the same twice"),
+        ("falls_below: .nan", "falls_below=nan must be above 0"),
+        ("action_scale: .inf", "action_scale=inf must be above 0"),
+        ("foot_distance: [5, -5]", "a least and a larger most"),
+        ("joints: [root_x, b, c, d, e, f, g, h, i, j]", "has no hinge root_x"),
         ("default: [-0.4, 0.8, -0.4, -0.4, 0.8, -0.4, 0, -0.3, 0, 0.3]", "right_elbow stands at 0.3 rad, outside its"),
     ],
 )
@@ -221,15 +228,39 @@ def test_a_manifest_that_is_wrong_says_so(change: str, said: str, tmp_path: Path
         load_body(tmp_path / "mine.yaml").model()
 
 
+def test_sensors_and_actuators_of_a_bodys_own_change_nothing(tmp_path: Path) -> None:
+    for name in ("mini_humanoid.yaml", "mini_humanoid.xml"):
+        shutil.copy(PLACE / name, tmp_path / name)
+    model, body = tmp_path / "mini_humanoid.xml", tmp_path / "mini_humanoid.yaml"
+    own = (
+        '<actuator><motor name="m" joint="left_hip"/></actuator><sensor><jointpos joint="left_hip"/>'
+        '<actuatorfrc actuator="m"/><framepos objtype="body" objname="torso"/></sensor></mujoco>'
+    )
+    model.write_text(model.read_text().replace("</mujoco>", own))
+    plain, mine = SkillEnv("reach", num_envs=2), SkillEnv("reach", body, num_envs=2)
+    np.testing.assert_array_equal(plain.reset(seed=1)[0], mine.reset(seed=1)[0])
+    for action in acts(plain, 5):
+        np.testing.assert_array_equal(plain.step(action)[0], mine.step(action)[0])
+    model.write_text(model.read_text().replace('timestep="0.005"', 'timestep="0"'))
+    with pytest.raises(ConfigError, match="a timestep of 0 s"):
+        SkillEnv("reach", body)
+
+
 def test_what_cannot_be_asked_is_refused() -> None:
     for wrong, said in (
         ({"task": "wlak"}, "did you mean 'walk'"), ({"body": "mini"}, "no body mini"),
-        ({"autoreset": "never"}, "known: next_step, same_step"), ({"num_envs": 0}, "must be at least 1"),
+        ({"autoreset": "never"}, "known: next_step, same_step"), ({"num_envs": 0}, "at least 1"),
+        ({"num_envs": 2.5}, "a whole number"), ({"seconds": -5}, "above 0"), ({"threads": -1}, "at least 0"),
+        ({"render_mode": "human"}, "known: rgb_array"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=said):
             SkillEnv(**wrong)
     env = SkillEnv(num_envs=2)
+    with pytest.raises(ConfigError, match="comes before"):
+        env.step(np.zeros((2, 10)))
     env.reset(seed=0)
+    with pytest.raises(ConfigError, match="reset_mask is"):
+        env.reset(options={"reset_mask": np.array([True])})
     with pytest.raises(ConfigError, match=r"actions are \(2, 3\), and must be \(2, 10\)"):
         env.step(np.zeros((2, 3)))
     with pytest.raises(ConfigError, match="seed has 3 entries for 2"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import torch
 
 from moesaic.errors import AdapterError, ConfigError, TrainingError
 from moesaic.skills import training
-from moesaic.skills.body import load_body
+from moesaic.skills.body import BODIES, load_body
 from moesaic.skills.environment import SkillEnv
 from moesaic.skills.official import import_official
 from moesaic.skills.policy import Policy, mlp
@@ -26,6 +28,19 @@ QUICK = ["num_envs=16", "hidden=16", "critic_hidden=16", "ppo.steps=8", "ppo.min
 
 def trained(place: Path, *more: str, blends: bool = False) -> dict[str, Any]:
     return training.train(load_run([*QUICK, f"out={place}", *more], blends=blends), progress=False)
+
+
+def manifest(place: Path) -> Path:
+    """A copy of the planar body, as a user's own."""
+    for name in ("mini_humanoid.yaml", "mini_humanoid.xml"):
+        shutil.copy(BODIES / name, place / name)
+    return place / "mini_humanoid.yaml"
+
+
+def stopped_after_one(self: PPO, plain: Any = PPO.iterate) -> dict[str, float]:
+    if self.taken:
+        raise KeyboardInterrupt
+    return plain(self)
 
 
 def learner(lr: float = 1e-3, **settings: Any) -> PPO:
@@ -129,15 +144,16 @@ def test_a_run_that_is_interrupted_goes_on_exactly(tmp_path: Path, monkeypatch: 
     def interrupted(self: PPO) -> dict[str, float]:
         rounds[0] += 1
         if rounds[0] == 5:
+            self.collect()  # in the middle of a round
             raise KeyboardInterrupt
         return plain(self)
 
     monkeypatch.setattr(PPO, "iterate", interrupted)
-    line = ("task=walk", "steps=1024", "every=3")
+    line = ("task=walk", "steps=1024", "every=3", "overwrite=true")
     with pytest.raises(KeyboardInterrupt, match="stopped after 512 steps, which are kept"):
         trained(tmp_path / "cut", *line)
     with pytest.raises(ConfigError, match="holds an unfinished run with seed=0, now 1"):
-        trained(tmp_path / "cut", *line, "seed=1")
+        trained(tmp_path / "cut", *line[:-1], "seed=1")
     cut = trained(tmp_path / "cut", *line)
     assert cut["last"] == whole["last"]
     lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "cut")]
@@ -146,7 +162,55 @@ def test_a_run_that_is_interrupted_goes_on_exactly(tmp_path: Path, monkeypatch: 
         assert torch.equal(a, b)
     assert not (tmp_path / "cut" / "checkpoint").exists()
     with pytest.raises(ConfigError, match="holds a finished run"):
-        trained(tmp_path / "cut", *line)
+        trained(tmp_path / "cut", *line[:-1])
+
+
+def test_a_finished_run_that_is_replaced_goes_on_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "r"
+    trained(place, "task=walk", "steps=256")
+    monkeypatch.setattr(PPO, "iterate", stopped_after_one)
+    with pytest.raises(KeyboardInterrupt):
+        trained(place, "task=walk", "steps=256", "seed=1", "overwrite=true")
+    monkeypatch.undo()
+    assert not (place / "results.json").exists()
+    assert not (place / "model").exists()
+    assert trained(place, "task=walk", "steps=256", "seed=1", "overwrite=true")["seed"] == 1
+    assert len((place / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_run_that_another_finished_meanwhile_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, plain = tmp_path / "r", training.locked
+
+    def faster(folder: Path) -> Any:
+        monkeypatch.setattr(training, "locked", plain)
+        trained(place, "task=walk", "steps=128")
+        return plain(folder)
+
+    monkeypatch.setattr(training, "locked", faster)
+    with pytest.raises(ConfigError, match="holds a finished run"):
+        trained(place, "task=walk", "steps=128", "seed=1")
+    assert json.loads((place / "results.json").read_text())["seed"] == 0
+
+
+def test_a_body_that_changed_meanwhile_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = manifest(tmp_path)
+    monkeypatch.setattr(PPO, "iterate", stopped_after_one)
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "r", "task=walk", "steps=256", f"body={body}")
+    monkeypatch.undo()
+    body.write_text(body.read_text().replace("action_scale: 0.4", "action_scale: 0.1"))
+    with pytest.raises(ConfigError, match=r"action_scale.*0\.4"):
+        trained(tmp_path / "r", "task=walk", "steps=256", f"body={body}")
+
+
+def test_a_body_that_is_not_stable_stops_it(tmp_path: Path) -> None:
+    body = manifest(tmp_path)
+    lines = [line for line in body.read_text().splitlines() if not line.startswith(("kp:", "kd:", "torque:"))]
+    body.write_text("\n".join([*lines, f"kp: {[1e6] * 10}", f"kd: {[1e6] * 10}", f"torque: {[1e6] * 10}"]))
+    model = tmp_path / "mini_humanoid.xml"
+    model.write_text(model.read_text().replace('integrator="implicitfast"', 'integrator="Euler"'))
+    with pytest.raises(TrainingError, match="needs a smaller timestep or weaker gains"):
+        trained(tmp_path / "r", "task=walk", "steps=4096", f"body={body}")
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +223,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, monkeypatch: pytest.Monke
         trained(tmp_path / "r", "task=squat", "steps=1024")
     file = tmp_path / "r" / "checkpoint" / "state.safetensors"
     file.write_bytes(file.read_bytes()[:-7] + b"0000000")
-    with pytest.raises(AdapterError, match="its files are not as they were written; overwrite=true begins anew"):
+    with pytest.raises(AdapterError, match="its files are not as they were written; remove it to begin anew"):
         trained(tmp_path / "r", "task=squat", "steps=1024")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def run(action: str, arguments: list[str], *, as_json: bool = False) -> int | No
     if action in ("train", "blend"):
         _train(load_run(arguments, blends=action == "blend"), as_json)
     else:
-        {"eval": _eval, "play": _play, "export": _export}[action](load_look(arguments), as_json)
+        {"eval": _eval, "play": _play, "export": _export}[action](load_look(arguments, action), as_json)
     return None
 
 
@@ -72,15 +73,25 @@ def _train(wanted: SkillRun, as_json: bool) -> None:
         return
     print(f"{wanted.folder()}: {results['steps']:,} steps in {results['cpu_seconds']:.0f} CPU seconds, "
           f"reward {results['last'].get('reward', 0):.4f} a step")  # fmt: skip
-    print(f"how well it does: moesaic skill eval {wanted.folder()}")
+    if results["diverged"]:
+        print(f"bodies that diverged and were begun anew: {results['diverged']:,} (timestep of the MJCF, gains)")
+    print(f"how well it does: moesaic skill eval {_typed(wanted.folder())}")
+
+
+def _typed(folder: Path) -> str:
+    """As a shell takes it; a path with = in it would be a setting."""
+    return shlex.quote(f"folders={folder}" if "=" in str(folder) else str(folder))
 
 
 def _eval(wanted: Look, as_json: bool) -> None:
     from moesaic.report.skills import grids, page
     from moesaic.report.text import table
-    from moesaic.runs.folder import write_text
-    from moesaic.skills.looking import measured
+    from moesaic.runs.folder import check_writable, write_text
+    from moesaic.skills.looking import measured, opened
 
+    for folder in wanted.folders:
+        opened(folder, wanted)
+        check_writable(path_of(folder) / "report.html", f"{folder}/report.html")
     found = [measured(folder, wanted) for folder in wanted.folders]
     if as_json:
         print_json(found)
@@ -89,7 +100,8 @@ def _eval(wanted: Look, as_json: bool) -> None:
     for folder, result in zip(wanted.folders, found, strict=True):
         write_text(path_of(folder) / "report.html", page([result]))
     if not as_json:
-        print(f"weights of skills by joint, over time: {path_of(wanted.folders[0]) / 'report.html'}")
+        for folder in wanted.folders:
+            print(f"figures, and of a blend the weights by joint over time: {path_of(folder) / 'report.html'}")
 
 
 def _play(wanted: Look, as_json: bool) -> None:
@@ -101,10 +113,12 @@ def _play(wanted: Look, as_json: bool) -> None:
 
 
 def _export(wanted: Look, as_json: bool) -> None:
+    from moesaic.runs.folder import check_writable
     from moesaic.skills.export import to_onnx
     from moesaic.skills.saving import load
 
     file = _file(wanted, "policy.onnx")
+    check_writable(file, f"out={file}")
     to_onnx(load(_only(wanted)), file)
     _said({"file": str(file)}, as_json)
 

@@ -124,8 +124,8 @@ class Body:
         except (ValueError, OSError) as error:
             raise ConfigError(f"{self.mjcf} is no MJCF that MuJoCo reads: {first_line(error)}") from None
         self._check_names(spec)
-        for actuator in list(spec.actuators):
-            spec.delete(actuator)
+        for own in (*spec.sensors, *spec.actuators):  # an actuator's sensors go first
+            spec.delete(own)
         for name, kp, kd, torque in zip(self.joints, self.kp, self.kd, self.torque, strict=True):
             servo = spec.add_actuator(name=name, target=name, trntype=mujoco.mjtTrn.mjTRN_JOINT)
             servo.set_to_position(kp, kv=kd)
@@ -154,13 +154,16 @@ class Body:
                     '(MJCF is in degrees unless its compiler says angle="radian")'
                 )
         made.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_AUTORESET  # what diverges is to be seen
+        if not 0 < made.opt.timestep < 0.1:
+            raise ConfigError(f"{self.mjcf}: a timestep of {made.opt.timestep:g} s, and bodies take a few ms")
         return made
 
     def _check_names(self, spec: mujoco.MjSpec) -> None:
-        joints = {j.name for j in spec.joints}
+        mujoco = needed()
+        joints = {j.name for j in spec.joints if j.type == mujoco.mjtJoint.mjJNT_HINGE}
         bodies = {b.name for b in spec.bodies}
         for what, wanted, known in (
-            ("joint", self.joints, joints), ("body", [self.base, *self.feet, *self.hands], bodies),
+            ("hinge", self.joints, joints), ("body", [self.base, *self.feet, *self.hands], bodies),
         ):  # fmt: skip
             for name in wanted:
                 if name not in known:
@@ -201,11 +204,22 @@ def _check(body: Body, file: Path) -> None:
             raise ConfigError(f"{file}: {name} has {len(getattr(body, name))} entries for {body.dim} joints")
         if not np.isfinite(getattr(body, name)).all():
             raise ConfigError(f"{file}: {name} has an entry that is no number")
+    numbers = ("base_height", "action_scale", "falls_below", "falls_beyond")
+    for name in numbers:
+        if not 0 < getattr(body, name) < 100:
+            raise ConfigError(f"{file}: {name}={getattr(body, name)} must be above 0, in metres or radians")
+    for name in ("kp", "kd", "torque"):
+        if max(getattr(body, name)) > 1e6:
+            raise ConfigError(f"{file}: {name} has an entry above 1e6")
     if len(set(body.joints)) < body.dim or not body.joints:
         raise ConfigError(f"{file}: joints must be names, each once")
     for name in ("feet", "hands", "hips", "knees", "ankles", "foot_distance"):
         if len(getattr(body, name)) != 2:
             raise ConfigError(f"{file}: {name} must have two entries, left first")
+        if len(set(getattr(body, name))) < 2:
+            raise ConfigError(f"{file}: {name} names the same twice")
+    if not 0 <= body.foot_distance[0] < body.foot_distance[1]:
+        raise ConfigError(f"{file}: foot_distance must be a least and a larger most, m")
     for name in ("hips", "knees", "ankles", "upper", "sway"):
         for number in getattr(body, name):
             if not 0 <= number < body.dim:

@@ -60,8 +60,12 @@ class SkillEnv(VectorEnv[Any, Any, Any]):
         modes = {"next_step": AutoresetMode.NEXT_STEP, "same_step": AutoresetMode.SAME_STEP}
         if autoreset not in modes:
             raise ConfigError(f"autoreset={autoreset}; known: {', '.join(modes)}")
-        if num_envs < 1:
-            raise ConfigError(f"num_envs={num_envs} must be at least 1")
+        if not isinstance(num_envs, int | np.integer) or num_envs < 1:
+            raise ConfigError(f"num_envs={num_envs} must be a whole number, at least 1")
+        if threads < 0 or not (seconds is None or 0 < seconds < 1e6):
+            raise ConfigError(f"threads={threads} must be at least 0, and seconds={seconds} above 0")
+        if render_mode not in (None, "rgb_array"):
+            raise ConfigError(f"render_mode={render_mode}; known: rgb_array")
         if not 0 <= randomise <= 1:
             raise ConfigError(f"randomise={randomise} must be within 0 and 1")
         self.body = body if isinstance(body, Body) else load_body(body)
@@ -136,6 +140,8 @@ class SkillEnv(VectorEnv[Any, Any, Any]):
                 self._vary()
             self._begun = True
         mask = (options or {}).get("reset_mask")
+        if mask is not None and np.shape(mask) != (self.num_envs,):
+            raise ConfigError(f"reset_mask is {np.shape(mask)}, and must be ({self.num_envs},)")
         rows = self._all if mask is None else np.flatnonzero(mask)
         self._place(rows)
         self._over[rows] = False
@@ -169,9 +175,11 @@ class SkillEnv(VectorEnv[Any, Any, Any]):
         """One control step. Actions that are no numbers begin their environments anew, as physics that diverges does.
 
         Raises:
-            ConfigError: the actions are of another shape.
+            ConfigError: the actions are of another shape, or nothing was reset yet.
         """
         given = np.asarray(actions, dtype=np.float64)
+        if not self._begun:
+            raise ConfigError("reset() comes before step()")
         if given.shape != self._action.shape:
             raise ConfigError(f"actions are {given.shape}, and must be {self._action.shape}")
         lost = ~np.isfinite(given.sum(axis=1))

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from moesaic.errors import ConfigError, MissingDependency
+from moesaic.runs.folder import writing
 from moesaic.skills.skill import Skill
 from moesaic.skills.skillblender import SkillBlender
 
@@ -27,12 +28,15 @@ def to_onnx(policy: Skill | SkillBlender, file: Path) -> None:
         raise MissingDependency("onnxscript", "skills") from None
     size = policy.command_dim + policy.shared_dim
     part = file.with_name(f".{file.name}.part")
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
     try:
         torch.onnx.export(
             nn.Module.eval(policy), (torch.zeros(2, size),), part, dynamo=True, external_data=False, verbose=False,
             input_names=["observation"], output_names=["action"],
             dynamic_shapes=({0: torch.export.Dim("bodies")},),
         )  # fmt: skip
-        part.replace(file)
+        with writing(file):
+            part.replace(file)
     finally:
         part.unlink(missing_ok=True)

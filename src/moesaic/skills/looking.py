@@ -9,7 +9,7 @@ import torch
 
 from moesaic.errors import ConfigError
 from moesaic.routing import RoutingTrace
-from moesaic.runs.folder import check_writable, read_json
+from moesaic.runs.folder import check_writable, read_json, reading
 from moesaic.runs.results import versions
 from moesaic.skills.body import load_body
 from moesaic.skills.environment import SkillEnv
@@ -29,10 +29,13 @@ def opened(folder: str, wanted: Look) -> tuple[Skill | SkillBlender, str, str, d
     """A run's policy, its task, its body, and what is told of it. Raises as `load` does."""
     policy = load(folder)
     trained = read_json(model_of(folder) / MANIFEST).get("trained", {})
-    settings = trained.get("settings", {})
-    task, body = wanted.task or trained.get("task", ""), settings.get("body", "mini_humanoid")
+    with reading(model_of(folder) / MANIFEST):
+        settings = trained.get("settings", {})
+        task, body = str(wanted.task or trained.get("task", "")), settings.get("body", "mini_humanoid")
     if not task:
         raise ConfigError(f"{folder} does not say what it was trained for: task=walk")
+    if not isinstance(body, str):
+        raise ConfigError(f"{model_of(folder) / MANIFEST} is damaged: body is {body}")
     own = load_body(body)
     senses = Senses(own, find(task)(own))
     check_body(policy, relies_on(senses), folder)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesaic.errors import ConfigError, MissingDependency
+from moesaic.runs.folder import writing
 from moesaic.skills.body import needed
 
 if TYPE_CHECKING:
@@ -96,6 +97,17 @@ def write_film(frames: Sequence[Image], file: Path, fps: float) -> None:
         ConfigError: the name ends in something else.
         MissingDependency: an MP4 without imageio-ffmpeg.
     """
+    part = file.with_name(f".{file.stem}.part{file.suffix}")
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            _write(frames, part, fps)
+            part.replace(file)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def _write(frames: Sequence[Image], file: Path, fps: float) -> None:
     if file.suffix == ".gif":
         from PIL import Image as Pillow
 

@@ -7,14 +7,15 @@ Simulation takes most of its time: what is here keeps out of its way (one pass o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from moesaic.errors import TrainingError
+from moesaic.errors import ConfigError, TrainingError, suggest
+from moesaic.runs.settings import build
 from moesaic.skills.environment import SkillEnv
 from moesaic.skills.policy import Policy
 
@@ -45,6 +46,28 @@ class PPOSettings:
 PUBLISHED = PPOSettings(
     steps=60, epochs=2, minibatches=4, gamma=0.994, lam=0.9, clip_values=True, lr=1e-5, target_kl=0.01, average=0.0,
 )  # fmt: skip
+
+
+_WITHIN: dict[str, tuple[float, float]] = {
+    "steps": (1, 100_000), "epochs": (1, 1000), "minibatches": (1, 100_000), "gamma": (0, 1), "lam": (0, 1),
+    "clip": (1e-6, 1e6), "value_coef": (0, 1e6), "entropy_coef": (0, 1e6), "lr": (1e-12, 1), "target_kl": (1e-12, 1e6),
+    "max_norm": (1e-12, 1e12), "average": (0, 0.999999),
+}  # fmt: skip
+
+
+def settings_of(given: Mapping[str, Any]) -> PPOSettings:
+    """`ppo.…` as given. Raises ConfigError for an unknown one (naming the nearest), or one that cannot be."""
+    known = {f.name for f in fields(PPOSettings)}
+    if unknown := given.keys() - known:
+        raise ConfigError(f"ppo.{min(unknown)}: no such setting; {suggest(min(unknown), known)}")
+    try:
+        made = build(PPOSettings, dict(given))
+    except ConfigError as error:
+        raise ConfigError(f"ppo.{error}") from None
+    for name, (low, high) in _WITHIN.items():
+        if not low <= getattr(made, name) <= high:
+            raise ConfigError(f"ppo.{name}={getattr(made, name)} must be at least {low:g} and at most {high:g}")
+    return made
 
 
 class PPO:

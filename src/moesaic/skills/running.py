@@ -68,12 +68,15 @@ def load_run(arguments: Sequence[str], *, blends: bool) -> SkillRun:
     """`key=value` settings on top of a recipe. Raises ConfigError for an unknown key (naming the nearest) or value."""
     given = parse_overrides(arguments, lists=lists(SkillRun), texts=texts(SkillRun), sections=("ppo",))
     check_keys("settings", given, names(SkillRun))
+    if empty := [key for key, value in given.items() if value is None]:
+        raise ConfigError(f"{empty[0]} is empty: leave it out")
     task, body = given.get("task", ""), given.get("body", SkillRun.body)
     if not task:
         raise ConfigError("task is missing: task=walk")
     if task not in (*SKILLS, *TASKS):
         raise ConfigError(f"no skill or task {task}; {suggest(task, (*SKILLS, *TASKS))}")
     made = build(SkillRun, recipe(body, task), given)
+    made.skills = [folder for folder in made.skills if folder]
     if blends and not made.skills:
         from moesaic.skills.tasks import find
 
@@ -83,12 +86,20 @@ def load_run(arguments: Sequence[str], *, blends: bool) -> SkillRun:
         raise ConfigError("skill train learns from nothing; `moesaic skill blend` takes skills")
     if made.kind not in KINDS:
         raise ConfigError(f"kind={made.kind}; {suggest(made.kind, KINDS)}")
-    for key, least in (("steps", 1), ("num_envs", 1), ("seed", 0), ("threads", 0), ("every", 1)):
-        if getattr(made, key) < least:
-            raise ConfigError(f"{key}={getattr(made, key)} must be at least {least}")
-    if made.init_std <= 0 or min([*made.hidden, *made.critic_hidden, 1]) < 1:
-        raise ConfigError("init_std and the sizes of layers must be above 0")
+    if not blends and "kind" in given:
+        raise ConfigError("kind is a blend's: `moesaic skill blend` takes it")
+    within(made, steps=(1, 10**12), num_envs=(1, 10**6), seed=(0, 2**63 - 10**6), threads=(0, 1024), every=(1, 10**9),
+           init_std=(1e-6, 100.0), randomise=(0, 1))  # fmt: skip
+    if min([*made.hidden, *made.critic_hidden, 1]) < 1:
+        raise ConfigError("the sizes of layers must be above 0")
     return made
+
+
+def within(settings: Any, **bounds: tuple[float, float]) -> None:
+    """Raise ConfigError for a number that is outside its bounds, or none."""
+    for key, (low, high) in bounds.items():
+        if not low <= (value := getattr(settings, key)) <= high:
+            raise ConfigError(f"{key}={value} must be at least {low:g} and at most {high:g}")
 
 
 @dataclass
@@ -104,18 +115,23 @@ class Look:
     out: str = field(default="", metadata={"help": "play: film.gif, film.mp4; export: policy.onnx"})
 
 
-def load_look(arguments: Sequence[str]) -> Look:
-    """Folders and `key=value` settings. Raises ConfigError as `load_run` does."""
-    folders, given = [a for a in arguments if "=" not in a], [a for a in arguments if "=" in a]
-    made = build(Look, {}, _checked(parse_overrides(given, lists=lists(Look), texts=texts(Look))))
-    made.folders = [*folders, *made.folders]
-    if not made.folders:
-        raise ConfigError("no run is given: moesaic skill eval runs/walk-flat-s0")
-    if made.rollouts < 1 or made.seconds < 0 or made.seed < 0:
-        raise ConfigError("rollouts must be at least 1, seconds and seed at least 0")
-    return made
+TAKES = {
+    "eval": {"folders", "task", "rollouts", "seconds", "seed"},
+    "play": {"folders", "task", "seconds", "seed", "stick", "out"},
+    "export": {"folders", "out"},
+}
 
 
-def _checked(given: dict[str, Any]) -> dict[str, Any]:
+def load_look(arguments: Sequence[str], action: str = "eval") -> Look:
+    """Folders and `key=value` settings. Raises ConfigError as `load_run` does, and for what `action` does not take."""
+    folders, settings = [a for a in arguments if "=" not in a], [a for a in arguments if "=" in a]
+    given = parse_overrides(settings, lists=lists(Look), texts=texts(Look))
     check_keys("settings", given, names(Look))
-    return given
+    if useless := given.keys() - TAKES[action]:
+        raise ConfigError(f"{min(useless)} does nothing in `moesaic skill {action}`: leave it out")
+    made = build(Look, {}, given)
+    made.folders = [folder for folder in (*folders, *made.folders) if folder]
+    if not made.folders:
+        raise ConfigError(f"no run is given: moesaic skill {action} runs/walk-flat-s0")
+    within(made, rollouts=(1, 10**6), seconds=(0, 86400), seed=(0, 2**63 - 10**6))
+    return made

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from moesaic.errors import AdapterError, ConfigError, first_line, path_of
-from moesaic.runs.folder import atomic_folder, read_json, write_json
+from moesaic.runs.folder import atomic_folder, read_json, write_json, writing
 from moesaic.runs.settings import differences
 from moesaic.skills.skill import Skill
 from moesaic.skills.skillblender import SkillBlender
@@ -19,11 +19,21 @@ VERSION = 1
 
 
 def save(policy: Skill | SkillBlender, folder: str | Path, trained: Mapping[str, Any]) -> None:
-    """Write it, in place of what is there; `trained` says how it came to be."""
+    """Write it, in place of a policy that is there; `trained` says how it came to be.
+
+    Raises:
+        ConfigError: the folder holds something else, or cannot be written, or weights are no numbers.
+    """
     from safetensors.torch import save_file
 
-    with atomic_folder(path_of(folder)) as place:
+    final = path_of(folder)
+    if not all(torch.isfinite(held).all() for held in policy.state_dict().values()):
+        raise ConfigError(f"this policy has weights that are no numbers; {folder} is left as it was")
+    if final.is_dir() and any(final.iterdir()) and not (final / MANIFEST).is_file():
+        raise ConfigError(f"{folder} holds files that are not a policy's; name another folder")
+    with writing(final), atomic_folder(final) as place:
         save_file({name: held.contiguous() for name, held in policy.state_dict().items()}, place / WEIGHTS)
+        (place / WEIGHTS).chmod(0o644)  # safetensors leaves its file readable by its owner alone
         kind = "skill" if isinstance(policy, Skill) else "blend"
         write_json(place / MANIFEST, {"format": VERSION, "is": kind, **policy.shapes(), "trained": dict(trained)})
 
@@ -40,7 +50,9 @@ def load(folder: str | Path, relies: Mapping[str, Any] | None = None) -> Skill |
 
     place = model_of(folder)
     if not (place / MANIFEST).is_file():
-        raise ConfigError(f"{folder} holds no policy: `moesaic skill train` makes one")
+        unfinished = (path_of(folder) / "checkpoint").is_dir()
+        more = "it is an unfinished run: the same command goes on" if unfinished else "`moesaic skill train` makes one"
+        raise ConfigError(f"{folder or 'an empty path'} holds no policy: {more}")
     held = read_json(place / MANIFEST)
     if held.get("format") != VERSION:
         raise AdapterError(f"{folder} is of another version of moesaic")
@@ -50,6 +62,8 @@ def load(folder: str | Path, relies: Mapping[str, Any] | None = None) -> Skill |
         skip = ("format", "is", "trained")
         made: Skill | SkillBlender = kind(**{name: value for name, value in held.items() if name not in skip})
         made.load_state_dict(load_file(place / WEIGHTS))
+    except PermissionError as error:
+        raise ConfigError(f"{folder} cannot be read: {error.strerror}") from None
     except (LookupError, TypeError, ValueError, RuntimeError, OSError, SafetensorError) as error:
         raise AdapterError(f"{folder} is damaged: {first_line(error)}") from None
     if not all(torch.isfinite(held).all() for held in made.state_dict().values()):

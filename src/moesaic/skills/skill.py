@@ -32,6 +32,8 @@ class Skill(nn.Module):
         bounds: Sequence[float] = (-1.0, 1.0),
     ) -> None:  # fmt: skip
         super().__init__()
+        if len(bounds) != 2 or not bounds[0] < bounds[1]:
+            raise ConfigError(f"the bounds of {name} are {list(bounds)}, and must be a least and a larger most")
         self.name, self.relies, self.bounds = name, relies, [float(b) for b in bounds]
         self.command_dim, self.shared_dim, self.dim, self.hidden = command_dim, shared_dim, dim, list(hidden)
         self.net = mlp([command_dim + shared_dim, *hidden, dim])

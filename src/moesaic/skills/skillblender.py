@@ -49,6 +49,8 @@ class SkillBlender(nn.Module):
         super().__init__()
         if kind not in KINDS:
             raise ConfigError(f"kind={kind}; known: {', '.join(KINDS)}")
+        if not skills or not all(isinstance(skill, Skill) for skill in skills):
+            raise ConfigError("a blend is of skills, one at least")
         first = skills[0]
         for skill in skills[1:]:
             first.check_alike(skill)

@@ -6,30 +6,42 @@ import json
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 
-from moesaic.errors import AdapterError, ConfigError, MoesaicError, first_line, suggest
-from moesaic.runs.folder import atomic_folder, check_writable, discard, locked, read_json, write_json, writing
+from moesaic.errors import AdapterError, ConfigError, MoesaicError, TrainingError, first_line
+from moesaic.runs.folder import (
+    atomic_folder,
+    check_writable,
+    discard,
+    locked,
+    read_json,
+    write_json,
+    write_text,
+    writing,
+)
+from moesaic.runs.places import SETTINGS, check_ours
 from moesaic.runs.results import command_line, count_trainable, versions
-from moesaic.runs.settings import build, differences
+from moesaic.runs.settings import differences
 from moesaic.runs.states import read_state, write_state
 from moesaic.skills.environment import SkillEnv
 from moesaic.skills.policy import Policy
-from moesaic.skills.ppo import PPO, PPOSettings
+from moesaic.skills.ppo import PPO, settings_of
 from moesaic.skills.running import SkillRun
 from moesaic.skills.saving import MODEL, load_skill, save
 from moesaic.skills.skill import Skill, relies_on
 from moesaic.skills.skillblender import SkillBlender
 
-SETTINGS, CHECKPOINT, METRICS, RESULTS = "settings.json", "checkpoint", "metrics.jsonl", "results.json"
+CHECKPOINT, METRICS, RESULTS = "checkpoint", "metrics.jsonl", "results.json"
 VERSION = 1
 PACKAGES = ("mujoco", "gymnasium", "numpy")
 SPEAKS = 2.0
 """Seconds after which progress is told, and from one time to the next."""
+UNSTABLE = 0.2
+"""Of a round's steps, the share in which bodies may diverge."""
 
 
 def made(wanted: SkillRun, env: SkillEnv) -> Skill | SkillBlender:
@@ -50,14 +62,11 @@ def train(wanted: SkillRun, *, command: str | None = None, progress: bool | None
         MoesaicError: of the kind that fits; nothing that is there is lost.
         KeyboardInterrupt: after a checkpoint, when interrupted.
     """
-    known = {f.name for f in fields(PPOSettings)}
-    if unknown := wanted.ppo.keys() - known:
-        raise ConfigError(f"ppo.{min(unknown)}: no such setting; {suggest(min(unknown), known)}")
-    settings = build(PPOSettings, wanted.ppo)
+    settings = settings_of(wanted.ppo)
     folder = wanted.folder()
     check_writable(folder, f"out={folder}")
-    if (folder / RESULTS).is_file() and not wanted.overwrite:
-        raise ConfigError(f"{folder} holds a finished run; overwrite=true replaces it, out=… goes elsewhere")
+    check_ours(folder, "a skill's run", {"task", "kind", "body"})
+    _check_unfinished(folder, wanted)
     env = SkillEnv(
         wanted.task, wanted.body, wanted.num_envs, threads=wanted.threads, autoreset="same_step",
         randomise=wanted.randomise,
@@ -70,7 +79,8 @@ def train(wanted: SkillRun, *, command: str | None = None, progress: bool | None
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         with locked(folder):
-            seconds = _begin(folder, wanted, ppo)
+            described = {**wanted.describes(), "relies": relies_on(env.senses)}
+            seconds = _begin(folder, wanted, described, ppo)
             seconds, last = _rounds(folder, wanted, ppo, seconds, sys.stderr.isatty() if progress is None else progress)
             results = {
                 "task": wanted.task, "kind": wanted.kind if wanted.blends else "flat", "seed": wanted.seed,
@@ -89,15 +99,26 @@ def train(wanted: SkillRun, *, command: str | None = None, progress: bool | None
     return results
 
 
-def _begin(folder: Path, wanted: SkillRun, ppo: PPO) -> float:
-    """Take up what was interrupted; CPU seconds that it had taken."""
+def _check_unfinished(folder: Path, wanted: SkillRun) -> None:
+    if (folder / RESULTS).is_file() and not wanted.overwrite:
+        raise ConfigError(f"{folder} holds a finished run; overwrite=true replaces it, out=… goes elsewhere")
+
+
+def _begin(folder: Path, wanted: SkillRun, described: dict[str, Any], ppo: PPO) -> float:
+    """Take up what was interrupted, or replace what is to be replaced; CPU seconds that it had taken."""
+    _check_unfinished(folder, wanted)  # another process may have been faster
     file = folder / SETTINGS
-    there = (folder / CHECKPOINT).is_dir() and not wanted.overwrite
-    if there and file.is_file() and (changed := differences(read_json(file), wanted.describes())):
-        raise ConfigError(f"{folder} holds an unfinished run with {changed}: set it back to go on, or overwrite=true")
-    write_json(file, wanted.describes())
-    if not there:
-        discard(folder / CHECKPOINT)
+    changed = differences(read_json(file), described) if file.is_file() else ""
+    if changed and not wanted.overwrite and (folder / CHECKPOINT).is_dir():
+        raise ConfigError(
+            f"{folder} holds an unfinished run with {changed}: set it back to go on, or overwrite=true, or another out="
+        )
+    if changed or (folder / RESULTS).is_file():
+        (folder / RESULTS).unlink(missing_ok=True)
+        for part in (CHECKPOINT, MODEL):
+            discard(folder / part)
+    write_json(file, described)
+    if not (folder / CHECKPOINT).is_dir():
         (folder / METRICS).write_text("", encoding="utf-8")
         return 0.0
     try:
@@ -105,44 +126,53 @@ def _begin(folder: Path, wanted: SkillRun, ppo: PPO) -> float:
         ppo.restore(arrays, values)
         seconds, lines = float(values["seconds"]), int(values["lines"])
     except MoesaicError as error:
-        raise AdapterError(f"{folder / CHECKPOINT}: {error}; overwrite=true begins anew") from None
+        raise AdapterError(f"{folder / CHECKPOINT}: {error}; remove it to begin anew") from None
     except Exception as error:  # whatever a damaged file makes
-        raise AdapterError(
-            f"{folder / CHECKPOINT} is damaged: {first_line(error)}; overwrite=true begins anew"
-        ) from None
-    kept = (folder / METRICS).read_text(encoding="utf-8").splitlines(keepends=True)[:lines]
-    (folder / METRICS).write_text("".join(kept), encoding="utf-8")
+        raise AdapterError(f"{folder / CHECKPOINT} is damaged: {first_line(error)}; remove it to begin anew") from None
+    log = folder / METRICS
+    kept = log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if log.is_file() else []
+    write_text(log, "".join(kept[:lines]))
     return seconds
 
 
 def _rounds(folder: Path, wanted: SkillRun, ppo: PPO, seconds: float, tells: bool) -> tuple[float, dict[str, float]]:
     """Rounds until there were enough steps; CPU seconds in all, and the last round's figures."""
     began, spoke = time.process_time() - seconds, time.monotonic()
-    lines = sum(1 for _ in (folder / METRICS).open(encoding="utf-8"))
+    lines = (folder / METRICS).read_text(encoding="utf-8", errors="replace").count("\n")
     figures: dict[str, float] = {}
 
-    def keep() -> None:
-        with atomic_folder(folder / CHECKPOINT) as place:
-            arrays, values = ppo.state()
-            more = {"seconds": time.process_time() - began, "lines": lines}
-            write_state(place, arrays, {**values, **more}, version=VERSION)
+    def whole() -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+        arrays, values = ppo.state()
+        return arrays, {**values, "seconds": time.process_time() - began, "lines": lines}
 
+    def keep(state: tuple[dict[str, NDArray[Any]], dict[str, Any]]) -> None:
+        with atomic_folder(folder / CHECKPOINT) as place:
+            write_state(place, *state, version=VERSION)
+
+    state = whole()
     try:
         with (folder / METRICS).open("a", encoding="utf-8") as log:
             while ppo.taken < wanted.steps:
+                diverged = ppo.env.diverged
                 figures = ppo.iterate()
+                if ppo.env.diverged - diverged > UNSTABLE * ppo.settings.steps * wanted.num_envs:
+                    raise TrainingError(
+                        f"{ppo.env.diverged - diverged} bodies diverged in {ppo.settings.steps} steps of "
+                        f"{wanted.num_envs}: the MJCF of body={wanted.body} needs a smaller timestep or weaker gains"
+                    )
                 lines += 1
                 log.write(json.dumps({"steps": ppo.taken, **figures, "seconds": time.process_time() - began}) + "\n")
                 log.flush()
+                state = whole()
                 if lines % wanted.every == 0:
-                    keep()
+                    keep(state)
                 if tells and time.monotonic() - spoke > SPEAKS:
                     spoke = time.monotonic()
                     print(told(wanted, ppo, figures), end="\r", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
-        keep()
+        keep(state)  # of the last whole round
         raise KeyboardInterrupt(
-            f"stopped after {ppo.taken:,} steps, which are kept; the same command goes on"
+            f"stopped after {state[1]['taken']:,} steps, which are kept; the same command goes on"
         ) from None
     return time.process_time() - began, figures
 

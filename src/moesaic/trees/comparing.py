@@ -16,14 +16,15 @@ from typing import Any
 
 from moesaic.errors import ConfigError, MissingDependency, MoesaicError, first_line, path_of, suggest
 from moesaic.runs.folder import check_writable, locked, read_json, write_json, write_text, writing
+from moesaic.runs.places import SETTINGS, check_ours
 from moesaic.runs.results import command_line, versions
 from moesaic.runs.settings import differences
 from moesaic.trees import needed
 from moesaic.trees.comparison import StreamComparison
-from moesaic.trees.running import PACKAGES, check_ours
+from moesaic.trees.running import PACKAGES
 from moesaic.trees.summary import summarised
 
-CELLS, SETTINGS, SUMMARY, REPORT = "cells", "settings.json", "comparison.json", "report.html"
+CELLS, SUMMARY, REPORT = "cells", "comparison.json", "report.html"
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def compare(wanted: StreamComparison, *, command: str | None = None) -> dict[str
     folder = path_of(wanted.out)
     check_writable(folder, f"out={wanted.out}")
     cells = [Cell(s, l, seed) for seed in wanted.seeds for s in wanted.streams for l in wanted.learners]
-    check_ours(folder, "comparison", (CELLS, SETTINGS, SUMMARY, REPORT), {"source", "model", "window"})
+    check_ours(folder, "a stream comparison", {"source", "model", "window"}, (CELLS, SETTINGS, SUMMARY, REPORT))
     _check(wanted)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -5,13 +5,14 @@ settings.json  checkpoint/  model/ (of ours: `moesaic.trees.load`)  report.html 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence, Set
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moesaic.errors import ConfigError, UnknownSetting, path_of, suggest
 from moesaic.runs.folder import check_writable, discard, locked, read_json, reading, write_json, write_text, writing
+from moesaic.runs.places import SETTINGS, check_ours
 from moesaic.runs.results import command_line, versions
 from moesaic.runs.settings import build, check_keys, differences, lists, names, parse_overrides, texts
 from moesaic.trees import needed
@@ -19,7 +20,7 @@ from moesaic.trees import needed
 if TYPE_CHECKING:
     from moesaic.trees.streams import Stream
 
-SETTINGS, CHECKPOINT, RESULTS, REPORT = "settings.json", "checkpoint", "results.json", "report.html"
+CHECKPOINT, RESULTS, REPORT = "checkpoint", "results.json", "report.html"
 MODEL = "model"
 MADE = (SETTINGS, CHECKPOINT, RESULTS, REPORT, MODEL)
 PACKAGES = ("river", "capymoa", "numba", "numpy")
@@ -149,32 +150,9 @@ def _place(wanted: StreamRun) -> Path:
     """Where the run lies. Raises ConfigError for a place that holds anything else."""
     folder = wanted.folder()
     check_writable(folder, f"out={folder}")
-    check_ours(folder, "run", MADE, {"stream", "learner", "window"})
+    check_ours(folder, "a stream run", {"stream", "learner", "window"}, MADE)
     _check_unfinished(folder, wanted)
     return folder
-
-
-def check_ours(folder: Path, what: str, made: Collection[str], settings: Set[str]) -> None:
-    """Raise ConfigError for a folder with anything that `moesaic stream` would not have written there.
-
-    Args:
-        what: run or comparison.
-        made: names of what it writes; hidden files are let be.
-        settings: some that its settings.json has, which is the first to be there.
-    """
-    if folder.is_file():
-        raise ConfigError(f"out={folder} is a file; name a folder")
-    there = {entry.name for entry in folder.iterdir() if entry.name[0] != "."} if folder.is_dir() else set()
-    if there - {*made} or (there and not settings <= _read(folder / SETTINGS).keys()):
-        raise ConfigError(f"out={folder} holds files that are not a stream {what}'s; name another folder")
-
-
-def _read(file: Path) -> dict[str, Any]:
-    """Settings; none where they are missing or damaged."""
-    try:
-        return read_json(file)
-    except ConfigError:
-        return {}
 
 
 def _check_unfinished(folder: Path, wanted: StreamRun) -> None:
