@@ -1,7 +1,8 @@
 """What a control step costs: results/skill-speed.json. `python scripts/skill_speed.py [rounds=3]`, idle machine.
 
 Arms take turns within a round, each in a process of its own. Control steps of all environments together, by CPU second
-and by second; a step of training counts what is learned from it, too.
+and by second; a step of training counts what is learned from it, too. EnvPool takes part where it is installed (0.8.4 was,
+beside gym 0.26; the wheel of 1.2.5 lacked files of its own).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -83,6 +85,22 @@ def vector(kind: str) -> Callable[[], int]:
     return stepping(env, env.step, FEW)
 
 
+def envpool() -> Callable[[], int]:
+    """Another body, as EnvPool takes no MJCF: a planar walker of 6 actuators, four physics steps an action like ours."""
+    import envpool as pool
+
+    env = pool.make_gymnasium("Walker2d-v4", num_envs=256, num_threads=1)
+    env.reset()
+    drawn = [action[:, :6].astype(float) for action in actions(256)]
+
+    def some() -> int:
+        for action in drawn[:16]:
+            env.step(action)
+        return 16 * 256
+
+    return some
+
+
 def sb3(over: str, steps: int) -> Callable[[], int]:
     import gymnasium as gym
     from stable_baselines3 import PPO
@@ -122,7 +140,7 @@ def ppo(blends: bool) -> Callable[[], int]:
             Skill("walk", relies, 1, shared, dim, [64, 64], (-0.8, 2.0)),
             Skill("reach", relies, 4, shared, dim, [64, 64]),
         ]
-        actor: Any = SkillBlender(skills, env.senses.command_dim, [64, 64])
+        actor: Any = SkillBlender(skills, env.senses.command_dim, [128, 64])
     else:
         actor = Skill(TASK, relies, env.senses.command_dim, shared, dim, [64, 64])
     torch.manual_seed(0)
@@ -148,6 +166,7 @@ ARMS: dict[str, tuple[Callable[..., Callable[[], int]], dict[str, Any]]] = {
     "SB3 PPO, our VecEnv": (sb3, {"over": "ours", "steps": 16}),
     "our PPO, flat": (ppo, {"blends": False}),
     "our PPO, blend": (ppo, {"blends": True}),
+    **({"EnvPool, Walker2d-v4": (envpool, {})} if find_spec("envpool") else {}),
     **{f"ours, {n} environments": (ours, {"num_envs": n}) for n in (1, 16, 64, 1024)},
 }
 

@@ -48,6 +48,8 @@ class Skill(nn.Module):
         """Raise ConfigError unless another skill moves the same body and sees the same."""
         if changed := differences(self.relies, other.relies):
             raise ConfigError(f"the skills {self.name} and {other.name} do not go together: {changed}")
+        if self.shared_dim != other.shared_dim:
+            raise ConfigError(f"{self.name} sees {self.shared_dim} numbers and {other.name} {other.shared_dim}")
 
     def shapes(self) -> dict[str, Any]:
         """What it is made with."""
