@@ -88,21 +88,28 @@ def compared(results: Path, name: str, title: str) -> list[str]:
 
 
 def verdict(found: Cells) -> list[str]:
-    """What was expected of the paper's blend, and what it gives."""
-    tasks = list(dict.fromkeys(task for task, _ in found))
+    """What was expected of the paper's blend, and what came of it."""
     said = []
-    for task in tasks:
+    for task in dict.fromkeys(task for task, _ in found):
         of = {arm: found[task, arm] for arm in NAMES if (task, arm) in found}
-        means = {arm: statistics.mean(map(mean_error, cells_)) for arm, cells_ in of.items()}
+        means = {arm: statistics.mean(map(mean_error, its)) for arm, its in of.items()}
         best = min(means, key=means.__getitem__)
-        calm = statistics.mean(c["jerk"] for c in of["flat"]) / statistics.mean(c["jerk"] for c in of["per_joint"])
-        soft = statistics.mean(c["jolt"] for c in of["flat"]) / statistics.mean(c["jolt"] for c in of["per_joint"])
-        said.append(
-            f"{task}: least error by {NAMES[best]} ({means[best]:.3f}, per joint {means['per_joint']:.3f}); flat "
-            f"PPO's actions change {calm:.1f} times as much as the per-joint blend's, and its base is jolted "
-            f"{soft:.1f} times as much"
-        )
-    return ["; ".join(said) + "."]
+        others = [arm for arm in ("per_joint", "mcp") if arm in of]
+        if "flat" not in of or not others:
+            continue
+        ratios = [
+            f"{times(of, arm, 'jerk')} the change of action, {times(of, arm, 'jolt')} the jolt and "
+            f"{times(of, arm, 'tilt')} the tilt of {NAMES[arm]}"
+            for arm in others
+        ]
+        said.append(f"- {task}: least error by {NAMES[best]}; flat PPO has {', and '.join(ratios)}.")
+    return said
+
+
+def times(of: Mapping[str, list[dict[str, Any]]], arm: str, name: str) -> str:
+    """How much more flat PPO has of it than another policy."""
+    flat, other = (statistics.mean(cell[name] for cell in of[which]) for which in ("flat", arm))
+    return f"{flat / other:.1f} times"
 
 
 def speed(results: Path) -> list[str]:

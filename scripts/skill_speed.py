@@ -1,8 +1,8 @@
 """What a control step costs: results/skill-speed.json. `python scripts/skill_speed.py [rounds=3]`, idle machine.
 
 Arms take turns within a round, each in a process of its own. Control steps of all environments together, by CPU second
-and by second; a step of training counts what is learned from it, too. EnvPool takes part where it is installed (0.8.4 was,
-beside gym 0.26; the wheel of 1.2.5 lacked files of its own).
+and by second; a step of training counts what is learned from it, too. EnvPool takes part where it is installed (0.8.4
+was, beside gym 0.26; the wheel of 1.2.5 lacked files of its own).
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def vector(kind: str) -> Callable[[], int]:
 
 
 def envpool() -> Callable[[], int]:
-    """Another body, as EnvPool takes no MJCF: a planar walker of 6 actuators, four physics steps an action like ours."""
+    """Another body, as EnvPool takes no MJCF: a planar walker of 6 actuators, with four physics steps an action."""
     import envpool as pool
 
     env = pool.make_gymnasium("Walker2d-v4", num_envs=256, num_threads=1)
