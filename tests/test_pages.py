@@ -63,7 +63,7 @@ def test_a_command_is_one_that_is_understood(line: list[str]) -> None:
         assert load_skill_run(settings, blends=name == "blend").steps > 0
     elif verb == "skill":
         assert name in ACTIONS
-        assert load_look(settings).folders
+        assert load_look(settings, name).folders
     elif verb == "convert":
         assert name in methods()
         assert load_conversion(name, settings).method == name

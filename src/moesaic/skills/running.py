@@ -122,7 +122,7 @@ TAKES = {
 }
 
 
-def load_look(arguments: Sequence[str], action: str = "eval") -> Look:
+def load_look(arguments: Sequence[str], action: str) -> Look:
     """Folders and `key=value` settings. Raises ConfigError as `load_run` does, and for what `action` does not take."""
     folders, settings = [a for a in arguments if "=" not in a], [a for a in arguments if "=" in a]
     given = parse_overrides(settings, lists=lists(Look), texts=texts(Look))
