@@ -249,7 +249,7 @@ def test_sensors_and_actuators_of_a_bodys_own_change_nothing(tmp_path: Path) -> 
 def test_what_cannot_be_asked_is_refused() -> None:
     for wrong, said in (
         ({"task": "wlak"}, "did you mean 'walk'"), ({"body": "mini"}, "no body mini"),
-        ({"autoreset": "never"}, "known: next_step, same_step"), ({"num_envs": 0}, "at least 1"),
+        ({"autoreset": "never"}, "known: next_step, same_step"), ({"num_envs": 0}, "must be at least 1"),
         ({"num_envs": 2.5}, "a whole number"), ({"seconds": -5}, "above 0"), ({"threads": -1}, "at least 0"),
         ({"render_mode": "human"}, "known: rgb_array"),
     ):  # fmt: skip

@@ -223,7 +223,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, monkeypatch: pytest.Monke
         trained(tmp_path / "r", "task=squat", "steps=1024")
     file = tmp_path / "r" / "checkpoint" / "state.safetensors"
     file.write_bytes(file.read_bytes()[:-7] + b"0000000")
-    with pytest.raises(AdapterError, match="its files are not as they were written; remove it to begin anew"):
+    with pytest.raises(AdapterError, match="its files are not as they were written; overwrite=true begins anew"):
         trained(tmp_path / "r", "task=squat", "steps=1024")
 
 

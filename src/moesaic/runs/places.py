@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.errors import ConfigError
-from moesaic.runs.folder import read_json
+from moesaic.runs.folder import discard, read_json, write_json
+from moesaic.runs.settings import differences
 
-SETTINGS = "settings.json"
+SETTINGS, RESULTS = "settings.json", "results.json"
 
 
 def check_ours(folder: Path, what: str, settings: Set[str], made: Collection[str] | None = None) -> None:
@@ -33,3 +34,37 @@ def _read(file: Path) -> dict[str, Any]:
         return read_json(file)
     except ConfigError:
         return {}
+
+
+def check_unfinished(folder: Path, *, overwrite: bool) -> None:
+    """Raise ConfigError for a finished run that is not to be replaced."""
+    if (folder / RESULTS).is_file() and not overwrite:
+        raise ConfigError(f"{folder} holds a finished run; overwrite=true replaces it, out=… goes elsewhere")
+
+
+def prepare(
+    folder: Path, described: dict[str, Any], made: Collection[str], *, overwrite: bool, unfinished: bool
+) -> None:
+    """Of a folder that is locked: an unfinished run of the same settings stays; what is to be replaced goes.
+
+    Args:
+        described: what makes two runs the same one, kept as settings.json.
+        made: what a run leaves beside that and its results.
+        unfinished: whether there is something to go on from.
+    Raises:
+        ConfigError: it holds a finished run, or an unfinished one with other settings, and `overwrite` is not asked.
+    """
+    check_unfinished(folder, overwrite=overwrite)  # another process may have been faster
+    file = folder / SETTINGS
+    changed = differences(read_json(file), described) if file.is_file() else ""
+    if changed and unfinished and not overwrite:
+        raise ConfigError(
+            f"{folder} holds an unfinished run with {changed}: set it back to go on, or overwrite=true, or another out="
+        )
+    if changed or (folder / RESULTS).is_file():
+        for part in (folder / name for name in (RESULTS, *made)):
+            if part.is_dir():
+                discard(part)
+            else:
+                part.unlink(missing_ok=True)
+    write_json(file, described)

@@ -1,7 +1,7 @@
 """Settings as people write them, YAML files and `key=value`, to dataclasses; what is unknown names the nearest."""
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -195,6 +195,13 @@ def build(cls: type[T], *layers: dict[str, Any]) -> T:
         raise ConfigError(_refused(error)) from None
     assert isinstance(settings, cls)
     return settings
+
+
+def check_within(settings: Any, bounds: Mapping[str, tuple[float, float]], prefix: str = "") -> None:
+    """Raise ConfigError for a number that is outside its bounds, or none."""
+    for key, (low, high) in bounds.items():
+        if not low <= (value := getattr(settings, key)) <= high:
+            raise ConfigError(f"{prefix}{key}={value} must be at least {low:g} and at most {high:g}")
 
 
 def _is_nested(value: Any) -> bool:

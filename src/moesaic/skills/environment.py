@@ -61,7 +61,7 @@ class SkillEnv(VectorEnv[Any, Any, Any]):
         if autoreset not in modes:
             raise ConfigError(f"autoreset={autoreset}; known: {', '.join(modes)}")
         if not isinstance(num_envs, int | np.integer) or num_envs < 1:
-            raise ConfigError(f"num_envs={num_envs} must be a whole number, at least 1")
+            raise ConfigError(f"num_envs={num_envs} must be at least 1, a whole number")
         if threads < 0 or not (seconds is None or 0 < seconds < 1e6):
             raise ConfigError(f"threads={threads} must be at least 0, and seconds={seconds} above 0")
         if render_mode not in (None, "rgb_array"):

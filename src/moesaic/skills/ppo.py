@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moesaic.errors import ConfigError, TrainingError, suggest
-from moesaic.runs.settings import build
+from moesaic.runs.settings import build, check_within
 from moesaic.skills.environment import SkillEnv
 from moesaic.skills.policy import Policy
 
@@ -64,9 +64,7 @@ def settings_of(given: Mapping[str, Any]) -> PPOSettings:
         made = build(PPOSettings, dict(given))
     except ConfigError as error:
         raise ConfigError(f"ppo.{error}") from None
-    for name, (low, high) in _WITHIN.items():
-        if not low <= getattr(made, name) <= high:
-            raise ConfigError(f"ppo.{name}={getattr(made, name)} must be at least {low:g} and at most {high:g}")
+    check_within(made, _WITHIN, "ppo.")
     return made
 
 

@@ -12,11 +12,17 @@ from typing import Any
 
 from moesaic.errors import ConfigError, path_of, suggest
 from moesaic.runs.recipe import PACKAGED
-from moesaic.runs.settings import build, check_keys, lists, names, parse_overrides, read_yaml, texts
+from moesaic.runs.settings import build, check_keys, check_within, lists, names, parse_overrides, read_yaml, texts
 from moesaic.skills.body import built_in
 from moesaic.skills.names import KINDS, SKILLS, TASKS
 
 _PPO = {"help": "settings of PPO: ppo.lr=3e-4 ppo.steps=60 …"}
+
+_SEEDS = (0, 2**63 - 10**6)
+_WITHIN: dict[str, tuple[float, float]] = {
+    "steps": (1, 10**12), "num_envs": (1, 10**6), "seed": _SEEDS, "threads": (0, 1024), "every": (1, 10**9),
+    "init_std": (1e-6, 100), "randomise": (0, 1),
+}  # fmt: skip
 
 
 @dataclass
@@ -88,18 +94,10 @@ def load_run(arguments: Sequence[str], *, blends: bool) -> SkillRun:
         raise ConfigError(f"kind={made.kind}; {suggest(made.kind, KINDS)}")
     if not blends and "kind" in given:
         raise ConfigError("kind is a blend's: `moesaic skill blend` takes it")
-    within(made, steps=(1, 10**12), num_envs=(1, 10**6), seed=(0, 2**63 - 10**6), threads=(0, 1024), every=(1, 10**9),
-           init_std=(1e-6, 100.0), randomise=(0, 1))  # fmt: skip
+    check_within(made, _WITHIN)
     if min([*made.hidden, *made.critic_hidden, 1]) < 1:
         raise ConfigError("the sizes of layers must be above 0")
     return made
-
-
-def within(settings: Any, **bounds: tuple[float, float]) -> None:
-    """Raise ConfigError for a number that is outside its bounds, or none."""
-    for key, (low, high) in bounds.items():
-        if not low <= (value := getattr(settings, key)) <= high:
-            raise ConfigError(f"{key}={value} must be at least {low:g} and at most {high:g}")
 
 
 @dataclass
@@ -133,5 +131,5 @@ def load_look(arguments: Sequence[str], action: str) -> Look:
     made.folders = [folder for folder in (*folders, *made.folders) if folder]
     if not made.folders:
         raise ConfigError(f"no run is given: moesaic skill {action} runs/walk-flat-s0")
-    within(made, rollouts=(1, 10**6), seconds=(0, 86400), seed=(0, 2**63 - 10**6))
+    check_within(made, {"rollouts": (1, 10**6), "seconds": (0, 86400), "seed": _SEEDS})
     return made

@@ -12,20 +12,18 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
-from moesaic.errors import AdapterError, ConfigError, MoesaicError, TrainingError, first_line
+from moesaic.errors import AdapterError, MoesaicError, TrainingError, first_line
 from moesaic.runs.folder import (
     atomic_folder,
     check_writable,
     discard,
     locked,
-    read_json,
     write_json,
     write_text,
     writing,
 )
-from moesaic.runs.places import SETTINGS, check_ours
+from moesaic.runs.places import RESULTS, check_ours, check_unfinished, prepare
 from moesaic.runs.results import command_line, count_trainable, versions
-from moesaic.runs.settings import differences
 from moesaic.runs.states import read_state, write_state
 from moesaic.skills.environment import SkillEnv
 from moesaic.skills.policy import Policy
@@ -35,11 +33,12 @@ from moesaic.skills.saving import MODEL, load_skill, save
 from moesaic.skills.skill import Skill, relies_on
 from moesaic.skills.skillblender import SkillBlender
 
-CHECKPOINT, METRICS, RESULTS = "checkpoint", "metrics.jsonl", "results.json"
+CHECKPOINT, METRICS, REPORT = "checkpoint", "metrics.jsonl", "report.html"
 VERSION = 1
 PACKAGES = ("mujoco", "gymnasium", "numpy")
 SPEAKS = 2.0
 """Seconds after which progress is told, and from one time to the next."""
+State = tuple[dict[str, NDArray[Any]], dict[str, Any]]
 UNSTABLE = 0.2
 """Of a round's steps, the share in which bodies may diverge."""
 
@@ -66,7 +65,7 @@ def train(wanted: SkillRun, *, command: str | None = None, progress: bool | None
     folder = wanted.folder()
     check_writable(folder, f"out={folder}")
     check_ours(folder, "a skill's run", {"task", "kind", "body"})
-    _check_unfinished(folder, wanted)
+    check_unfinished(folder, overwrite=wanted.overwrite)
     env = SkillEnv(
         wanted.task, wanted.body, wanted.num_envs, threads=wanted.threads, autoreset="same_step",
         randomise=wanted.randomise,
@@ -99,40 +98,37 @@ def train(wanted: SkillRun, *, command: str | None = None, progress: bool | None
     return results
 
 
-def _check_unfinished(folder: Path, wanted: SkillRun) -> None:
-    if (folder / RESULTS).is_file() and not wanted.overwrite:
-        raise ConfigError(f"{folder} holds a finished run; overwrite=true replaces it, out=… goes elsewhere")
-
-
 def _begin(folder: Path, wanted: SkillRun, described: dict[str, Any], ppo: PPO) -> float:
     """Take up what was interrupted, or replace what is to be replaced; CPU seconds that it had taken."""
-    _check_unfinished(folder, wanted)  # another process may have been faster
-    file = folder / SETTINGS
-    changed = differences(read_json(file), described) if file.is_file() else ""
-    if changed and not wanted.overwrite and (folder / CHECKPOINT).is_dir():
-        raise ConfigError(
-            f"{folder} holds an unfinished run with {changed}: set it back to go on, or overwrite=true, or another out="
-        )
-    if changed or (folder / RESULTS).is_file():
-        (folder / RESULTS).unlink(missing_ok=True)
-        for part in (CHECKPOINT, MODEL):
-            discard(folder / part)
-    write_json(file, described)
-    if not (folder / CHECKPOINT).is_dir():
-        (folder / METRICS).write_text("", encoding="utf-8")
+    place = folder / CHECKPOINT
+    prepare(folder, described, (CHECKPOINT, MODEL, REPORT), overwrite=wanted.overwrite, unfinished=place.is_dir())
+    held = _held(place, wanted)
+    if held is None:
+        write_text(folder / METRICS, "")
         return 0.0
+    arrays, values = held
     try:
-        arrays, values = read_state(folder / CHECKPOINT, version=VERSION)
         ppo.restore(arrays, values)
         seconds, lines = float(values["seconds"]), int(values["lines"])
-    except MoesaicError as error:
-        raise AdapterError(f"{folder / CHECKPOINT}: {error}; remove it to begin anew") from None
     except Exception as error:  # whatever a damaged file makes
-        raise AdapterError(f"{folder / CHECKPOINT} is damaged: {first_line(error)}; remove it to begin anew") from None
+        raise AdapterError(f"{place} is damaged: {first_line(error)}; remove it to begin anew") from None
     log = folder / METRICS
     kept = log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if log.is_file() else []
     write_text(log, "".join(kept[:lines]))
     return seconds
+
+
+def _held(place: Path, wanted: SkillRun) -> State | None:
+    """A checkpoint; None where there is none, or a damaged one that may be replaced."""
+    if not place.is_dir():
+        return None
+    try:
+        return read_state(place, version=VERSION)
+    except MoesaicError as error:
+        if not wanted.overwrite:
+            raise AdapterError(f"{place}: {error}; overwrite=true begins anew") from None
+        discard(place)
+        return None
 
 
 def _rounds(folder: Path, wanted: SkillRun, ppo: PPO, seconds: float, tells: bool) -> tuple[float, dict[str, float]]:
@@ -141,11 +137,11 @@ def _rounds(folder: Path, wanted: SkillRun, ppo: PPO, seconds: float, tells: boo
     lines = (folder / METRICS).read_text(encoding="utf-8", errors="replace").count("\n")
     figures: dict[str, float] = {}
 
-    def whole() -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    def whole() -> State:
         arrays, values = ppo.state()
         return arrays, {**values, "seconds": time.process_time() - began, "lines": lines}
 
-    def keep(state: tuple[dict[str, NDArray[Any]], dict[str, Any]]) -> None:
+    def keep(state: State) -> None:
         with atomic_folder(folder / CHECKPOINT) as place:
             write_state(place, *state, version=VERSION)
 

@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moesaic.errors import ConfigError, UnknownSetting, path_of, suggest
-from moesaic.runs.folder import check_writable, discard, locked, read_json, reading, write_json, write_text, writing
-from moesaic.runs.places import SETTINGS, check_ours
+from moesaic.runs.folder import check_writable, locked, read_json, reading, write_json, write_text, writing
+from moesaic.runs.places import RESULTS, SETTINGS, check_ours, check_unfinished, prepare
 from moesaic.runs.results import command_line, versions
-from moesaic.runs.settings import build, check_keys, differences, lists, names, parse_overrides, texts
+from moesaic.runs.settings import build, check_keys, lists, names, parse_overrides, texts
 from moesaic.trees import needed
 
 if TYPE_CHECKING:
     from moesaic.trees.streams import Stream
 
-CHECKPOINT, RESULTS, REPORT = "checkpoint", "results.json", "report.html"
-MODEL = "model"
-MADE = (SETTINGS, CHECKPOINT, RESULTS, REPORT, MODEL)
+CHECKPOINT, REPORT, MODEL = "checkpoint", "report.html", "model"
+PARTS = (CHECKPOINT, REPORT, MODEL)
+MADE = (SETTINGS, RESULTS, *PARTS)
 PACKAGES = ("river", "capymoa", "numba", "numpy")
 
 
@@ -105,7 +105,8 @@ def run(wanted: StreamRun, *, command: str | None = None, progress: bool | None 
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         with locked(folder):
-            _prepare(folder, wanted)
+            held = any(entry.is_dir() for entry in (folder / CHECKPOINT).glob("*"))
+            prepare(folder, wanted.describes(), PARTS, overwrite=wanted.overwrite, unfinished=held)
             found = prequential(
                 stream, made, window=wanted.window, delay=wanted.delay, progress=progress, every=wanted.every,
                 folder=folder / CHECKPOINT if is_kept(made) else None, settings={"learner": wanted.learner},
@@ -151,27 +152,5 @@ def _place(wanted: StreamRun) -> Path:
     folder = wanted.folder()
     check_writable(folder, f"out={folder}")
     check_ours(folder, "a stream run", {"stream", "learner", "window"}, MADE)
-    _check_unfinished(folder, wanted)
+    check_unfinished(folder, overwrite=wanted.overwrite)
     return folder
-
-
-def _check_unfinished(folder: Path, wanted: StreamRun) -> None:
-    if (folder / RESULTS).is_file() and not wanted.overwrite:
-        raise ConfigError(f"{folder} holds a finished run; overwrite=true replaces it, out=… goes elsewhere")
-
-
-def _prepare(folder: Path, wanted: StreamRun) -> None:
-    """An unfinished run of the same settings stays; what is to be replaced goes."""
-    _check_unfinished(folder, wanted)  # another process may have been faster
-    file = folder / SETTINGS
-    changed = differences(read_json(file), wanted.describes()) if file.is_file() else ""
-    if changed and not wanted.overwrite and any(entry.is_dir() for entry in (folder / CHECKPOINT).glob("*")):
-        raise ConfigError(
-            f"{folder} holds an unfinished run with {changed}: set it back to go on, or overwrite=true, or another out="
-        )
-    if changed or (folder / RESULTS).is_file():
-        (folder / RESULTS).unlink(missing_ok=True)
-        (folder / REPORT).unlink(missing_ok=True)
-        for part in (CHECKPOINT, MODEL):
-            discard(folder / part)
-    write_json(file, wanted.describes())
