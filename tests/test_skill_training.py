@@ -225,6 +225,9 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, monkeypatch: pytest.Monke
     file.write_bytes(file.read_bytes()[:-7] + b"0000000")
     with pytest.raises(AdapterError, match="its files are not as they were written; overwrite=true begins anew"):
         trained(tmp_path / "r", "task=squat", "steps=1024")
+    monkeypatch.undo()
+    trained(tmp_path / "r", "task=squat", "steps=1024", "overwrite=true")
+    assert len((tmp_path / "r" / "metrics.jsonl").read_text().splitlines()) == 8
 
 
 @pytest.fixture(scope="module")
