@@ -20,7 +20,7 @@ def make(
     """NAME [workers=N] [seeds=0,1,2] of the command line: `measure(table, *cell, seed)` where `file` has no such cell.
 
     `names` are the two by which a table's cells differ; those whose second is in `last` come last. A cell that has
-    `failed` is told and not written.
+    `failed`, or raised, is told and not written.
     """
     name, *rest = sys.argv[1:] or [""]
     given = dict(text.split("=", 1) for text in rest if "=" in text)
@@ -36,7 +36,10 @@ def make(
     ) as pool:
         running = {pool.submit(measure, *cell): cell for cell in left}
         for number, future in enumerate(as_completed(running), 1):
-            found = future.result()
+            try:
+                found = future.result()
+            except Exception as error:  # the others are not lost for it
+                found = {"failed": f"failed: {type(error).__name__}: {error}"}
             told = found.get("failed") or said(found)
             print(f"{number} of {len(left)}: {', '.join(map(str, running[future]))}: {told}", flush=True)
             if "failed" not in found:

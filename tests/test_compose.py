@@ -507,7 +507,7 @@ def test_weights_of_lorahub_are_searched_before_anything_is_exported(
 def test_another_encoder_than_the_stored_one_is_refused(place: Path, tmp_path: Path) -> None:
     settings = ("method=retrieval", f"data={place / 'data'}", "adapter.encoder=hashing")
     assert main(asked(place, tmp_path / "out", *settings)) == 0
-    from moesaic.evaluation.run import load_run
+    from moesaic.evaluation.opening import load_run
 
     model = load_run(tmp_path / "out").model
     config = model.peft_config["default"]

@@ -16,7 +16,8 @@ from moesaic.data import examples as data
 from moesaic.errors import ConfigError, DataError
 from moesaic.evaluation import metrics
 from moesaic.evaluation.answers import answer
-from moesaic.evaluation.run import evaluate_run, generate, load_run, score
+from moesaic.evaluation.opening import load_run
+from moesaic.evaluation.run import evaluate_run, generate, score
 from moesaic.evaluation.settings import EvalSettings
 from moesaic.models.embedded import load_model
 from moesaic.report.tables import eval_table, routing_table

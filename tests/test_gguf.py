@@ -325,7 +325,7 @@ def test_smollm2_from_its_file_to_an_answer(tmp_path, monkeypatch):
     """Converted, loaded, trained for two steps on chats, loaded again, asked."""
     from moesaic.data.examples import Example
     from moesaic.evaluation.answers import generate
-    from moesaic.evaluation.run import load_run
+    from moesaic.evaluation.opening import load_run
 
     start = time.perf_counter()
     folder = Path(resolve("smollm2"))

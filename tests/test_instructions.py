@@ -19,7 +19,7 @@ from moesaic.adapters.glider import THRESHOLD, GliderConfig, calibrated
 from moesaic.adapters.instructions import Instructor
 from moesaic.cli.main import main
 from moesaic.errors import ConfigError
-from moesaic.evaluation.run import load_run
+from moesaic.evaluation.opening import load_run
 from tests.composing import TASKS, asked, make
 
 

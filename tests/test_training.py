@@ -19,7 +19,7 @@ from moesaic.data import examples as data
 from moesaic.data.causal import CausalCollator, fitting, tokenize
 from moesaic.data.sampling import InterleavedSampler
 from moesaic.errors import AdapterError, ConfigError, DataError, TrainingError
-from moesaic.evaluation.run import check_run, load_run
+from moesaic.evaluation.opening import load_run, open_adapter
 from moesaic.models.embedded import load_model
 from moesaic.models.encoder import EncoderCollator, EncoderForTasks, Layout
 from moesaic.runs.folder import RunFolder, atomic_folder, check_writable, discard, locked, read_json, write_text
@@ -556,7 +556,7 @@ def test_a_run_whose_parts_do_not_belong_together_is_refused(world, tmp_path):
 def test_a_config_that_is_not_the_recipes_is_refused(world, tmp_path, recipe, more, change):
     out = tmp_path / "run"
     run(recipe, world, "encoder", out, "steps=1", *more)
-    check_run(out)
+    open_adapter(out)
     file = out / "adapter" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     (key, value), *_ = change.items()

@@ -12,12 +12,14 @@ from moesaic.evaluation.settings import EvalSettings
 
 @verb(
     "eval",
-    "score finished runs on held-out rows",
+    "score runs, and adapters that others trained, on held-out rows",
     group="mixtures",
     place=40,
     settings=[Section(EvalSettings, "settings (key=value), the run's own where left out:")],
-    takes="RUN | key=value",
-    about=lambda: "takes run folders, then settings",
+    takes="FOLDER | key=value",
+    about=lambda: (
+        "takes folders of runs and of adapters (what PEFT, Trainer and SFTTrainer save, and checkpoints), then settings"
+    ),
 )
 def run(arguments: list[str], *, as_json: bool = False) -> None:
     from moesaic.runs.recipe import parse_settings
@@ -26,10 +28,11 @@ def run(arguments: list[str], *, as_json: bool = False) -> None:
     if not runs:
         raise ConfigError("name at least one run folder, such as runs/hotmoe-minilm-s0")
     settings = parse_settings(EvalSettings, [a for a in arguments if "=" in a])
-    from moesaic.evaluation.run import check_run, evaluate_run
+    from moesaic.evaluation.opening import open_adapter
+    from moesaic.evaluation.run import evaluate_run
 
     for folder in runs:
-        check_run(folder)
+        open_adapter(folder, model=settings.model, prompts=settings.prompts)
     results = [evaluate_run(folder, settings, progress=sys.stderr.isatty()) for folder in runs]
     if as_json:
         print_json(results)

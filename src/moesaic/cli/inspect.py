@@ -59,7 +59,7 @@ def run(folder: str, arguments: Sequence[str], *, as_json: bool = False) -> None
         settings.prompt.encode()
     except UnicodeEncodeError:
         raise ConfigError("prompt is no text in UTF-8") from None
-    from moesaic.evaluation.run import load_run
+    from moesaic.evaluation.opening import load_run
 
     if settings.answer < 0:
         raise ConfigError(f"answer={settings.answer} must be at least 0")

@@ -9,6 +9,8 @@ class EvalSettings:
 
     split: str = field(default="validation", metadata={"help": "train, validation or test"})
     data: str | None = field(default=None, metadata={"help": "other data than the run's own"})
+    model: str = field(default="", metadata={"help": "the base model, where a folder names none or it has moved"})
+    prompts: str = field(default="", metadata={"help": "chat: in the tokenizer's chat template; plain: as written"})
     tasks: list[str] | None = field(default=None, metadata={"help": "which tasks, comma-separated"})
     limit: int | None = field(default=None, metadata={"help": "rows a task, for a quick look"})
     batch_size: int = field(default=32, metadata={"help": "rows in a forward"})

@@ -99,15 +99,15 @@ def read_expert(folder: str | Path, name: str | None = None) -> StoredExpert:
     """Read an adapter's config and its file's header; no weights.
 
     Args:
-        folder: a folder as PEFT writes it, a run folder that holds one in `adapter/`, or a hub id.
+        folder: a folder as PEFT writes it, a run folder that holds one in `adapter/`, a Trainer's output folder, or a
+            hub id.
         name: of the expert; the folder's own where None.
     Raises:
         AdapterError: there is none, it is damaged, or it is of a kind that is no sum of experts.
     """
     path = _place(folder)
     called = name_of(folder) if name is None else name
-    if not (path / CONFIG).is_file() and (path / "adapter" / CONFIG).is_file():
-        path = path / "adapter"
+    path = adapter_in(path) or path
     config = _config(path)
     for key, why in _REFUSED.items():
         if config.get(key):
@@ -120,7 +120,7 @@ def read_expert(folder: str | Path, name: str | None = None) -> StoredExpert:
         )
     if (config.get("bias") or "none") != "none":
         raise AdapterError(f"{path} cannot be an expert: bias={config['bias']!r}, and a trained bias is not routed")
-    shapes = _shapes(path)
+    shapes = tensor_shapes(path)
     sides: dict[str, dict[str, str]] = {}
     extras = []
     for key in shapes:
@@ -141,9 +141,11 @@ def read_expert(folder: str | Path, name: str | None = None) -> StoredExpert:
     return StoredExpert(called, path, base, config, factors, tuple(extras))
 
 
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder is an adapter's, or a run's that holds one."""
-    return (folder / CONFIG).is_file() or (folder / "adapter" / CONFIG).is_file()
+def adapter_in(folder: Path) -> Path | None:
+    """The adapter that a folder is, or holds in `adapter/`; else, as a Trainer leaves them, its newest checkpoint's."""
+    steps = {int(p.name.split("-")[1]): p for p in folder.glob("checkpoint-*") if p.name.split("-")[1].isdecimal()}
+    places = (folder, folder / "adapter", *(steps[number] for number in sorted(steps, reverse=True)))
+    return next((place for place in places if (place / CONFIG).is_file()), None)
 
 
 def name_of(folder: str | Path) -> str:
@@ -196,8 +198,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shape by name, from the file's header."""
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shape by name of an adapter folder's tensors, from its file's header. Raises AdapterError where it has none."""
     file = path / WEIGHTS
     if not file.is_file():
         hint = f"; its {PICKLE} is not read, since it may run code: convert it to safetensors"

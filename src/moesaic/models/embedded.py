@@ -106,13 +106,16 @@ def embedded_name(folder: str) -> str | None:
     return "nano" if folder == str(nano.path()) else None
 
 
-def load_model(name: str, *, dtype: Any = None, attention: str | None = None) -> LoadedModel:
+def load_model(
+    name: str, *, dtype: Any = None, attention: str | None = None, tokenizer_from: str | None = None
+) -> LoadedModel:
     """Load a base model and its tokenizer.
 
     Args:
         name: `nano`, `minilm`, `smollm2`, a local folder (also of a converted model), a GGUF file or a hub id.
         dtype: of the weights; float32 where None.
         attention: Transformers' attn_implementation; its own choice where None.
+        tokenizer_from: a folder with another tokenizer than the model's own.
     Raises:
         ConfigError: it cannot be found or is of a kind that is not trained here.
         AdapterError: the folder of a converted model is damaged.
@@ -132,7 +135,7 @@ def load_model(name: str, *, dtype: Any = None, attention: str | None = None) ->
         auto = AutoModelForCausalLM if kind == "causal" else AutoModel
         with quiet_bars():
             model = stored.load(place, **how) if stored.is_converted(place) else auto.from_pretrained(place, **how)
-        tokenizer = AutoTokenizer.from_pretrained(place)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_from or place)
     except ConfigError:
         raise
     except (

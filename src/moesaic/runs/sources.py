@@ -40,12 +40,12 @@ def folders_of(adapters: Any) -> dict[str, str]:
 
 def _within(entry: Any) -> list[str]:
     """An adapter's folder itself; of a folder that holds several, each of them."""
-    from moesaic.lora.stored import is_adapter
+    from moesaic.lora.stored import adapter_in
 
     folder = path_of(str(entry))
-    if not folder.is_dir() or is_adapter(folder):
+    if not folder.is_dir() or adapter_in(folder):
         return [str(entry)]
-    return sorted(str(inner) for inner in folder.iterdir() if is_adapter(inner)) or [str(entry)]
+    return sorted(str(inner) for inner in folder.iterdir() if adapter_in(inner)) or [str(entry)]
 
 
 def base_of(experts: Iterable["StoredExpert"]) -> str:

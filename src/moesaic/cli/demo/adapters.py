@@ -96,7 +96,7 @@ def _compose(methods: Sequence[str], folder: Path, data: Path, tasks: Sequence[s
 def _ask(arm: str, folder: Path, data: Path, tasks: Sequence[str], seed: int) -> dict[str, tuple[float, str]]:
     """By task: the share of rows that an arm answers right, and what it says to the first."""
     from moesaic.data import examples
-    from moesaic.evaluation.run import load_run
+    from moesaic.evaluation.opening import load_run
 
     rows = examples.load(str(data), "test")
     if arm == "base":
@@ -127,7 +127,7 @@ def _merged(how: str, folder: Path, tasks: Sequence[str], seed: int) -> Prepared
 def _who_answered(folder: Path, rows: Sequence[Example]) -> dict[str, dict[str, Any]]:
     """By task: the adapter with most weight on its prompt, and how much that is."""
     from moesaic.cli.inspect import explain
-    from moesaic.evaluation.run import load_run
+    from moesaic.evaluation.opening import load_run
 
     prepared, found = load_run(folder), {}
     for row in rows:

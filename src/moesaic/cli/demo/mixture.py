@@ -64,7 +64,7 @@ def _recipes(folder: Path, data: Path, settings: DemoSettings) -> dict[str, Any]
 def _ask(folder: Path, data: Path) -> dict[str, Any]:
     """Exact match by task of base, LoRA and HotMoE; a few answers; the routing of HotMoE on the test lists."""
     from moesaic.data import examples
-    from moesaic.evaluation.run import load_run
+    from moesaic.evaluation.opening import load_run
 
     rows = examples.load(str(data), "test")
     shown = {row.task: row for row in reversed(rows)}
