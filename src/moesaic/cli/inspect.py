@@ -34,6 +34,8 @@ class InspectSettings:
 
     prompt: str = field(default="", metadata={"help": "the text to route"})
     task: str = field(default="", metadata={"help": "its task, for methods that are told"})
+    model: str = field(default="", metadata={"help": "the base model, where a folder names none or it has moved"})
+    prompts: str = field(default="", metadata={"help": "chat: in the tokenizer's chat template; plain: as written"})
     answer: int = field(default=32, metadata={"help": "tokens that a language model answers; 0 for none"})
 
 
@@ -43,11 +45,11 @@ class InspectSettings:
     group="adapters",
     place=70,
     settings=[Section(InspectSettings)],
-    operands={"folder": "a run folder"},
+    operands={"folder": "of a run, or of an adapter that PEFT, Trainer or SFTTrainer saved"},
     takes="PROMPT | key=value",
 )
 def run(folder: str, arguments: Sequence[str], *, as_json: bool = False) -> None:
-    """Show what the routers of a run do with a prompt. Raises MoesaicError of the kind that fits."""
+    """Show what the routers of a trained adapter do with a prompt. Raises MoesaicError of the kind that fits."""
     from moesaic.runs.recipe import parse_settings
 
     if arguments and not re.match(r"[\w.]+=", arguments[0]):
@@ -59,11 +61,12 @@ def run(folder: str, arguments: Sequence[str], *, as_json: bool = False) -> None
         settings.prompt.encode()
     except UnicodeEncodeError:
         raise ConfigError("prompt is no text in UTF-8") from None
-    from moesaic.evaluation.opening import load_run
+    from moesaic.evaluation.opening import load, open_adapter
 
     if settings.answer < 0:
         raise ConfigError(f"answer={settings.answer} must be at least 0")
-    found = explain(load_run(folder), settings.prompt, task=settings.task, answer=settings.answer)
+    opened = open_adapter(folder, model=settings.model, prompts=settings.prompts)
+    found = explain(load(opened), settings.prompt, task=settings.task, answer=settings.answer)
     if as_json:
         print_json(found)
         return
