@@ -108,12 +108,12 @@ def test_output_reports_the_weighted_loss() -> None:
     output = model(**batch)
     _, (value,) = exact(make(0.5), [batch], [1.0])
     assert output.router_aux_loss.item() == pytest.approx(value, rel=1e-5)
-    assert (output.loss - plain).item() == pytest.approx(value, rel=1e-5)
+    assert torch.equal(output.loss, plain), "its gradient is added, its value stands beside"
     assert type(output).__name__ == "CausalLMOutputWithPast"
 
 
 def test_a_loop_of_ones_own_can_take_it() -> None:
-    """output.loss holds it; without labels it is taken from the output or with moesaic.router_aux_loss, once."""
+    """output.loss has its gradient; without labels it is the output's own, or moesaic.router_aux_loss, once."""
     batch = collate(rows([4, 7, 5]))
     labels = batch.pop("labels")
     model = mixture()(0.01).train()
@@ -131,7 +131,10 @@ def test_a_loop_of_ones_own_can_take_it() -> None:
 def test_tuple_outputs_carry_it_too() -> None:
     batch = collate(rows([4, 7, 5]))
     model = mixture(random_b=True)(0.5).train()
-    assert torch.equal(model(**batch, return_dict=False)[0], mixture(random_b=True)(0.5).train()(**batch).loss)
+    by_name = mixture(random_b=True)(0.5).train()
+    model(**batch, return_dict=False)[0].backward()
+    by_name(**batch).loss.backward()
+    assert_same(*({n: p.grad for n, p in router_parameters(m).items() if p.grad is not None} for m in (model, by_name)))
 
 
 @pytest.mark.parametrize("cls", [Trainer, RoutedTrainer, SFTTrainer, RoutedSFTTrainer])

@@ -23,6 +23,7 @@ _HOMES = {
     "set_training_progress": "moesaic.host",
     "router_aux_loss": "moesaic.host",
     "RoutedTrainerMixin": "moesaic.host",
+    "RoutingCallback": "moesaic.host.callback",
     "RoutingTrace": "moesaic.routing",
     "mix": "moesaic.lora.mix",
     "from_pretrained": "moesaic.lora.loading",

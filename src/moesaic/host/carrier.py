@@ -3,11 +3,13 @@
 | the loop takes | the auxiliary loss is | examples |
 | --- | --- | --- |
 | `output.loss` | added to it | HF Trainer, a loop of your own |
-| `output.log_probs` | subtracted from each labelled log-prob, its value left as it was | TRL's SFTTrainer |
+| `output.log_probs` | subtracted from each labelled log-prob | TRL's SFTTrainer |
 | `output.logits` only | reported, with a warning | label smoothing, a custom loss function |
 | nothing: the loop adds it itself | reported | `RoutedTrainerMixin` |
 
-Always reported as `output.router_aux_loss`.
+Their values stay as they were: what is added has a gradient, and is nothing. So a loss that is logged is the task's,
+whatever the loop, and can be compared with that of a model without routers, and with an evaluation's. The auxiliary
+loss itself is always reported as `output.router_aux_loss`.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ def carry(frame: Frame, output: Any, aux: Tensor, *, external: bool, warn: Warn)
     if isinstance(output, tuple):
         if not frame.labelled or external or not isinstance(output[0], Tensor) or output[0].dim() != 0:
             return None
-        return (output[0] + aux * frame.share, *output[1:])
+        return (output[0] + gradient_of(aux) * frame.share, *output[1:])
     if not isinstance(output, ModelOutput):
         return None
     fields = dataclasses.fields(output)  # type: ignore[arg-type]
@@ -49,7 +51,7 @@ def carry(frame: Frame, output: Any, aux: Tensor, *, external: bool, warn: Warn)
         if isinstance(values.get("log_probs"), Tensor):
             values["log_probs"] = into_log_probs(values["log_probs"], values["label_mask"], aux, warn)
         elif isinstance(values.get("loss"), Tensor):
-            values["loss"] = values["loss"] + aux * frame.share
+            values["loss"] = values["loss"] + gradient_of(aux) * frame.share
         else:
             warn(
                 "the training loss is computed from logits, where the routers' auxiliary loss cannot be added: train "
@@ -72,7 +74,7 @@ def share_of_step(model: nn.Module, arguments: Mapping[str, Any]) -> Tensor | fl
 
 
 def into_log_probs(log_probs: Tensor, label_mask: Tensor, aux: Tensor, warn: Warn) -> Tensor:
-    """Subtract `aux` from each labelled log-prob without changing its value.
+    """Subtract `aux` from each labelled log-prob.
 
     The loop's `-sum(log_probs) / num_items` then weighs it by the share of labelled tokens. That holds only while
     the loss is linear in the log-probs; a loss that is not (DFT, preferences) is told by its uneven gradient.
@@ -89,7 +91,12 @@ def into_log_probs(log_probs: Tensor, label_mask: Tensor, aux: Tensor, warn: War
 
     if log_probs.requires_grad:
         log_probs.register_hook(even)
-    return log_probs - (aux - aux.detach()).to(log_probs.dtype) * mask.to(log_probs.dtype)
+    return log_probs - gradient_of(aux).to(log_probs.dtype) * mask.to(log_probs.dtype)
+
+
+def gradient_of(aux: Tensor) -> Tensor:
+    """Nothing, with the gradient of `aux`; not a number where that is none."""
+    return aux - aux.detach()
 
 
 class Delivery:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.errors import TrainingError
+from moesaic.host.carrier import gradient_of
 from moesaic.host.hooks import Host, find_host
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ class RoutedTrainerMixin(_Base):
     The stock trainers work without it as long as their loss is linear in the labelled tokens. With it, label
     smoothing, DFT, a custom loss function and every other `compute_loss` work too. Its weight in a step is
     1/accumulation for each micro-batch; the stock path weighs a micro-batch by its labelled tokens. The two agree for
-    equal micro-batches. It also tells routers and losses how far the training is. Logged as `router_aux_loss`.
+    equal micro-batches. It also tells routers and losses how far the training is. The `loss` that is logged stays the
+    task's; the auxiliary loss is logged beside it, as `router_aux_loss`.
     """
 
     def compute_loss(
@@ -49,10 +51,11 @@ class RoutedTrainerMixin(_Base):
             return result
         self._aux_values.append(aux.detach())
         steps = self.current_gradient_accumulation_steps if self._scaled_for_accumulation(num_items_in_batch) else 1
+        added = gradient_of(aux) / steps
         if return_outputs:
             loss, outputs = result
-            return loss + aux / steps, outputs
-        return result + aux / steps
+            return loss + added, outputs
+        return result + added
 
     def _scaled_for_accumulation(self, num_items_in_batch: Tensor | int | None) -> bool:
         """Whether Trainer leaves the division by the accumulation steps to the loss (see Trainer.training_step)."""

@@ -246,7 +246,7 @@ class RunFolder:
         """The task's loss that was logged last; NaN where none was."""
         lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.is_file() else []
         entry = json.loads(lines[-1]) if lines else {}
-        return float(entry.get("loss", math.nan)) - float(entry.get("router_aux_loss", 0.0))
+        return float(entry.get("loss", math.nan))
 
     def prune(self, keep: int) -> None:
         """Remove all but the newest `keep` checkpoints."""

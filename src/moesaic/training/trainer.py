@@ -118,7 +118,7 @@ class RunMixin:
         entry = self.state.log_history.pop()  # type: ignore[attr-defined]
         if "loss" not in entry:
             return
-        self.last_loss = entry["loss"] - entry.get("router_aux_loss", 0.0)
+        self.last_loss = entry["loss"]
         kept = {k: v for k, v in entry.items() if k not in ("step", "epoch", "num_tokens")}
         with self.folder.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": entry["step"], **kept}) + "\n")
