@@ -54,7 +54,7 @@ def measure(table: str, task: str, arm: str, seed: int) -> dict[str, Any]:
         train(wanted, command="python scripts/skills.py", progress=False)
     trained = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     found = measured(str(folder), Look(folders=[str(folder)]))
-    left_out = {"routing", "trained", "run", "seed", *(["weights"] if seed else [])}
+    left_out = {"routing", "trained", "learning", "run", "seed", *(["weights"] if seed else [])}
     return {
         "table": table, "task": task, "arm": arm, "seed": seed, "steps": trained["steps"],
         "cpu_seconds": trained["cpu_seconds"], "trainable": trained["trainable"], "diverged": trained["diverged"],

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from moesaic.cli.main import main
 from moesaic.errors import ConfigError
 from moesaic.runs.recipe import PACKAGED
 from moesaic.runs.settings import read_yaml
+from moesaic.skills.body import Body, _check, load_body
 from moesaic.skills.names import SKILLS, TASKS
 from moesaic.skills.running import load_run
 from moesaic.skills.saving import load, save
@@ -67,8 +69,13 @@ def test_runs_are_measured_and_their_pages_show_weights(runs: Path, capsys: pyte
     page = (runs / "blend" / "report.html").read_text()
     assert "Which skill each joint listens to" in page
     assert "left_hip" in page
-    both = said(capsys, "eval", str(runs / "walk"), str(runs / "walk"), "rollouts=2", "seconds=0.5")
-    assert "velocity error" in both
+    file = runs / "both.html"
+    both = said(capsys, "eval", str(runs / "walk"), str(runs / "reach"), "rollouts=2", "seconds=0.5", f"out={file}")
+    assert "velocity error, m/s" in both
+    assert f"side by side: {file}" in both
+    page = file.read_text()
+    assert "wrist error, m" in page
+    assert "Learning" in page
 
 
 def test_a_film_is_a_rollout(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,7 +125,9 @@ def test_a_policy_is_exported(runs: Path, capsys: pytest.CaptureFixture[str]) ->
         (["play", "a", "b"], "one run at a time"),
         (["play", "a", "seconds=inf"], "seconds=inf must be at least 0"),
         (["play", "a", "rollouts=5"], "rollouts does nothing in `moesaic skill play`"),
-        (["eval", "a", "out=report.html"], "out does nothing in `moesaic skill eval`"),
+        (["eval", "a", "stick=true"], "stick does nothing in `moesaic skill eval`"),
+        (["eval", "a", "out=report.pdf"], "must end in .html"),
+        (["train", "wlak"], "no skill or task wlak; did you mean 'walk'"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -134,7 +143,7 @@ def test_bad_input_is_one_line(
 def test_a_policy_of_another_body_or_task_is_refused(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = ["blend", "task=far_reach", f"skills={runs / 'walk'}", "body=humanoid", f"out={runs / 'no'}", *QUICK]
     told = said(capsys, *line, code=2)
-    assert "is for another body: joints=" in told
+    assert "is for another body: 10 joints, and this one has 19" in told
     assert not (runs / "no").exists()
     told = said(capsys, "eval", str(runs / "walk"), "task=reach", code=2)
     assert "takes 1 numbers for a command, and reach gives 4" in told
@@ -176,3 +185,31 @@ def test_folders_of_files_are_made(runs: Path, tmp_path: Path, capsys: pytest.Ca
     assert [file.name for file in film.parent.iterdir()] == ["film.gif"]
     (tmp_path / "isdir.onnx").mkdir()
     assert "cannot write" in said(capsys, "export", str(runs / "walk"), f"out={tmp_path / 'isdir.onnx'}", code=2)
+
+
+def test_the_manifest_of_the_page_is_one() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "skillblender.md").read_text()
+    told = yaml.safe_load(text.partition("```yaml")[2].partition("```")[0])
+    known = {f.name: f for f in fields(Body)}
+    assert told.keys() <= known.keys()
+    assert {name for name, f in known.items() if f.default is MISSING and f.default_factory is MISSING} <= told.keys()
+    _check(Body(**told), Path("robot.yaml"))
+
+
+def test_a_body_that_does_not_stand_is_told_so() -> None:
+    for name in ("mini_humanoid", "humanoid"):
+        assert load_body(name).fault() == ""
+    body = load_body("mini_humanoid")
+    assert "its base is at 0.6" in replace(body, kp=[gain / 50 for gain in body.kp]).fault()
+    assert "gains, default and base_height must fit" in replace(body, base_height=0.5).fault()
+
+
+def test_settings_are_shown_and_help_is_of_the_action(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "steps: 600000" in said(capsys, "train", "walk", "--dry-run")
+    cases = ("play", "stick", "init_std"), ("train", "init_std", "stick"), ("eval", "rollouts", "stick")
+    for action, there, not_there in cases:
+        with pytest.raises(SystemExit):
+            main(["skill", action, "--help"])
+        told = capsys.readouterr().out.partition("settings of")[2]
+        assert f"  {there} " in told
+        assert f"  {not_there} " not in told

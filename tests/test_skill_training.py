@@ -16,10 +16,11 @@ from moesaic.errors import AdapterError, ConfigError, TrainingError
 from moesaic.skills import training
 from moesaic.skills.body import BODIES, load_body
 from moesaic.skills.environment import SkillEnv
+from moesaic.skills.looking import opened
 from moesaic.skills.official import import_official
 from moesaic.skills.policy import Policy, mlp
 from moesaic.skills.ppo import PPO, PPOSettings, divergence, gae
-from moesaic.skills.running import load_run
+from moesaic.skills.running import Look, load_run
 from moesaic.skills.saving import load
 from moesaic.skills.skillbench import evaluate
 
@@ -160,9 +161,31 @@ def test_a_run_that_is_interrupted_goes_on_exactly(tmp_path: Path, monkeypatch: 
     assert len(lines[0]) == len(lines[1]) == 8
     for a, b in zip(*(load(tmp_path / n).state_dict().values() for n in ("whole", "cut")), strict=True):
         assert torch.equal(a, b)
-    assert not (tmp_path / "cut" / "checkpoint").exists()
-    with pytest.raises(ConfigError, match="holds a finished run"):
-        trained(tmp_path / "cut", *line[:-1])
+
+
+def test_more_steps_of_a_finished_run_go_on_as_one_that_had_them_from_the_start(tmp_path: Path) -> None:
+    whole = trained(tmp_path / "whole", "task=walk", "steps=1024")
+    first = trained(tmp_path / "twice", "task=walk", "steps=512")
+    with pytest.raises(ConfigError, match="holds a finished run; overwrite=true replaces it"):
+        trained(tmp_path / "twice", "task=walk", "steps=512")
+    with pytest.raises(ConfigError, match=r"holds a finished run with seed=0, now 1: set it back to go on"):
+        trained(tmp_path / "twice", "task=walk", "steps=1024", "seed=1")
+    assert (tmp_path / "twice" / "results.json").is_file(), "nothing is lost where more is refused"
+    twice = trained(tmp_path / "twice", "task=walk", "steps=1024")
+    assert (first["steps"], twice["steps"], twice["last"]) == (512, 1024, whole["last"])
+    for a, b in zip(*(load(tmp_path / n).state_dict().values() for n in ("whole", "twice")), strict=True):
+        assert torch.equal(a, b)
+    page = (tmp_path / "twice" / "report.html").read_text()
+    assert "Learning" in page
+    assert "reward a step" in page
+
+
+def test_a_blend_of_one_skill_is_told_that_it_has_nothing_to_weigh(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained(tmp_path / "walk", "task=walk", "steps=128")
+    trained(tmp_path / "alone", "task=far_reach", f"skills={tmp_path / 'walk'}", "steps=128", blends=True)
+    assert "a blend of one skill has nothing to weigh: far_reach is for walk and reach" in caplog.text
 
 
 def test_a_finished_run_that_is_replaced_goes_on_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,6 +287,12 @@ def test_stable_baselines_acts_as_we_do_and_goes_on_training(blend: Path, tmp_pa
     frozen = load(blend).skills.state_dict()
     assert all(torch.equal(held, frozen[name]) for name, held in model.policy.action_net.skills.state_dict().items())
     model.save(tmp_path / "ours.zip")
+    model.policy.save_actor(tmp_path / "kept", task="far_reach")
+    kept = load(tmp_path / "kept")
+    wanted = model.predict(observed, deterministic=True)[0]
+    np.testing.assert_allclose(kept(torch.from_numpy(observed)).detach().numpy(), wanted, rtol=1e-5, atol=1e-6)
+    assert torch.equal(kept.std, model.policy.log_std.detach().exp())
+    assert opened(str(tmp_path / "kept"), Look())[1] == "far_reach"
     again = sb3.PPO.load(tmp_path / "ours.zip")
     np.testing.assert_array_equal(again.predict(observed)[0].shape, (4, 10))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -90,9 +91,13 @@ def test_a_file_is_a_stream(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     with gzip.open(tmp_path / "sensors.csv.gz", "wt") as file:
         file.write("a,b,state\n" + "\n".join(rows) + "\n")
     line = ["run", f"stream={tmp_path / 'sensors.csv.gz'}", "source.target=state", f"out={tmp_path / 'run'}", *TINY]
-    assert "sensors.csv.gz:302" in said(capsys, *line, code=2)
+    refused = said(capsys, *line, code=2)
+    assert "sensors.csv.gz:302" in refused
+    assert "source.on_bad_rows=skip leaves such rows out" in refused
     told = said(capsys, *line, "source.on_bad_rows=skip")  # nothing was learned before: nothing is replaced
-    assert "1 rows were malformed, and left out" in told
+    assert "1 rows were malformed, and left out; the first: " in told
+    assert "sensors.csv.gz:302: it has 2 fields" in told
+    assert "labels: column state, 2 classes" in told
     found = ran(tmp_path / "run")
     assert (found["rows"], found["skipped"]) == (599, 1)
     assert {*found["classes"]} == {"yes", "no"}
@@ -392,3 +397,28 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, capsys:
     assert "moesaic[trees]" in said(capsys, "compare", "streams=led_a", code=2)
     with pytest.raises(ImportError, match="numba"):
         _ = moesaic.trees.load
+
+
+def test_a_column_of_measurements_is_asked_about(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "measured.csv"
+    file.write_text("a,humidity\n" + "".join(f"{i % 7},{i / 8}\n" for i in range(300)))
+    said(capsys, "run", str(file), "learner=nochange", f"out={tmp_path / 'run'}")
+    assert "column 'humidity' has 100 classes already: are those its labels? source.target=" in caplog.text
+
+
+def test_a_page_of_two_streams_draws_each_by_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for stream in ("led_a", "sea_a"):
+        said(capsys, "run", stream, "length=3000", "window=500", "learner=nochange", f"out={tmp_path / stream}")
+    file = tmp_path / "both.html"
+    said(capsys, "report", str(tmp_path / "led_a"), str(tmp_path / "sea_a"), f"out={file}")
+    page = file.read_text()
+    assert re.findall(r"<h3>(led_a|sea_a)</h3>", page) == ["led_a", "sea_a"]
+    assert "<dt>classes</dt>" not in page
+
+
+def test_a_run_of_another_kind_is_no_damaged_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "results.json").write_text('{"task": "walk"}')
+    told = said(capsys, "report", str(tmp_path), code=2)
+    assert "holds a finished run, but none on a stream" in told

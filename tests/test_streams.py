@@ -378,7 +378,9 @@ def test_a_file_that_cannot_be_read_says_why(tmp_path: Path, name: str, text: st
 
 def test_a_file_that_is_not_there_or_is_asked_for_something_else_says_so(tmp_path: Path) -> None:
     file = written(tmp_path, "a.csv", CSV)
-    with pytest.raises(ConfigError, match=r"a.csv has no column 'lable': did you mean 'label'\?"):
+    with pytest.raises(
+        ConfigError, match=r"a.csv has no column 'lable'; did you mean 'label'\? source.target= names one of size, hot"
+    ):
         file_stream(file, target="lable")
     with pytest.raises(ConfigError, match="choose one of stop, skip"):
         file_stream(file, on_bad_rows="error")  # type: ignore[arg-type]

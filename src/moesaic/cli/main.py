@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"did you mean '{near[0]}'? " if near else ""
         print(f"moesaic: no verb '{name}'; {hint}known: {', '.join(verbs)}", file=sys.stderr)
         return 2
-    parser = verbs[name].parser(_common())
+    parser = verbs[name].parser(_common(), next((text for text in given if not text.startswith("-")), ""))
     args, rest = parser.parse_known_args(given, argparse.Namespace(json=False, verbose=False))
     if rest:  # argparse gives up on arguments that follow an option: `… lr=1e-3 --dry-run steps=9`
         if not verbs[name].takes or any(text.startswith("-") for text in rest):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,21 @@ from typing import Any
 from moesaic.cli.show import print_json, show
 from moesaic.cli.verbs import Section, verb
 from moesaic.errors import ConfigError, path_of, suggest
-from moesaic.skills.running import Look, SkillRun, load_look, load_run
+from moesaic.runs.recipe import dump
+from moesaic.runs.settings import names
+from moesaic.skills.running import TAKES, Look, SkillRun, load_look, load_run
 
+_NAMES = {*names(Look)}
 ACTIONS = ("train", "blend", "eval", "play", "export")
 
 _ABOUT = """A skill is learned once; a blend learns, joint by joint, which skill to listen to and what to ask of it.
-What is not given is as `recipes/skills/BODY/TASK.yaml` has it, where there is one.
+What is not given is as the recipe of the task has it, which --dry-run prints.
 Skills: walk, reach, squat, step. Tasks: far_reach, button_press, box_push, package_lift, football_shoot (or any skill).
 
-  moesaic skill train task=walk                                     a skill, or a task from nothing (flat PPO)
-  moesaic skill blend task=far_reach skills=runs/walk-flat-s0,runs/reach-flat-s0
-  moesaic skill blend task=far_reach skills=… kind=scalar           or switch, mcp
+  moesaic skill train walk                                          a skill, or a task from nothing (flat PPO)
+  moesaic skill train walk steps=2000000                            more of it, once it is finished
+  moesaic skill blend far_reach skills=runs/walk-flat-s0,runs/reach-flat-s0
+  moesaic skill blend far_reach skills=… kind=mcp                   or scalar, switch
   moesaic skill eval runs/far-reach-per-joint-s0 runs/far-reach-flat-s0     how well, and how it moves
   moesaic skill play runs/far-reach-per-joint-s0 out=film.gif       a film (.gif, .mp4)
   moesaic skill export runs/far-reach-per-joint-s0 out=policy.onnx"""
@@ -32,14 +37,19 @@ Skills: walk, reach, squat, step. Tasks: far_reach, button_press, box_push, pack
     group="skills",
     place=97,
     settings=[
-        Section(SkillRun, "settings of train and blend (key=value):"),
-        Section(Look, "settings of eval, play and export (key=value):"),
+        Section(SkillRun, "settings of train (key=value):", but=("skills", "kind"), actions=("train",)),
+        Section(SkillRun, "settings of blend (key=value):", actions=("blend",)),
+        *(
+            Section(Look, f"settings of {action} (key=value):", but=_NAMES - TAKES[action], actions=(action,))
+            for action in ("eval", "play", "export")
+        ),
     ],
+    dry_run="of train and blend: print the resolved settings and stop",
     operands={"action": "train, blend, eval, play or export"},
     takes="key=value | FOLDER",
     about=lambda: _ABOUT,
 )
-def run(action: str, arguments: list[str], *, as_json: bool = False) -> int | None:
+def run(action: str, arguments: list[str], *, as_json: bool = False, dry_run: bool = False) -> int | None:
     """Raises MoesaicError of the kind that fits; nothing that is there is lost."""
     if action not in ACTIONS:
         raise ConfigError(f"skill {action}: no such action; {suggest(action, ACTIONS)}")
@@ -48,7 +58,11 @@ def run(action: str, arguments: list[str], *, as_json: bool = False) -> int | No
     needed()
     _one_thread()
     if action in ("train", "blend"):
-        _train(load_run(arguments, blends=action == "blend"), as_json)
+        wanted = load_run(arguments, blends=action == "blend")
+        if dry_run:
+            print(dump(wanted), end="")
+        else:
+            _train(wanted, as_json)
     else:
         {"eval": _eval, "play": _play, "export": _export}[action](load_look(arguments, action), as_json)
     return None
@@ -75,6 +89,7 @@ def _train(wanted: SkillRun, as_json: bool) -> None:
           f"reward {results['last'].get('reward', 0):.4f} a step")  # fmt: skip
     if results["diverged"]:
         print(f"bodies that diverged and were begun anew: {results['diverged']:,} (timestep of the MJCF, gains)")
+    print(f"how it learned: {wanted.folder() / 'report.html'}")
     print(f"how well it does: moesaic skill eval {_typed(wanted.folder())}")
 
 
@@ -89,25 +104,51 @@ def _eval(wanted: Look, as_json: bool) -> None:
     from moesaic.runs.folder import check_writable, write_text
     from moesaic.skills.looking import measured, opened
 
+    several = len(wanted.folders) > 1 or bool(wanted.out)
+    pages = {path_of(folder) / "report.html": [number] for number, folder in enumerate(wanted.folders)}
+    if several:
+        pages[_page(wanted)] = [*range(len(wanted.folders))]
     for folder in wanted.folders:
         opened(folder, wanted)
-        check_writable(path_of(folder) / "report.html", f"{folder}/report.html")
-    found = [measured(folder, wanted) for folder in wanted.folders]
+    for file in pages:
+        check_writable(file, str(file))
+    found = []
+    for folder in wanted.folders:
+        _tell(f"{folder}: {wanted.rollouts} rollouts")
+        found.append(measured(folder, wanted))
     if as_json:
         print_json(found)
     else:
         show(*(table(grid) for grid in grids(found)))
-    for folder, result in zip(wanted.folders, found, strict=True):
-        write_text(path_of(folder) / "report.html", page([result]))
+    for file, numbers in pages.items():
+        write_text(file, page([found[number] for number in numbers]))
     if not as_json:
-        for folder in wanted.folders:
-            print(f"figures, and of a blend the weights by joint over time: {path_of(folder) / 'report.html'}")
+        shown = "side by side" if several else "figures, learning, and of a blend who is listened to when"
+        print(f"{shown}: {next(reversed(pages))}")
+
+
+def _page(wanted: Look) -> Path:
+    """Where several are shown side by side. Raises ConfigError for a file that is something else."""
+    from moesaic.report.page import is_page
+
+    file = path_of(wanted.out or "report.html")
+    if file.suffix != ".html":
+        raise ConfigError(f"out={file} must end in .html")
+    if file.exists() and not is_page(file, "moesaic skill"):
+        raise ConfigError(f"out={file} is already there, and is no page of `moesaic skill`: name another file")
+    return file
+
+
+def _tell(said: str) -> None:
+    """What takes a while, said before it does."""
+    print(said, file=sys.stderr, flush=True)
 
 
 def _play(wanted: Look, as_json: bool) -> None:
     from moesaic.skills.looking import film
 
     file = _file(wanted, "film.gif")
+    _tell(f"filming {_only(wanted)}{'' if wanted.stick else '; stick=true draws lines, and is quicker'}")
     frames = film(_only(wanted), wanted, file)
     _said({"file": str(file), "frames": frames}, as_json)
 

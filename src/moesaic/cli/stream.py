@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from moesaic.cli.show import print_json, show
@@ -19,9 +18,10 @@ agrawal, hyperplane, stagger, sea_recurring …), data sets (electricity, covtyp
 Learners: driftmoe, driftmoe-paper, driftmoe-code, driftmoe-task…, nochange, majority, river-ht, river-arf, river-srp,
 river:MODULE.CLASS, capymoa-arf, capymoa-srp, capymoa-dems …
 
-  moesaic stream run stream=led_a length=20000                  figures, drifts and who did what: report.html
-  moesaic stream run stream=sensors.csv.gz source.target=state  a file (target: the last column where left out;
-                                                                source.drop=time,id leaves columns out)
+  moesaic stream run led_a length=20000                         figures, drifts and who did what: report.html
+  moesaic stream run sensors.csv.gz source.target=state         a file (target: the last column where left out;
+                                                                source.drop=time,id leaves columns out,
+                                                                source.on_bad_rows=skip rows that do not fit)
   moesaic stream compare streams=led_a,sea_a learners=driftmoe,river-arf seeds=0,1,2
   moesaic stream report runs/led_a-driftmoe-s0 runs/led_a-river-arf-s0 out=both.html"""
 
@@ -32,8 +32,8 @@ river:MODULE.CLASS, capymoa-arf, capymoa-srp, capymoa-dems …
     group="streams",
     place=95,
     settings=[
-        Section(StreamRun, "settings of run (key=value):"),
-        Section(StreamComparison, "settings of compare (key=value):"),
+        Section(StreamRun, "settings of run (key=value):", actions=("run",)),
+        Section(StreamComparison, "settings of compare (key=value):", actions=("compare",)),
     ],
     operands={"action": "run, compare or report"},
     takes="key=value | FOLDER",
@@ -58,9 +58,12 @@ def _run(arguments: list[str], as_json: bool) -> int | None:
     figures = ", ".join(f"{name} {_percent(results[key])}" for name, key in named.items())
     speed = f"{results['rows_per_second']:,.0f} rows a CPU second"
     print(f"{wanted.folder()}: {results['rows']:,} rows, {figures}; {speed}")
-    for count, what in ((results["unlabelled"], "had no label"), (results["skipped"], "were malformed, and left out")):
-        if count:
-            print(f"{count:,} rows {what}")
+    if results["labelled"] is not None:
+        print(f"labels: column {results['labelled']}, {len(results['classes']):,} classes")
+    if results["unlabelled"]:
+        print(f"{results['unlabelled']:,} rows had no label")
+    if results["skipped"]:
+        print(f"{results['skipped']:,} rows were malformed, and left out; the first: {results['skipped_first']}")
     print(f"over time, drifts, and who did what: {wanted.folder() / 'report.html'}")
     return None
 
@@ -85,6 +88,7 @@ def _report(arguments: list[str], as_json: bool) -> int | None:
     folders, settings = [a for a in arguments if "=" not in a], dict(a.split("=", 1) for a in arguments if "=" in a)
     if not folders or settings.keys() - {"out"}:
         raise ConfigError("stream report takes folders of finished runs and out=FILE.html")
+    from moesaic.report.page import is_page
     from moesaic.report.streams import page
     from moesaic.runs.folder import check_writable, write_text
     from moesaic.trees.running import finished
@@ -94,7 +98,7 @@ def _report(arguments: list[str], as_json: bool) -> int | None:
     if file.suffix != ".html":
         raise ConfigError(f"out={file} must end in .html")
     check_writable(file, f"out={file}")
-    if file.exists() and not _is_page(file):
+    if file.exists() and not is_page(file, "moesaic stream"):
         raise ConfigError(f"out={file} is already there, and is no page of `moesaic stream`: name another file")
     write_text(file, page(results))
     if as_json:
@@ -102,14 +106,6 @@ def _report(arguments: list[str], as_json: bool) -> int | None:
     else:
         print(f"written: {file}")
     return None
-
-
-def _is_page(file: Path) -> bool:
-    """Whether a file is a page of runs, which may be replaced by another."""
-    try:
-        return '<p class="kicker">moesaic stream</p>' in file.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False
 
 
 def _brief(results: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,8 @@ class Section:
     but: Collection[str] = ()
     brief: bool = False
     """Names alone: another verb's help tells them."""
+    actions: Collection[str] = ()
+    """Of the verb's first operand, where they are those of some alone: the help of another leaves them out."""
 
     def fields(self) -> list[Field[Any]]:
         return [f for f in fields(self.of) if f.name not in self.but]
@@ -65,11 +67,14 @@ class Verb:
         options = {"dry_run": args.dry_run} if self.dry_run else {}
         return self.run(*given, *([args.settings] if self.takes else []), as_json=args.json, **options)
 
-    def parser(self, common: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    def parser(self, common: argparse.ArgumentParser, first: str = "") -> argparse.ArgumentParser:
+        """Its arguments; of settings that are an action's, help shows those of the one that was given `first`."""
+        known = any(first in section.actions for section in self.settings)
+        shown = [section for section in self.settings if not known or first in (section.actions or [first])]
         parser = argparse.ArgumentParser(
             prog=f"moesaic {self.name}",
             description=self.summary,
-            epilog="\n\n".join(filter(None, [self.about(), *(section.help() for section in self.settings)])),
+            epilog="\n\n".join(filter(None, [self.about(), *(section.help() for section in shown)])),
             parents=[common],
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )

@@ -124,16 +124,19 @@ def heat(
 
 def shares(
     layers: Mapping[str, Mapping[str, Sequence[float]]], *, title: str, description: str, over: str = "layer",
-    of: str = "expert",
+    of: str = "expert", names: Sequence[str] = (), strongest: float = 0.0,
 ) -> Markup:  # fmt: skip
     """Experts' shares, a row for each task and a block of columns (`of`) for each layer (or what `over` names).
 
-    The strongest tone is the largest share, or twice an equal share among the fewest experts if that is larger.
+    Columns are numbered, or called by `names`, every fourth where they are many.
+
+    The strongest tone is the largest share, or twice an equal share among the fewest experts if that is larger; or
+    `strongest`, where several drawings are to have one scale.
     """
     tasks = list(dict.fromkeys(task for rows in layers.values() for task in rows))
     left, top, size, gap = label_width(tasks) + 22, 34.0, 18.0, 10.0
     every = [row for rows in layers.values() for row in rows.values()]
-    largest = max(max(share, 2 / len(row)) for row in every for share in row)
+    largest = strongest or max(max(share, 2 / len(row)) for row in every for share in row)
     parts, x = [text(left - 10, top - 21, over, anchor="end", class_="tick")], left
     parts.append(text(left - 10, top - 6, of, anchor="end", class_="tick"))
     parts += [text(left - 10, top + size * i + 13, shorten(task), anchor="end") for i, task in enumerate(tasks)]
@@ -142,7 +145,9 @@ def shares(
         parts.append(text(x + size * experts / 2, top - 21, layer, anchor="middle", class_="tick"))
         for e in range(experts):
             if experts <= 16 or e % 4 == 0:
-                parts.append(text(x + size * (e + 0.5), top - 6, str(e), anchor="middle", class_="tiny"))
+                parts.append(
+                    text(x + size * (e + 0.5), top - 6, names[e] if names else str(e), anchor="middle", class_="tiny")
+                )
             for i, task in enumerate(tasks):
                 if task not in rows or e >= len(rows[task]):
                     continue

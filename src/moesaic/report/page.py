@@ -64,6 +64,14 @@ def of_run(
     )  # fmt: skip
 
 
+def is_page(file: Path, kicker: str) -> bool:
+    """Whether a file is such a page, which may be replaced by another."""
+    try:
+        return f'<p class="kicker">{kicker}</p>' in file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+
+
 def _rendered(*, settings: dict[str, Any], **parts: Any) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 

@@ -31,16 +31,17 @@ def page(results: Sequence[dict[str, Any]]) -> str:
     first = results[0]
     facts = [
         ("rows", ", ".join(dict.fromkeys(f"{r['rows']:,}" for r in results))),
+        ("labels", ", ".join(dict.fromkeys(f"column {r['labelled']}" for r in results if r.get("labelled")))),
         ("classes", ", ".join(first["classes"][:12]) + (" …" if len(first["classes"]) > 12 else "")),
         ("labels come", ", ".join(dict.fromkeys(map(_late, results)))),
         ("without a label", f"{first['unlabelled']:,}" if first["unlabelled"] else ""),
         ("left out as malformed", f"{first['skipped']:,}" if first.get("skipped") else ""),
         *(("command", r["command"]) for r in results),
     ]
-    facts = [(name, said) for name, said in facts if said]
     streams = list(dict.fromkeys(r["stream"] for r in results))
+    facts = [(name, said) for name, said in facts if said and (name != "classes" or len(streams) == 1)]
     figures = [_curves(results), _begun(results)]
-    figures += [made for r in results for made in _activity(r)]
+    figures += [made for name, r in zip(_names(results), results, strict=True) for made in _activity(name, r)]
     return of_run(
         "moesaic stream", f"{', '.join(dict.fromkeys(r['learner'] for r in results))} on "
         f"{', '.join(map(short, streams))}", facts=facts,
@@ -135,22 +136,25 @@ def _drifts(results: Sequence[dict[str, Any]]) -> list[Grid]:
 
 
 def _curves(results: Sequence[dict[str, Any]]) -> Figure | None:
-    series = [
-        charts.Line(
-            name,
-            [(w["start"] + w["rows"], 100 * w["accuracy"]) for w in r["windows"] if w["accuracy"] is not None],
-            i,
-        )
-        for i, (name, r) in enumerate(zip(_names(results), results, strict=True))
-    ]
-    series = [line for line in series if len(line.points) > 1]
-    if not series:
-        return None
-    where = sorted({drift["position"] for r in results for drift in r["drifts"]})
-    drawn = lines_of(series, where, "Accuracy by window")
-    rows = f"{results[0]['window']:,}"
-    dashed = "; dashed where a drift has its middle" if where else ""
-    return Figure("Accuracy over the stream", [("", drawn)], f"Windows of {rows} rows{dashed}.")
+    named, drawn = list(zip(_names(results), results, strict=True)), []
+    streams = list(dict.fromkeys(r["stream"] for r in results))
+    for stream in streams:
+        series = [
+            charts.Line(
+                name,
+                [(w["start"] + w["rows"], 100 * w["accuracy"]) for w in r["windows"] if w["accuracy"] is not None],
+                i,
+            )
+            for i, (name, r) in enumerate(named)
+            if r["stream"] == stream
+        ]
+        series = [line for line in series if len(line.points) > 1]
+        where = sorted({drift["position"] for r in results if r["stream"] == stream for drift in r["drifts"]})
+        if series:
+            drawn.append((short(stream) * (len(streams) > 1), lines_of(series, where, "Accuracy by window")))
+    rows = ", ".join(dict.fromkeys(f"{r['window']:,}" for r in results))
+    dashed = "; dashed where a drift has its middle" if any(r["drifts"] for r in results) else ""
+    return Figure("Accuracy over the stream", drawn, f"Windows of {rows} rows{dashed}.") if drawn else None
 
 
 def lines_of(series: Sequence[charts.Line], drifts: Sequence[float], title: str) -> Markup:
@@ -161,13 +165,13 @@ def lines_of(series: Sequence[charts.Line], drifts: Sequence[float], title: str)
     )
 
 
-def _activity(result: dict[str, Any]) -> list[Figure]:
+def _activity(name: str, result: dict[str, Any]) -> list[Figure]:
     drawn = shares_over(result, BINS)
     if not drawn:
         return []
     begun = sum(sum(window.get("reset", ())) for window in result["activity"])
     caption = f"Each row sums to 1. Experts begun anew: {begun:,}." if begun else "Each row sums to 1."
-    return [Figure(f"Who does what, {result['learner']}", drawn, caption)]
+    return [Figure(f"Who does what, {name}", drawn, caption)]
 
 
 def shares_over(result: dict[str, Any], bins: int) -> list[tuple[str, Markup]]:

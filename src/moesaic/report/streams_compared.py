@@ -73,6 +73,10 @@ def _recovery(summary: dict[str, Any]) -> list[Grid]:
     ]
     if len(summary["seeds"]) > 1:
         legend.append(("seeds", "means over all; rows over those that came back, which are counted where some did not"))
+    if any(
+        drift["lowest"] is None for of in summary["recovery"].values() for drifts in of.values() for drift in drifts
+    ):
+        legend.append(("–", "no whole window between this drift and the next, or the end: a smaller window= shows it"))
     made: list[Grid] = []
     for stream, of in summary["recovery"].items():
         drifts = next(iter(of.values()))

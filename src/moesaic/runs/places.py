@@ -42,6 +42,14 @@ def check_unfinished(folder: Path, *, overwrite: bool) -> None:
         raise ConfigError(f"{folder} holds a finished run; overwrite=true replaces it, out=… goes elsewhere")
 
 
+def check_same(folder: Path, described: dict[str, Any], what: str) -> None:
+    """Raise ConfigError where a folder holds `what` with other settings than those that are asked for now."""
+    if changed := differences(read_json(folder / SETTINGS), described):
+        raise ConfigError(
+            f"{folder} holds {what} with {changed}: set it back to go on, or overwrite=true, or another out="
+        )
+
+
 def prepare(
     folder: Path, described: dict[str, Any], made: Collection[str], *, overwrite: bool, unfinished: bool
 ) -> None:
@@ -58,9 +66,7 @@ def prepare(
     file = folder / SETTINGS
     changed = differences(read_json(file), described) if file.is_file() else ""
     if changed and unfinished and not overwrite:
-        raise ConfigError(
-            f"{folder} holds an unfinished run with {changed}: set it back to go on, or overwrite=true, or another out="
-        )
+        check_same(folder, described, "an unfinished run")
     if changed or (folder / RESULTS).is_file():
         for part in (folder / name for name in (RESULTS, *made)):
             if part.is_dir():

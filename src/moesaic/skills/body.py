@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 BODIES = Path(__file__).parent / "bodies"
+WILD, SINKS = 20.0, 0.1
+"""Of a body that should stand still: rad/s, and the share of its height by which it may sink or rise."""
 PER_JOINT = ("kp", "kd", "torque", "default")
 
 
@@ -96,15 +98,35 @@ class Body:
         """Where feet and hands are when it stands at the origin."""
         mujoco = needed()
         model = self.model()
-        data = mujoco.MjData(model)
+        data = self._standing(model)
+        mujoco.mj_forward(model, data)
+        at = data.sensordata.reshape(-1, 3)
+        return Rest(at[0:2].copy(), at[2:4].copy(), float(at[0:2, 2].mean()), 9.81 * float(model.body_mass.sum()))
+
+    def _standing(self, model: mujoco.MjModel) -> mujoco.MjData:
+        """It in its default pose, at rest, at its height."""
+        data = needed().MjData(model)
         for name, angle in zip(self.joints, self.default, strict=True):
             data.joint(name).qpos = angle
         root = model.joint(int(model.body(self.base).jntadr[0]))
         height = int(root.qposadr[0]) + (1 if self.planar else 2)
         data.qpos[height] = self.base_height - (model.body(self.base).pos[2] if self.planar else 0)
-        mujoco.mj_forward(model, data)
-        at = data.sensordata.reshape(-1, 3)
-        return Rest(at[0:2].copy(), at[2:4].copy(), float(at[0:2, 2].mean()), 9.81 * float(model.body_mass.sum()))
+        return data
+
+    def fault(self) -> str:
+        """What keeps it from standing in its default pose for half a second; empty where nothing does."""
+        mujoco = needed()
+        model = self.model()
+        data = self._standing(model)
+        data.ctrl[:] = self.default
+        for _ in range(round(0.5 / model.opt.timestep)):
+            mujoco.mj_step(model, data)
+        place = data.body(self.base).xpos
+        if not np.isfinite(data.qvel).all() or np.abs(data.qvel).max() > WILD:
+            return "its servos are unstable: a smaller timestep in the MJCF, or lower kp or higher kd"
+        if abs(place[2] - self.base_height) > SINKS * self.base_height:
+            return f"its base is at {place[2]:.2f} m after half a second: gains, default and base_height must fit"
+        return ""
 
     @property
     def foot_height(self) -> float:
@@ -139,6 +161,11 @@ class Body:
             spec.add_sensor(
                 name=f"{name}_force", type=sensor.mjSENS_CONTACT, objtype=kind, objname=name, intprm=[2, 3, 1]
             )
+        if not any(own.type == mujoco.mjtTexture.mjTEXTURE_SKYBOX for own in spec.textures):
+            spec.add_texture(
+                name="sky", type=mujoco.mjtTexture.mjTEXTURE_SKYBOX, builtin=mujoco.mjtBuiltin.mjBUILTIN_GRADIENT,
+                rgb1=[0.78, 0.86, 0.93], rgb2=[0.97, 0.96, 0.94], width=64, height=64,
+            )  # fmt: skip
         if scene is not None:
             scene(spec)
         try:

@@ -294,7 +294,10 @@ class SkillEnv(VectorEnv[Any, Any, Any]):
         model, data = self.physics.data(row)
         if self._camera is None or self._camera.stick != stick:
             self._camera = Camera(model, self.body.base, stick=stick)
-        return self._camera.frame(data)
+        now, goal = self._now.of(np.array([row])), self._goal[row]
+        errors = ", ".join(f"{name} {found[0]:.2f} off" for name, found in self.task.errors(now, goal[None]).items())
+        said = f"{self.taken[row] * self.physics.dt:.1f} s", self.task.asked(goal), errors
+        return self._camera.frame(data, self.task.marks(now, goal), "   ".join(filter(None, said)))
 
     def render(self) -> Any:
         """One picture an environment, where `render_mode` is rgb_array."""

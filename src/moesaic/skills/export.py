@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from pathlib import Path
 
 import torch
@@ -26,6 +28,7 @@ def to_onnx(policy: Skill | SkillBlender, file: Path) -> None:
         import onnxscript  # noqa: F401
     except ImportError:
         raise MissingDependency("onnxscript", "skills") from None
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # what is not installed is not needed
     size = policy.command_dim + policy.shared_dim
     part = file.with_name(f".{file.name}.part")
     with writing(file):
@@ -36,7 +39,18 @@ def to_onnx(policy: Skill | SkillBlender, file: Path) -> None:
             input_names=["observation"], output_names=["action"],
             dynamic_shapes=({0: torch.export.Dim("bodies")},),
         )  # fmt: skip
+        _tell(policy, part)
         with writing(file):
             part.replace(file)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _tell(policy: Skill | SkillBlender, file: Path) -> None:
+    """Put into the file what its numbers are: joints, gains, what an action is, and the parts of an observation."""
+    import onnx
+
+    made = onnx.load(file)
+    told = {**policy.relies, "command": policy.command_dim}
+    onnx.helper.set_model_props(made, {f"moesaic.{name}": json.dumps(value) for name, value in told.items()})
+    onnx.save(made, file)

@@ -16,7 +16,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from moesaic.errors import ConfigError
 from moesaic.skills.environment import SkillEnv
-from moesaic.skills.saving import load
+from moesaic.skills.saving import load, save
 
 
 class VecSkillEnv(VecEnv):
@@ -89,6 +89,12 @@ class ActorPolicy(ActorCriticPolicy):
         self.log_std.data.copy_(torch.log(actor.std))
         learning = [p for p in self.parameters() if p.requires_grad]
         self.optimizer = self.optimizer_class(learning, lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
+
+    def save_actor(self, folder: str, *, task: str) -> None:
+        """Keep the actor as `moesaic skill` keeps them, with what it was trained for. Raises as `save` does."""
+        actor: Any = self.action_net
+        actor.std = self.log_std.detach().exp().cpu()
+        save(actor, folder, trained={"task": task})
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         kept = super()._get_constructor_parameters()

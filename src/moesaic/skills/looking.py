@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from moesaic.errors import ConfigError
+from moesaic.errors import ConfigError, path_of
 from moesaic.routing import RoutingTrace
 from moesaic.runs.folder import check_writable, read_json, reading
 from moesaic.runs.results import versions
@@ -20,6 +20,7 @@ from moesaic.skills.skill import Skill, relies_on
 from moesaic.skills.skillbench import SECONDS, evaluate
 from moesaic.skills.skillblender import SkillBlender
 from moesaic.skills.tasks import find
+from moesaic.skills.training import rounds
 
 BINS = 24
 """Parts of a rollout whose weights are shown."""
@@ -67,7 +68,7 @@ def measured(folder: str, wanted: Look) -> dict[str, Any]:
     return {
         **found, "run": str(folder), "kind": policy.kind if isinstance(policy, SkillBlender) else "flat", "body": body,
         "joints": joints, "skills": names, "weights": over, "routing": trace.to_dict() if names else None,
-        "trained": trained, "versions": versions(("mujoco", "gymnasium", "numpy")),
+        "trained": trained, "learning": rounds(path_of(folder)), "versions": versions(("mujoco", "gymnasium", "numpy")),
     }  # fmt: skip
 
 

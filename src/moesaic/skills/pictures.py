@@ -17,7 +17,11 @@ if TYPE_CHECKING:
     import mujoco
 
 Image = NDArray[np.uint8]
+Floats = NDArray[np.float64]
 WIDTH, HEIGHT = 640, 352
+MARK = 0.045
+"""Radius of a mark, m."""
+RED = (214, 58, 47, 255)
 METRE = 110.0
 """Pixels of a stick figure's metre."""
 
@@ -35,19 +39,25 @@ class Camera:
         if not stick:
             self.renderer = _renderer(model)
 
-    def frame(self, data: mujoco.MjData) -> Image:
-        """(height, width, 3) of a body whose kinematics are worked out."""
+    def frame(self, data: mujoco.MjData, marks: Floats, caption: str) -> Image:
+        """(height, width, 3) of a body whose kinematics are worked out, with `marks` (m, 3) in red."""
         if self.renderer is None:
-            return self._sticks(data)
+            return self._sticks(data, marks, caption)
         mujoco = needed()
         view = mujoco.MjvCamera()
         view.lookat[:] = [data.xpos[self.base][0] + 0.3, data.xpos[self.base][1], 0.75]
         view.distance, view.azimuth, view.elevation = 3.2, 90, -8
         self.renderer.update_scene(data, view)
-        taken: Image = self.renderer.render()
-        return taken
+        scene = self.renderer.scene
+        for point in marks:
+            mark = scene.geoms[scene.ngeom]
+            mujoco.mjv_initGeom(
+                mark, mujoco.mjtGeom.mjGEOM_SPHERE, np.full(3, MARK), point, np.eye(3).ravel(), np.array(RED) / 255
+            )
+            scene.ngeom += 1
+        return _captioned(self.renderer.render(), caption)
 
-    def _sticks(self, data: mujoco.MjData) -> Image:
+    def _sticks(self, data: mujoco.MjData, marks: Floats, caption: str) -> Image:
         from PIL import Image as Pillow
         from PIL import ImageDraw
 
@@ -77,7 +87,19 @@ class Camera:
                     centre + turn @ (np.array(s) * size) for s in ((1, 0, 1), (1, 0, -1), (-1, 0, -1), (-1, 0, 1))
                 ]
                 pen.polygon([at(corner) for corner in corners], outline=colour)
-        return np.asarray(drawn)
+        for x, y in map(at, marks):
+            far = METRE * MARK
+            pen.ellipse([x - far, y - far, x + far, y + far], fill=RED[:3])
+        return _captioned(np.asarray(drawn), caption)
+
+
+def _captioned(taken: Image, caption: str) -> Image:
+    from PIL import Image as Pillow
+    from PIL import ImageDraw
+
+    drawn = Pillow.fromarray(taken)
+    ImageDraw.Draw(drawn).text((12, 10), caption, fill=(40, 40, 40), font_size=16)
+    return np.asarray(drawn)
 
 
 def _renderer(model: mujoco.MjModel) -> Any:

@@ -35,7 +35,10 @@ class SkillRun:
     )
     kind: str = field(default="per_joint", metadata={"help": f"of a blend: {', '.join(KINDS)}"})
     body: str = field(default="mini_humanoid", metadata={"help": "mini_humanoid, humanoid, or a manifest's path"})
-    steps: int = field(default=2_400_000, metadata={"help": "control steps of all environments together"})
+    steps: int = field(
+        default=2_400_000,
+        metadata={"help": "control steps of all environments, in whole rounds"},
+    )
     num_envs: int = field(default=256, metadata={"help": "environments at a time"})
     hidden: list[int] = field(default_factory=lambda: [64, 64], metadata={"help": "of the actor, or a blend's head"})
     critic_hidden: list[int] = field(default_factory=lambda: [64, 64], metadata={"help": "of the critic"})
@@ -56,12 +59,15 @@ class SkillRun:
         return bool(self.skills)
 
     def folder(self) -> Path:
-        kind = self.kind.replace("_", "-") if self.blends else "flat"
-        return path_of(self.out) if self.out else Path("runs") / f"{self.task.replace('_', '-')}-{kind}-s{self.seed}"
+        if self.out:
+            return path_of(self.out)
+        body = "" if self.body == SkillRun.body else f"{Path(self.body).stem}-"
+        kind = self.kind if self.blends else "flat"
+        return Path("runs") / f"{body}{self.task}-{kind}-s{self.seed}".replace("_", "-")
 
     def describes(self) -> dict[str, Any]:
-        """What makes two runs the same one."""
-        return {k: v for k, v in asdict(self).items() if k not in ("out", "overwrite", "every", "threads")}
+        """What makes two runs the same one: more steps only make it longer."""
+        return {k: v for k, v in asdict(self).items() if k not in ("out", "overwrite", "every", "threads", "steps")}
 
 
 def recipe(body: str, task: str) -> dict[str, Any]:
@@ -72,6 +78,8 @@ def recipe(body: str, task: str) -> dict[str, Any]:
 
 def load_run(arguments: Sequence[str], *, blends: bool) -> SkillRun:
     """`key=value` settings on top of a recipe. Raises ConfigError for an unknown key (naming the nearest) or value."""
+    if arguments and "=" not in arguments[0]:
+        arguments = [f"task={arguments[0]}", *arguments[1:]]
     given = parse_overrides(arguments, lists=lists(SkillRun), texts=texts(SkillRun), sections=("ppo",))
     check_keys("settings", given, names(SkillRun))
     if empty := [key for key, value in given.items() if value is None]:
@@ -110,11 +118,13 @@ class Look:
     seconds: float = field(default=0.0, metadata={"help": "of a rollout; 0 for the task's own"})
     seed: int = field(default=10_000, metadata={"help": "of goals and of where bodies begin"})
     stick: bool = field(default=False, metadata={"help": "play: lines in place of OpenGL"})
-    out: str = field(default="", metadata={"help": "play: film.gif, film.mp4; export: policy.onnx"})
+    out: str = field(
+        default="", metadata={"help": "eval: a page of several; play: film.gif or .mp4; export: policy.onnx"}
+    )
 
 
 TAKES = {
-    "eval": {"folders", "task", "rollouts", "seconds", "seed"},
+    "eval": {"folders", "task", "rollouts", "seconds", "seed", "out"},
     "play": {"folders", "task", "seconds", "seed", "stick", "out"},
     "export": {"folders", "out"},
 }

@@ -75,6 +75,11 @@ def load(folder: str | Path, relies: Mapping[str, Any] | None = None) -> Skill |
 
 def check_body(policy: Skill | SkillBlender, relies: Mapping[str, Any], folder: str | Path) -> None:
     """Raise AdapterError unless the body at hand is the one that the policy in `folder` is for."""
+    own, here = policy.relies["joints"], relies["joints"]
+    if len(own) != len(here):
+        raise AdapterError(
+            f"the policy in {folder} is for another body: {len(own)} joints, and this one has {len(here)}"
+        )
     if changed := differences(policy.relies, dict(relies)):
         raise AdapterError(f"the policy in {folder} is for another body: {changed}")
 

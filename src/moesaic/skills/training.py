@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from moesaic.errors import AdapterError, MoesaicError, TrainingError, first_line
+from moesaic.report.skills import learning_page
 from moesaic.runs.folder import (
     atomic_folder,
     check_writable,
     discard,
     locked,
+    read_json,
     write_json,
     write_text,
     writing,
 )
-from moesaic.runs.places import RESULTS, check_ours, check_unfinished, prepare
+from moesaic.runs.places import RESULTS, check_ours, check_same, check_unfinished, prepare
 from moesaic.runs.results import command_line, count_trainable, versions
 from moesaic.runs.states import read_state, write_state
+from moesaic.skills.body import load_body
 from moesaic.skills.environment import SkillEnv
 from moesaic.skills.policy import Policy
 from moesaic.skills.ppo import PPO, settings_of
@@ -33,11 +39,13 @@ from moesaic.skills.saving import MODEL, load_skill, save
 from moesaic.skills.skill import Skill, relies_on
 from moesaic.skills.skillblender import SkillBlender
 
+logger = logging.getLogger(__name__)
+
 CHECKPOINT, METRICS, REPORT = "checkpoint", "metrics.jsonl", "report.html"
 VERSION = 1
 PACKAGES = ("mujoco", "gymnasium", "numpy")
-SPEAKS = 2.0
-"""Seconds after which progress is told, and from one time to the next."""
+SPEAKS, LOGS = 2.0, 30.0
+"""Seconds from one time that progress is told to the next: on a terminal, and in a log."""
 State = tuple[dict[str, NDArray[Any]], dict[str, Any]]
 UNSTABLE = 0.2
 """Of a round's steps, the share in which bodies may diverge."""
@@ -51,10 +59,13 @@ def made(wanted: SkillRun, env: SkillEnv) -> Skill | SkillBlender:
         sizes = env.senses.command_dim, env.senses.shared_dim, env.body.dim
         return Skill(wanted.task, relies, *sizes, wanted.hidden, env.task.bounds)
     skills = [load_skill(folder, relies) for folder in wanted.skills]
+    if len(skills) == 1:
+        usual = f": {wanted.task} is for {' and '.join(env.task.skills)}" if env.task.skills else ""
+        logger.warning("a blend of one skill has nothing to weigh%s", usual)
     return SkillBlender(skills, env.senses.command_dim, wanted.hidden, wanted.kind)
 
 
-def train(wanted: SkillRun, *, command: str | None = None, progress: bool | None = None) -> dict[str, Any]:
+def train(wanted: SkillRun, *, command: str | None = None, progress: bool = True) -> dict[str, Any]:
     """Train it, or go on where it was interrupted; returns what is written to results.json.
 
     Raises:
@@ -65,7 +76,11 @@ def train(wanted: SkillRun, *, command: str | None = None, progress: bool | None
     folder = wanted.folder()
     check_writable(folder, f"out={folder}")
     check_ours(folder, "a skill's run", {"task", "kind", "body"})
-    check_unfinished(folder, overwrite=wanted.overwrite)
+    if fault := load_body(wanted.body).fault():
+        logger.warning("body=%s does not stand in its default pose: %s", wanted.body, fault)
+    longer = _goes_on(folder, wanted)
+    if not longer:
+        check_unfinished(folder, overwrite=wanted.overwrite)
     env = SkillEnv(
         wanted.task, wanted.body, wanted.num_envs, threads=wanted.threads, autoreset="same_step",
         randomise=wanted.randomise,
@@ -79,23 +94,33 @@ def train(wanted: SkillRun, *, command: str | None = None, progress: bool | None
             folder.mkdir(parents=True, exist_ok=True)
         with locked(folder):
             described = {**wanted.describes(), "relies": relies_on(env.senses)}
+            if longer:
+                check_same(folder, described, "a finished run")
+                (folder / RESULTS).unlink()
             seconds = _begin(folder, wanted, described, ppo)
-            seconds, last = _rounds(folder, wanted, ppo, seconds, sys.stderr.isatty() if progress is None else progress)
+            seconds, last = _rounds(folder, wanted, ppo, seconds, progress)
             results = {
                 "task": wanted.task, "kind": wanted.kind if wanted.blends else "flat", "seed": wanted.seed,
                 "steps": ppo.taken, "cpu_seconds": seconds, "diverged": env.diverged,
-                "trainable": count_trainable(policy), "last": last, "settings": wanted.describes(),
+                "trainable": count_trainable(policy), "last": last, "settings": asdict(wanted),
                 "command": command or command_line(),
                 "versions": versions(PACKAGES),
             }  # fmt: skip
             ppo.settle()
             actor.std = policy.log_std.detach().exp()
             save(actor, folder / MODEL, {k: results[k] for k in ("task", "steps", "seed", "settings", "versions")})
+            write_text(folder / REPORT, learning_page(results, rounds(folder)))
             write_json(folder / RESULTS, results)
-            discard(folder / CHECKPOINT)
     finally:
         env.close()
     return results
+
+
+def _goes_on(folder: Path, wanted: SkillRun) -> bool:
+    """Whether more steps are asked of a finished run than it took."""
+    if wanted.overwrite or not (folder / RESULTS).is_file() or not (folder / CHECKPOINT).is_dir():
+        return False
+    return int(read_json(folder / RESULTS).get("steps", 0)) < wanted.steps
 
 
 def _begin(folder: Path, wanted: SkillRun, described: dict[str, Any], ppo: PPO) -> float:
@@ -136,6 +161,7 @@ def _rounds(folder: Path, wanted: SkillRun, ppo: PPO, seconds: float, tells: boo
     began, spoke = time.process_time() - seconds, time.monotonic()
     lines = (folder / METRICS).read_text(encoding="utf-8", errors="replace").count("\n")
     figures: dict[str, float] = {}
+    terminal = sys.stderr.isatty()
 
     def whole() -> State:
         arrays, values = ppo.state()
@@ -162,15 +188,32 @@ def _rounds(folder: Path, wanted: SkillRun, ppo: PPO, seconds: float, tells: boo
                 state = whole()
                 if lines % wanted.every == 0:
                     keep(state)
-                if tells and time.monotonic() - spoke > SPEAKS:
+                if tells and time.monotonic() - spoke > (SPEAKS if terminal else LOGS):
                     spoke = time.monotonic()
-                    print(told(wanted, ppo, figures), end="\r", file=sys.stderr, flush=True)
+                    print(told(wanted, ppo, figures), end="\r" if terminal else "\n", file=sys.stderr, flush=True)
+        keep(state)
     except KeyboardInterrupt:
         keep(state)  # of the last whole round
         raise KeyboardInterrupt(
             f"stopped after {state[1]['taken']:,} steps, which are kept; the same command goes on"
         ) from None
     return time.process_time() - began, figures
+
+
+def rounds(folder: Path, most: int = 60) -> list[list[float]]:
+    """What a run's metrics say of its learning, in at most so many points: steps, reward, falls; none without any."""
+    file = folder / METRICS
+    found = []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else ():
+        try:
+            told = json.loads(line)
+            found.append([float(told[name]) for name in ("steps", "reward", "falls")])
+        except (ValueError, TypeError, KeyError):  # cut short
+            continue
+    if len(found) < 2:
+        return []
+    parts = np.array_split(np.array(found), min(most, len(found)))
+    return [[float(part[-1, 0]), *part[:, 1:].mean(axis=0).tolist()] for part in parts]
 
 
 def told(wanted: SkillRun, ppo: PPO, figures: Mapping[str, float]) -> str:

@@ -73,6 +73,8 @@ class StreamRun:
 
 def load_run(arguments: Sequence[str]) -> StreamRun:
     """`key=value` settings to a run. Raises ConfigError for an unknown key (naming the nearest), or a wrong value."""
+    if arguments and "=" not in arguments[0]:
+        arguments = [f"stream={arguments[0]}", *arguments[1:]]
     given = parse_overrides(arguments, lists=lists(StreamRun), texts=texts(StreamRun), sections=("source", "model"))
     check_keys("settings", given, names(StreamRun))
     made = build(StreamRun, {}, given)
@@ -114,6 +116,8 @@ def run(wanted: StreamRun, *, command: str | None = None, progress: bool | None 
             _keep(made, stream, folder / MODEL)
             results = {
                 **found.as_json(), "skipped": stream.skipped.count,
+                "skipped_first": next(iter(stream.skipped.reasons), None),
+                "labelled": getattr(stream, "labelled", None),
                 "learner": wanted.learner, "seed": wanted.seed, "settings": wanted.describes(),
                 "command": command or command_line(), "versions": versions(PACKAGES),
             }  # fmt: skip
@@ -138,6 +142,8 @@ def finished(folder: Path) -> dict[str, Any]:
     if not (folder / RESULTS).is_file():
         raise ConfigError(f"{folder} holds no finished run on a stream: `moesaic stream run` makes one")
     found = read_json(folder / RESULTS)
+    if not {"stream", "learner"} <= found.keys():
+        raise ConfigError(f"{folder} holds a finished run, but none on a stream")
     from moesaic.report.streams import page
 
     with reading(folder / RESULTS):

@@ -42,6 +42,9 @@ class ButtonPress(Task):
         side, up = (0.0, 0.3) if self.body.planar else (0.5, 0.5)
         return in_turn(chance, rows, np.array([WALL, -side, 1 - up]), np.array([WALL, side, 1 + up]))
 
+    def marks(self, now: Readings, goal: Floats) -> Floats:
+        return goal[None]
+
     def away(self, now: Readings, goal: Floats) -> Floats:
         return (goal - now.hands[:, 0])[:, self.axes]
 

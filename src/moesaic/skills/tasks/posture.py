@@ -71,6 +71,9 @@ class Reach(Posture):
         """(N, 2, a): from each hand to where it should be, m."""
         return goal.reshape(len(goal), 2, -1) - now.hands[..., self.axes]
 
+    def marks(self, now: Readings, goal: Floats) -> Floats:
+        return _placed(self.body.rest.hands, self.axes, goal)
+
     def command(self, now: Readings, goal: Floats) -> Floats:
         return self.told * self.away(now, goal).reshape(len(goal), -1)
 
@@ -113,6 +116,11 @@ class Squat(Posture):
         """(N, 1): how much higher the base should be, m."""
         return goal - now.position[:, 2:]
 
+    def marks(self, now: Readings, goal: Floats) -> Floats:
+        """Beside the base, ahead of it and behind."""
+        ahead = np.array([[0.3, 0.0, 0.0], [-0.3, 0.0, 0.0]])
+        return np.array([*now.position[0, :2], goal[0]]) + ahead
+
     def command(self, now: Readings, goal: Floats) -> Floats:
         return self.told * self.away(now, goal)
 
@@ -151,6 +159,9 @@ class Step(Posture):
     def away(self, now: Readings, goal: Floats) -> Floats:
         return goal.reshape(len(goal), 2, -1) - now.feet[..., self.ground]
 
+    def marks(self, now: Readings, goal: Floats) -> Floats:
+        return _placed(self.body.rest.feet, self.ground, goal)
+
     def command(self, now: Readings, goal: Floats) -> Floats:
         return self.told * self.away(now, goal).reshape(len(goal), -1)
 
@@ -159,3 +170,10 @@ class Step(Posture):
 
     def feet_pos(self, m: Moment) -> Floats:
         return near(self.away(m.now, m.goal), self.sharpness)
+
+
+def _placed(rest: Floats, axes: list[int], goal: Floats) -> Floats:
+    """(2, 3): where they rest, moved to a goal (2 a,) that says `axes` of both."""
+    points = rest.copy()
+    points[:, axes] = goal.reshape(2, -1)
+    return points

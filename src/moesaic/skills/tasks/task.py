@@ -76,6 +76,14 @@ class Task(ABC):
     def errors(self, now: Readings, goal: Floats) -> dict[str, Floats]:
         """How far from the goal, (N,) each, in m, m/s or rad."""
 
+    def marks(self, now: Readings, goal: Floats) -> Floats:
+        """What a film shows of the goal (g,) of the first of those at hand: points (m, 3)."""
+        return np.zeros((0, 3))
+
+    def asked(self, goal: Floats) -> str:
+        """What it says of it in words; empty where points say all."""
+        return ""
+
     def ended(self, now: Readings, goal: Floats) -> NDArray[np.bool_]:
         """Whether it is done before its time, (N,). That truncates an episode: rewards are positive, and where an end
         were worth nothing (as published) a policy would stop short of it."""

@@ -30,6 +30,9 @@ class Thing(Task):
     def command_dim(self) -> int:
         return 3 * len(self.axes)
 
+    def marks(self, now: Readings, goal: Floats) -> Floats:
+        return goal[None, :3]
+
     def left(self, now: Readings, goal: Floats) -> Floats:
         """(N, a): from the thing to its goal, m."""
         return (goal - now.objects[:, 0])[:, self.axes]

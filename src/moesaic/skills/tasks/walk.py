@@ -59,6 +59,10 @@ class Walk(Task):
         away = (goal[:, 2] - now.euler[:, 2] + np.pi) % (2 * np.pi) - np.pi
         return np.clip(0.5 * away, -1, 1)
 
+    def asked(self, goal: Floats) -> str:
+        own = f"{goal[0]:+.1f} m/s" if self.body.planar else f"{goal[0]:+.1f}, {goal[1]:+.1f} m/s"
+        return f"asked for {own}"
+
     def command(self, now: Readings, goal: Floats) -> Floats:
         if self.body.planar:
             return 2 * goal[:, :1]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import logging
 import math
 import re
 import zlib
 from abc import abstractmethod
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +20,10 @@ from moesaic.trees.streams.stream import Chunk, Gathered, Skipped, Stream
 
 OnBadRows = Literal["stop", "skip"]
 Records = Generator[tuple[int, list[Any] | BadRow], None, None]
+logger = logging.getLogger(__name__)
+
+MANY = 100
+"""Classes at which it is asked whether a column holds labels at all."""
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")
 
 
@@ -28,7 +34,7 @@ class TableStream(Stream):
         self.path, self.on_bad_rows, self.drop = path, on_bad_rows, {*drop}
         self.name = name or path.name.split(".")[0] or path.name
         self._skipped = Skipped()
-        self._plain = False
+        self._plain = self._told = False
 
     @property
     def skipped(self) -> Skipped:
@@ -48,12 +54,17 @@ class TableStream(Stream):
         if double is not None:
             raise DataError(f"{self.path}: two columns are called '{double}' (are there names in the first line?)")
         if target is not None and target not in names:
-            raise ConfigError(f"{self.path} has no column '{target}': {suggest(target, names)}")
+            near = get_close_matches(target, names, n=1)
+            hint = f"did you mean '{near[0]}'? " if near else ""
+            raise ConfigError(
+                f"{self.path} has no column '{target}'; {hint}source.target= names one of {', '.join(names)}"
+            )
         if unknown := self.drop - {*names}:
             raise ConfigError(f"{self.path} has no column '{min(unknown)}' to drop: {suggest(min(unknown), names)}")
         self.target = len(names) - 1 if target is None else names.index(target)
         if names[self.target] in self.drop:
             raise ConfigError(f"{names[self.target]} is the target: it cannot be dropped; target= names another")
+        self.labelled = names[self.target]
         self._wide = len(names)
         self._dropped = [place for place in reversed(range(len(names))) if names[place] in self.drop]
         away = {self.target, *self._dropped}
@@ -123,10 +134,16 @@ class TableStream(Stream):
             for place in sorted((self.target, *self._dropped), reverse=True):
                 del fields[place]
             gathered.add(self._values(fields), self._label(label))
+            if len(self.classes) == MANY and not self._told:
+                self._told = True
+                said = (
+                    "%s: column '%s' has %d classes already: are those its labels? source.target= names another column"
+                )
+                logger.warning(said, self.path, self.labelled, MANY)
         except BadRow as bad:
             where = f"{self.path}:{line}: {bad}"
             if self.on_bad_rows == "stop":
-                raise DataError(f"{where}; mend it, or skip bad rows") from None
+                raise DataError(f"{where}; mend it, or source.on_bad_rows=skip leaves such rows out") from None
             self._skipped.add(where)
         except DataError as error:
             raise DataError(f"{self.path}:{line}: {error}") from None
