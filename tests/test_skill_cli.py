@@ -75,7 +75,7 @@ def test_runs_are_measured_and_their_pages_show_weights(runs: Path, capsys: pyte
     assert f"side by side: {file}" in both
     page = file.read_text()
     assert "wrist error, m" in page
-    assert "Learning" in page
+    assert "flat on walk, reach" in page
 
 
 def test_a_film_is_a_rollout(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,14 +14,15 @@ def page(results: Sequence[dict[str, Any]]) -> str:
     """The page of policies that were measured, side by side where they are several."""
     first = results[0]
     curves = {r["run"]: r["learning"] for r in results if r["learning"]}
+    tasks = ", ".join(dict.fromkeys(r["task"] for r in results))
     facts = [
-        ("task", first["task"]), ("body", first["body"]),
+        ("task", tasks), ("body", ", ".join(dict.fromkeys(r["body"] for r in results))),
         ("rollouts", f"{first['rollouts']} of {first['seconds']:g} s"),
         ("skills", ", ".join(first["skills"])),
         ("trained", ", ".join(f"{r['trained'].get('steps', 0):,} steps" for r in results)),
     ]  # fmt: skip
     return of_run(
-        "moesaic skill", f"{', '.join(dict.fromkeys(r['kind'] for r in results))} on {first['task']}",
+        "moesaic skill", f"{', '.join(dict.fromkeys(r['kind'] for r in results))} on {tasks}",
         facts=[(name, said) for name, said in facts if said], grids=grids(results),
         figures=[
             *(made for r in results if (made := _weights(r, several=len(results) > 1)) is not None),
