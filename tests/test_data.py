@@ -1,5 +1,6 @@
-"""JSONL data: three shapes of rows, and one clear line for everything that can be wrong with them."""
+"""Data: shapes of rows and files that hold them, and one clear line for everything that can be wrong with them."""
 
+import csv
 import json
 import logging
 
@@ -35,16 +36,17 @@ def test_reads_the_three_shapes_and_skips_blank_lines(tmp_path):
     [
         ('{"task": "t", ', "not valid JSON"),
         ("[1]", "expected an object"),
-        ('{"prompt": "p"}', "'task' is missing"),
         ('{"task": " ", "prompt": "p"}', "'task' is empty"),
-        ('{"task": "t", "completion": "c"}', "'prompt' is missing"),
-        ('{"task": "t", "prompt": "p"}', "neither 'choices', 'completion' nor 'messages'"),
+        ('{"task": "t", "completion": "c"}', 'a row is {"prompt", "completion"}, {"prompt", "choices", "answer"}, '),
+        ('{"task": "t", "text": "c"}', "this one has task, text"),
+        ('{"task": "t", "prompt": "p"}', "this one has a prompt and nothing to answer"),
+        ('{"instruction": "i", "output": 4}', "'completion' must be text, got int"),
         ('{"task": 3, "prompt": "p", "completion": "c"}', "'task' must be text, got int"),
         ('{"task": "t", "prompt": "p", "completion": 4}', "'completion' must be text, got int"),
         (json.dumps({**CHOICE, "answer": 2}), "'answer' is 2, but there are 2 choices"),
         (json.dumps({**CHOICE, "answer": -1}), "'answer' is -1"),
-        (json.dumps({**CHOICE, "answer": True}), "must be an index"),
-        (json.dumps({**CHOICE, "answer": "b"}), "must be an index"),
+        (json.dumps({**CHOICE, "answer": True}), "must be one of 'choices'"),
+        (json.dumps({**CHOICE, "answer": "c"}), "must be one of 'choices', or an index into them, got 'c'"),
         (json.dumps({k: v for k, v in CHOICE.items() if k != "answer"}), "'answer' is missing"),
         (json.dumps({**CHOICE, "choices": ["a"]}), "at least two"),
         (json.dumps({**CHOICE, "choices": "ab"}), "must be a list"),
@@ -146,7 +148,23 @@ def test_the_digest_depends_on_rows_and_order():
         lambda x: (
             st.lists(x)
             | st.dictionaries(
-                st.sampled_from(["task", "prompt", "choices", "answer", "completion", "messages", "role", "content"]), x
+                st.sampled_from(
+                    [
+                        *[
+                            "task",
+                            "prompt",
+                            "choices",
+                            "answer",
+                            "completion",
+                            "messages",
+                            "role",
+                            "content",
+                            "instruction",
+                            "output",
+                        ]
+                    ]
+                ),
+                x,
             )
         ),
     )
@@ -190,3 +208,77 @@ def test_a_row_that_nothing_could_be_learned_from_is_refused(tmp_path, line, rea
 
 def test_a_wrong_choice_may_be_there_twice(tmp_path):
     assert data.load(write(tmp_path / "x.jsonl", [{**CHOICE, "choices": ["a", "b", "a"]}]))
+
+
+def test_a_gold_answer_is_an_index_or_the_choice_itself():
+    assert data.parse({**CHOICE, "answer": "b"}, "") == data.parse(CHOICE, "")
+    assert data.parse({**CHOICE, "answer": "1"}, "") == data.parse(CHOICE, "")
+    numbers = {**CHOICE, "choices": ["1", "0"], "answer": "0"}
+    assert data.parse(numbers, "").label == 1, "a text that is a choice is that choice, whatever number it is"
+
+
+def test_instructions_as_alpaca_has_them(tmp_path):
+    rows = [{"instruction": "add", "input": "1 2", "output": "3"}, {"instruction": "hi", "input": "", "output": "ho"}]
+    file = tmp_path / "alpaca_data.json"
+    file.write_text(json.dumps(rows))
+    first, second = data.load(file)
+    assert first == data.Example("alpaca_data", "add\n\n1 2", "3")
+    assert second == data.Example("alpaca_data", "hi", "ho")
+    assert first.where == f"{file}, row 1"
+
+
+def test_rows_without_a_task_are_their_files_or_their_folders(tmp_path):
+    row = {"prompt": "p", "completion": "c"}
+    for place in ("sums.jsonl", "sql/train.jsonl", "own/one/train.jsonl"):
+        write(tmp_path / place, [row])
+    assert [e.task for e in data.load(tmp_path / "sums.jsonl")] == ["sums"]
+    assert [e.task for e in data.load(tmp_path / "sql" / "train.jsonl")] == ["sql"]
+    assert [e.task for e in data.load(tmp_path / "sql")] == ["sql"]
+    assert [e.task for e in data.load(tmp_path / "own")] == ["one"]
+
+
+def test_the_same_rows_from_every_kind_of_file(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    plain = {"task": "t", "prompt": 'say "a",\nor b', "completion": "c"}
+    write(tmp_path / "x.jsonl", [plain, CHOICE, CHAT])
+    (tmp_path / "list.json").write_text(json.dumps([plain, CHOICE, CHAT]))
+    write(tmp_path / "lines.json", [plain, CHOICE, CHAT])
+    names = ["task", "prompt", "completion", "choices", "answer", "messages"]
+    with (tmp_path / "x.csv").open("w", newline="", encoding="utf-8-sig") as file:
+        table = csv.DictWriter(file, names)
+        table.writeheader()
+        for row in (plain, CHOICE, CHAT):
+            table.writerow({k: json.dumps(v) if isinstance(v, list) else v for k, v in row.items()})
+    columns = {name: [row.get(name) for row in (plain, CHOICE, CHAT)] for name in names}
+    parquet.write_table(pa.table(columns), tmp_path / "x.parquet")
+    found = [data.load(tmp_path / name) for name in ("x.jsonl", "list.json", "lines.json", "x.csv", "x.parquet")]
+    assert all(rows == found[0] for rows in found)
+
+
+def test_tables_that_do_not_fit_say_where(tmp_path, caplog):
+    (tmp_path / "x.csv").write_text("prompt,completion\na,b\nc\nd,e\n")
+    with pytest.raises(DataError, match=r"x\.csv:3: it has another number of fields"):
+        data.load(tmp_path / "x.csv")
+    assert len(data.load(tmp_path / "x.csv", on_bad_lines="skip")) == 2
+    (tmp_path / "y.csv").write_text('prompt,completion\na,"b\n')
+    with pytest.raises(DataError, match=r"y\.csv: no CSV: .* \(a quote that does not end\?\)"):
+        data.load(tmp_path / "y.csv")
+    (tmp_path / "z.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match=r"z\.parquet: no Parquet file that can be read"):
+        data.load(tmp_path / "z.parquet")
+    write(tmp_path / "w.json", ["[1,"])
+    with pytest.raises(DataError, match=r"w\.json: not valid JSON"):
+        data.load(tmp_path / "w.json")
+
+
+def test_a_folder_of_tables(tmp_path):
+    for task in ("one", "two"):
+        (tmp_path / task).mkdir()
+        (tmp_path / task / "train.csv").write_text("prompt,completion\na,b\n")
+    assert [e.task for e in data.load(tmp_path)] == ["one", "two"]
+    assert data.has_split(tmp_path, "train")
+    write(tmp_path / "one" / "train.jsonl", [{"prompt": "p", "completion": "c"}])
+    with pytest.raises(DataError, match=r"one holds train\.jsonl and train\.csv: keep one"):
+        data.load(tmp_path)

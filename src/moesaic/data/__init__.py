@@ -1,1 +1,1 @@
-"""Rows of text to batches: `examples` reads and checks them, `causal` makes tokens of them, `sampling` orders them."""
+"""Rows of text to batches: `files` and `examples` read them, `shapes` checks each, `causal` tokenizes."""

@@ -1,8 +1,4 @@
-"""Examples from JSONL files: one a line, in one of three shapes.
-
-    {"task", "prompt", "choices": [...], "answer": index}      multiple choice or classification
-    {"task", "prompt", "completion"[, "answer": text]}         generation
-    {"task", "messages": [{"role", "content"}, ...]}           chat; the last message is the assistant's
+"""Examples from files of rows (see `shapes`): JSONL, JSON, CSV or Parquet.
 
 A path is a file, a folder (`<task>/{train,validation,test}.jsonl`, or `<split>.jsonl` itself) or a `datasets` hub id.
 """
@@ -10,36 +6,18 @@ A path is a file, a folder (`<task>/{train,validation,test}.jsonl`, or `<split>.
 import hashlib
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from moesaic.data.jsonl import decode, encodable, lines
+from moesaic.data.files import SUFFIXES, read_rows
+from moesaic.data.jsonl import decode
+from moesaic.data.shapes import Example, parse
 from moesaic.errors import DataError, MissingDependency, first_line, path_of, suggest
 
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
-
-
-@dataclass(frozen=True)
-class Example:
-    """One row. `choices` is empty unless `answer` indexes it; `messages` is empty unless the row is a chat."""
-
-    task: str
-    prompt: str = ""
-    completion: str = ""
-    choices: tuple[str, ...] = ()
-    answer: int | str | None = None
-    messages: tuple[tuple[str, str], ...] = ()
-    where: str = field(default="", repr=False, compare=False)
-    """File and line, for messages about the row."""
-
-    @property
-    def label(self) -> int:
-        """The index of the right choice (multiple-choice rows only)."""
-        assert isinstance(self.answer, int), "label is for rows with choices"
-        return self.answer
 
 
 def load(
@@ -78,11 +56,24 @@ def has_split(path: str | Path, split: str, tasks: Sequence[str] | None = None) 
     if not folder.is_dir():
         return False
     inner = [folder / task for task in tasks] if tasks else [p for p in folder.iterdir() if _splits(p)]
-    return (folder / f"{split}.jsonl").is_file() or (bool(inner) and all(split in _splits(p) for p in inner))
+    return bool(_files(folder, split)) or (bool(inner) and all(split in _splits(p) for p in inner))
 
 
 def _splits(folder: Path) -> list[str]:
-    return [split for split in SPLITS if (folder / f"{split}.jsonl").is_file()]
+    return [split for split in SPLITS if _files(folder, split)]
+
+
+def _files(folder: Path, split: str) -> list[Path]:
+    """The files of a split, which should be one at most."""
+    return [file for suffix in SUFFIXES if (file := folder / f"{split}{suffix}").is_file()]
+
+
+def _file(folder: Path, split: str) -> Path | None:
+    """The file of a split; None where there is none. Raises DataError where there are several."""
+    found = _files(folder, split)
+    if len(found) > 1:
+        raise DataError(f"{folder} holds {' and '.join(file.name for file in found)}: keep one")
+    return found[0] if found else None
 
 
 def _is_path(name: str) -> bool:
@@ -106,119 +97,33 @@ def digest(examples: Sequence[Example]) -> str:
     return sha.hexdigest()
 
 
-def parse(row: Any, where: str, *, of: str | None = None) -> Example:
-    """One decoded JSON value to an `Example`; `where` ("file:line") opens the message of the DataError.
-
-    Args:
-        of: the task of a row that names none.
-    """
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: expected an object like {{'task': …, 'prompt': …}}, got {type(row).__name__}")
-    task = encodable(of, "task", where) if of is not None and "task" not in row else _text(row, "task", where)
-    if not task.strip():
-        raise DataError(f"{where}: 'task' is empty")
-    if row.get("messages") is not None and row.get("tools"):
-        raise DataError(f"{where}: 'tools' are not read: write the calls into the messages' content")
-    if row.get("messages") is not None:
-        return Example(task, messages=_messages(row["messages"], where))
-    if "prompt" not in row:
-        raise DataError(
-            f"{where}: field 'prompt' is missing: a row has 'prompt', or 'messages' if it is a chat; this one has "
-            f"{', '.join(sorted(map(str, row)))}"
-        )
-    prompt = _text(row, "prompt", where)
-    if row.get("choices") is not None and row.get("completion") is not None:
-        raise DataError(f"{where}: 'choices' and 'completion' are both there: leave one of them out")
-    if row.get("choices") is not None:
-        return _choice(task, prompt, row, where)
-    if row.get("completion") is not None:
-        answer, completion = row.get("answer"), _text(row, "completion", where)
-        if not isinstance(answer, (str, int, float, type(None))):
-            raise DataError(f"{where}: 'answer' must be a text or a number, got {type(answer).__name__}")
-        if not prompt and not completion:
-            raise DataError(f"{where}: 'prompt' and 'completion' are both empty: there is nothing to learn")
-        return Example(task, prompt, completion, answer=None if answer is None else str(answer))
-    raise DataError(f"{where}: neither 'choices', 'completion' nor 'messages' is there; one of them is needed")
-
-
-def _text(row: dict[str, Any], key: str, where: str) -> str:
-    if key not in row:
-        how = ": each row names its task, or lies in a folder of that name, TASK/train.jsonl" if key == "task" else ""
-        raise DataError(f"{where}: field '{key}' is missing{how}")
-    if not isinstance(row[key], str):
-        raise DataError(f"{where}: '{key}' must be text, got {type(row[key]).__name__}")
-    return encodable(row[key], key, where)
-
-
-def _choice(task: str, prompt: str, row: dict[str, Any], where: str) -> Example:
-    choices, answer = row["choices"], row.get("answer")
-    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) for c in choices):
-        raise DataError(f"{where}: 'choices' must be a list of at least two texts")
-    if not all(encodable(c, "choices", where).strip() for c in choices):
-        raise DataError(f"{where}: one of the 'choices' is empty")
-    if "answer" not in row:
-        raise DataError(f"{where}: field 'answer' is missing: the index of the right choice")
-    if not isinstance(answer, int) or isinstance(answer, bool):
-        raise DataError(f"{where}: 'answer' must be an index into 'choices', got {answer!r}")
-    if not 0 <= answer < len(choices):
-        raise DataError(
-            f"{where}: 'answer' is {answer}, but there are {len(choices)} choices (0 to {len(choices) - 1})"
-        )
-    if choices.count(choices[answer]) > 1:
-        raise DataError(
-            f"{where}: the right choice {choices[answer]!r} is there twice: answers could not be told apart"
-        )
-    return Example(task, prompt, choices=tuple(choices), answer=answer)
-
-
-def _messages(messages: Any, where: str) -> tuple[tuple[str, str], ...]:
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"{where}: 'messages' must be a list of {{'role', 'content'}} objects")
-    turns = []
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise DataError(f"{where}: messages[{i}] must be an object with 'role' and 'content'")
-        called = next((key for key in ("tool_calls", "function_call") if message.get(key)), None)
-        if called is not None and message.get("content") is not None:
-            raise DataError(f"{where}: messages[{i}]: {called!r} is not read: write the call into 'content'")
-        turns.append(
-            (_text(message, "role", f"{where}: messages[{i}]"), _text(message, "content", f"{where}: messages[{i}]"))
-        )
-    if turns[-1][0] != "assistant":
-        raise DataError(
-            f"{where}: the last message is by '{turns[-1][0]}'; it must be the assistant's, which is learned"
-        )
-    if len(turns) < 2:
-        raise DataError(f"{where}: the chat is one message: at least one must come before the assistant's answer")
-    return tuple(turns)
-
-
 def _folder(folder: Path, split: str, tasks: Sequence[str] | None, on_bad_lines: str) -> list[Example]:
     if split not in SPLITS:
         raise DataError(f"unknown split '{split}'; {suggest(split, SPLITS)}")
-    whole = folder / f"{split}.jsonl"
-    if whole.is_file():
-        own = min((p.name for p in folder.iterdir() if (p / whole.name).is_file()), default=None)
+    whole = _file(folder, split)
+    if whole is not None:
+        own = min((file for p in folder.iterdir() if p.is_dir() for file in _files(p, split)), default=None)
         if own is not None:
-            raise DataError(f"{folder} holds {whole.name} and {own}/{whole.name}: keep one file, or a folder a task")
+            inner = own.relative_to(folder)
+            raise DataError(f"{folder} holds {whole.name} and {inner}: keep one file, or a folder a task")
         return _select(_read(whole, on_bad_lines), tasks, str(whole))
     there = sorted(p.name for p in folder.iterdir() if _splits(p))
     if not there:
         raise DataError(f"{folder}: neither {split}.jsonl nor <task>/{split}.jsonl is in it")
     examples: list[Example] = []
     for task in _known(tasks, there, str(folder)):
-        file = folder / task / f"{split}.jsonl"
-        if not file.is_file():
+        file = _file(folder / task, split)
+        if file is None:
             splits = ", ".join(_splits(folder / task))
             raise DataError(
-                f"task '{task}' has no {split} split: {file} is missing; data=… names other rows, split=… takes those "
-                f"that there are ({splits})"
+                f"task '{task}' has no {split} split: {folder / task / split}.jsonl is missing; data=… names others, "
+                f"split=… takes those that there are ({splits})"
             )
-        rows = _read(file, on_bad_lines, of=task)
-        stranger = next((e.task for e in rows if e.task != task), None)
+        found = _read(file, on_bad_lines, of=task)
+        stranger = next((e.task for e in found if e.task != task), None)
         if stranger is not None:
             raise DataError(f"{file}: a row's task is '{stranger}'; in folder '{task}' it must be '{task}'")
-        examples += rows
+        examples += found
     return examples
 
 
@@ -241,7 +146,8 @@ def _select(examples: list[Example], tasks: Sequence[str] | None, where: str) ->
 
 
 def _read(file: Path, on_bad_lines: str, *, of: str | None = None) -> list[Example]:
-    return _collect(lines(file), on_bad_lines, str(file), of=of)
+    named = file.stem if file.stem not in SPLITS else file.absolute().parent.name or "rows"
+    return _collect(read_rows(file), on_bad_lines, str(file), of=of or named)
 
 
 def _hub(name: str, split: str, on_bad_lines: str) -> list[Example]:
@@ -255,14 +161,13 @@ def _hub(name: str, split: str, on_bad_lines: str) -> list[Example]:
         raise DataError(
             f"'{name}' is neither a file, a folder nor a data set that could be loaded: {first_line(error)}"
         ) from None
-    return _collect(((f"{name}[{split}]:{i}", row) for i, row in enumerate(table)), on_bad_lines, name)
+    numbered = ((f"{name}[{split}]:{i}", row) for i, row in enumerate(table))
+    return _collect(numbered, on_bad_lines, name, of=Path(name).name)
 
 
-def _collect(
-    rows: Iterable[tuple[str, Any]], on_bad_lines: str, source: str, *, of: str | None = None
-) -> list[Example]:
+def _collect(found: Iterable[tuple[str, Any]], on_bad_lines: str, source: str, *, of: str) -> list[Example]:
     examples, skipped = [], 0
-    for where, row in rows:
+    for where, row in found:
         try:
             examples.append(replace(parse(decode(row, where), where, of=of), where=where))
         except DataError as error:

@@ -29,6 +29,8 @@ def lines(file: Path) -> Iterator[tuple[str, str]]:
 
 def decode(row: Any, where: str) -> Any:
     """The value of a line, or what is one already. Raises DataError, which opens with `where`."""
+    if isinstance(row, DataError):
+        raise row
     if not isinstance(row, str):
         return row
     try:

@@ -22,8 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moesaic.data.examples import has_split, parse
-from moesaic.data.jsonl import decode, encodable, lines
+from moesaic.data.examples import has_split
+from moesaic.data.files import SUFFIXES, read_rows
+from moesaic.data.jsonl import decode, encodable
+from moesaic.data.shapes import parse
 from moesaic.errors import DataError, path_of
 
 HELD_OUT = 10
@@ -58,12 +60,13 @@ def _from_files(source: str) -> Iterator[str]:
     pattern = glob.escape(str(place)) if place.exists() else str(place)
     found = _below(place) if place.is_dir() else map(Path, glob.iglob(pattern, recursive=True))
     files = {file.resolve(): file for file in sorted(found, reverse=True) if file.is_file()}  # a link's text once
-    if place.is_dir() and has_split(place, "train"):
-        files = {real: file for real, file in files.items() if file.name == "train.jsonl"}
+    of_tasks = place.is_dir() and has_split(place, "train")
+    if of_tasks:
+        files = {real: file for real, file in files.items() if file.stem == "train" and file.suffix in SUFFIXES}
     if not files:
         raise DataError(f"there is no text at {source}: name a file, a folder, a pattern, or {' or '.join(BUILT_IN)}")
     for file in sorted(files.values()):
-        yield from _rows(file) if file.suffix == ".jsonl" else [_read(file)]
+        yield from _rows(file) if of_tasks or file.suffix == ".jsonl" else [_read(file)]
 
 
 def _below(folder: Path) -> Iterator[Path]:
@@ -74,8 +77,8 @@ def _below(folder: Path) -> Iterator[Path]:
 
 
 def _rows(file: Path) -> Iterator[str]:
-    for where, line in lines(file):
-        row = decode(line, where)
+    for where, given in read_rows(file):
+        row = decode(given, where)
         if isinstance(row, dict) and isinstance(row.get("text"), str):
             yield encodable(row["text"], "text", where)
             continue
