@@ -3,13 +3,17 @@
 import csv
 import json
 import logging
+import socket
+import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from moesaic.data import examples as data
-from moesaic.errors import DataError
+from moesaic.data.hub import unreachable
+from moesaic.errors import ConfigError, DataError
+from moesaic.models.embedded import load_model
 
 CHOICE = {"task": "t", "prompt": "p", "choices": ["a", "b"], "answer": 1}
 COMPLETION = {"task": "t", "prompt": "p", "completion": "c", "answer": "7"}
@@ -282,3 +286,24 @@ def test_a_folder_of_tables(tmp_path):
     write(tmp_path / "one" / "train.jsonl", [{"prompt": "p", "completion": "c"}])
     with pytest.raises(DataError, match=r"one holds train\.jsonl and train\.csv: keep one"):
         data.load(tmp_path)
+
+
+def test_a_hub_that_cannot_be_reached_is_not_asked_again_and_again(tmp_path, monkeypatch):
+    def asked(*_):
+        raise socket.gaierror
+
+    for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(socket, "getaddrinfo", asked)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tasks").mkdir()
+    unreachable.cache_clear()
+    try:
+        began = time.monotonic()
+        with pytest.raises(DataError, match=r"'taks' .* \(did you mean 'tasks'\?\) .* the hub cannot be reached"):
+            data.load("taks")
+        with pytest.raises(ConfigError, match=r"did you mean 'nano'.* was not fetched before, and the hub cannot be"):
+            load_model("nan")
+        assert time.monotonic() - began < 20, "of half a minute and more that asking takes"
+    finally:
+        unreachable.cache_clear()

@@ -7,10 +7,12 @@ import hashlib
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
 from moesaic.data.files import SUFFIXES, read_rows
+from moesaic.data.hub import fetched_alone, unreachable
 from moesaic.data.jsonl import decode
 from moesaic.data.shapes import Example, parse
 from moesaic.errors import DataError, MissingDependency, first_line, path_of, suggest
@@ -156,10 +158,14 @@ def _hub(name: str, split: str, on_bad_lines: str) -> list[Example]:
     except ImportError:
         raise MissingDependency("datasets", "train") from None
     try:
-        table = datasets.load_dataset(name, split=split)
+        with fetched_alone():
+            table = datasets.load_dataset(name, split=split)
     except Exception as error:
+        near = get_close_matches(name, [p.name for p in Path().iterdir()], n=1)
+        hint = f" (did you mean '{near[0]}'?)" if near else ""
+        away = "the hub cannot be reached from here" if unreachable() else first_line(error)
         raise DataError(
-            f"'{name}' is neither a file, a folder nor a data set that could be loaded: {first_line(error)}"
+            f"'{name}' is neither a file, a folder{hint} nor a data set that could be loaded: {away}"
         ) from None
     numbered = ((f"{name}[{split}]:{i}", row) for i, row in enumerate(table))
     return _collect(numbered, on_bad_lines, name, of=Path(name).name)

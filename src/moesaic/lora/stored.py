@@ -18,6 +18,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from moesaic.data.hub import unreachable
 from moesaic.errors import AdapterError, first_line, path_of
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -169,7 +170,7 @@ def _place(folder: str | Path) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return Path(snapshot_download(str(folder), allow_patterns=[CONFIG, WEIGHTS]))
+        return Path(snapshot_download(str(folder), allow_patterns=[CONFIG, WEIGHTS], local_files_only=unreachable()))
     except (OSError, ValueError, HFValidationError) as error:
         raise AdapterError(f"{folder} is no folder, and no adapter of the hub either: {first_line(error)}") from None
 

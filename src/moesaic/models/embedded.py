@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from moesaic.data.hub import unreachable
 from moesaic.errors import ConfigError, MissingDependency, first_line, path_of, suggest
 from moesaic.models.gguf import gguf_path, is_smollm2, quiet_bars, sha256, smollm2_path
 
@@ -128,14 +129,14 @@ def load_model(
     from moesaic.ffn import stored
 
     place = resolve(name)
-    how = {"dtype": dtype or torch.float32, "attn_implementation": attention, "use_safetensors": True}
+    how = {"dtype": dtype or torch.float32, "attn_implementation": attention, "use_safetensors": True, **_near(place)}
     try:
         config = _config(place)
         kind = model_kind(config)
         auto = AutoModelForCausalLM if kind == "causal" else AutoModel
         with quiet_bars():
             model = stored.load(place, **how) if stored.is_converted(place) else auto.from_pretrained(place, **how)
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_from or place)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_from or place, **_near(place))
     except ConfigError:
         raise
     except (
@@ -185,12 +186,19 @@ def _config(place: str) -> Any:
 
     if stored.is_converted(place):
         stored.class_of(place)  # Transformers' Auto classes know it from here on
-    return AutoConfig.from_pretrained(place)
+    return AutoConfig.from_pretrained(place, **_near(place))
+
+
+def _near(place: str) -> dict[str, bool]:
+    """How a hub id is loaded where the hub is out of reach: from what was fetched before."""
+    return {"local_files_only": True} if not Path(place).is_dir() and unreachable() else {}
 
 
 def _cannot_load(name: str, place: str, error: Exception) -> ConfigError:
     hint = "" if Path(place).is_dir() else f" ({suggest(name, EMBEDDED)}, or a folder, a GGUF file, or a hub id)"
-    return ConfigError(f"cannot load model '{name}'{hint}: {first_line(error)}")
+    away = not Path(place).is_dir() and unreachable()
+    said = "it was not fetched before, and the hub cannot be reached from here" if away else first_line(error)
+    return ConfigError(f"cannot load model '{name}'{hint}: {said}")
 
 
 def _without_pooler(model: Any, kind: str) -> Any:

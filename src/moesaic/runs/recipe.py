@@ -32,7 +32,7 @@ class Recipe:
 
     method: str = field(default="lora", metadata={"help": "lora, dora, rslora or a mixture (see `moesaic methods`)"})
     model: str = field(default="minilm", metadata={"help": "nano, minilm, smollm2, a folder, a GGUF file or a hub id"})
-    data: str = field(default="", metadata={"help": "a file (JSONL, JSON, CSV, Parquet), a folder of tasks, or a hub id"})
+    data: str = field(default="", metadata={"help": "a file (JSONL, JSON, CSV, Parquet), a folder of tasks, a hub id"})
     tasks: list[str] | None = field(default=None, metadata={"help": "which tasks, comma-separated; all where left out"})
     steps: int = field(default=800, metadata={"help": "optimizer steps"})
     batch_size: int = field(default=16, metadata={"help": "examples in a forward"})
