@@ -1,5 +1,6 @@
 """Equal budgets: solved ranks have the parameters that training really has, within 1 %, at the recipe's scale."""
 
+import copy
 import shutil
 from dataclasses import replace
 
@@ -7,8 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 
+import moesaic
 from moesaic.data import examples as data
 from moesaic.errors import ConfigError
 from moesaic.models.embedded import load_model
@@ -199,3 +202,27 @@ def test_equal_costs_are_met_to_half_a_module_and_lie_evenly(size, cost, draw):
     assert abs(wanted - cost * len(chosen)) * 2 <= cost
     gaps = [b - a for a, b in zip(chosen, [*chosen[1:], chosen[0] + size], strict=True)] if chosen else [0]
     assert max(gaps) - min(gaps) <= 1
+
+
+@pytest.mark.parametrize("method", ["MoLAConfig", "HydraLoRAConfig"])
+def test_a_config_is_as_large_as_another_by_one_call(method, world):
+    model = load_model(str(world / "causal")).model
+    like = LoraConfig(r=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    config = moesaic.matched(getattr(moesaic, method), model, like=like, num_experts=2)
+    assert (config.num_experts, config.task_type) == (2, "CAUSAL_LM")
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    wanted = count_trainable(get_peft_model(copy.deepcopy(model), like))
+    assert count_trainable(get_peft_model(model, config)) == pytest.approx(wanted, rel=TOLERANCE)
+
+
+def test_a_config_that_is_given_keeps_what_it_says(world):
+    model = load_model(str(world / "causal")).model
+    like = LoraConfig(r=32, target_modules=["q_proj", "v_proj"])
+    own = moesaic.MoLAConfig(r=4, lora_alpha=8, num_experts=2, target_modules=["q_proj", "v_proj"], aux_weight=0.5)
+    config = moesaic.matched(own, model, like=like)
+    assert (config.num_experts, config.aux_weight, config.lora_alpha / config.r) == (2, 0.5, 2)
+    with pytest.raises(ConfigError, match="num_experts=3 is given beside a config"):
+        moesaic.matched(own, model, like=like, num_experts=3)
+    with pytest.raises(ConfigError, match=r"like=LoraConfig and adapter\.num_experts=8 disagree"):
+        moesaic.matched(moesaic.MoLAConfig, model, like=LoraConfig(r=1, target_modules=["q_proj"]), num_experts=8)

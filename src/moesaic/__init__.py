@@ -27,6 +27,7 @@ _HOMES = {
     "RoutingTrace": "moesaic.routing",
     "mix": "moesaic.lora.mix",
     "from_pretrained": "moesaic.lora.loading",
+    "matched": "moesaic.training.budget",
 }
 
 sys.modules[f"{__name__}.nano"] = nano

@@ -30,7 +30,7 @@ in Python: help({config})"""
     "list the methods that can be trained, or tell all of one",
     group="mixtures",
     place=20,
-    operands={"name?": "a method: its paper, equations, recipes and settings"},
+    operands={"name?": "a method, or a recipe of one: its paper, equations, recipes and settings"},
     takes="",
 )
 def run(name: str | None, *, as_json: bool = False) -> None:
@@ -67,6 +67,8 @@ def describe(name: str) -> dict[str, Any]:
     from moesaic.lora import MixtureConfig
 
     known = methods()
+    if name not in known and name in packaged():
+        name = load_recipe(name).method
     if name.startswith(_CONVERT) or (name not in known and name in ffn_methods()):
         return _converting(_CONVERT + name.removeprefix(_CONVERT))
     if name not in known:

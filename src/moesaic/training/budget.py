@@ -11,9 +11,9 @@ from dataclasses import replace
 from typing import Any
 
 from moesaic.errors import ConfigError
-from moesaic.runs.method import is_routed
+from moesaic.runs.method import adapter_settings, is_routed, methods
 from moesaic.runs.recipe import Recipe, adapter_config, load_recipe
-from moesaic.training.wrapping import Base, count
+from moesaic.training.wrapping import Base, count, trainable
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,41 @@ COUNTS_TRIED = 16
 """How many numbers of raised modules are tried, the likeliest first."""
 
 
-def matched(recipe: Recipe, base: Base) -> Recipe:
+def matched(config: Any, model: Any, *, like: Any, **settings: Any) -> Any:
+    """A mixture's config with as many trainable parameters on a model as another config has, routers counted.
+
+        config = moesaic.matched(moesaic.MoLAConfig, model, like=LoraConfig(r=16, target_modules="all-linear"))
+
+    Args:
+        config: a config, or the class of one; its rank, and `lora_alpha` with it, are what is solved for.
+        model: what it is for; it is not touched.
+        like: what it should be as large as; its `target_modules` and `task_type` too, where `config` is a class.
+        settings: of the class.
+
+    Raises:
+        ConfigError: no rank comes within 1 % of it.
+    """
+    if isinstance(config, type):
+        config = config(**{"target_modules": like.target_modules, "task_type": like.task_type, **settings})
+    elif settings:
+        raise ConfigError(f"{min(settings)}={settings[min(settings)]} is given beside a config: put it into that")
+    method = next(name for name, cls in methods().items() if type(config) is cls)
+    plain = type(config)(**_of_adapters(config))
+    given = {key: getattr(config, key) for key in adapter_settings(method)}
+    recipe = Recipe(method=method, adapter={k: v for k, v in given.items() if v != getattr(plain, k)})
+    wanted = trainable(model, like)
+    solved = solve(
+        recipe, Base(model, (), None, {"task_type": config.task_type}), wanted, f"like={type(like).__name__}"
+    )
+    return adapter_config(solved, task_type=config.task_type)
+
+
+def _of_adapters(config: Any) -> dict[str, Any]:
+    """What a config cannot be made without."""
+    return {"adapters": config.adapters} if getattr(config, "adapters", None) else {}
+
+
+def recipe_matched(recipe: Recipe, base: Base) -> Recipe:
     """`recipe` with the rank at which it has the trainable parameters of the recipe that its `match` names.
 
     Raises:

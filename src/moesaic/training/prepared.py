@@ -12,7 +12,7 @@ from moesaic.models.encoder import EncoderCollator, Layout
 from moesaic.models.precision import numerics
 from moesaic.runs.method import is_routed
 from moesaic.runs.recipe import Recipe, adapter_config
-from moesaic.training.budget import matched
+from moesaic.training.budget import recipe_matched
 from moesaic.training.wrapping import config_for, outline, with_heads, wrap
 
 
@@ -79,14 +79,14 @@ def prepare(recipe: Recipe, examples: list[data.Example]) -> Prepared:
     set_seed(recipe.seed)
     base = with_heads(loaded, examples, recipe, config)
     if recipe.match:
-        recipe = matched(recipe, base)
+        recipe = recipe_matched(recipe, base)
     return Prepared(wrap(base, recipe), loaded, base.tasks, base.layout, recipe)
 
 
 def resolved(recipe: Recipe) -> Recipe:
     """The recipe as it would be trained, its rank solved if asked; no weights are loaded."""
     config = adapter_config(recipe)
-    return matched(recipe, outline(recipe, load_examples(recipe), config)) if recipe.match else recipe
+    return recipe_matched(recipe, outline(recipe, load_examples(recipe), config)) if recipe.match else recipe
 
 
 def training_rows(prepared: Prepared, examples: list[data.Example]) -> list[Any]:

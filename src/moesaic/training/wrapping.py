@@ -157,6 +157,13 @@ def count(base: Base, recipe: Recipe) -> tuple[int, dict[str, int]]:
     return count_trainable(wrapped), {name: count_trainable(layer) for name, layer in layers.items()}
 
 
+def trainable(model: nn.Module, config: Any) -> int:
+    """Trainable parameters of a PEFT config on a model, which is not touched."""
+    from peft import get_peft_model
+
+    return count_trainable(get_peft_model(_hollow(model), copy.deepcopy(config), low_cpu_mem_usage=True))
+
+
 def _hollow(model: nn.Module) -> nn.Module:
     """A copy of a model whose parameters and buffers have shapes but no storage."""
     memo: dict[int, Any] = {}
