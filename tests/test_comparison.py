@@ -152,7 +152,7 @@ def test_the_curve_is_the_task_loss_over_stretches_of_steps(make):
     (cell.folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
     curve = arm(whole([cell]), "lora")["curve"]
     assert len(curve) == comparison.CURVE_POINTS
-    assert [loss for _, loss in curve] == [2.0] * 30 + [1.0] * 30
+    assert [loss for _, loss in curve] == [2.5] * 30 + [1.5] * 30
     assert curve[0][0] == 1.5
     assert curve[-1][0] == 119.5
 

@@ -256,13 +256,21 @@ def test_gradients_reach_every_router_of_every_architecture(method: str, name: s
 
 @pytest.mark.parametrize("method", WITH_LOSSES)
 def test_the_auxiliary_loss_alone_reaches_routers_and_is_added_once(method: str) -> None:
-    model = wrapped(method, aux_weight=0.5).train()
+    model, without = wrapped(method, aux_weight=0.5).train(), wrapped(method, aux_weight=0.0).train()
     inputs = tiny.batch(model)
-    output = model(**inputs)
-    without = wrapped(method, aux_weight=0.0).train()
-    close(output.loss - output.router_aux_loss, without(**inputs).loss, 1e-5, "task loss")
+    output, task = model(**inputs), without(**inputs).loss
+    close(output.loss, task, 1e-6, "the loss is the task's")
+    task.backward()
+    alone = tiny.router_parameters(without)
+    by_task = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in alone.items()}
+    output.loss.backward(retain_graph=True)
+    both = {name: p.grad for name, p in tiny.router_parameters(model).items() if p.grad is not None}
+    model.zero_grad()
     output.router_aux_loss.backward()
-    reached = [name for name, p in tiny.router_parameters(model).items() if p.grad is not None and p.grad.any()]
+    found = {name: p.grad for name, p in tiny.router_parameters(model).items() if p.grad is not None}
+    for name, grad in found.items():
+        close(both[name], by_task[name] + grad, 1e-4, name)
+    reached = [name for name, grad in found.items() if grad.any()]
     layers = {name.partition(".moe_lora_router.")[0] for name in tiny.router_parameters(model)}
     assert {name.partition(".moe_lora_router.")[0] for name in reached} == layers
 

@@ -113,7 +113,8 @@ def test_an_adapter_without_rows_is_named(place: Path, tmp_path: Path, capsys: p
 
 
 def test_the_other_folder_is_named(composed: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["inspect", str(composed / "adapter"), "x"]) == 2
+    assert main(["inspect", str(composed / "adapter"), "x", "answer=0"]) == 0
+    assert main(["compose", f"extend={composed / 'adapter'}", "drop=up", f"out={composed.parent / 'other'}"]) == 2
     assert f"it lies in one, {composed}" in capsys.readouterr().err
     with pytest.raises(AdapterError, match="that of this run is"):
         read_config(composed)

@@ -290,10 +290,11 @@ def test_auxiliary_losses_count_once_a_step_however_it_is_accumulated() -> None:
     model = tiny.wrap(tiny.llama(), tiny.small("hotmoe", aux_weight=1.0, step_window=False)).train()
     batch = tiny.batch(model)
     number = 5 * batch["labels"][:, 1:].numel()
-    counted = full = 0.0
+    routers = [p for p in tiny.router_parameters(model).values() if p.requires_grad]
+    counted, full = torch.zeros(2)
     for _ in range(5):
         out = model(**batch, num_items_in_batch=number)
         task = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
-        counted += float(out.loss - task / number)
-        full += float(out.router_aux_loss)
-    assert full / counted == pytest.approx(5, rel=1e-3)
+        for total, loss in ((counted, out.loss - task / number), (full, out.router_aux_loss)):
+            total += torch.autograd.grad(loss, routers, retain_graph=True)[0].norm()
+    assert float(full / counted) == pytest.approx(5, rel=1e-3)

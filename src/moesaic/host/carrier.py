@@ -42,7 +42,7 @@ def carry(frame: Frame, output: Any, aux: Tensor, *, external: bool, warn: Warn)
     if isinstance(output, tuple):
         if not frame.labelled or external or not isinstance(output[0], Tensor) or output[0].dim() != 0:
             return None
-        return (output[0] + gradient_of(aux) * frame.share, *output[1:])
+        return (with_gradient(output[0], aux * frame.share), *output[1:])
     if not isinstance(output, ModelOutput):
         return None
     fields = dataclasses.fields(output)  # type: ignore[arg-type]
@@ -51,7 +51,7 @@ def carry(frame: Frame, output: Any, aux: Tensor, *, external: bool, warn: Warn)
         if isinstance(values.get("log_probs"), Tensor):
             values["log_probs"] = into_log_probs(values["log_probs"], values["label_mask"], aux, warn)
         elif isinstance(values.get("loss"), Tensor):
-            values["loss"] = values["loss"] + gradient_of(aux) * frame.share
+            values["loss"] = with_gradient(values["loss"], aux * frame.share)
         else:
             warn(
                 "the training loss is computed from logits, where the routers' auxiliary loss cannot be added: train "
@@ -91,12 +91,12 @@ def into_log_probs(log_probs: Tensor, label_mask: Tensor, aux: Tensor, warn: War
 
     if log_probs.requires_grad:
         log_probs.register_hook(even)
-    return log_probs - gradient_of(aux).to(log_probs.dtype) * mask.to(log_probs.dtype)
+    return log_probs - (aux - aux.detach()).to(log_probs.dtype) * mask.to(log_probs.dtype)
 
 
-def gradient_of(aux: Tensor) -> Tensor:
-    """Nothing, with the gradient of `aux`; not a number where that is none."""
-    return aux - aux.detach()
+def with_gradient(loss: Tensor, aux: Tensor) -> Tensor:
+    """A loss as it is, with the gradient of `aux` too; not a number where that is none."""
+    return loss + (aux - aux.detach()).to(loss.device, loss.dtype)
 
 
 class Delivery:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.errors import TrainingError
-from moesaic.host.carrier import gradient_of
+from moesaic.host.carrier import with_gradient
 from moesaic.host.hooks import Host, find_host
 
 if TYPE_CHECKING:
@@ -51,11 +51,10 @@ class RoutedTrainerMixin(_Base):
             return result
         self._aux_values.append(aux.detach())
         steps = self.current_gradient_accumulation_steps if self._scaled_for_accumulation(num_items_in_batch) else 1
-        added = gradient_of(aux) / steps
         if return_outputs:
             loss, outputs = result
-            return loss + added, outputs
-        return result + added
+            return with_gradient(loss, aux / steps), outputs
+        return with_gradient(result, aux / steps)
 
     def _scaled_for_accumulation(self, num_items_in_batch: Tensor | int | None) -> bool:
         """Whether Trainer leaves the division by the accumulation steps to the loss (see Trainer.training_step)."""
