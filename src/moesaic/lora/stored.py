@@ -18,8 +18,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moesaic.data.hub import unreachable
 from moesaic.errors import AdapterError, first_line, path_of
+from moesaic.models.embedded import near
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
@@ -170,7 +170,9 @@ def _place(folder: str | Path) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return Path(snapshot_download(str(folder), allow_patterns=[CONFIG, WEIGHTS], local_files_only=unreachable()))
+        return Path(
+            snapshot_download(str(folder), allow_patterns=[CONFIG, WEIGHTS], local_files_only=bool(near(str(folder))))
+        )
     except (OSError, ValueError, HFValidationError) as error:
         raise AdapterError(f"{folder} is no folder, and no adapter of the hub either: {first_line(error)}") from None
 

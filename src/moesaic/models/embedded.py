@@ -129,14 +129,14 @@ def load_model(
     from moesaic.ffn import stored
 
     place = resolve(name)
-    how = {"dtype": dtype or torch.float32, "attn_implementation": attention, "use_safetensors": True, **_near(place)}
+    how = {"dtype": dtype or torch.float32, "attn_implementation": attention, "use_safetensors": True, **near(place)}
     try:
         config = _config(place)
         kind = model_kind(config)
         auto = AutoModelForCausalLM if kind == "causal" else AutoModel
         with quiet_bars():
             model = stored.load(place, **how) if stored.is_converted(place) else auto.from_pretrained(place, **how)
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_from or place, **_near(place))
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_from or place, **near(place))
     except ConfigError:
         raise
     except (
@@ -186,10 +186,10 @@ def _config(place: str) -> Any:
 
     if stored.is_converted(place):
         stored.class_of(place)  # Transformers' Auto classes know it from here on
-    return AutoConfig.from_pretrained(place, **_near(place))
+    return AutoConfig.from_pretrained(place, **near(place))
 
 
-def _near(place: str) -> dict[str, bool]:
+def near(place: str) -> dict[str, bool]:
     """How a hub id is loaded where the hub is out of reach: from what was fetched before."""
     return {"local_files_only": True} if not Path(place).is_dir() and unreachable() else {}
 
