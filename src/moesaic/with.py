@@ -20,7 +20,7 @@ USAGE = "usage: python -m moesaic.with PROGRAM [ARGUMENT …]"
 
 
 def main() -> Any:
-    """Run what the command line names, and return what it returns."""
+    """Run what the command line names; what its process is to end with."""
     given = sys.argv[1:]
     if not given or given[0] in ("-h", "--help"):
         print(f"{USAGE}\n\n{__doc__}")
@@ -42,16 +42,21 @@ def found(given: Sequence[str]) -> tuple[Callable[[], Any], list[str]]:
             raise ConfigError(f"-m names no module; {USAGE}")
         if not _is_module(rest[0]):
             raise ConfigError(f"no module {rest[0]} is installed")
-        return partial(runpy.run_module, rest[0], run_name="__main__", alter_sys=True), rest
+        return partial(_run, runpy.run_module, rest[0], alter_sys=True), rest
     if name.endswith(".py"):
         if not path_of(name).is_file():
             raise ConfigError(f"there is no file {name}")
         sys.path.insert(0, str(path_of(name).resolve().parent))
-        return partial(runpy.run_path, str(path_of(name)), run_name="__main__"), [name, *rest]
+        return partial(_run, runpy.run_path, str(path_of(name))), [name, *rest]
     known = {entry.name: entry for entry in entry_points(group="console_scripts")}
     if name not in known:
         raise ConfigError(f"no console script {name} is installed; {suggest(name, known)}")
     return known[name].load(), [name, *rest]
+
+
+def _run(how: Callable[..., Any], name: str, **more: Any) -> None:
+    """As `python` runs it; what it leaves is nobody's."""
+    how(name, run_name="__main__", **more)
 
 
 def _is_module(name: str) -> bool:
@@ -62,5 +67,4 @@ def _is_module(name: str) -> bool:
 
 
 if __name__ == "__main__":
-    result = main()
-    sys.exit(result if isinstance(result, int) else 0)
+    sys.exit(main())

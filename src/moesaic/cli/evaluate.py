@@ -31,9 +31,8 @@ def run(arguments: list[str], *, as_json: bool = False) -> None:
     from moesaic.evaluation.opening import open_adapter
     from moesaic.evaluation.run import evaluate_run
 
-    for folder in runs:
-        open_adapter(folder, model=settings.model, prompts=settings.prompts)
-    results = [evaluate_run(folder, settings, progress=sys.stderr.isatty()) for folder in runs]
+    opened = [open_adapter(folder, model=settings.model, prompts=settings.prompts) for folder in runs]
+    results = [evaluate_run(adapter, settings, progress=sys.stderr.isatty()) for adapter in opened]
     if as_json:
         print_json(results)
         return

@@ -58,12 +58,12 @@ def open_adapter(folder: str | Path, *, model: str = "", prompts: str = "") -> O
         ConfigError, AdapterError: a file is missing, damaged or another run's.
     """
     path = path_of(folder)
-    if not ((path / "recipe.yaml").is_file() or (path / "conversion.json").is_file() or adapter_in(path)):
+    adapter = None if (path / "recipe.yaml").is_file() else adapter_in(path)
+    if not (adapter or (path / "recipe.yaml").is_file() or (path / "conversion.json").is_file()):
         raise ConfigError(
             f"{path} is not a run folder: it has no recipe.yaml, nor an adapter's: neither it nor a checkpoint-N in it "
             "has an adapter_config.json"
         )
-    adapter = None if (path / "recipe.yaml").is_file() else adapter_in(path)
     around = [] if adapter is None else [adapter.parent, adapter.parent.parent]
     run = next((place for place in around if (place / "recipe.yaml").is_file()), path if adapter is None else None)
     opened = _of_adapter(path, adapter, model) if adapter and not run else _of_run(run or path, adapter)

@@ -11,7 +11,7 @@ from moesaic.data import examples as data
 from moesaic.data.examples import Example
 from moesaic.errors import ConfigError, path_of
 from moesaic.evaluation.answers import answer, by_task, figures, generate
-from moesaic.evaluation.opening import load, open_adapter
+from moesaic.evaluation.opening import Opened, load, open_adapter
 from moesaic.evaluation.settings import EvalSettings
 from moesaic.routing import RoutingTrace
 from moesaic.runs.folder import write_json, write_text
@@ -24,8 +24,10 @@ __all__ = ["evaluate_run", "generate", "routing_figures", "score"]
 logger = logging.getLogger(__name__)
 
 
-def evaluate_run(folder: str | Path, settings: EvalSettings | None = None, *, progress: bool = False) -> dict[str, Any]:
-    """Score a trained adapter; returns what is written to `eval-<split>.json` in its folder.
+def evaluate_run(
+    adapter: str | Path | Opened, settings: EvalSettings | None = None, *, progress: bool = False
+) -> dict[str, Any]:
+    """Score a trained adapter, by its folder or opened; returns what is written to `eval-<split>.json` in its folder.
 
     `predictions-<split>.jsonl` gets the answer to every row, for tests that pair two runs: {"task", "index" of the row
     within its task, "correct", "predicted"}.
@@ -36,7 +38,9 @@ def evaluate_run(folder: str | Path, settings: EvalSettings | None = None, *, pr
     settings = settings or EvalSettings()
     if settings.batch_size < 1:
         raise ConfigError(f"batch_size={settings.batch_size} must be at least 1")
-    opened = open_adapter(folder, model=settings.model, prompts=settings.prompts)
+    opened = adapter
+    if not isinstance(opened, Opened):
+        opened = open_adapter(opened, model=settings.model, prompts=settings.prompts)
     recipe = opened.recipe
     examples = _examples(recipe, settings)
     rows = by_task(examples)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Iterable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -125,27 +125,23 @@ class RoutingCallback(TrainerCallback):
 
 def figures(trace: RoutingTrace, *, by_layer: bool = False) -> dict[str, float]:
     """What `RoutingCallback` logs of a trace; what cannot be told of it is left out."""
-    modules = trace.modules
+    dead = trace.dead_experts()
     found = {
         "router_entropy": trace.entropy(),
         "router_load_spread": trace.outer_balance(),
-        "router_dead_share": len(trace.dead_experts()) / trace.num_experts(),
+        "router_dead_share": len(dead) / trace.num_experts(),
         "router_task_information": trace.mutual_information(),
     }
-    for layer in sorted(set(trace.layer_of.values())) if by_layer else ():
-        names = [name for name in modules if trace.layer_of[name] == layer]
-        dead = sum(name in names for name, _ in trace.dead_experts())
+    for layer, entropy in trace.entropy_by_layer().items() if by_layer else ():
+        inside = {name: module for name, module in trace.modules.items() if trace.layer_of[name] == layer}
+        spreads = [module.outer_balance for module in inside.values() if module.outer_balance is not None]
+        idle, experts = sum(name in inside for name, _ in dead), sum(len(m.weight) for m in inside.values())
         found |= {
-            f"router_entropy_layer_{layer}": _mean(modules[name].mean_entropy for name in names),
-            f"router_load_spread_layer_{layer}": _mean(modules[name].outer_balance for name in names),
-            f"router_dead_share_layer_{layer}": dead / sum(len(modules[name].weight) for name in names),
+            f"router_entropy_layer_{layer}": entropy,
+            f"router_load_spread_layer_{layer}": fmean(spreads) if spreads else None,
+            f"router_dead_share_layer_{layer}": idle / experts,
         }
     return {name: float(value) for name, value in found.items() if value is not None}
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
 
 
 def _go_first(callback: TrainerCallback) -> None:
@@ -154,14 +150,10 @@ def _go_first(callback: TrainerCallback) -> None:
     Transformers hands callbacks everything but the list that they are in, so it is read off the caller.
     """
     frame = inspect.currentframe()
-    handlers: list[Any] = []
-    while frame is not None and not handlers:
-        caller = frame.f_locals.get("self")
-        handlers = [caller] if isinstance(caller, CallbackHandler) else []
+    while frame is not None and not isinstance(frame.f_locals.get("self"), CallbackHandler):
         frame = frame.f_back
-    for handler in handlers:
-        if callback in handler.callbacks:
-            handler.callbacks.sort(key=lambda other: other is not callback)
+    if frame is not None:
+        frame.f_locals["self"].callbacks.sort(key=lambda other: other is not callback)
 
 
 def _cut(file: Path, step: int) -> None:

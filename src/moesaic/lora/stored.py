@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moesaic.errors import AdapterError, first_line, path_of
-from moesaic.models.embedded import near
+from moesaic.models.embedded import fetched_only
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
@@ -171,7 +171,7 @@ def _place(folder: str | Path) -> Path:
 
     try:
         return Path(
-            snapshot_download(str(folder), allow_patterns=[CONFIG, WEIGHTS], local_files_only=bool(near(str(folder))))
+            snapshot_download(str(folder), allow_patterns=[CONFIG, WEIGHTS], local_files_only=fetched_only(str(folder)))
         )
     except (OSError, ValueError, HFValidationError) as error:
         raise AdapterError(f"{folder} is no folder, and no adapter of the hub either: {first_line(error)}") from None

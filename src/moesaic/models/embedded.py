@@ -129,14 +129,19 @@ def load_model(
     from moesaic.ffn import stored
 
     place = resolve(name)
-    how = {"dtype": dtype or torch.float32, "attn_implementation": attention, "use_safetensors": True, **near(place)}
+    how = {
+        "dtype": dtype or torch.float32,
+        "attn_implementation": attention,
+        "use_safetensors": True,
+        "local_files_only": fetched_only(place),
+    }
     try:
         config = _config(place)
         kind = model_kind(config)
         auto = AutoModelForCausalLM if kind == "causal" else AutoModel
         with quiet_bars():
             model = stored.load(place, **how) if stored.is_converted(place) else auto.from_pretrained(place, **how)
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_from or place, **near(place))
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_from or place, local_files_only=fetched_only(place))
     except ConfigError:
         raise
     except (
@@ -186,18 +191,18 @@ def _config(place: str) -> Any:
 
     if stored.is_converted(place):
         stored.class_of(place)  # Transformers' Auto classes know it from here on
-    return AutoConfig.from_pretrained(place, **near(place))
+    return AutoConfig.from_pretrained(place, local_files_only=fetched_only(place))
 
 
-def near(place: str) -> dict[str, bool]:
-    """How a hub id is loaded where the hub is out of reach: from what was fetched before."""
-    return {"local_files_only": True} if not Path(place).is_dir() and unreachable() else {}
+def fetched_only(place: str) -> bool:
+    """Whether a hub id can only be what was fetched before, since the hub is out of reach."""
+    return not Path(place).is_dir() and unreachable()
 
 
 def _cannot_load(name: str, place: str, error: Exception) -> ConfigError:
     hint = "" if Path(place).is_dir() else f" ({suggest(name, EMBEDDED)}, or a folder, a GGUF file, or a hub id)"
-    away = not Path(place).is_dir() and unreachable()
-    said = "it was not fetched before, and the hub cannot be reached from here" if away else first_line(error)
+    away = "it was not fetched before, and the hub cannot be reached from here"
+    said = away if fetched_only(place) else first_line(error)
     return ConfigError(f"cannot load model '{name}'{hint}: {said}")
 
 

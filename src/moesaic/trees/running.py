@@ -117,7 +117,7 @@ def run(wanted: StreamRun, *, command: str | None = None, progress: bool | None 
             results = {
                 **found.as_json(), "skipped": stream.skipped.count,
                 "skipped_first": next(iter(stream.skipped.reasons), None),
-                "labelled": getattr(stream, "labelled", None),
+                "labelled": stream.labelled,
                 "learner": wanted.learner, "seed": wanted.seed, "settings": wanted.describes(),
                 "command": command or command_line(), "versions": versions(PACKAGES),
             }  # fmt: skip

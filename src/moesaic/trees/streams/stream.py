@@ -62,6 +62,7 @@ class Stream(ABC):
         name: for tables and messages.
         features: names of the columns of x. Some streams find more while they are read; none is ever dropped.
         classes: labels by their index; may grow while it is read.
+        labelled: the column of the labels, where rows have columns.
         drifts: where the concept is known to change, in order.
         length: rows, or None where that is not known.
     """
@@ -69,6 +70,7 @@ class Stream(ABC):
     name: str
     features: list[str]
     classes: list[Any]
+    labelled: str | None = None
     drifts: tuple[Drift, ...] = ()
     length: int | None = None
 
