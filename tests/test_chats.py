@@ -28,7 +28,7 @@ from moesaic.cli.main import main
 from moesaic.data import causal
 from moesaic.data.examples import load, parse
 from moesaic.errors import ConfigError, DataError
-from moesaic.evaluation.answers import _ends
+from moesaic.evaluation.answers import ends
 from moesaic.models.embedded import LoadedModel, load_model
 from moesaic.runs.recipe import load_recipe
 from moesaic.training.prepared import Prepared, training_rows
@@ -226,9 +226,9 @@ def test_generation_stops_where_the_rows_answers_end() -> None:
         generation_config = type("G", (), {"eos_token_id": [7, 9]})
 
     prepared: Any = type("P", (), {"model": Model(), "base": LoadedModel(None, made, "causal")})
-    assert _ends(prepared, [chat("q", "a")]) == sorted({7, 9, end, made.eos_token_id})
+    assert ends(prepared, [chat("q", "a")]) == sorted({7, 9, end, made.eos_token_id})
     plain = parse({"task": "t", "prompt": "p", "completion": "c"}, "x")
-    assert _ends(prepared, [plain]) == sorted({7, 9, made.eos_token_id})
+    assert ends(prepared, [plain]) == sorted({7, 9, made.eos_token_id})
 
 
 def rows(path: Path, *found: dict[str, Any]) -> Path:

@@ -25,7 +25,7 @@ FLOORS = (
     ("runs",),
     ("training", "trees", "skills"),
     ("evaluation",),
-    ("compare", "bench"),
+    ("compare", "bench", "serving"),
     ("cli",),
 )
 """From the ground up: a room imports those on floors below its own."""

@@ -30,6 +30,15 @@ def as_chat(example: Example) -> Example:
     return replace(example, messages=(("user", example.prompt), ("assistant", answer_text(example))))
 
 
+def writes_turns(tokenizer: Any) -> bool:
+    """Whether the tokenizer's chat template puts anything about a prompt; not where it has none, or nano's."""
+    asked = Example("", messages=(("user", "?"), ("assistant", "")))
+    try:
+        return tokenizer.chat_template is not None and prompt_text(asked, tokenizer) != "?"
+    except (ConfigError, DataError):  # the rows will say why
+        return True
+
+
 def prompt_text(example: Example, tokenizer: Any) -> str:
     """What the model is given: the prompt, or a chat up to the last message in the tokenizer's template."""
     return _templated(example, tokenizer, len(example.messages) - 1) if example.messages else example.prompt

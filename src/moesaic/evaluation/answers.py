@@ -131,13 +131,13 @@ def generate(prepared: Prepared, examples: Sequence[Example], *, max_new_tokens:
         do_sample=False,
         num_beams=1,
         num_return_sequences=1,
-        eos_token_id=_ends(prepared, examples),
+        eos_token_id=ends(prepared, examples),
         pad_token_id=tokenizer.pad_token_id,
     )
     return [str(text) for text in tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)]
 
 
-def _ends(prepared: Prepared, examples: Sequence[Example]) -> list[int]:
+def ends(prepared: Prepared, examples: Sequence[Example]) -> list[int]:
     """Tokens at which an answer ends: the model's own, and those that the rows' chats end in."""
     own = prepared.model.generation_config.eos_token_id
     known = own if isinstance(own, list) else [] if own is None else [own]

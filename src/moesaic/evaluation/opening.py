@@ -213,7 +213,7 @@ def _check_adapter(opened: Opened, recipe: Recipe, *, moved: bool) -> None:
             f"{opened.adapter} holds a {type(config).__name__}, but {opened.told} says method={recipe.method}"
         )
     now = resolve(recipe.model)
-    if trained and Path(trained).name != Path(now).name and not moved:
+    if trained and trained != recipe.model and Path(trained).name != Path(now).name and not moved:
         raise AdapterError(f"{opened.adapter} was trained on {trained}, but {opened.told} says model={recipe.model}")
     if opened.of_run:
         _check_settings(opened, recipe, config)

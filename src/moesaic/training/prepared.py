@@ -39,10 +39,10 @@ class Prepared:
             if prompts == "chat":
                 raise ConfigError(f"prompts=chat, but {self.recipe.model} is an encoder, which has no chat template")
             return list(examples)
-        if prompts == "plain" or (prompts == "auto" and self.base.tokenizer.chat_template is None):
-            return list(examples)
-        from moesaic.data.causal import as_chat
+        from moesaic.data.causal import as_chat, writes_turns
 
+        if prompts == "plain" or (prompts == "auto" and not writes_turns(self.base.tokenizer)):
+            return list(examples)
         return [as_chat(example) for example in examples]
 
     @property

@@ -126,8 +126,8 @@ def _merged(how: str, folder: Path, tasks: Sequence[str], seed: int) -> Prepared
 
 def _who_answered(folder: Path, rows: Sequence[Example]) -> dict[str, dict[str, Any]]:
     """By task: the adapter with most weight on its prompt, and how much that is."""
-    from moesaic.cli.inspect import explain
     from moesaic.evaluation.opening import load_run
+    from moesaic.evaluation.routed import explain
 
     prepared, found = load_run(folder), {}
     for row in rows:

@@ -36,6 +36,22 @@ log = logging.getLogger(__name__)
 LENGTH, ROWS = 128, 16  # 2,048 tokens a step
 VOCABULARY = 768
 FRESH_SEED = 1_000_003  # of the lines that a run is scored on; its corpus has the seed of the run
+CHAT = """
+{%- set said = namespace(last='') -%}
+{%- for message in messages -%}
+{%- set text = message['content'] -%}
+{%- if message['role'] == 'assistant' -%}
+{%- if said.last.strip() and text[:1].strip() -%}{{ ' ' }}{%- endif -%}
+{{ text + eos_token }}
+{%- set said.last = '' -%}
+{%- else -%}
+{%- if said.last -%}{{ '\\n' }}{%- endif -%}
+{{ text }}
+{%- set said.last = text[-1:] -%}
+{%- endif -%}
+{%- endfor -%}
+""".replace("\n", "")
+"""A chat as the corpus has its lines: an answer behind its prompt and a blank, then EOS."""
 
 
 def train_tokenizer(seed: int, documents: int = 60_000) -> PreTrainedTokenizerFast:
@@ -65,6 +81,7 @@ def train_tokenizer(seed: int, documents: int = 60_000) -> PreTrainedTokenizerFa
         model_max_length=512,
         padding_side="left",
         clean_up_tokenization_spaces=False,
+        chat_template=CHAT,
     )
 
 

@@ -1,0 +1,143 @@
+"""`moesaic generate`: one answer of a mixture, as it comes."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from moesaic.cli.show import print_json
+from moesaic.cli.verbs import Section, verb
+from moesaic.errors import ConfigError, DataError, path_of
+
+if TYPE_CHECKING:
+    from moesaic.data.examples import Example
+    from moesaic.training.prepared import Prepared
+
+
+@dataclass
+class GenerateSettings:
+    """Settings of `moesaic generate`."""
+
+    prompt: str = field(default="", metadata={"help": "what is answered; - reads it from standard input"})
+    messages: str = field(default="", metadata={"help": "a chat instead: JSON, a file of it, or - for standard input"})
+    task: str = field(default="", metadata={"help": "its task, for methods that are told"})
+    max_tokens: int | None = field(default=None, metadata={"help": "of the answer; all there is room for, up to 512"})
+    temperature: float = field(default=0.0, metadata={"help": "0: the likeliest tokens"})
+    top_p: float = field(default=1.0, metadata={"help": "draw of the likeliest that together have this probability"})
+    seed: int = field(default=0, metadata={"help": "of what is drawn"})
+    stop: list[str] = field(default_factory=list, metadata={"help": "texts before which the answer ends"})
+    routing: bool = field(default=False, metadata={"help": "show which expert each token went to"})
+    model: str = field(default="", metadata={"help": "the base model, where a folder names none or it has moved"})
+    prompts: str = field(default="", metadata={"help": "chat: in the tokenizer's chat template; plain: as written"})
+
+
+@verb(
+    "generate",
+    "answer a prompt or a chat with a run, a composition or an adapter",
+    group="mixtures",
+    place=46,
+    settings=[Section(GenerateSettings)],
+    operands={"folder": "of a run, or of an adapter that PEFT, Trainer or SFTTrainer saved"},
+    takes="PROMPT | key=value",
+)
+def run(folder: str, arguments: Sequence[str], *, as_json: bool = False) -> None:
+    """Write an answer on stdout as it comes. Raises MoesaicError of the kind that fits."""
+    from moesaic.evaluation.opening import load, open_adapter
+    from moesaic.runs.recipe import parse_settings
+
+    if arguments and not re.match(r"[\w.]+=", arguments[0]):
+        arguments = [f"prompt={arguments[0]}", *arguments[1:]]
+    settings = parse_settings(GenerateSettings, arguments)
+    given = _given(settings)
+    from moesaic.serving.asking import check_answers
+
+    prepared = load(open_adapter(folder, model=settings.model, prompts=settings.prompts))
+    check_answers(prepared)
+    found = answer(prepared, given, settings, aloud=not as_json)
+    if as_json:
+        print_json(found)
+    elif found["routing"]:
+        from rich.console import Console
+
+        from moesaic.cli.inspect import shown
+
+        terminal = sys.stdout.isatty()
+        Console(highlight=False, width=None if terminal else 160).print(shown(found["routing"], named=not terminal))
+
+
+def answer(prepared: Prepared, given: str, settings: GenerateSettings, *, aloud: bool = False) -> dict[str, Any]:
+    """Answer, and say where the tokens went.
+
+    Args:
+        given: the prompt, or where `settings` has messages, their JSON.
+        aloud: write the answer on stdout as it comes.
+
+    Returns:
+        prompt: what the model was given, answer, finish_reason ("stop" or "length"), usage (tokens), routing (of prompt
+        and answer; None where it was not asked for).
+    """
+    import torch
+    from transformers import set_seed
+
+    from moesaic.data.causal import prompt_text
+    from moesaic.evaluation.routed import check_routed, routed
+    from moesaic.serving.asking import asked, of_prompt, read_messages
+    from moesaic.serving.engine import write
+    from moesaic.serving.text import Text
+
+    if settings.routing:
+        check_routed(prepared)
+    example: Example = read_messages(given) if settings.messages else of_prompt(prepared, given)
+    question = asked(
+        prepared, example, max_tokens=settings.max_tokens, temperature=settings.temperature, top_p=settings.top_p,
+        stops=tuple(settings.stop), task=settings.task,
+    )  # fmt: skip
+    text, pieces = Text(prepared.base.tokenizer, settings.stop), list[str]()
+
+    def say(piece: str) -> None:
+        pieces.append(piece)
+        if aloud:
+            print(piece, end="", flush=True)
+
+    def heard(token: int) -> bool:
+        if token not in question.ends:
+            say(text.push(token))
+        return not text.stopped
+
+    set_seed(settings.seed)
+    write(prepared, question, heard)
+    say(text.rest())
+    if aloud:
+        print()
+    whole = len(text.ids) >= question.max_tokens and not text.stopped
+    where = None
+    if settings.routing:
+        ids = torch.tensor([[*question.ids, *text.ids]], device=prepared.device)
+        where = routed(prepared, ids, answered=len(text.ids), task=settings.task)
+    return {
+        "prompt": prompt_text(example, prepared.base.tokenizer),
+        "answer": "".join(pieces),
+        "finish_reason": "length" if whole else "stop",
+        "usage": {"prompt_tokens": len(question.ids), "completion_tokens": len(text.ids)},
+        "routing": where,
+    }
+
+
+def _given(settings: GenerateSettings) -> str:
+    """The prompt, or the JSON of messages. Raises ConfigError, DataError where there is none of them, or both."""
+    if bool(settings.prompt.strip()) == bool(settings.messages.strip()):
+        raise ConfigError("prompt='…' is what is answered, or messages='[{\"role\": …}]' a chat: give one of them")
+    text = settings.prompt or settings.messages
+    if text == "-":
+        text = sys.stdin.read()
+    elif settings.messages and not text.lstrip().startswith(("[", "{")):
+        try:
+            text = path_of(text).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"messages={settings.messages}: {getattr(error, 'strerror', None) or error}") from None
+    if not text.strip():
+        raise ConfigError("standard input holds nothing to answer")
+    return text
