@@ -30,7 +30,7 @@ from torch import Tensor
 
 from moesaic.adapters.instructions import Instructor
 from moesaic.adapters.phatgoose import GateRouter, OwnSigmoid
-from moesaic.adapters.prompts import PromptConfig, encoder_of, scores_of
+from moesaic.adapters.prompts import NOBODY, PromptConfig, encoder_of, scores_of, too_far
 from moesaic.errors import ConfigError
 from moesaic.lora.kind import Kind
 from moesaic.lora.stored import LARGEST
@@ -55,15 +55,20 @@ class GliderRouter(GateRouter):
         high: float,
         low: float,
         threshold: float,
+        floors: list[float] | None = None,
     ) -> None:
         super().__init__(d_in, num_experts, task_of)
+        self.floors = floors
         self.alpha, self.high, self.low, self.threshold = alpha, high, low, threshold
 
     def score(self, h: Tensor, context: RoutingContext | None = None) -> Tensor:
         logits = super().score(h, context)
-        if self.training or self.alpha == 0:
+        if self.training or (self.alpha == 0 and self.floors is None):
             return logits
-        return logits + self.weighed(scores_of(context, h, self.num_experts))
+        scores = scores_of(context, h, self.num_experts)
+        far = too_far(scores, self.floors)
+        found = logits if self.alpha == 0 else logits + self.weighed(scores)
+        return found if far is None else found.masked_fill(far, NOBODY)
 
     def weighed(self, scores: Tensor) -> Tensor:
         """alpha times the scores (..., E), alpha by the largest of them where it is adaptive."""
@@ -193,10 +198,11 @@ class GliderConfig(PromptConfig):
             high=self.alpha_high,
             low=self.alpha_low,
             threshold=THRESHOLD if self.threshold is None else self.threshold,
+            floors=self.floors,
         )
 
     def gate(self) -> Gate:
         return OwnSigmoid()
 
     def eval_gate(self) -> Gate:
-        return TopK(min(2, self.num_experts) if self.top_k is None else self.top_k, normalize="sum")
+        return self.near(TopK(min(2, self.num_experts) if self.top_k is None else self.top_k, normalize="sum"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from itertools import cycle, islice
 from typing import Any, ClassVar
@@ -23,8 +23,13 @@ from moesaic.host import routing_scores
 from moesaic.lora.config import MixtureConfig
 from moesaic.lora.kind import Kind
 from moesaic.lora.methods.topics import encoders
-from moesaic.routing import Router, RoutingContext
+from moesaic.routing import Gate, Router, Routing, RoutingContext
 from moesaic.routing.router import keep
+
+NOBODY = -1e4
+"""Stands for the score of an expert that a prompt is too far from: finite, so that no softmax is undefined."""
+REFUSED = 0.01
+"""Share of an expert's own rows that lie below its own floor."""
 
 
 class TokenReader:
@@ -75,6 +80,11 @@ def routing_prompts(model: nn.Module, prompts: Sequence[str]) -> Iterator[None]:
         yield
 
 
+def too_far(scores: Tensor, floors: Sequence[float] | None) -> Tensor | None:
+    """Which experts a prompt is too far from, of its scores (..., E); None where nothing is."""
+    return None if floors is None else scores < scores.new_tensor(floors)
+
+
 def scores_of(context: RoutingContext | None, h: Tensor, num_experts: int) -> Tensor:
     """The prompt's scores for `h` (rows, tokens, d): (rows, 1, E) or by token. Raises ConfigError without any."""
     if context is None or context.scores is None:
@@ -93,6 +103,29 @@ def scores_of(context: RoutingContext | None, h: Tensor, num_experts: int) -> Te
 def encoder_of(name: str) -> encoders.Encoder:
     """An encoder by name, loaded once a process."""
     return encoders.encoder(name)
+
+
+@dataclass(frozen=True)
+class OrNobody(Gate):
+    """The weights of `gate`, but none at all where every expert is too far: the base answers alone."""
+
+    gate: Gate
+
+    def __call__(self, logits: Tensor) -> Routing:
+        found = self.gate(logits)
+        near = (logits > NOBODY / 2).any(dim=-1, keepdim=True)
+        return replace(found, weights=found.weights * near, probs=found.probs * near)
+
+    @property
+    def top_k(self) -> int | None:
+        return self.gate.top_k
+
+    @property
+    def sums_to_one(self) -> bool:
+        return False
+
+    def check(self, num_experts: int) -> None:
+        self.gate.check(num_experts)
 
 
 class Library(nn.Module):
@@ -125,6 +158,16 @@ class PromptConfig(MixtureConfig):
     texts: dict[str, list[str]] | None = field(
         default=None, metadata={"help": "texts of each expert, by its name: encoded and kept as vectors"}
     )
+    none_below: float | str | None = field(
+        default=None,
+        metadata={
+            "help": "cosine below which an expert does not answer, and where none is left the base does alone; own: "
+            "each expert's, which 99 of 100 of its own rows reach; left out: the nearest answers whatever is asked"
+        },
+    )
+    floors: list[float] | None = field(
+        default=None, metadata={"help": "filled in from none_below and saved: the cosine that each expert asks for"}
+    )
     library: list[int] | None = field(
         default=None,
         metadata={"help": "filled in from texts and saved: how many vectors an expert has, and their size"},
@@ -134,11 +177,16 @@ class PromptConfig(MixtureConfig):
         super().__post_init__()
         self._vectors: Tensor | None = None
         self._check_texts()
+        self._check_floor()
         texts = self.expert_texts()
         if self.store is None or not texts:
             return
         self._vectors = self.encoded(texts)
         self.library = list(self._vectors.shape[1:])
+        if self.none_below == "own":
+            self.floors = self._own_floors()
+        elif self.none_below is not None:
+            self.floors = [float(self.none_below)] * len(self._vectors)
 
     def encoded(self, texts: dict[str, list[str]]) -> Tensor:
         """Unit vectors (E, n, m) of the experts' texts, in their order, one repeated where it has fewer; or of means.
@@ -156,6 +204,48 @@ class PromptConfig(MixtureConfig):
         rows = [list(islice(cycle(texts[name]), most)) for name in self.experts or ()]
         vectors = encoder_of(self.encoder)([text for row in rows for text in row]).view(len(rows), most, -1)
         return F.normalize(vectors.mean(dim=1, keepdim=True), dim=-1) if self.by_mean else vectors
+
+    def _check_floor(self) -> None:
+        """Raise ConfigError where `none_below` is nothing to compare a cosine with."""
+        given = self.none_below
+        number = isinstance(given, int | float) and not isinstance(given, bool) and -1 <= given <= 1
+        if given not in (None, "own") and not number:
+            raise ConfigError(f"none_below={given!r} must be a cosine between -1 and 1, or own")
+
+    def _own_floors(self) -> list[float]:
+        """For each expert, the cosine that all but `REFUSED` of its own rows have with the others of its rows.
+
+        Raises:
+            ConfigError: an expert has too few rows to tell.
+        """
+        assert self._vectors is not None
+        floors = []
+        for name, known in zip(self.experts or (), self._vectors, strict=True):
+            texts = list(dict.fromkeys((self.texts or {}).get(name, [])))
+            if len(texts) < 2:
+                raise ConfigError(f"none_below=own is calibrated on rows of each adapter's task: {name!r} has too few")
+            queries = encoder_of(self.encoder)(texts)
+            floors.append(self.floor_of(queries, None if self.told_by == "texts" else known))
+        return floors
+
+    @classmethod
+    def floor_of(cls, rows: Tensor, told: Tensor | None = None) -> float:
+        """The cosine that all but `REFUSED` of an expert's own rows (n, m) have with it, each left out of it itself.
+
+        Args:
+            told: what stands for the expert instead of its rows (k, m).
+        """
+        if told is not None:
+            near = (rows @ told.t()).amax(dim=-1)
+        elif cls.by_mean:
+            near = (F.normalize(rows.sum(dim=0, keepdim=True) - rows, dim=-1) * rows).sum(dim=-1)
+        else:
+            near = (rows @ rows.t()).fill_diagonal_(-1.0).amax(dim=-1)
+        return float(near.quantile(REFUSED, interpolation="lower"))
+
+    def near(self, gate: Gate) -> Gate:
+        """`gate`, which leaves the base alone where that is asked for."""
+        return gate if self.none_below is None else OrNobody(gate)
 
     @property
     def told_by(self) -> str:

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from moesaic.adapters.prompts import PromptConfig, scores_of
+from moesaic.adapters.prompts import NOBODY, PromptConfig, scores_of, too_far
 from moesaic.lora.kind import Kind
 from moesaic.routing import Gate, Router, Routing, RoutingContext, Site, TopK
 
@@ -25,8 +25,15 @@ class ScoreRouter(Router):
 
     by_prompt = True
 
+    def __init__(self, num_experts: int, floors: list[float] | None = None) -> None:
+        super().__init__(num_experts)
+        self.floors = floors
+
     def score(self, h: Tensor, context: RoutingContext | None = None) -> Tensor:
-        return scores_of(context, h, self.num_experts).expand(*h.shape[:-1], self.num_experts)
+        scores = scores_of(context, h, self.num_experts)
+        far = too_far(scores, self.floors)
+        scores = scores if far is None else scores.masked_fill(far, NOBODY)
+        return scores.expand(*h.shape[:-1], self.num_experts)
 
 
 class Chosen(TopK):
@@ -49,7 +56,7 @@ class RetrievalConfig(PromptConfig):
     top_k: int = field(default=1, metadata={"help": "experts a prompt"})
 
     def router(self, site: Site) -> Router:
-        return ScoreRouter(self.num_experts)
+        return ScoreRouter(self.num_experts, self.floors)
 
     def gate(self) -> Gate:
-        return Chosen(self.top_k)
+        return self.near(Chosen(self.top_k))

@@ -144,6 +144,9 @@ def run_compose(arguments: Sequence[str], *, as_json: bool = False) -> None:
     from rich.console import Console
     from rich.table import Column, Table
 
+    from moesaic.cli.report import of_adapter
+    from moesaic.evaluation.opening import open_adapter
+
     columns = [Column(name, overflow="fold") for name in rows[0]]
     table = Table(*columns, title=f"{recipe.method} on {recipe.model}")
     for row in rows:
@@ -156,8 +159,11 @@ def run_compose(arguments: Sequence[str], *, as_json: bool = False) -> None:
             ", ".join(fresh),
             recipe.method,
         )
+    if getattr(config, "none_below", "") is None and recipe.data:
+        console.print("adapter.none_below=own would let the base answer prompts that none of them knows")
     loads = f'import moesaic; PeftModel.from_pretrained(model, "{out}/adapter")'
     console.print(f"written: {out}; `{loads}` loads it", soft_wrap=True)
+    console.print(f"what it is made of: {of_adapter(open_adapter(out))}", soft_wrap=True)
     held_out = recipe.data and has_split(recipe.data, "validation", recipe.tasks)
     console.print(f"next: moesaic eval {out}{'' if held_out else ' data=HELD_OUT_ROWS'}", soft_wrap=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from moesaic.cli.report import of_adapter
 from moesaic.cli.show import print_json, show
 from moesaic.cli.verbs import Section, verb
 from moesaic.errors import ConfigError
@@ -32,10 +33,14 @@ def run(arguments: list[str], *, as_json: bool = False) -> None:
     from moesaic.evaluation.run import evaluate_run
 
     opened = [open_adapter(folder, model=settings.model, prompts=settings.prompts) for folder in runs]
-    results = [evaluate_run(adapter, settings, progress=sys.stderr.isatty()) for adapter in opened]
+    results = []
+    for adapter in opened:
+        results.append(evaluate_run(adapter, settings, progress=sys.stderr.isatty(), looked_at=True))
+        of_adapter(adapter)
     if as_json:
         print_json(results)
         return
     from moesaic.report.tables import eval_table, routing_table
 
     show(*filter(None, [eval_table(results), routing_table(results)]))
+    print("\n".join(f"pictures and answers: {adapter.place / 'report.html'}" for adapter in opened))

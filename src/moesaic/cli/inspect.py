@@ -21,6 +21,10 @@ _COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red", "bright_black",
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 _MOST_COLUMNS = 8
 """For layers."""
+_AVERAGED = (
+    "averages over {} modules, their experts put in one order by the tokens that they answer; "
+    "layer=… and module=… show one by itself"
+)
 
 
 @dataclass
@@ -31,6 +35,8 @@ class InspectSettings:
     task: str = field(default="", metadata={"help": "its task, for methods that are told"})
     model: str = field(default="", metadata={"help": "the base model, where a folder names none or it has moved"})
     prompts: str = field(default="", metadata={"help": "chat: in the tokenizer's chat template; plain: as written"})
+    layer: int | None = field(default=None, metadata={"help": "the routers of one layer alone"})
+    module: str = field(default="", metadata={"help": "those of modules of a name alone: q_proj, mlp, …"})
     answer: int = field(default=32, metadata={"help": "tokens that a language model answers; 0 for none"})
 
 
@@ -62,7 +68,8 @@ def run(folder: str, arguments: Sequence[str], *, as_json: bool = False) -> None
     if settings.answer < 0:
         raise ConfigError(f"answer={settings.answer} must be at least 0")
     opened = open_adapter(folder, model=settings.model, prompts=settings.prompts)
-    found = explain(load(opened), settings.prompt, task=settings.task, answer=settings.answer)
+    chosen: dict[str, Any] = {"layer": settings.layer, "module": settings.module}
+    found = explain(load(opened), settings.prompt, task=settings.task, answer=settings.answer, **chosen)
     if as_json:
         print_json(found)
         return
@@ -81,28 +88,41 @@ def shown(found: dict[str, Any], *, named: bool = False) -> RenderableType:
     told, added = found["global_scores"], found["weighted_global"]
     header = ["expert", "weight", "score"]
     header += ["local", "global", "cosine"] if added else ["cosine"] if told else []
+    floors: list[float] = found.get("floors") or []
+    header += ["asks for"] if floors else []
     spans = _spans(found["by_layer"])
-    table = Table(*header, *spans, title=f"{found['method']} routes the prompt")
-    are_shares = min(found["weights"]) >= 0 and 0 < sum(found["weights"]) < 1.01
+    where = f" in {found['modules'][0]}" if len(found["modules"]) == 1 else ""
+    table = Table(*header, *spans, title=f"{found['method']} routes the prompt{where}")
+    are_shares = min(found["weights"]) >= 0 and sum(found["weights"]) < 1.01
     for e, name in enumerate(found["experts"]):
         weight = found["weights"][e]
-        row = [f"{weight:.0%}" if are_shares else f"{weight:+.2f}", f"{found['logits'][e]:+.2f}"]
-        if added:
+        far = bool(floors) and told is not None and told[e] < floors[e]
+        row = [f"{weight:.0%}" if are_shares else f"{weight:+.2f}", "too far" if far else f"{found['logits'][e]:+.2f}"]
+        if added and far:
+            row += ["", ""]
+        elif added:
             row += [f"{found['logits'][e] - added[e]:+.2f}", f"{added[e]:+.2f}"]
         if told:
             row.append(f"{told[e]:.2f}")
+        if floors:
+            row.append(f"{floors[e]:.2f}")
         shares = [layer[e] for layer in spans.values()]
         bars = [_bar(share) if are_shares else f"{share:+.2f}" for share in shares]
         table.add_row(Text(name, style=_colour(e)), *row, *bars)
-    line, last = Text(), None
+    if floors:
+        nobody = [max(0.0, 1 - sum(shares)) for shares in (found["weights"], *spans.values())]
+        blank = [""] * (len(header) - 2)
+        table.add_row("none of them", f"{nobody[0]:.0%}", *blank, *(_bar(share) for share in nobody[1:]))
+    line, last = Text(), -2
     for token, row in zip(found["tokens"], found["by_token"], strict=True):
-        best = max(range(len(row)), key=row.__getitem__)
+        best = max(range(len(row)), key=row.__getitem__) if any(row) else -1
         if named and best != last:
-            line.append(f"[{found['experts'][best]}] ")
-        line.append(token.replace("Ġ", " ").replace("▁", " ") + " ", style=_colour(best))
+            line.append(f"[{found['experts'][best] if best >= 0 else 'none of them'}] ")
+        line.append(token.replace("Ġ", " ").replace("▁", " ") + " ", style=_colour(best) if best >= 0 else "")
         last = best
     said = [] if found.get("answer") is None else [Text(f"answer: {found['answer'].strip()}")]
-    return Group(table, Text("tokens by their first expert:"), line, *said)
+    averaged = [Text(_AVERAGED.format(len(found["modules"])), style="dim")] if found["aligned"] else []
+    return Group(table, *averaged, Text("tokens by their first expert:"), line, *said)
 
 
 def _spans(by_layer: dict[Any, list[float]]) -> dict[str, list[float]]:

@@ -39,6 +39,8 @@ def run(recipe: str, arguments: list[str], *, dry_run: bool = False, as_json: bo
     if dry_run:
         print(dump(as_used(_resolved(wanted))), end="")
         return
+    from moesaic.cli.report import of_adapter
+    from moesaic.evaluation.opening import open_adapter
     from moesaic.training.run import train
 
     results, folder = train(wanted), wanted.run_folder()
@@ -47,6 +49,7 @@ def run(recipe: str, arguments: list[str], *, dry_run: bool = False, as_json: bo
         return
     for line in trained(results):
         print(f"{folder}: {line}")
+    print(f"how it went: {of_adapter(open_adapter(folder))}")
     rows = "" if Path(wanted.data).is_dir() else " data=HELD_OUT_ROWS"
     print(f"next: moesaic eval {folder}{rows}")
 

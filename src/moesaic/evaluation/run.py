@@ -12,6 +12,7 @@ from moesaic.data.examples import Example
 from moesaic.errors import ConfigError, path_of
 from moesaic.evaluation.answers import answer, by_task, figures, generate
 from moesaic.evaluation.opening import Opened, load, open_adapter
+from moesaic.evaluation.samples import samples
 from moesaic.evaluation.settings import EvalSettings
 from moesaic.routing import RoutingTrace
 from moesaic.runs.folder import write_json, write_text
@@ -25,12 +26,19 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate_run(
-    adapter: str | Path | Opened, settings: EvalSettings | None = None, *, progress: bool = False
+    adapter: str | Path | Opened,
+    settings: EvalSettings | None = None,
+    *,
+    progress: bool = False,
+    looked_at: bool = False,
 ) -> dict[str, Any]:
     """Score a trained adapter, by its folder or opened; returns what is written to `eval-<split>.json` in its folder.
 
     `predictions-<split>.jsonl` gets the answer to every row, for tests that pair two runs: {"task", "index" of the row
     within its task, "correct", "predicted"}.
+
+    Args:
+        looked_at: write `samples-<split>.json` as well, a few answers with their routing, for `report.html`.
 
     Raises:
         ConfigError, DataError, AdapterError: no run, no such rows, or a damaged adapter.
@@ -70,6 +78,8 @@ def evaluate_run(
         "versions": versions(),
     }
     lines = [json.dumps(a.to_dict(), ensure_ascii=False) + "\n" for found in answers.values() for a in found]
+    if looked_at:
+        write_json(opened.place / f"samples-{settings.split}.json", {"rows": samples(prepared, rows, answers)})
     write_text(opened.place / f"predictions-{settings.split}.jsonl", "".join(lines))
     write_json(opened.place / f"eval-{settings.split}.json", results)
     return results
@@ -90,10 +100,8 @@ def routing_figures(trace: RoutingTrace, tasks: Sequence[str]) -> dict[str, Any]
     dead = len(found.pop("dead_experts"))
     found |= {"dead_experts": dead, "dead_share": dead / found["num_experts"]}
     found["by_task"] = {tasks[int(task)]: row for task, row in found["by_task"].items()}
-    found["by_layer_and_task"] = {
-        layer: {tasks[int(task)]: row for task, row in rows.items()}
-        for layer, rows in found["by_layer_and_task"].items()
-    }
+    for key in ("by_layer_and_task", "by_module_and_task"):
+        found[key] = {at: {tasks[int(task)]: row for task, row in rows.items()} for at, rows in found[key].items()}
     rounded: dict[str, Any] = _rounded(found)
     return rounded
 

@@ -22,7 +22,7 @@ from moesaic.routing.router import (
     no_autocast,
 )
 from moesaic.routing.sums import TokenSums
-from moesaic.routing.trace import RoutingTrace
+from moesaic.routing.trace import RoutingTrace, paired
 
 __all__ = [
     "AsTheyAre",
@@ -48,6 +48,7 @@ __all__ = [
     "ZLoss",
     "float_linear",
     "no_autocast",
+    "paired",
     "pool",
     "renyi",
     "shannon",

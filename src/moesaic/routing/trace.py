@@ -31,6 +31,7 @@ class RoutingTrace:
     | `by_layer()` | layer -> the same, averaged over the layer's modules |
     | `by_task()` | task id -> the same, averaged over modules |
     | `by_layer_and_task()` | layer -> task id -> the same, averaged over the layer's modules |
+    | `by_module_and_task()` | module -> task id -> the same, of its own experts |
     | `entropy()` | mean entropy of a token's dense probabilities (before top-k) over log E, averaged over modules |
     | `entropy_by_layer()` | layer -> the same, averaged over the layer's modules |
     | `dead_experts()` | (module, expert) pairs whose weight (after top-k) is below a share of 1/E; needs many tokens |
@@ -140,6 +141,10 @@ class RoutingTrace:
             for layer, names in sorted(layers.items())
         }
 
+    def by_module_and_task(self) -> dict[str, dict[int, Tensor]]:
+        """For each module, its own experts' shares of each task: nothing is averaged."""
+        return {name: {t: shares(w) for t, w in sorted(m.by_task.items())} for name, m in self.modules.items()}
+
     def aligned(self) -> dict[str, Tensor]:
         """For each module, its experts (E,) in the order in which they can be averaged with other modules'.
 
@@ -153,7 +158,7 @@ class RoutingTrace:
             num = len(module.weight)
             rows = [shares(module.by_task[t]) if t in module.by_task else torch.zeros(num) for t in tasks]
             profile = torch.stack([*(row.double().cpu() for row in rows), module.utilisation.double().cpu()])
-            order = torch.arange(num) if self.names or num not in seen else _paired(seen[num], profile)
+            order = torch.arange(num) if self.names or num not in seen else paired(seen[num], profile)
             found[name], seen[num] = order, seen.get(num, 0) + profile[:, order]
         return found
 
@@ -211,10 +216,11 @@ class RoutingTrace:
             "by_layer": _plain(self.by_layer()),
             "by_task": _plain(self.by_task()),
             "by_layer_and_task": {str(layer): _plain(tasks) for layer, tasks in self.by_layer_and_task().items()},
+            "by_module_and_task": {name: _plain(tasks) for name, tasks in self.by_module_and_task().items()},
         }
 
 
-def _paired(wanted: Tensor, profile: Tensor) -> Tensor:
+def paired(wanted: Tensor, profile: Tensor) -> Tensor:
     """The columns of `profile` (R, E) in the order of those of `wanted` that they are most alike, the likest first."""
     alike, order = wanted.t() @ profile, torch.zeros(profile.shape[1], dtype=torch.long)
     for _ in range(len(order)):
