@@ -174,8 +174,9 @@ def shares(
                 x += CELL * (last - first) + GAP
         block = top + CELL * len(tasks) + 12
         across = max(x + CELL * len(cols) for *_, cols, x, _ in placed)
-        bottom, at = block * (line + 1), left
-        sheet.resize(max(across + 2, at + sum(widest([said], SMALL) + 40 for _, said in key)), bottom + 24)
+        bottom, long = block * (line + 1), sum(width(said, SMALL) + 40 for _, said in key) - 18
+        at = min(left, max(0.0, sheet.width - long))
+        sheet.resize(max(across + 2, at + long), bottom + 24)
         for y in (top + block * n for n in range(line + 1)):
             sheet.text(left - 10, y - 27, over, ha="right", size=SMALL, paint="soft")
             sheet.text(left - 10, y - 10, of, ha="right", size=SMALL, paint="soft")
@@ -197,7 +198,7 @@ def shares(
         for paint, said in key:
             sheet.box(at, bottom + 3, 13, 13, paint)
             sheet.text(at + 20, bottom + 9.5, said, size=SMALL, paint="soft")
-            at += widest([said], SMALL) + 40
+            at += width(said, SMALL) + 40
 
     return drawn(draw, title, description)
 

@@ -62,9 +62,14 @@ def drawn(
     return Markup("").join(made)
 
 
+def printable(text: str) -> str:
+    """Without line breaks, and without controls, which XML does not allow."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
 def shorten(label: str, longest: int = 28) -> str:
-    """A label without line breaks and other controls, and without its middle where it is long."""
-    label = "".join(c if c.isprintable() else " " for c in label)
+    """A label without its middle where it is long."""
+    label = printable(label)
     tail = longest // 3
     return label if len(label) <= longest else f"{label[: longest - tail - 1]}…{label[-tail:]}"
 
@@ -82,7 +87,7 @@ def widest(labels: Iterable[str], size: float = SIZE) -> float:
 
 
 def ticks(axis: Axis, form: str, *, room: float = 0.0, whole: bool = False, logarithmic: bool = False) -> None:
-    """Few and round, no more than there is room for their labels; 1, 2 and 5 times powers of ten on a logarithmic axis."""
+    """Few and round, no more than there is room for; 1, 2 and 5 times powers of ten on a logarithmic axis."""
     from matplotlib import ticker
 
     if logarithmic:
@@ -133,7 +138,7 @@ class Sheet:
 
     def mark(self, kind: str, *said: str) -> dict[str, Any]:
         """The argument of an artist that gives it a class, and what is said of each of its parts under the pointer."""
-        self._said.append(said)
+        self._said.append(tuple(map(printable, said)))
         return {"gid": f"{kind}-{len(self._said) - 1}"}
 
     def axes(self, left: float, top: float, right: float, bottom: float) -> Axes:
@@ -167,7 +172,7 @@ class Sheet:
         self, x: float, y: float, paint: str, size: float, said: str = "", kind: str = "dot", marker: str | int = "o"
     ) -> None:
         """A disc or another marker; hollow where it is a ring."""
-        how: dict[str, Any] = {"marker": marker, "markersize": size, "markeredgewidth": 0}
+        how: dict[str, Any] = {"marker": marker, "markersize": size, "markeredgewidth": 0, "linestyle": "none"}
         if kind == "ring":
             how |= {"markerfacecolor": self.paint("paper"), "markeredgewidth": 1.3}
         self.line([(x, y)], paint, kind, said, **how)
@@ -188,6 +193,7 @@ class Sheet:
         self.figure.add_artist(PolyCollection(corners, facecolors=paints, **how))
 
     def svg(self, name: str, title: str, description: str) -> Markup:
+        title, description = printable(title), printable(description)
         if self._cells:
             self._boxes()
         self.figure.patch.set_visible(False)
