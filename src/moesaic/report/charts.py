@@ -110,12 +110,12 @@ def heat(
     def draw(sheet: Sheet) -> None:
         names, heads = [sheet.short(r) for r in rows], [sheet.short(c) for c in columns]
         left, head = widest(names) + 14, widest(heads)
-        aslant = head > 104
-        room = sheet.width - left - (0.77 * head - 24 if aslant else 0)
-        least = 48.0 if aslant else max(48.0, head + 6)
-        lines = math.ceil(len(columns) / max(1, room // least))
+        rooms = [sheet.width - left, sheet.width - left - max(0.0, 0.77 * head - 24)]
+        fitting = [max(1, rooms[0] // max(48.0, head + 6)), max(1, rooms[1] // 48)]
+        lines, aslant = min((math.ceil(len(columns) / each), way) for way, each in enumerate(fitting))
+        room = rooms[aslant]
         each = math.ceil(len(columns) / lines)
-        cell, top = min(110.0, room / each), 12 + 0.64 * head if aslant else 26.0
+        cell, top = min(110.0 if aslant else max(110.0, head + 6), room / each), 12 + 0.64 * head if aslant else 26.0
         block = top + ROW * len(rows) + 12
         sheet.resize(left + cell * each + sheet.width - left - room, block * lines)
         for j, column in enumerate(columns):

@@ -7,6 +7,7 @@ like take their places, so that a drawing follows the reader's light or dark mod
 from __future__ import annotations
 
 import io
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -96,7 +97,7 @@ def ticks(axis: Axis, form: str, *, room: float = 0.0, whole: bool = False, loga
         axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     else:
         label = widest(number(float(f"{end:.3g}"), form) for end in axis.get_view_interval())
-        most = min(max(2, round(room / (40 + label))), 9) if room else 6
+        most = min(max(2, math.ceil(room / (30 + label))), 10) if room else 6
         axis.set_major_locator(ticker.MaxNLocator(most, steps=[1, 2, 5, 10], integer=whole))
     axis.set_major_formatter(ticker.FuncFormatter(lambda v, _: number(v, form) if abs(v) > 1e-12 else "0"))
 
@@ -241,6 +242,7 @@ class Sheet:
 
     def _tidy(self, value: str) -> str:
         """An attribute with short numbers, the reader's font, and colours of the style sheet."""
-        value = re.sub(r"font-family: [^;]*;? ?", "", " ".join(value.split()))
+        value = re.sub(r"font: [^;]*?([\d.]+px)[^;]*", r"font-size: \1", " ".join(value.split()))
+        value = "; ".join(sorted(part for part in value.split("; ") if not part.startswith("font-family")))
         value = re.sub(r"\d+\.\d{2,}", lambda found: f"{float(found[0]):.2f}".rstrip("0").rstrip("."), value)
         return re.sub(r"#[0-9a-f]{6}", lambda found: self._css[found[0]], value)
