@@ -75,10 +75,8 @@ def intervals(
         axes.spines["bottom"].set_visible(False)
         ticks(axes.xaxis, "{:+.10g}", room=right - left)
         axes.axvline(0, color=sheet.paint("soft"), linewidth=1, clip_on=False, **sheet.mark("zero"))
-        half = width(zero, SMALL) / 2
-        at = min(max(sheet.place(axes, 0, 0)[0], half), sheet.width - half)
-        sheet.text(at, top - 12, zero, ha="center", size=SMALL, paint="soft")
-        sheet.text((left + right) / 2, bottom + 36, across, ha="center", size=SMALL, paint="soft")
+        sheet.centred(sheet.place(axes, 0, 0)[0], top - 12, zero)
+        sheet.centred((left + right) / 2, bottom + 36, across)
         for i, (dot, name) in enumerate(zip(dots, names, strict=True)):
             figures = f"{points(dot.value)} [{points(dot.interval[0])}, {points(dot.interval[1])}]"
             said, y, paint = f"{dot.label}: {figures}", top + ROW * (i + 0.5), f"c{dot.series % SERIES}"
@@ -283,7 +281,7 @@ def _frame(sheet: Sheet, across: str, up: str, right: float, height: float) -> t
     sheet.resize(sheet.width, height)
     box = (52.0, 28.0, right, height - 46)
     sheet.text(0, 9, up, size=SMALL, paint="soft")
-    sheet.text((52 + right) / 2, height - 9, across, ha="center", size=SMALL, paint="soft")
+    sheet.centred((52 + right) / 2, height - 9, across)
     axes = sheet.axes(*box)
     axes.grid(visible=False, axis="x")
     return axes, box

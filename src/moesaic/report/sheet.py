@@ -158,7 +158,13 @@ class Sheet:
 
     def text(self, x: float, y: float, content: str, *, paint: str = "ink", kind: str = "text", **how: Any) -> None:
         how = {"va": "center_baseline", "size": SIZE, "rotation_mode": "anchor", **self.mark(kind), **how}
-        self.figure.text(x, self.height - y, content, color=self.paint(paint), transform=None, **how)
+        self.figure.text(x, self.height - y, printable(content), color=self.paint(paint), transform=None, **how)
+
+    def centred(self, x: float, y: float, content: str) -> None:
+        """The name of an axis or of a place on it, about x or as near as it fits."""
+        content = shorten(content, int(self.width // 7))
+        half = width(content, SMALL) / 2
+        self.text(min(max(x, half), self.width - half), y, content, ha="center", size=SMALL, paint="soft")
 
     def line(
         self, points: Sequence[tuple[float, float]], paint: str, kind: str = "line", said: str = "", **how: Any
