@@ -41,9 +41,10 @@ def vectors(split: str, seed: int, count: int) -> dict[str, torch.Tensor]:
     return found
 
 
-def shares(
-    config: type[PromptConfig], known: dict[str, torch.Tensor], asked: dict[str, torch.Tensor]
-) -> dict[str, Any]:
+Vectors = dict[str, torch.Tensor]
+
+
+def shares(config: type[PromptConfig], known: Vectors, asked: Vectors) -> dict[str, Any]:
     """By expert: the share of its own task's held-out prompts that it takes, and of every other task's."""
     found = {}
     for expert, rows in known.items():

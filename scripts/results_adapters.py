@@ -171,10 +171,33 @@ def _ratio(row: dict[str, float]) -> str:
     return f"{row['ratio']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
 
 
+def turned_away(file: Path) -> str:
+    """What `none_below=own` keeps of each task's own prompts, and of the others'."""
+    found: dict[str, Any] = json.loads(file.read_text())
+    note = (
+        f"`adapter.none_below=own` with MiniLM: for an expert that knows {found['known']} training prompts of a task, "
+        f"the share of {found['asked']} held-out prompts that it takes, percent: its own task's (mean ± standard "
+        f"deviation over seeds {', '.join(map(str, found['seeds']))}), and each other task's, which are turned away "
+        f"where no other expert takes them. Tasks of one kind (the three of school science) take each other's. Command: "
+        f"`{found['command']}`."
+    )
+    lines = ["## Whose prompts are turned away", "", textwrap.fill(note, 120, break_on_hyphens=False), ""]
+    tasks = list(next(iter(found["taken"].values())))
+    lines += ["| method | expert | own | " + " | ".join(tasks) + " |"]
+    lines += ["| --- | --- |" + " ---: |" * (len(tasks) + 1)]
+    for method, rows in found["taken"].items():
+        for expert, row in rows.items():
+            others = [f"{100 * row['others'][task]:.0f}" if task in row["others"] else "" for task in tasks]
+            lines.append(f"| `{method}` | {expert} | {spread(row['own'])} | " + " | ".join(others) + " |")
+    return "\n".join([*lines, ""])
+
+
 PICTURES: Pictures = {f"{DRAWN}-adapters.svg": (f"adapters-{DRAWN}.json", picture)}
 
 
 def sections(results: Path) -> list[str]:
     """All there are."""
     files = [results / f"adapters-{name}.json" for name in TITLES]
-    return [routed(file) for file in files if file.is_file()]
+    nobody = results / "nobody.json"
+    made = [routed(file) for file in files if file.is_file()]
+    return [*made, turned_away(nobody)] if nobody.is_file() else made

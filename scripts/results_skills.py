@@ -150,7 +150,7 @@ def weights(results: Path) -> str:
     drawn = charts.shares(
         {"": over}, title=f"FarReach: weight of {name} by joint, over {cell['seconds']:g} s", over="",
         of=f"time / {cell['seconds'] / len(cell['weights']):.2f} s",
-        description=f"The rest is {other}'s. Mean over {cell['rollouts']} rollouts.",
+        description=f"The rest is {other}'s. Mean over {cell['rollouts']} rollouts.", equal=1 / len(cell["skills"]),
     )  # fmt: skip
     return alone(drawn)
 

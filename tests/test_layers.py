@@ -160,3 +160,17 @@ def test_importing_the_methods_needs_no_extra() -> None:
     probe = "import sys, moesaic; moesaic.HotMoEConfig; print([m for m in ('trl', 'datasets') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_help_and_the_report_load_no_drawing_library() -> None:
+    probe = """
+import sys
+import moesaic.report.charts, moesaic.report.page, moesaic.report.topics
+from moesaic.cli.main import main
+try:
+    main(["--help"])
+except SystemExit:
+    pass
+print("matplotlib" in sys.modules)"""
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"

@@ -1,7 +1,9 @@
 """The report: escaped, self-contained, readable by machines for people, and drawn where it says."""
 
 import itertools
+import math
 import re
+import sys
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -9,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moesaic.report import charts, html, svg
+from moesaic.errors import MissingDependency
+from moesaic.report import charts, html, labels, sheet
 from moesaic.report.page import alone
 
 HOSTILE = '<script>alert("x")</script> & co'
@@ -78,8 +81,33 @@ def made_up(arms=("lora", "mola", HOSTILE), tasks=("a", HOSTILE), layers=3, expe
     }
 
 
-def drawings(page):
-    return [ElementTree.fromstring(found) for found in re.findall(r"<svg.*?</svg>", page, re.DOTALL)]
+def drawings(page, width="wide"):
+    """Those of a width, without the other."""
+    found = [ElementTree.fromstring(found) for found in re.findall(r"<svg.*?</svg>", page, re.DOTALL)]
+    return [d for d in found if d.get("class") == width]
+
+
+def marks(drawing, kind):
+    return [group for group in drawing.iter(f"{SVG}g") if group.get("class") == kind]
+
+
+def texts(drawing):
+    return [element.text for element in drawing.iter(f"{SVG}text")]
+
+
+def corners(group):
+    """All points of what is drawn in a group, its marker's place included."""
+    found = []
+    for path in group.iter(f"{SVG}path"):
+        numbers = [float(n) for n in re.findall(r"-?[\d.]+", path.get("d"))]
+        x, y = map(float, re.findall(r"-?[\d.]+", path.get("transform", "0 0")))
+        found += [(a + x, b + y) for a, b in zip(numbers[::2], numbers[1::2], strict=True)]
+    return found
+
+
+def place(group):
+    """Where a marker stands."""
+    return tuple(map(float, re.findall(r"-?[\d.]+", group.find(f"{SVG}path").get("transform"))))
 
 
 class Balanced(HTMLParser):
@@ -125,46 +153,95 @@ def test_names_and_errors_are_escaped():
 
 
 def test_every_figure_is_there_and_says_what_it_shows():
-    found = drawings(html(made_up()))
-    titles = [d.find(f"{SVG}title").text for d in found]
-    assert titles == [
-        "Difference of the mean score to lora",
-        "Difference to lora by task",
-        "Mean score against time a token over lora, %",
-        "Training loss by step",
-        "Router entropy by layer",
-        "Experts' share of the weight by layer and task, mola",
-        f"Experts' share of the weight by layer and task, {HOSTILE}",
-    ]
-    for d in found:
-        assert d.get("role") == "img"
-        assert d.get("aria-label").startswith(d.find(f"{SVG}title").text)
-        assert d.find(f"{SVG}desc").text
+    page = html(made_up())
+    for width in sheet.WIDTHS:
+        found = drawings(page, width)
+        titles = [d.find(f"{SVG}title").text for d in found]
+        assert titles == [
+            "Difference of the mean score to lora",
+            "Difference to lora by task",
+            "Mean score against time a token over lora, %",
+            "Training loss by step",
+            "Router entropy by layer",
+            "Experts' share of the weight by layer and task, mola",
+            f"Experts' share of the weight by layer and task, {HOSTILE}",
+        ]
+        for d in found:
+            assert d.get("role") == "img"
+            assert d.get("aria-label").startswith(d.find(f"{SVG}title").text)
+            assert d.find(f"{SVG}desc").text
 
 
-def test_what_is_drawn_lies_within_the_drawing_and_is_finite():
-    for d in drawings(html(made_up())):
-        _, _, width, height = map(float, d.get("viewBox").split())
-        for element in d.iter():
-            for key, limit in (
-                ("x", width),
-                ("x1", width),
-                ("x2", width),
-                ("cx", width),
-                ("y", height),
-                ("cy", height),
-            ):
-                if key in element.attrib:
-                    assert 0 <= float(element.get(key)) <= limit, ElementTree.tostring(element)
-            for numbers in re.findall(r"-?[\d.]+", element.get("d", "")):
-                assert 0 <= float(numbers) <= max(width, height)
+def many():
+    """Names, tasks, layers and experts as many and as long as they come."""
+    arms = ("a baseline of a long name " * 4, *(f"an arm of a very long name, seed {i}" for i in range(12)))
+    tasks = ("arithmetic", *(f"a task of a very long name, number {i}" for i in range(11)))
+    summary = made_up(arms, tasks, layers=3, experts=(4, 16, 64))
+    for arm in summary["arms"][2:]:
+        arm["routing"]["by_layer_and_task"] = {}
+    return summary
+
+
+@pytest.mark.parametrize("summary", [made_up, many, lambda: outlying()])
+@pytest.mark.parametrize("width", sheet.WIDTHS)
+def test_what_is_drawn_lies_within_the_drawing_and_is_finite(summary, width):
+    for d in drawings(html(summary()), width):
+        _, _, wide, high = map(float, d.get("viewBox").split())
+        assert wide <= sheet.WIDTHS[width]
+        for x, y in corners(d):
+            assert -1 <= x <= wide + 1
+            assert -1 <= y <= high + 1
+        for text in d.iter(f"{SVG}text"):
+            x, style = float(text.get("x")), text.get("style")
+            assert 0 <= float(text.get("y")) <= high
+            anchor = re.search(r"text-anchor: (\w+)", style)
+            length = sheet.width(text.text, float(re.search(r"font-size: ([\d.]+)px", style)[1]))
+            if "rotate" in text.get("transform", ""):
+                length *= math.cos(math.radians(40))
+            start = x - length * {"start": 0.0, "middle": 0.5, "end": 1.0}[anchor[1] if anchor else "start"]
+            assert -1 <= start <= start + length <= wide + 1, text.text
+
+
+def test_the_narrow_drawing_holds_all_that_the_wide_one_does():
+    page = html(many())
+    for wide, narrow in zip(drawings(page), drawings(page, "narrow"), strict=True):
+        for kind in ("dot", "ring", "whisker", "line"):
+            assert len(marks(wide, kind)) == len(marks(narrow, kind))
+        said = [[e.text for e in d.iter(f"{SVG}title")] for d in (wide, narrow)]
+        assert sorted(said[0]) == sorted(said[1])
+        full = {label for label in (*texts(wide), *said[0]) if "arithmetic" in label}
+        assert full <= {*texts(narrow), *said[1]}
+    names = {sheet.shorten(f"an arm of a very long name, seed {i}", 16) for i in range(12)}
+    assert len(names) == 12, "their ends tell them apart"
+    for d in drawings(page, "narrow")[:5]:
+        assert names <= {*texts(d)}
+
+
+def test_a_line_break_or_a_control_in_a_name_does_no_harm():
+    summary = made_up(arms=("\x07lora" * 20, "two\nlines \x1b[1m", "$x_1$ 模型"))
+    assert "two lines  [1m" in texts(drawings(html(summary))[0])
+    assert "$x_1$ 模型" in texts(drawings(html(summary))[0])
+
+
+def test_drawings_on_one_page_share_no_ids_and_are_the_same_every_time():
+    page = html(made_up())
+    for found in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
+        assert " id=" not in found
+        assert "#" not in found
+    assert html(made_up()) == page
+
+
+def test_a_page_without_matplotlib_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(MissingDependency, match=r"moesaic\[report\]"):
+        html(made_up())
 
 
 def test_dots_stand_at_their_values():
     """Arm i is 5 i points above the baseline: equal steps from the line at zero."""
     drawing = drawings(html(made_up(arms=("lora", "x", "y", "z"))))[0]
-    zero = next(float(e.get("x1")) for e in drawing.iter(f"{SVG}line") if e.get("class") == "zero")
-    dots = [float(e.get("cx")) - zero for e in drawing.iter(f"{SVG}circle") if e.get("class") == "dot"]
+    [line] = marks(drawing, "zero")
+    dots = [place(dot)[0] - corners(line)[0][0] for dot in marks(drawing, "dot")]
     assert len(dots) == 3
     assert dots == pytest.approx([dots[0], 2 * dots[0], 3 * dots[0]], abs=0.05)
 
@@ -180,15 +257,14 @@ def outlying():
 
 def test_an_axis_leaves_out_what_is_far_off_and_an_arrow_has_its_number():
     page = html(outlying())
-    differences, scores = (d for d in drawings(page) if "score" in d.find(f"{SVG}title").text)
-    marks = [e.text for e in differences.iter(f"{SVG}text") if e.get("class") == "tick"]
-    assert "−80" not in marks
-    texts = [e.text for d in (differences, scores) for e in d.iter(f"{SVG}text")]
-    assert "−80.0 [−81.0, −79.0]" in texts
-    assert "far 10.0" in texts
-    for d, dots in ((differences, 6), (scores, 7)):
-        assert sum(e.get("class") == "dot" for e in d.iter(f"{SVG}circle")) == dots
-        assert [e.get("class") for e in d.iter(f"{SVG}path")] == ["dot"], "one arrow"
+    for width in sheet.WIDTHS:
+        differences, scores = (d for d in drawings(page, width) if "score" in d.find(f"{SVG}title").text)
+        assert "−80" not in texts(differences)
+        assert "−80.0 [−81.0, −79.0]" in texts(differences)
+        assert "far 10.0" in texts(scores)
+        for d, dots in ((differences, 6), (scores, 7)):
+            assert len(marks(d, "dot")) == dots
+            assert len(marks(d, "arrow")) == 1
     assert page.count("Arrow: off the scale") == 2
     assert "Arrow: off the scale" not in html(made_up())
 
@@ -209,16 +285,16 @@ def test_what_lies_far_from_the_others_but_on_the_axis_is_drawn_like_them(interv
     page = html(close((0.10, 0.101, 0.102, 0.103, 0.02), interval))
     differences, scores = (d for d in drawings(page) if "score" in d.find(f"{SVG}title").text)
     for d, dots in ((differences, 5), (scores, 6)):
-        assert sum(e.get("class") == "dot" for e in d.iter(f"{SVG}circle")) == dots
-        assert not list(d.iter(f"{SVG}path"))
-        whiskers = [e for e in d.iter(f"{SVG}line") if e.get("class") == "whisker"]
+        assert len(marks(d, "dot")) == dots
+        assert not marks(d, "arrow")
+        whiskers = marks(d, "whisker")
         assert len(whiskers) == dots
-        grid = [e for e in d.iter(f"{SVG}line") if e.get("class") in ("grid", "zero")]
-        bottom = max(float(e.get("y2")) for e in grid)
-        names = [float(e.get("x")) for e in d.iter(f"{SVG}text") if e.get("text-anchor") == "end"]
+        bottom = float(d.get("viewBox").split()[3]) - 44
+        names = [float(e.get("x")) for e in d.iter(f"{SVG}text") if "text-anchor: end" in e.get("style")]
         for e in whiskers:
-            assert min(names) < float(e.get("x1")) <= float(e.get("x2")) <= 1100 - 24, "the axis reaches its ends"
-            assert 16 <= float(e.get("y1")) <= float(e.get("y2")) <= bottom
+            (x1, y1), (x2, y2) = corners(e)
+            assert min(names) < x1 <= x2 <= 960 - 24, "the axis reaches its ends"
+            assert 26 <= y1 <= y2 <= bottom or 26 <= y2 <= y1 <= bottom
     assert "Arrow: off the scale" not in page
     assert "What lies far out" not in page
 
@@ -228,11 +304,19 @@ def test_arrows_point_to_where_the_value_lies():
     tips = []
     for found in (above, below):
         for d in (d for d in found if "score" in d.find(f"{SVG}title").text):
-            (path,) = d.iter(f"{SVG}path")
-            tips.append(tuple(map(float, re.findall(r"[\d.]+", path.get("d"))[:2])))
-    (right, _), (_, top), (left, _), (_, bottom) = tips
-    assert (right, top, bottom) == (1100 - 24, 16, 380)
-    assert left < 100
+            [arrow] = marks(d, "arrow")
+            x, y = place(arrow)
+            middle = [sum(axis) / len(axis) for axis in zip(*corners(arrow), strict=True)]
+            tips.append((x, y, x - middle[0], y - middle[1]))
+    right, top, left, bottom = tips
+    assert right[0] == 960 - 24
+    assert right[2] > 3
+    assert left[0] < 100
+    assert left[2] < -3
+    assert top[1] == 28
+    assert top[3] < -3
+    assert bottom[1] == 420 - 46
+    assert bottom[3] > 3
     assert "What lies far out shares the strongest colour." in html(close((0.0, 0.001, 0.002, 0.003, 0.15)))
 
 
@@ -269,7 +353,9 @@ def test_tables_have_headers_for_rows_and_columns():
 def test_the_page_follows_light_and_dark_mode():
     page = html(made_up())
     assert "prefers-color-scheme: dark" in page
-    assert not re.search(r'(fill|stroke)="#', page), "colours come from the style sheet"
+    drawn = "".join(re.findall(r"<svg.*?</svg>", page, re.DOTALL))
+    colours = set(re.findall(r"(?:fill|stroke): ([a-z-]+)", drawn))
+    assert colours <= {"var", "color-mix", "none"}, "colours come from the style sheet"
 
 
 @pytest.mark.parametrize("arms", [("lora",), ("lora", "mola")])
@@ -287,17 +373,65 @@ def test_unfinished_arms_and_missing_figures_are_left_out():
     assert "late" in page
 
 
-def test_many_arms_keep_their_labels_apart():
-    arms = ("lora", *[f"arm {i}" for i in range(14)])
-    drawing = drawings(html(made_up(arms=arms)))[3]
-    ys = sorted(float(e.get("y")) for e in drawing.iter(f"{SVG}text") if (e.text or "").startswith(("arm", "lora")))
-    assert len(ys) == 15
+@pytest.mark.parametrize("width", sheet.WIDTHS)
+@pytest.mark.parametrize("count", [14, 40])
+def test_many_arms_keep_their_labels_apart(width, count):
+    series = [charts.Line(f"arm {i}", [(0.0, 1.0), (5.0, 0.01 * i)], i) for i in range(count)]
+    [drawing] = drawings(charts.lines(series, across="x", up="y", title="t", description="d"), width)
+    ys = sorted(float(e.get("y")) for e in drawing.iter(f"{SVG}text") if e.text.startswith("arm"))
+    assert len(ys) == count
     assert min(b - a for a, b in itertools.pairwise(ys)) >= 14.9
+
+
+def test_lines_differ_without_their_colours():
+    series = [charts.Line(f"arm {i}", [(0.0, 1.0), (5.0, 0.01 * i)], i) for i in range(4)]
+    [drawing] = drawings(charts.lines(series, across="x", up="y", title="t", description="d"))
+    styles = [line.find(f"{SVG}path").get("style") for line in marks(drawing, "line")]
+    assert len({(re.search("stroke-dasharray: [^;]*", style) or [""])[0] for style in styles}) == 4
+
+
+def fills(drawing):
+    """By what is said of a cell: how its colour is mixed, and how much of that is in it."""
+    cells = [path for group in marks(drawing, "cells") for path in group if path.find(f"{SVG}title") is not None]
+    said = {path.find(f"{SVG}title").text: path.get("style") for path in cells}
+    found = {of: re.search(r"var\(--(\w+)\) (\d+)%, var\(--(\w+)\)", style).groups() for of, style in said.items()}
+    return {of: (strong, int(share), ground) for of, (strong, share, ground) in found.items()}
+
+
+@pytest.mark.parametrize("experts", [2, 4, 64])
+def test_a_router_that_is_uniform_looks_pale(experts):
+    layers = {"0": {"a": [1 / experts] * experts}}
+    [drawing] = drawings(charts.shares(layers, title="t", description="d"))
+    found = [*fills(drawing).values()]
+    assert len(found) == experts
+    assert {*found} == {("cell", 100, "paper")}, "nothing of the strong tone"
+    assert {"none", "an equal share"} <= {*texts(drawing)}
+
+
+def test_a_share_is_coloured_by_what_it_is_beside_an_equal_one():
+    layers = {"0": {"a": [0.0, 0.125, 0.25, 0.625]}}
+    [drawing] = drawings(charts.shares(layers, title="t", description="d"))
+    assert [*fills(drawing).values()] == [
+        ("cell", 0, "paper"), ("cell", 50, "paper"), ("cell", 100, "paper"), ("above", 100, "cell")
+    ]  # fmt: skip
+    assert "strongest tone: 62 %" in texts(drawing)
+    [of_two] = drawings(charts.shares({"": {"a": [0.5, 0.75]}}, title="t", description="d", equal=0.5, over=""))
+    assert [*fills(of_two).values()] == [("cell", 100, "paper"), ("above", 50, "cell")]
+
+
+def test_arms_side_by_side_have_one_scale_of_shares():
+    summary = made_up(arms=("lora", "even", "sharp"), experts=(4, 4, 4))
+    for layer in summary["arms"][2]["routing"]["by_layer_and_task"].values():
+        layer["a"] = [0.9, 0.1, 0.0, 0.0]
+    even, sharp = drawings(html(summary))[-2:]
+    assert "strongest tone: 90 %" in texts(even)
+    assert "strongest tone: 90 %" in texts(sharp)
+    assert {strong for strong, *_ in fills(even).values()} == {"cell"}
 
 
 @given(st.lists(st.floats(0, 300), min_size=1, max_size=15))
 def test_labels_are_moved_apart_in_their_order(positions):
-    placed = svg.apart(positions, 15.0, 0.0, 300.0)
+    placed = labels.apart(positions, 15.0, 0.0, 300.0)
     order = sorted(range(len(positions)), key=positions.__getitem__)
     gaps = [placed[b] - placed[a] for a, b in itertools.pairwise(order)]
     assert all(gap >= 15 - 1e-9 for gap in gaps)
@@ -307,11 +441,10 @@ def test_labels_are_moved_apart_in_their_order(positions):
 
 def test_labels_beside_points_neither_cover_each_other_nor_leave_the_frame():
     points = [(10.0, 50.0), (60.0, 50.0), (90.0, 52.0), (590.0, 10.0)]
-    labels = ["a long label"] * 4
     boxes = []
-    for x, y, anchor in svg.beside(points, labels, (0.0, 0.0, 600.0, 100.0), size=12.5):
-        start = x - {"start": 0.0, "middle": 0.5, "end": 1.0}[anchor] * svg.label_width(labels)
-        boxes.append((start, y - 10, start + svg.label_width(labels), y + 3))
+    for x, y, anchor in labels.beside(points, [80.0] * 4, (0.0, 0.0, 600.0, 100.0), size=12.5):
+        start = x - {"left": 0.0, "center": 0.5, "right": 1.0}[anchor] * 80.0
+        boxes.append((start, y - 6.5, start + 80.0, y + 6.5))
     assert all(box[0] >= 0 and box[1] >= 0 and box[2] <= 600 and box[3] <= 100 for box in boxes)
     for a, b in itertools.combinations(boxes, 2):
         assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
@@ -319,23 +452,33 @@ def test_labels_beside_points_neither_cover_each_other_nor_leave_the_frame():
 
 @given(st.lists(st.integers(-100, 100), min_size=1, max_size=20))
 def test_most_values_lie_within_the_fences(values):
-    low, high = svg.fences(values)
+    low, high = labels.fences(values)
     inside = [v for v in values if low <= v <= high]
     assert len(inside) >= len(values) / 2
     assert len(values) > 4 or inside == values
 
 
-@given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6))
-def test_ticks_are_few_round_and_within(low, width):
-    found = svg.ticks(low, low + width)
-    assert len(found) <= 8
-    slack = 1e-6 * max(1.0, abs(low), width)
-    assert all(low - slack <= t <= low + width + slack for t in found)
+@pytest.mark.parametrize("width", sheet.WIDTHS)
+@pytest.mark.parametrize(("low", "size"), [(-1e6, 3e6), (0.0, 1e-3), (12.0, 31.0), (-0.7, 1.0)])
+def test_ticks_are_few_round_and_within(low, size, width):
+    dots = [charts.Point("a", low, low, 0.0, 0), charts.Point("b", low + size, low + size, 0.0, 1)]
+    drawing, _ = charts.scatter(dots, across="", up="", title="t", description="d")
+    [found] = drawings(drawing, width)
+    shown = [text.replace("−", "-").replace(",", "") for text in texts(found) if text and text not in "ab"]
+    values = [float(text) for text in shown]
+    assert 4 <= len(values) <= 18
+    slack = 0.08 * size + 1e-9
+    assert all(low - slack <= value <= low + size + slack for value in values)
+    assert all(len(text.strip("-").replace(".", "").strip("0")) <= 2 for text in shown)
 
 
-def test_attributes_and_text_are_escaped():
-    assert str(svg.tag("a", "<b>", class_='"')) == '<a class="&#34;">&lt;b&gt;</a>'
-    assert str(svg.tag("g", svg.tag("b"), x=1.50, y=None)) == '<g x="1.5"><b></b></g>'
+def test_names_are_escaped_and_no_formulas():
+    dots = [charts.Dot("<b>&$x$", 0.1, (0.05, 0.15), [0.05, 0.15], 1)]
+    drawing, _ = charts.intervals(dots, zero='"', title='<"', description="&")
+    assert "<b>" not in drawing
+    [root] = drawings(drawing)
+    assert "<b>&$x$" in texts(root)
+    assert root.get("aria-label") == '<". &'
 
 
 def test_a_drawing_alone_is_a_whole_file_with_its_colours():
@@ -344,4 +487,6 @@ def test_a_drawing_alone_is_a_whole_file_with_its_colours():
     root = ElementTree.fromstring(alone(drawing))
     [style] = [child.text for child in root if child.tag.endswith("style")]
     assert all(f"--{name}:" in style for name in ("paper", "ink", "c0", "c7"))
-    assert len(list(root.iter())) == len(list(ElementTree.fromstring(drawing).iter())) + 1
+    [wide] = drawings(drawing)
+    assert len(list(root.iter())) == len(list(wide.iter())) + 1
+    assert root.get("class") is None, "the style sheet would hide it where the picture is small"

@@ -714,9 +714,9 @@ def test_the_picture_has_every_topic_and_edge() -> None:
     made = hashed()
     made.names = ("a < b & c", *made.names[1:])
     root = ElementTree.fromstring(drawing.svg(made))
-    tags = [element.tag.rpartition("}")[2] for element in root.iter()]
-    assert tags.count("line") == int((made.adjacency > 0).sum()) // 2
-    assert tags.count("circle") == len(made.names) + 4
+    kinds = [element.get("class") for element in root.iter()]
+    assert kinds.count("edge") == int((made.adjacency > 0).sum()) // 2
+    assert kinds.count("dot") == len(made.names) + 4
     texts = {element.text for element in root.iter() if element.tag.endswith("text")}
     assert set(made.names) <= texts
     places = drawing.layout(made.adjacency)

@@ -3,34 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from moesaic.report.svg import (
-    DASHES,
-    SERIES,
-    Box,
-    apart,
-    arrow,
-    beside,
-    circle,
-    drawing,
-    fences,
-    label_width,
-    line,
-    scale,
-    shorten,
-    tag,
-    text,
-    ticks,
-)
+from moesaic.report.labels import Box, apart, beside, padded, reach
+from moesaic.report.sheet import SERIES, SIZE, SMALL, Sheet, drawn, mixed, ticks, tone, widest, width
 from moesaic.report.tables import number
 from moesaic.report.text import percent, points
 
-WIDTH = 1100.0
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 ROW = 26.0
+CELL = 18.0
+GAP = 10.0
+"""Between the blocks of columns of `shares`."""
+
+DASHES = ("-", (0, (6, 3)), (0, (2, 3)), (0, (8, 3, 2, 3)))
+"""Lines differ by these too, for readers who do not tell the colours apart."""
+
+
+Layers = Mapping[str, Mapping[str, Sequence[float]]]
+"""Shares by layer and task, one an expert."""
 
 
 @dataclass(frozen=True)
@@ -66,32 +63,36 @@ def intervals(
     dots: Sequence[Dot], *, zero: str, title: str, description: str, across: str = "percentage points"
 ) -> tuple[Markup, bool]:
     """Dots with intervals about a line at 0, named `zero`; small rings are the parts. And whether there are arrows."""
-    left, right, top = label_width(d.label for d in dots) + 24, WIDTH - 24, 34.0
-    low, high = _reach([(d.value, *d.interval, *d.parts) for d in dots], (0.0,), share=0.06, least=0.01)
-    bottom = top + ROW * len(dots)
-    x, marks = scale(low, high, left, right), [t / 100 for t in ticks(100 * low, 100 * high, 9)]
-    parts = [line(x(t), top, x(t), bottom, "zero" if t == 0 else "grid") for t in marks]
-    parts += [
-        text(x(t), bottom + 16, number(100 * t, "{:+.10g}" if t else "0"), anchor="middle", class_="tick")
-        for t in marks
-    ]
-    parts.append(text(x(0), top - 10, zero, anchor="middle", class_="tick"))
-    parts.append(text((left + right) / 2, bottom + 34, across, anchor="middle", class_="axis"))
-    for i, dot in enumerate(dots):
-        y, (first, last) = top + ROW * (i + 0.5), dot.interval
-        figures = f"{points(dot.value)} [{points(first)}, {points(last)}]"
-        if low <= dot.value <= high:
-            shown = [line(x(first), y, x(last), y, "whisker")]
-            shown += [circle(x(v), y, 3.0, "ring") for v in dot.parts]
-            shown.append(circle(x(dot.value), y, 5.5, "dot"))
-        else:
-            side = 1 if dot.value > high else -1
-            edge, anchor = (right, "end") if side > 0 else (left, "start")
-            shown = [arrow(edge, y, (side, 0)), text(edge - 18 * side, y + 4, figures, anchor=anchor)]
-        parts.append(text(left - 12, y + 4, shorten(dot.label), anchor="end"))
-        parts.append(_series(dot.series, f"{dot.label}: {figures}", shown))
-    clipped = not all(low <= d.value <= high for d in dots)
-    return drawing(WIDTH, bottom + 44, title, description, parts), clipped
+    low, high = reach([(d.value, *d.interval, *d.parts) for d in dots], (0.0,), share=0.06, least=0.01)
+
+    def draw(sheet: Sheet) -> None:
+        names = [sheet.short(d.label) for d in dots]
+        left, right, top, bottom = widest(names) + 14, sheet.width - 24, 26.0, 26 + ROW * len(dots)
+        sheet.resize(sheet.width, bottom + 44)
+        axes = sheet.axes(left, top, right, bottom)
+        axes.set(xlim=(100 * low, 100 * high), ylim=(len(dots) - 0.5, -0.5))
+        axes.set_yticks([])
+        axes.spines["bottom"].set_visible(False)
+        ticks(axes.xaxis, "{:+.10g}", room=right - left)
+        axes.axvline(0, color=sheet.paint("soft"), linewidth=1, clip_on=False, **sheet.mark("zero"))
+        sheet.centred(sheet.place(axes, 0, 0)[0], top - 12, zero)
+        sheet.centred((left + right) / 2, bottom + 36, across)
+        for i, (dot, name) in enumerate(zip(dots, names, strict=True)):
+            figures = f"{points(dot.value)} [{points(dot.interval[0])}, {points(dot.interval[1])}]"
+            said, y, paint = f"{dot.label}: {figures}", top + ROW * (i + 0.5), f"c{dot.series % SERIES}"
+            sheet.text(left - 12, y, name, ha="right")
+            if low <= dot.value <= high:
+                ends = [sheet.place(axes, 100 * v, i) for v in dot.interval]
+                sheet.line(ends, paint, "whisker", said, linewidth=2.5, alpha=0.55)
+                for part in dot.parts:
+                    sheet.dot(*sheet.place(axes, 100 * part, i), paint, 6, kind="ring")
+                sheet.dot(*sheet.place(axes, 100 * dot.value, i), paint, 11, said)
+            else:
+                edge, inside, anchor, marker = (right, -18, "right", 5) if dot.value > high else (left, 18, "left", 4)
+                sheet.dot(edge, y, paint, 14, said, "arrow", marker)
+                sheet.text(edge + inside, y, figures, ha=anchor, kind="name")
+
+    return drawn(draw, title, description), not all(low <= d.value <= high for d in dots)
 
 
 def heat(
@@ -101,187 +102,186 @@ def heat(
 
     And whether shares beyond the largest that the colours tell apart have its colour.
     """
-    left, top = label_width(rows) + 24, 22 + 0.55 * label_width(columns)
-    cell = max(54.0, min(110.0, (WIDTH - left - 40) / len(columns)))
     sizes = [abs(v) for row in values for v in row]
-    largest = _reach([(size,) for size in sizes], (0.0,))[1] or 1.0
-    parts = []
-    for j, column in enumerate(columns):
-        place = f"translate({left + cell * (j + 0.5):.1f} {top - 8:.1f}) rotate(-32)"
-        parts.append(tag("text", shorten(column), transform=place))
-    for i, row in enumerate(rows):
-        y = top + ROW * i
-        parts.append(text(left - 10, y + 17, shorten(row), anchor="end"))
-        for j, value in enumerate(values[i]):
-            share = min(1.0, abs(value) / largest)
-            label = text(left + cell * (j + 0.5) - 1, y + 16.5, points(value), anchor="middle")
-            at = {"x": left + cell * j, "y": y, "width": cell - 2, "height": ROW - 2}
-            box = tag("rect", **at, rx=3, style=_fill(0.75 * share, "above" if value > 0 else "below"))
-            parts.append(tag("g", tag("title", f"{row}, {columns[j]}: {points(value)}"), box, label))
-    made = drawing(left + cell * len(columns) + 50, top + ROW * len(rows) + 6, title, description, parts)
-    return made, max(sizes) > largest
+    largest = reach([(size,) for size in sizes], (0.0,))[1] or 1.0
+
+    def draw(sheet: Sheet) -> None:
+        names, heads = [sheet.short(r) for r in rows], [sheet.short(c) for c in columns]
+        left, head = widest(names) + 14, widest(heads)
+        rooms = [sheet.width - left, sheet.width - left - max(0.0, 0.77 * head - 24)]
+        fitting = [max(1, rooms[0] // max(48.0, head + 6)), max(1, rooms[1] // 48)]
+        lines, aslant = min((math.ceil(len(columns) / each), way) for way, each in enumerate(fitting))
+        room = rooms[aslant]
+        each = math.ceil(len(columns) / lines)
+        cell, top = min(110.0 if aslant else max(110.0, head + 6), room / each), 12 + 0.64 * head if aslant else 26.0
+        block = top + ROW * len(rows) + 12
+        sheet.resize(left + cell * each + sheet.width - left - room, block * lines)
+        for j, column in enumerate(columns):
+            x, y = left + cell * (j % each), top + block * (j // each)
+            how = {"ha": "left", "rotation": 40} if aslant else {"ha": "center"}
+            sheet.text(x + cell / 2, y - (10 if aslant else 14), heads[j], **how)
+            for i, row in enumerate(rows):
+                if not j % each:
+                    sheet.text(left - 10, y + ROW * (i + 0.5), names[i], ha="right")
+                value = values[i][j]
+                said = f"{row}, {column}: {points(value)}"
+                shade = mixed("above" if value > 0 else "below", 0.75 * min(1.0, abs(value) / largest), "cell")
+                sheet.box(x + 1, y + ROW * i + 1, cell - 2, ROW - 2, shade, said)
+                sheet.text(x + cell / 2, y + ROW * (i + 0.5), points(value), ha="center")
+
+    return drawn(draw, title, description), max(sizes) > largest
+
+
+def largest(tables: Iterable[Layers], equal: float = 0.0) -> float:
+    """Of all shares; or twice an equal share among the fewest experts, if that is larger."""
+    every = [row for layers in tables for rows in layers.values() for row in rows.values() if row]
+    return max((max(*row, 2 * (equal or 1 / len(row))) for row in every), default=1.0)
 
 
 def shares(
-    layers: Mapping[str, Mapping[str, Sequence[float]]], *, title: str, description: str, over: str = "layer",
-    of: str = "expert", names: Sequence[str] = (), strongest: float = 0.0,
+    layers: Layers, *, title: str, description: str, over: str = "layer", of: str = "expert",
+    names: Sequence[str] = (), strongest: float = 0.0, equal: float = 0.0,
 ) -> Markup:  # fmt: skip
     """Experts' shares, a row for each task and a block of columns (`of`) for each layer (or what `over` names).
 
-    Columns are numbered, or called by `names`, every fourth where they are many.
+    An equal share is a pale grey, less fades to the paper, and more takes on the strong tone; so a router that is
+    uniform looks pale, however few its experts are.
 
-    The strongest tone is the largest share, or twice an equal share among the fewest experts if that is larger; or
-    `strongest`, where several drawings are to have one scale.
+    Args:
+        names: of the columns, which are numbered otherwise; some are left out where they lack the room.
+        strongest: the share that has the strongest tone: the `largest` of all drawings that are to have one scale.
+        equal: where a row's columns do not share among them: what an equal share is.
     """
+    strongest = strongest or largest([layers], equal)
     tasks = list(dict.fromkeys(task for rows in layers.values() for task in rows))
-    left, top, size, gap = label_width(tasks) + 22, 34.0, 18.0, 10.0
-    every = [row for rows in layers.values() for row in rows.values()]
-    largest = strongest or max(max(share, 2 / len(row)) for row in every for share in row)
-    parts, x = [text(left - 10, top - 21, over, anchor="end", class_="tick")], left
-    parts.append(text(left - 10, top - 6, of, anchor="end", class_="tick"))
-    parts += [text(left - 10, top + size * i + 13, shorten(task), anchor="end") for i, task in enumerate(tasks)]
-    for layer, rows in layers.items():
-        experts = max((len(row) for row in rows.values()), default=0)
-        parts.append(text(x + size * experts / 2, top - 21, layer, anchor="middle", class_="tick"))
-        for e in range(experts):
-            if experts <= 16 or e % 4 == 0:
-                parts.append(
-                    text(x + size * (e + 0.5), top - 6, names[e] if names else str(e), anchor="middle", class_="tiny")
-                )
-            for i, task in enumerate(tasks):
-                if task not in rows or e >= len(rows[task]):
-                    continue
-                share = rows[task][e]
-                said = tag("title", f"{over} {layer}, {task}, {of} {e}: {100 * share:.0f} %".lstrip(" ,"))
-                box = {"x": x + size * e, "y": top + size * i, "width": size - 1.5, "height": size - 1.5, "rx": 2}
-                parts.append(tag("rect", said, style=_fill(share / largest, "above"), **box))
-        x += size * experts + gap
-    key = f"faintest 0 %, strongest {100 * largest:.0f} % of the weight"
-    bottom = top + size * len(tasks)
-    parts.append(text(left, bottom + 16, key, class_="tick"))
-    return drawing(max(x - gap + 2, left + 250), bottom + 24, title, description, parts)
+    key = (("paper", "none"), ("cell", "an equal share"), ("above", f"strongest tone: {100 * strongest:.0f} %"))
+
+    def draw(sheet: Sheet) -> None:
+        shown = [sheet.short(task) for task in tasks]
+        left = max(widest(shown), widest((over, of), SMALL)) + 14
+        top, fit = 40.0 if over else 22.0, int((sheet.width - left - 2) // CELL)
+        placed, x, line = [], left, 0
+        for layer, rows in layers.items():
+            experts = max((len(row) for row in rows.values()), default=0)
+            each = math.ceil(experts / math.ceil(experts / fit)) if experts else 0
+            for first in range(0, experts, each or 1):
+                last = min(first + each, experts)
+                if x > left and x + CELL * (last - first) > sheet.width - 2:
+                    x, line = left, line + 1
+                placed.append((layer, rows, range(first, last), x, line))
+                x += CELL * (last - first) + GAP
+        block = top + CELL * len(tasks) + 12
+        across = max(x + CELL * len(cols) for *_, cols, x, _ in placed)
+        bottom, long = block * (line + 1), sum(width(said, SMALL) + 40 for _, said in key) - 18
+        at = min(left, max(0.0, sheet.width - long))
+        sheet.resize(max(across + 2, at + long), bottom + 24)
+        for y in (top + block * n for n in range(line + 1)):
+            sheet.text(left - 10, y - 27, over, ha="right", size=SMALL, paint="soft")
+            sheet.text(left - 10, y - 10, of, ha="right", size=SMALL, paint="soft")
+            for i, task in enumerate(shown):
+                sheet.text(left - 10, y + CELL * (i + 0.5), task, ha="right")
+        for layer, rows, cols, x, line in placed:
+            y = top + block * line
+            sheet.text(x + CELL * len(cols) / 2, y - 27, layer, ha="center", size=SMALL, paint="soft")
+            heads = {e: names[e] if names else str(e) for e in cols}
+            every = math.ceil((widest(heads.values(), 10) + 4) / CELL)
+            for k, e in enumerate(cols):
+                if not e % every:
+                    sheet.text(x + CELL * (k + 0.5), y - 10, heads[e], ha="center", size=10, paint="soft")
+                for i, task in enumerate(tasks):
+                    if e < len(row := rows.get(task, ())):
+                        said = f"{over} {layer}, {task}, {of} {heads[e]}: {100 * row[e]:.0f} %".lstrip(" ,")
+                        paint = tone(row[e], equal or 1 / len(row), strongest)
+                        sheet.box(x + CELL * k, y + CELL * i, CELL, CELL, paint, said)
+        for paint, said in key:
+            sheet.box(at, bottom + 3, 13, 13, paint)
+            sheet.text(at + 20, bottom + 9.5, said, size=SMALL, paint="soft")
+            at += width(said, SMALL) + 40
+
+    return drawn(draw, title, description)
 
 
 def scatter(dots: Sequence[Point], *, across: str, up: str, title: str, description: str) -> tuple[Markup, bool]:
     """Points with vertical spreads, each with its name beside it. And whether there are arrows."""
-    left, right, top, bottom = frame = (64.0, WIDTH - 24, 16.0, 380.0)
-    x_low, x_high = _padded([p.x for p in dots])
-    y_low, y_high = _reach([(p.y, p.y - p.spread, p.y + p.spread) for p in dots], share=0.08, least=0.5)
-    x, y = scale(x_low, x_high, left, right), scale(y_low, y_high, bottom, top)
-    parts = _axes(x, y, ticks(x_low, x_high, 8), ticks(y_low, y_high), frame, across, up)
-    away = [i for i, p in enumerate(dots) if not y_low <= p.y <= y_high]
-    aside = dict(zip(away, apart([x(dots[i].x) for i in away], 13.0, left, right), strict=True))
-    there = [(aside.get(i, x(p.x)), min(max(y(p.y), top), bottom)) for i, p in enumerate(dots)]
-    bars = [(a - 3, y(p.y + p.spread), a + 3, y(p.y - p.spread)) for p, (a, _) in zip(dots, there, strict=True)]
-    names = [f"{shorten(p.label)} {p.y:.1f}" if i in aside else shorten(p.label) for i, p in enumerate(dots)]
-    inner: Box = (left, top, right, bottom)
-    places = beside(there, names, inner, taken=bars, size=12.5)
-    for point, (px, py), bar, name, (a, b, anchor) in zip(dots, there, bars, names, places, strict=True):
-        if y_low <= point.y <= y_high:
-            shown = [line(px, bar[1], px, bar[3], "whisker"), circle(px, py, 5.5, "dot")]
-        else:
-            shown = [arrow(px, py, (0, 1 if point.y < y_low else -1))]
-        said = f"{point.label}: {percent(point.y / 100, point.spread / 100)} at {number(point.x, '{:,.4g}')}"
-        parts.append(_series(point.series, said, [*shown, text(a, b, name, anchor=anchor)]))
-    return drawing(WIDTH, bottom + 46, title, description, parts), bool(away)
+    low, high = reach([(p.y, p.y - p.spread, p.y + p.spread) for p in dots], share=0.08, least=0.5)
+    away = [i for i, p in enumerate(dots) if not low <= p.y <= high]
+
+    def draw(sheet: Sheet) -> None:
+        axes, (left, top, right, bottom) = _frame(sheet, across, up, sheet.width - 24, 420.0)
+        axes.set(xlim=padded([p.x for p in dots]), ylim=(low, high))
+        ticks(axes.xaxis, "{:,.10g}", room=right - left)
+        ticks(axes.yaxis, "{:.10g}")
+        there = [sheet.place(axes, p.x, p.y) for p in dots]
+        aside = dict(zip(away, apart([there[i][0] for i in away], 13.0, left, right), strict=True))
+        there = [(aside.get(i, x), min(max(y, top), bottom)) for i, (x, y) in enumerate(there)]
+        ends = [[sheet.place(axes, p.x, p.y + side * p.spread) for side in (1, -1)] for p in dots]
+        names = [sheet.short(p.label) + f" {p.y:.1f}" * (i in aside) for i, p in enumerate(dots)]
+        places = beside(
+            there, [width(name) for name in names], (left, top, right, bottom), size=SIZE, steps=(0.0, 12.0, 24.0),
+            taken=[
+                (x - 6, y - 12, x + 6, y + 12) if i in aside else (x - 3, up, x + 3, down)
+                for i, ((x, y), ((_, up), (_, down))) in enumerate(zip(there, ends, strict=True))
+            ],
+        )  # fmt: skip
+        for i, (p, (x, y), (a, b, anchor)) in enumerate(zip(dots, there, places, strict=True)):
+            said = f"{p.label}: {percent(p.y / 100, p.spread / 100)} at {number(p.x, '{:,.4g}')}"
+            paint = f"c{p.series % SERIES}"
+            if i in aside:
+                sheet.dot(x, y, paint, 14, said, "arrow", 7 if p.y < low else 6)
+            else:
+                sheet.line(ends[i], paint, "whisker", said, linewidth=2.5, alpha=0.55)
+                sheet.dot(x, y, paint, 11, said)
+            if abs(b - y) > 20 or abs(a - x) > 11:
+                sheet.line([(x, y), (a, b)], paint, "leader", linewidth=0.75, alpha=0.5)
+            sheet.text(a, b, names[i], ha=anchor, kind="name")
+
+    return drawn(draw, title, description), bool(away)
 
 
 def lines(
-    series: Sequence[Line],
-    *,
-    across: str,
-    up: str,
-    title: str,
-    description: str,
-    logarithmic: bool = False,
+    series: Sequence[Line], *, across: str, up: str, title: str, description: str, logarithmic: bool = False,
     marks: Sequence[float] = (),
-) -> Markup:
+) -> Markup:  # fmt: skip
     """Lines named at their right ends; `logarithmic` where values are positive and span more than one power of 2.
 
     Args:
         marks: where along the axis something happened: dashed.
     """
-    left, right, top, bottom = frame = (64.0, WIDTH - label_width(s.label for s in series) - 40, 16.0, 340.0)
-    values = [v for s in series for _, v in s.points]
-    steps = [t for s in series for t, _ in s.points]
+    values, steps = [v for s in series for _, v in s.points], [t for s in series for t, _ in s.points]
     logarithmic = logarithmic and min(values) > 0 and max(values) > 2 * min(values)
-    on = math.log10 if logarithmic else float
-    y_low, y_high = _padded([on(v) for v in values])
-    x_low, x_high = min(steps), max(steps)
-    x, y = scale(x_low, x_high, left, right), scale(y_low, y_high, bottom, top)
-    heights = _powers(y_low, y_high) if logarithmic else ticks(y_low, y_high)
-    parts = _axes(x, lambda v: y(on(v)), ticks(x_low, x_high, least=1.0), heights, frame, across, up)
-    parts += [line(x(at), top, x(at), bottom, "zero", stroke_dasharray="3 4") for at in marks if x_low <= at <= x_high]
-    names = apart([y(on(s.points[-1][1])) for s in series], 15.0, top + 6, bottom - 4)
-    for s, name in zip(series, names, strict=True):
-        path = [(x(t), y(on(v))) for t, v in s.points]
-        d = " ".join(f"{'L' if i else 'M'}{a:.1f} {b:.1f}" for i, (a, b) in enumerate(path))
-        shown = [
-            tag(
-                "path",
-                d=d,
-                class_="line",
-                stroke_dasharray=DASHES[(s.series + s.series // SERIES) % len(DASHES)] or None,
-            )
-        ]
-        shown += [circle(a, b, 3.0, "dot") for a, b in path if len(path) <= 16]
-        leader = f"M{path[-1][0]:.1f} {path[-1][1]:.1f} L{right + 8:.1f} {name:.1f}"
-        shown += [tag("path", d=leader, class_="leader"), text(right + 12, name + 4, shorten(s.label))]
-        parts.append(_series(s.series, s.label, shown))
-    return drawing(WIDTH, bottom + 46, title, description, parts)
+    low, high = padded([math.log10(v) if logarithmic else v for v in values])
+
+    def draw(sheet: Sheet) -> None:
+        names = [sheet.short(s.label) for s in series]
+        height = max(300.0 if sheet.narrow else 380.0, 74 + 15.0 * len(names))
+        axes, (left, top, right, bottom) = _frame(sheet, across, up, sheet.width - widest(names) - 40, height)
+        axes.set(xlim=(min(steps), max(steps)), ylim=(10**low, 10**high) if logarithmic else (low, high))
+        ticks(axes.xaxis, "{:,.10g}", room=right - left, whole=True)
+        ticks(axes.yaxis, "{:.10g}", logarithmic=logarithmic)
+        for x in (x for x in marks if min(steps) <= x <= max(steps)):
+            axes.axvline(x, color=sheet.paint("soft"), linewidth=1, linestyle=(0, (3, 4)), **sheet.mark("mark"))
+        ends = [sheet.place(axes, *s.points[-1]) for s in series]
+        heights = apart([y for _, y in ends], 15.0, top + 6, bottom - 4)
+        for s, name, end, y in zip(series, names, ends, heights, strict=True):
+            paint, dashes = f"c{s.series % SERIES}", (s.series + s.series // SERIES) % len(DASHES)
+            how: dict[str, Any] = {"linewidth": 2, "linestyle": DASHES[dashes], "zorder": 2 + dashes / 10}
+            path = [sheet.place(axes, *p) for p in s.points]
+            sheet.line(path, paint, "line", s.label, **how)
+            for at in path * (len(path) <= 16):
+                sheet.dot(*at, paint, 6)
+            sheet.line([end, (right + 12, y)], paint, "leader", linewidth=0.75, alpha=0.6)
+            sheet.line([(right + 12, y), (right + 32, y)], paint, "leader", **how)
+            sheet.text(right + 38, y, name)
+
+    return drawn(draw, title, description)
 
 
-def _series(number: int, said: str, parts: Sequence[Markup]) -> Markup:
-    """Parts in a series' colour, with what is said of them under the pointer."""
-    return tag("g", tag("title", said), *parts, class_=f"s{number % SERIES}")
-
-
-def _fill(share: float, hue: str) -> str:
-    return f"fill:color-mix(in oklab, var(--{hue}) {100 * share:.0f}%, var(--cell))"
-
-
-def _axes(
-    x: Callable[[float], float],
-    y: Callable[[float], float],
-    across: Sequence[float],
-    up: Sequence[float],
-    frame: tuple[float, float, float, float],
-    x_name: str,
-    y_name: str,
-) -> list[Markup]:
-    left, right, top, bottom = frame
-    parts = [line(left, y(v), right, y(v), "grid") for v in up]
-    parts += [text(left - 8, y(v) + 4, f"{v:g}", anchor="end", class_="tick") for v in up]
-    parts += [text(x(v), bottom + 18, number(v, "{:,.10g}"), anchor="middle", class_="tick") for v in across]
-    parts.append(line(left, bottom, right, bottom, "zero"))
-    parts.append(text((left + right) / 2, bottom + 38, x_name, anchor="middle", class_="axis"))
-    place = f"translate(16 {(top + bottom) / 2:.1f}) rotate(-90)"
-    parts.append(tag("text", y_name, transform=place, text_anchor="middle", class_="axis"))
-    return parts
-
-
-def _reach(
-    marks: Sequence[Sequence[float]], always: Sequence[float] = (), *, share: float = 0.0, least: float = 0.0
-) -> tuple[float, float]:
-    """Ends of an axis for marks, each a value and the ends of what is drawn about it, and for what is `always` on it.
-
-    All of a mark fits where its value lies within the fences or between the ends; the others lie beyond an end.
-    """
-    low, high = fences([mark[0] for mark in marks])
-    shown: list[Sequence[float]] = []
-    while len(within := [mark for mark in marks if low <= mark[0] <= high]) > len(shown):
-        shown = within
-        low, high = _padded([*always, *(v for mark in shown for v in mark)], share, least)
-    return low, high
-
-
-def _padded(values: Sequence[float], share: float = 0.08, least: float = 0.5) -> tuple[float, float]:
-    """The range of the values and a `share` of it more to each side; `least` where it is empty."""
-    pad = share * (max(values) - min(values)) or least
-    return min(values) - pad, max(values) + pad
-
-
-def _powers(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten between 10^low and 10^high."""
-    powers = range(math.floor(low), math.ceil(high) + 1)
-    return [m * 10.0**p for p in powers for m in (1, 2, 5) if low <= math.log10(m * 10.0**p) <= high]
+def _frame(sheet: Sheet, across: str, up: str, right: float, height: float) -> tuple[Axes, Box]:
+    """Axes with their names, the upright one's above it, and where they are: left, top, right, bottom."""
+    sheet.resize(sheet.width, height)
+    box = (52.0, 28.0, right, height - 46)
+    sheet.text(0, 9, up, size=SMALL, paint="soft")
+    sheet.centred((52 + right) / 2, height - 9, across)
+    axes = sheet.axes(*box)
+    axes.grid(visible=False, axis="x")
+    return axes, box

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,9 @@ from moesaic.report.tables import MATCHED
 from moesaic.report.text import Grid, facts, grids, missing
 
 HERE = Path(__file__).parent
+
+MARGIN = 12
+"""About a drawing that is a file of its own."""
 
 Arm = dict[str, Any]
 
@@ -86,11 +90,17 @@ def _rendered(*, settings: dict[str, Any], **parts: Any) -> str:
 
 
 def alone(drawing: Markup) -> str:
-    """A drawing as a file of its own, in the colours of the page."""
-    head, end, rest = str(drawing).partition(">")
+    """A drawing as a file of its own, with a margin and the colours of the page: the wide one."""
+    head, end, rest = str(drawing).partition("</svg>")[0].replace(' class="wide"', "", 1).partition(">")
+
+    def with_margin(found: re.Match[str]) -> str:
+        w, h = (int(side) + 2 * MARGIN for side in found.groups())
+        return f'viewBox="{-MARGIN} {-MARGIN} {w} {h}" width="{w}"'
+
+    head = re.sub(r'viewBox="0 0 (\d+) (\d+)" width="\d+"', with_margin, head)
     sheet = (HERE / "page.css").read_text(encoding="utf-8")
     own = "svg { background: var(--paper); font-family: system-ui, sans-serif; }"
-    return f"{head}{end}<style>{sheet}{own}</style>{rest}\n"
+    return f"{head}{end}<style>{sheet}{own}</style>{rest}</svg>\n"
 
 
 def figures(summary: dict[str, Any]) -> list[Figure]:
@@ -220,16 +230,17 @@ def _lines(
 
 
 def _utilisation(summary: dict[str, Any]) -> Figure | None:
-    made, seeds = [], set()
-    for _, arm in _done(summary):
-        layers = {k: v for k, v in (arm["routing"] or {}).get("by_layer_and_task", {}).items() if v}
-        if layers:
-            title = f"Experts' share of the weight by layer and task, {arm['arm']}"
-            description = "One row a task, one block of columns a layer, one column an expert."
-            made.append((arm["arm"], charts.shares(layers, title=title, description=description)))
-            seeds.add(arm["seeds"][0])
-    if not made:
+    routed = [(arm, (arm["routing"] or {}).get("by_layer_and_task", {})) for _, arm in _done(summary)]
+    found = [(arm, {k: v for k, v in layers.items() if v}) for arm, layers in routed if any(layers.values())]
+    if not found:
         return None
+    title, strongest = "Experts' share of the weight by layer and task", charts.largest(layers for _, layers in found)
+    said = "One row a task, one block of columns a layer, one column an expert."
+    made = [
+        (name, charts.shares(layers, title=f"{title}, {name}", description=said, strongest=strongest))
+        for name, layers in ((arm["arm"], layers) for arm, layers in found)
+    ]
+    seeds = {arm["seeds"][0] for arm, _ in found}
     caption = (
         "Share of the weight that each expert got, averaged over a layer's modules, whose experts were aligned by the "
         f"tasks that they answer; seed {', '.join(map(str, sorted(seeds)))}. Rows that look alike mean that tasks are "

@@ -100,11 +100,13 @@ def _weights(result: Mapping[str, Any], *, several: bool) -> Figure | None:
         return None
     drawn = []
     each = result["seconds"] / len(result["weights"])
-    strongest = max(weight for part in result["weights"] for row in part for weight in row)
+    equal = 1 / len(result["skills"])
+    strongest = max(2 * equal, *(weight for part in result["weights"] for row in part for weight in row))
     for number, skill in enumerate(result["skills"]):
         over = {joint: [part[row][number] for part in result["weights"]] for row, joint in enumerate(result["joints"])}
         made = charts.shares(
             {"": over}, title=f"Weight of {skill} by joint, over time", over="", of="second", strongest=strongest,
+            equal=equal,
             names=[f"{each * part:.3g}" for part in range(len(result["weights"]))],
             description=f"Mean weights of {skill}, from the beginning of a rollout to its end.",
         )  # fmt: skip

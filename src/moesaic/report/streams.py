@@ -166,7 +166,7 @@ def lines_of(series: Sequence[charts.Line], drifts: Sequence[float], title: str)
 
 
 def _activity(name: str, result: dict[str, Any]) -> list[Figure]:
-    drawn = shares_over(result, BINS)
+    drawn = activity([("", result)], BINS)
     if not drawn:
         return []
     begun = sum(sum(window.get("reset", ())) for window in result["activity"])
@@ -174,19 +174,32 @@ def _activity(name: str, result: dict[str, Any]) -> list[Figure]:
     return [Figure(f"Who does what, {name}", drawn, caption)]
 
 
-def shares_over(result: dict[str, Any], bins: int) -> list[tuple[str, Markup]]:
-    """What each expert did in so many parts of the stream: names and drawings, of what differs between experts."""
+def activity(results: Sequence[tuple[str, dict[str, Any]]], bins: int) -> list[tuple[str, Markup]]:
+    """What each expert of named runs did in so many parts of the stream, in one scale: names and drawings."""
+    tables = [(name, said, rows) for name, result in results for said, rows in _shares_over(result, bins)]
+    strongest = charts.largest({"": rows} for *_, rows in tables)
+    return [
+        (
+            f"{name}: {said}" if name else said,
+            charts.shares(
+                {"": rows}, title=f"Experts' share of {said} over the stream", over="", strongest=strongest,
+                description="One row a part of the stream.",
+            ),
+        )
+        for name, said, rows in tables
+    ]  # fmt: skip
+
+
+def _shares_over(result: dict[str, Any], bins: int) -> list[tuple[str, dict[str, list[float]]]]:
+    """What is shared, and each expert's share by part of the stream; of what differs between experts."""
     windows, starts = result["activity"], result["windows"]
-    drawn = []
+    found = []
     for what, said in _COUNTS.items():
         parts = [part for part in _parts(windows, what, bins) if any(part[1])]
         if parts and any(max(counts) > 1.1 * min(counts) for _, counts in parts):
             rows = {f"to row {_end(starts, last):,}": [v / sum(counts) for v in counts] for last, counts in parts}
-            title = f"Experts' share of {said} over the stream"
-            drawn.append(
-                (said, charts.shares({"": rows}, title=title, description="One row a part of the stream.", over=""))
-            )
-    return drawn
+            found.append((said, rows))
+    return found
 
 
 def _begun(results: Sequence[dict[str, Any]]) -> Figure | None:

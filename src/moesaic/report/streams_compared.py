@@ -7,7 +7,7 @@ from typing import Any
 
 from moesaic.report import charts
 from moesaic.report.page import Figure, of_run
-from moesaic.report.streams import lines_of, shares_over, short
+from moesaic.report.streams import activity, lines_of, short
 from moesaic.report.text import Grid
 
 BINS = 10
@@ -111,9 +111,9 @@ def _curves(summary: dict[str, Any]) -> list[Figure]:
 
 def _activity(results: Sequence[dict[str, Any]]) -> list[Figure]:
     """What experts did, stream by stream, folded."""
-    found: dict[str, list[Any]] = {}
+    found: dict[str, list[tuple[str, dict[str, Any]]]] = {}
     for r in results:
-        drawn = [(f"{r['learner']}: {said}", drawing) for said, drawing in shares_over(r, BINS)]
-        found.setdefault(r["stream"], []).extend(drawn)
+        found.setdefault(r["stream"], []).append((r["learner"], r))
     caption = "First seed; each row sums to 1."
-    return [Figure(f"Who does what on {short(s)}", drawn, caption, folded=True) for s, drawn in found.items() if drawn]
+    drawn = {stream: activity(runs, BINS) for stream, runs in found.items()}
+    return [Figure(f"Who does what on {short(s)}", made, caption, folded=True) for s, made in drawn.items() if made]

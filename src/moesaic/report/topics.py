@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from markupsafe import Markup
 from torch import Tensor
 
-from moesaic.report.svg import beside, circle, drawing, line, tag, text
+from moesaic.report.labels import beside
+from moesaic.report.page import alone
+from moesaic.report.sheet import SERIES, SMALL, Sheet, drawn, shorten, width
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -34,14 +35,6 @@ class Topics(Protocol):
 
 
 _WIDTH, _HEIGHT, _MARGIN, _LEGEND = 1200, 900, 70, 190
-_STYLE = """
-.paper { fill: #fdfdfb } .edge { stroke: #8a939b; stroke-opacity: .3 } .node { stroke: #fdfdfb; stroke-width: 1.5 }
-text { font: 11px system-ui, sans-serif; fill: #1c2126; paint-order: stroke; stroke: #fdfdfb; stroke-width: 3px }
-.head { fill: #5b646d } .key { font-size: 12px }
-@media (prefers-color-scheme: dark) {
-.paper { fill: #14181c } .node { stroke: #14181c } text { fill: #e8ebed; stroke: #14181c } .head { fill: #9aa5af }
-}"""
-_COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#ee8866", "#777777")
 
 
 def rows(topics: Topics, *, top: int = 3) -> list[dict[str, Any]]:
@@ -87,23 +80,26 @@ def svg(topics: Topics) -> str:
     owner = topics.assignment.argmax(dim=1).tolist()
     heaviest = float(topics.adjacency.max().clamp(min=1e-9))
     experts = len(topics.prototypes)
-    parts = [tag("style", Markup(_STYLE)), tag("rect", width="100%", height="100%", class_="paper")]
-    for i, j in topics.adjacency.triu(1).nonzero().tolist():
-        width = 0.4 + 2 * float(topics.adjacency[i, j]) / heaviest
-        parts.append(line(at[i][0], at[i][1], at[j][0], at[j][1], "edge", stroke_width=width))
-    for (x, y), name, group, expert in zip(at, topics.names, topics.groups, owner, strict=True):
-        said = tag("title", f"{name} ({group}): expert {expert}")
-        parts.append(circle(x, y, 7.0, "node", said, fill=_colour(expert)))
-    frame = (4.0, 4.0, float(_WIDTH - _LEGEND), _HEIGHT - 4.0)
-    for name, (x, y, anchor) in zip(topics.names, beside(at, topics.names, frame, size=11.0), strict=True):
-        parts.append(text(x, y, name, anchor=anchor))
-    x, step = _WIDTH - _LEGEND + 40.0, min(24.0, (_HEIGHT - 2.0 * _MARGIN) / experts)
-    parts.append(text(x - 8, _MARGIN - 24.0, "topics by first expert", class_="head"))
-    for expert in range(experts):
-        y = _MARGIN + step * expert
-        parts.append(circle(x, y, min(7.0, step / 2), "node", fill=_colour(expert)))
-        parts.append(text(x + 16, y + 4, f"expert {expert}: {owner.count(expert)}", class_="key"))
-    return f"{drawing(_WIDTH, _HEIGHT, 'Topics and their experts', caption(topics), parts)}\n"
+
+    def draw(sheet: Sheet) -> None:
+        sheet.resize(_WIDTH, _HEIGHT)
+        for i, j in topics.adjacency.triu(1).nonzero().tolist():
+            wide = 0.4 + 2 * float(topics.adjacency[i, j]) / heaviest
+            sheet.line([at[i], at[j]], "soft", "edge", linewidth=wide, alpha=0.3)
+        for (x, y), name, group, expert in zip(at, topics.names, topics.groups, owner, strict=True):
+            sheet.dot(x, y, _colour(expert), 14, f"{name} ({group}): expert {expert}")
+        names, frame = [shorten(name, 60) for name in topics.names], (4.0, 4.0, float(_WIDTH - _LEGEND), _HEIGHT - 4.0)
+        places = beside(at, [width(name, 11) for name in names], frame, size=11.0)
+        for name, (x, y, anchor) in zip(names, places, strict=True):
+            sheet.text(x, y, name, ha=anchor, size=11, kind="name")
+        x, step = _WIDTH - _LEGEND + 40.0, min(24.0, (_HEIGHT - 2.0 * _MARGIN) / experts)
+        sheet.text(x - 8, _MARGIN - 28.0, "topics by first expert", size=SMALL, paint="soft")
+        for expert in range(experts):
+            y = _MARGIN + step * expert
+            sheet.dot(x, y, _colour(expert), min(14.0, step))
+            sheet.text(x + 16, y, f"expert {expert}: {owner.count(expert)}", size=12)
+
+    return alone(drawn(draw, "Topics and their experts", caption(topics), {"": _WIDTH}))
 
 
 def layout(edges: Tensor, *, seed: int = 0, rounds: int = 300) -> Tensor:
@@ -125,5 +121,5 @@ def layout(edges: Tensor, *, seed: int = 0, rounds: int = 300) -> Tensor:
 
 
 def _colour(expert: int) -> str:
-    """One of eight colours that stay apart for the colour-blind; then evenly spread hues."""
-    return _COLOURS[expert] if expert < len(_COLOURS) else f"hsl({137 * expert % 360} 45% 55%)"
+    """One of the style sheet's, which stay apart for the colour-blind; then evenly spread hues."""
+    return f"c{expert}" if expert < SERIES else f"hsl({137 * expert % 360} 45% 55%)"
