@@ -178,8 +178,8 @@ def turned_away(file: Path) -> str:
         f"`adapter.none_below=own` with MiniLM: for an expert that knows {found['known']} training prompts of a task, "
         f"the share of {found['asked']} held-out prompts that it takes, percent: its own task's (mean ± standard "
         f"deviation over seeds {', '.join(map(str, found['seeds']))}), and each other task's, which are turned away "
-        f"where no other expert takes them. Tasks of one kind (the three of school science) take each other's. Command: "
-        f"`{found['command']}`."
+        f"where no other expert takes them. Tasks of one kind (the three of school science) take each other's. "
+        f"Command: `{found['command']}`."
     )
     lines = ["## Whose prompts are turned away", "", textwrap.fill(note, 120, break_on_hyphens=False), ""]
     tasks = list(next(iter(found["taken"].values())))
