@@ -72,7 +72,7 @@ def test_help_groups_the_verbs_and_each_tells_all_its_settings(capsys):
         (["--json", "inspekt"], "no verb 'inspekt'; did you mean 'inspect'?"),
         (["demo", "batch_size=4"], "batch_size is a setting of `moesaic train` and `moesaic eval`"),
         (["inspect", "nowhere", "methods=lora"], "methods is a setting of `moesaic compare` and `moesaic bench`"),
-        (["train", "lora", "prompt=x"], "prompt is a setting of `moesaic inspect`"),
+        (["train", "lora", "prompt=x"], "prompt is a setting of `moesaic generate` and `moesaic inspect`"),
     ],
 )
 def test_a_stray_verb_or_setting_is_led_home(arguments, message, capsys):

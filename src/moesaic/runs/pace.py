@@ -12,18 +12,18 @@ class Pace:
     """A line is due after half a minute or a tenth of the run, whichever is rarer; after ten minutes in any case.
 
     Args:
-        total: steps in all.
+        total: steps in all; None where nobody knows, and then it is half a minute.
         done: steps that were made before this process began.
     """
 
-    def __init__(self, total: int, done: int = 0) -> None:
-        self.total, self._at = total, done
+    def __init__(self, total: int | None, done: int = 0) -> None:
+        self.tenth, self._at = (total or 0) / 10, done
         self._told = time.monotonic()
 
     def due(self, done: int) -> bool:
         """Whether a line is due now that so many steps are done; once it says so, the next is counted from here."""
         waited = time.monotonic() - self._told
-        if waited < SOONEST or (done - self._at < self.total / 10 and waited < LATEST):
+        if waited < SOONEST or (done - self._at < self.tenth and waited < LATEST):
             return False
         self._told, self._at = time.monotonic(), done
         return True

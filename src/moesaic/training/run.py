@@ -61,7 +61,7 @@ def train(recipe: Recipe, *, command: str | None = None, progress: bool | None =
     rows = training_rows(prepared, examples)
     scored = training_rows(prepared, held_out) if held_out else []
     same = replace(prepared.recipe, steps=folder.load(str(folder.recipe)).steps) if longer else recipe
-    how = {"overwrite": recipe.overwrite, "resume": recipe.resume, "longer": longer}
+    how: dict[str, Any] = {"overwrite": recipe.overwrite, "resume": recipe.resume, "longer": longer}
     with folder.prepared(**how, description=plain(same), layout=stored) as step, writing(folder.path):
         write_json(folder.layout, stored)
         write_text(folder.recipe, dump(recipe))
