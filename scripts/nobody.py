@@ -76,7 +76,7 @@ def main() -> None:
         for method, tables in cells.items()
     }
     content = {"seeds": seeds, "asked": ASKED, "known": TEXTS, "taken": table}
-    content |= {"command": command_line(), "versions": versions()}
+    content |= {"command": f"python scripts/{command_line()}", "versions": versions()}
     (ROOT / "results" / "nobody.json").write_text(json.dumps(content, indent=2) + "\n")
 
 

@@ -19,7 +19,7 @@ from moesaic.runs.method import PLAIN
 from moesaic.runs.recipe import Recipe, adapter_config, load_recipe, packaged
 from moesaic.runs.results import count_trainable
 from moesaic.training.budget import TOLERANCE, _spread, at_rank, solve
-from moesaic.training.prepared import prepare, resolved
+from moesaic.training.prepared import planned, prepare
 from moesaic.training.wrapping import count, outline, with_heads
 from tests.tiny import FROM_SCRATCH
 from tests.tiny_folders import save_model, write_tasks
@@ -157,14 +157,14 @@ def test_match_gives_any_method_the_parameters_of_a_recipe(world, name):
     target = count_trainable(prepare(recipe_of(world, "encoder", "hotmoe"), rows).model)
     prepared = prepare(recipe, rows)
     assert abs(count_trainable(prepared.model) - target) <= TOLERANCE * target
-    assert prepared.recipe == resolved(recipe)
-    assert resolved(prepared.recipe) == prepared.recipe, "a solved recipe solves to itself"
+    assert prepared.recipe == planned(recipe)[0]
+    assert planned(prepared.recipe)[0] == prepared.recipe, "a solved recipe solves to itself"
 
 
 def test_match_takes_the_targets_of_its_recipe(world, tmp_path):
     narrow = tmp_path / "narrow.yaml"
     narrow.write_text("method: mola\nadapter: {r: 2, num_experts: 4, target_modules: [down_proj]}\n")
-    solved = resolved(recipe_of(world, "causal", "lora", f"match={narrow}"))
+    solved = planned(recipe_of(world, "causal", "lora", f"match={narrow}"))[0]
     assert solved.adapter["target_modules"] == ["down_proj"]
 
 
@@ -183,7 +183,7 @@ def test_a_budget_below_the_routers_is_one_line_that_names_both_settings(world):
 def test_ranks_are_set_or_solved_not_both(world):
     recipe = recipe_of(world, "causal", "lora", "match=mola", "adapter.rank_pattern={q_proj: 3}")
     with pytest.raises(ConfigError, match=r"match=mola solves the ranks, adapter\.rank_pattern sets them"):
-        resolved(recipe)
+        planned(recipe)
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=24), st.floats(0, 1))

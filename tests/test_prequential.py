@@ -651,11 +651,11 @@ def test_time_of_a_learners_processes_counts() -> None:
 def test_progress_is_a_bar_in_a_terminal_and_lines_elsewhere(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moesaic.trees.prequential import watching
+    from moesaic.runs.pace import Pace
 
     prequential(noisy(), NoChange())
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(watching, "EVERY", -1.0)
+    monkeypatch.setattr(Pace, "due", lambda self, done: True)
     prequential(noisy(), NoChange())
     assert "rows: row 2,000 of 3,000, accuracy " in capsys.readouterr().err
     monkeypatch.delenv("TQDM_DISABLE", raising=False)

@@ -24,7 +24,7 @@ _SHARED = {f.name for f in fields(Recipe)} - {"method", "steps", "lr", "schedule
         Section(Pretraining, "settings of language models from nothing, beside those above:", but=_SHARED),
     ],
     operands={"recipe": "a packaged recipe's name, or the path of a .yaml file"},
-    dry_run="print the resolved recipe and stop",
+    dry_run="print the resolved recipe and what it trains, and stop",
     about=lambda: (
         f"packaged recipes: {', '.join(packaged())}\n\n"
         f"language models from nothing: {', '.join(packaged_pretrainings())}\n\n"
@@ -37,7 +37,7 @@ def run(recipe: str, arguments: list[str], *, dry_run: bool = False, as_json: bo
         return
     wanted = load_recipe(recipe, arguments)
     if dry_run:
-        print(dump(as_used(_resolved(wanted))), end="")
+        _plan(wanted)
         return
     from moesaic.cli.report import of_adapter
     from moesaic.evaluation.opening import open_adapter
@@ -78,13 +78,21 @@ def _several(wanted: Pretraining) -> str:
     return f" top_k={','.join(str(2**i) for i in range(wanted.k_max.bit_length()))}" if wanted.k_schedule else ""
 
 
-def _resolved(recipe: Recipe) -> Recipe:
-    """As it would be trained, its rank solved where that is asked."""
+def _plan(recipe: Recipe) -> None:
+    """Print it as it would be trained, its rank solved where that is asked, and its size, for which data is needed."""
+    from moesaic.training.reporting import check_reports
     from moesaic.training.wrapping import check_teacher
 
     check_teacher(adapter_config(recipe))
-    if not recipe.match:
-        return recipe
-    from moesaic.training.prepared import resolved
+    check_reports(recipe.report_to)
+    said = ["trainable parameters: data=… tells"]
+    if recipe.data or recipe.match:
+        from moesaic.runs.results import count_total, count_trainable
+        from moesaic.training.prepared import planned, size_told
 
-    return resolved(recipe)
+        recipe, model = planned(recipe)
+        said = [f"trainable parameters: {count_trainable(model):,} of {count_total(model):,}"]
+        said += filter(None, [size_told(recipe, model)])
+    print(dump(as_used(recipe)), end="")
+    for line in said:
+        print(f"# {line}")

@@ -63,6 +63,6 @@ def _losses(file: Path) -> list[tuple[int, float]]:
     """Task loss by step: what was logged without the auxiliary loss. Empty where there is no log."""
     try:
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        return [(int(r["step"]), float(r["loss"])) for r in rows]
+        return [(int(r["step"]), float(r["loss"])) for r in rows if "eval_loss" not in r]
     except (OSError, ValueError, KeyError, TypeError):
         return []

@@ -16,7 +16,19 @@ from moesaic.runs.results import command_line
 from moesaic.runs.settings import differences, read_yaml
 
 ARMS = "arms.json"
-_FREE = {"out", "overwrite", "engine", "workers", "threads", "gpus", "keep", "save_every", "budget", "controls"}
+_FREE = {
+    "out",
+    "overwrite",
+    "engine",
+    "workers",
+    "threads",
+    "gpus",
+    "keep",
+    "save_every",
+    "report_to",
+    "budget",
+    "controls",
+}
 """Settings that may be others when a comparison is continued; what the last two came to is compared."""
 _GROWING = ("methods", "seeds", "arms")
 """Settings that may be added to."""

@@ -40,10 +40,12 @@ class RoutingCallback(TrainerCallback):
     Args:
         by_layer: also log entropy, spread and dead share of each layer, `router_entropy_layer_3`.
         file: write `metrics.jsonl`, a line for every log.
+        every: count what the routers do in the first step, the last, and every so many; counting takes a few per cent
+            of a small model's step. The auxiliary loss costs nothing and is in every log.
     """
 
-    def __init__(self, *, by_layer: bool = False, file: bool = True) -> None:
-        self.by_layer, self.file = by_layer, file
+    def __init__(self, *, by_layer: bool = False, file: bool = True, every: int = 1) -> None:
+        self.by_layer, self.file, self.every = by_layer, file, every
         self._host: Host | None = None
         self._trace: RoutingTrace | None = None
         self._aux: list[Tensor] = []
@@ -66,7 +68,9 @@ class RoutingCallback(TrainerCallback):
         if self._host is None:
             return
         self._host.progress = state.global_step / max(state.max_steps, 1)
-        if self._is_logged(state.global_step + 1, args, state):
+        step = state.global_step + 1
+        counted = step in (1, state.max_steps) or step % self.every == 0
+        if counted and self._is_logged(step, args, state):
             self._start()
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -130,6 +130,7 @@ class MixtureConfig(PeftConfig, metaclass=TakesLoras):
             raise ConfigError(first_line(error)) from None
         self.peft_type = type(self).type
         self._is_taken = False
+        self.size_is_meant = False  # solved for, or told of elsewhere: see lora/size.py
         self._take_adapters()
         check_kinds(self)
         check_names(self)

@@ -17,6 +17,7 @@ from moesaic.host import Host, optimizer_steps
 from moesaic.lora import targets
 from moesaic.lora.factors import named_now
 from moesaic.lora.layer import NOT_MERGED, MixtureLinear, features
+from moesaic.lora.size import tell_once
 from moesaic.routing import Site
 
 
@@ -76,6 +77,7 @@ class MixtureModel(BaseTuner):
         reader = config.reader(model)
         if reader is not None:
             self.host.readers[adapter_name] = reader
+        tell_once(model, config)
 
     def _attach(self, model: nn.Module) -> None:
         layers = {n: m for n, m in model.named_modules() if isinstance(m, MixtureLinear)}

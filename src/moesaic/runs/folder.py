@@ -245,8 +245,8 @@ class RunFolder:
     def last_loss(self) -> float:
         """The task's loss that was logged last; NaN where none was."""
         lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.is_file() else []
-        entry = json.loads(lines[-1]) if lines else {}
-        return float(entry.get("loss", math.nan))
+        losses = (entry["loss"] for entry in map(json.loads, reversed(lines)) if "loss" in entry)
+        return float(next(losses, math.nan))
 
     def prune(self, keep: int) -> None:
         """Remove all but the newest `keep` checkpoints."""
@@ -255,13 +255,20 @@ class RunFolder:
 
     @contextmanager
     def prepared(
-        self, *, overwrite: bool, resume: str, description: dict[str, Any], layout: dict[str, Any]
+        self,
+        *,
+        overwrite: bool,
+        resume: str,
+        description: dict[str, Any],
+        layout: dict[str, Any],
+        longer: bool = False,
     ) -> Iterator[int]:
         """Make the folder ready, keep it to this process, and yield the step to go on from (0: from the start).
 
         Args:
             description: the settings that make it the same run, compared with those of an unfinished one.
             layout: what was read off the data, compared likewise.
+            longer: a finished run is to go on too; `description` is then that of the steps that it has.
         Raises:
             ConfigError: the folder holds a finished run, another run, or something that is no run at all; or another
                 process writes it.
@@ -278,7 +285,7 @@ class RunFolder:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         with locked(self.path):
             if there and not overwrite:
-                self._check_unfinished(resume, description, layout)
+                self._check_unfinished(resume, description, layout, longer)
             for remains in (*self.path.glob(".*"), *self.checkpoints.glob(".*")):
                 if remains.is_dir():
                     shutil.rmtree(remains, ignore_errors=True)
@@ -286,8 +293,8 @@ class RunFolder:
             self._truncate_metrics(step)
             yield step
 
-    def _check_unfinished(self, resume: str, description: dict[str, Any], layout: dict[str, Any]) -> None:
-        if self.finished:
+    def _check_unfinished(self, resume: str, description: dict[str, Any], layout: dict[str, Any], longer: bool) -> None:
+        if self.finished and not longer:
             raise ConfigError(f"{self.path} holds a finished run; overwrite=true replaces it, out=… goes elsewhere")
         if resume == "never":
             raise ConfigError(
@@ -301,13 +308,11 @@ class RunFolder:
         except ConfigError as error:
             raise ConfigError(f"{error}; overwrite=true or another out=") from None
         changed = differences(before, description)
+        held = f"{self.path} holds {'a finished' if self.finished else 'an unfinished'} run"
         if changed:
-            raise ConfigError(
-                f"{self.path} holds an unfinished run with {changed}: set it back to continue, or overwrite=true, or "
-                "another out="
-            )
+            raise ConfigError(f"{held} with {changed}: set it back to continue, or overwrite=true, or another out=")
         if self.layout.is_file() and read_json(self.layout) != layout:
-            raise ConfigError(f"{self.path} holds an unfinished run on other data; overwrite=true or another out=")
+            raise ConfigError(f"{held} on other data; overwrite=true or another out=")
 
     def _truncate_metrics(self, step: int) -> None:
         """Drop what was logged after the step that is gone back to, and a last line cut short."""

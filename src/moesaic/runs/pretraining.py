@@ -59,6 +59,9 @@ class Pretraining:
     checkpointing: bool = field(default=False, metadata={"help": "recompute activations: slower, less memory"})
     save_every: int = field(default=500, metadata={"help": "steps between checkpoints"})
     keep: int = field(default=1, metadata={"help": "checkpoints kept"})
+    report_to: list[str] | None = field(
+        default=None, metadata={"help": "where figures go too: tensorboard, wandb, …, comma-separated"}
+    )
     out: str = field(default="", metadata={"help": "run folder; runs/<name>-s<seed> where left out"})
     overwrite: bool = field(default=False, metadata={"help": "replace a finished run"})
     resume: str = field(default="auto", metadata={"help": "auto continues an unfinished run, never refuses to"})
@@ -68,7 +71,7 @@ class Pretraining:
 
     def describes(self) -> dict[str, Any]:
         """What makes two runs the same run."""
-        how = ("out", "overwrite", "resume", "keep", "save_every")
+        how = ("out", "overwrite", "resume", "keep", "save_every", "report_to")
         return {k: v for k, v in asdict(self).items() if k not in how}
 
     def used_warmup(self) -> int:

@@ -57,6 +57,13 @@ class Recipe:
     )
     save_every: int = field(default=200, metadata={"help": "steps between checkpoints"})
     keep: int = field(default=2, metadata={"help": "checkpoints kept"})
+    eval_every: int = field(default=0, metadata={"help": "steps between evaluations on held-out rows; 0 for none"})
+    take: str = field(
+        default="last", metadata={"help": "which adapter is kept: last, or best by held-out loss (needs eval_every)"}
+    )
+    report_to: list[str] | None = field(
+        default=None, metadata={"help": "where figures go too: tensorboard, wandb, trackio, mlflow, …, comma-separated"}
+    )
     on_bad_lines: str = field(default="error", metadata={"help": "error or skip"})
     match: str | None = field(
         default=None, metadata={"help": "solve the rank for as many trainable parameters as this recipe's"}
@@ -75,7 +82,7 @@ class Recipe:
 
     def describes(self) -> dict[str, Any]:
         """What makes two runs the same run: all settings as they are used, but where and how."""
-        how = ("out", "overwrite", "resume", "keep", "save_every")
+        how = ("out", "overwrite", "resume", "keep", "save_every", "report_to")
         return {k: v for k, v in asdict(self).items() if k not in how} | {"warmup": self.used_warmup()}
 
     def used_warmup(self) -> int:
@@ -89,8 +96,12 @@ _CHOICES = {
     "on_bad_lines": ("error", "skip"),
     "prompts": ("auto", "chat", "plain"),
     "resume": ("auto", "never"),
+    "take": ("last", "best"),
 }
-_AT_LEAST = {"steps": 1, "batch_size": 1, "accumulation": 1, "warmup": 0, "max_length": 8, "save_every": 1, "keep": 1}
+_AT_LEAST = {
+    "steps": 1, "batch_size": 1, "accumulation": 1, "warmup": 0, "max_length": 8, "save_every": 1, "keep": 1,
+    "eval_every": 0,
+}  # fmt: skip
 _AT_MOST = {"steps": 100_000_000, "batch_size": 1_000_000, "accumulation": 1_000_000}
 _MOST_ROWS = 10**15
 
@@ -134,6 +145,10 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     file = recipe_file(name)
     stored = read_yaml(file)
     given = parse_overrides(overrides, lists=lists(Recipe), texts=texts(Recipe))
+    if given.get("keep") in ("last", "best"):
+        raise ConfigError(
+            f"keep is the number of checkpoints; take={given['keep']} says which adapter the run ends with"
+        )
     if "method" in given and given["method"] != stored.get("method"):
         stored.pop("adapter", None)  # another method's settings
     for source, values in ((str(file), stored), ("settings", given)):
@@ -197,6 +212,8 @@ def check(recipe: Any) -> None:
             raise ConfigError(f"{key}={getattr(recipe, key)} must be above 0")
     if recipe.clip < 0 or recipe.weight_decay < 0:
         raise ConfigError("clip and weight_decay cannot be negative")
+    if getattr(recipe, "take", "last") == "best" and not recipe.eval_every:
+        raise ConfigError("take=best needs held-out losses to choose by: eval_every=N says every how many steps")
 
 
 def as_used(recipe: Recipe) -> Recipe:

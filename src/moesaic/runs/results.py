@@ -98,6 +98,8 @@ def trained(results: Mapping[str, Any]) -> list[str]:
             f"({results['tokens_per_second']:.0f} tokens/s), {results['trainable_parameters']:,} trainable parameters, "
             f"last loss {'unknown' if loss is None else f'{loss:.3f}'}"
         )
+    if taken := results.get("taken"):
+        said.append(f"the adapter of step {taken['step']}, with the least held-out loss, {taken['eval_loss']:.3f}")
     return [*said, *filter(None, [results.get("found")])]
 
 

@@ -27,6 +27,7 @@ from moesaic.runs.folder import (
     write_text,
     writing,
 )
+from moesaic.runs.pace import Pace
 from moesaic.runs.places import RESULTS, check_ours, check_same, check_unfinished, prepare
 from moesaic.runs.results import command_line, count_trainable, versions
 from moesaic.runs.states import read_state, write_state
@@ -44,8 +45,8 @@ logger = logging.getLogger(__name__)
 CHECKPOINT, METRICS, REPORT = "checkpoint", "metrics.jsonl", "report.html"
 VERSION = 1
 PACKAGES = ("mujoco", "gymnasium", "numpy")
-SPEAKS, LOGS = 2.0, 30.0
-"""Seconds from one time that progress is told to the next: on a terminal, and in a log."""
+SPEAKS = 2.0
+"""Seconds from one time that progress is told to the next on a terminal."""
 State = tuple[dict[str, NDArray[Any]], dict[str, Any]]
 UNSTABLE = 0.2
 """Of a round's steps, the share in which bodies may diverge."""
@@ -161,7 +162,7 @@ def _rounds(folder: Path, wanted: SkillRun, ppo: PPO, seconds: float, tells: boo
     began, spoke = time.process_time() - seconds, time.monotonic()
     lines = (folder / METRICS).read_text(encoding="utf-8", errors="replace").count("\n")
     figures: dict[str, float] = {}
-    terminal = sys.stderr.isatty()
+    terminal, pace = sys.stderr.isatty(), Pace(wanted.steps, ppo.taken)
 
     def whole() -> State:
         arrays, values = ppo.state()
@@ -188,7 +189,7 @@ def _rounds(folder: Path, wanted: SkillRun, ppo: PPO, seconds: float, tells: boo
                 state = whole()
                 if lines % wanted.every == 0:
                     keep(state)
-                if tells and time.monotonic() - spoke > (SPEAKS if terminal else LOGS):
+                if tells and (time.monotonic() - spoke > SPEAKS if terminal else pace.due(ppo.taken)):
                     spoke = time.monotonic()
                     print(told(wanted, ppo, figures), end="\r" if terminal else "\n", file=sys.stderr, flush=True)
         keep(state)

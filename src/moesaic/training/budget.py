@@ -13,7 +13,7 @@ from typing import Any
 from moesaic.errors import ConfigError
 from moesaic.runs.method import adapter_settings, is_routed, methods
 from moesaic.runs.recipe import Recipe, adapter_config, load_recipe
-from moesaic.training.wrapping import Base, count, trainable
+from moesaic.training.wrapping import Base, count, trainable, with_meant_size
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def matched(config: Any, model: Any, *, like: Any, **settings: Any) -> Any:
     solved = solve(
         recipe, Base(model, (), None, {"task_type": config.task_type}), wanted, f"like={type(like).__name__}"
     )
-    return adapter_config(solved, task_type=config.task_type)
+    return with_meant_size(adapter_config(solved, task_type=config.task_type))
 
 
 def _of_adapters(config: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from moesaic.models.precision import numerics
 from moesaic.runs.method import is_routed
 from moesaic.runs.recipe import Recipe, adapter_config
 from moesaic.training.budget import recipe_matched
-from moesaic.training.wrapping import config_for, outline, with_heads, wrap
+from moesaic.training.wrapping import config_for, hollow, outline, with_heads, wrap
 
 
 @dataclass
@@ -83,10 +83,21 @@ def prepare(recipe: Recipe, examples: list[data.Example]) -> Prepared:
     return Prepared(wrap(base, recipe), loaded, base.tasks, base.layout, recipe)
 
 
-def resolved(recipe: Recipe) -> Recipe:
-    """The recipe as it would be trained, its rank solved if asked; no weights are loaded."""
-    config = adapter_config(recipe)
-    return recipe_matched(recipe, outline(recipe, load_examples(recipe), config)) if recipe.match else recipe
+def planned(recipe: Recipe) -> tuple[Recipe, Any]:
+    """The recipe as it would be trained, its rank solved if asked, and its model without storage: nothing is loaded."""
+    base = outline(recipe, load_examples(recipe), adapter_config(recipe))
+    recipe = recipe_matched(recipe, base) if recipe.match else recipe
+    return recipe, hollow(base, recipe)
+
+
+def size_told(recipe: Recipe, model: Any) -> str:
+    """One line where the adapter is several times as large as a plain LoRA, and nobody asked for its size."""
+    if not is_routed(recipe.method) or recipe.match:
+        return ""
+    from moesaic.lora.size import told
+
+    said = told(model, model.peft_config["default"])
+    return said and f"{said}; match=lora makes it as large as that recipe's"
 
 
 def training_rows(prepared: Prepared, examples: list[data.Example]) -> list[Any]:

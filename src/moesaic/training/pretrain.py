@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from dataclasses import asdict
 from typing import Any
 
@@ -27,7 +26,9 @@ from moesaic.runs.recipe import dump
 from moesaic.runs.results import command_line, count_total, count_trainable, device_name, peak_memory, versions
 from moesaic.training.conversion import method_with
 from moesaic.training.domains import Domain, check_fit, digest, domains_of, figures, named, routing
-from moesaic.training.run import check_place, fit, plain
+from moesaic.training.place import check_place, plain
+from moesaic.training.reporting import check_reports
+from moesaic.training.run import fit
 from moesaic.training.trainer import RunMixin, training_arguments
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ def pretrain(recipe: Pretraining, *, command: str | None = None, progress: bool 
         KeyboardInterrupt: after a checkpoint, when interrupted.
     """
     command = command or command_line()
+    check_reports(recipe.report_to)
     folder = RunFolder(recipe.run_folder(), load_pretraining)
     check_place(folder, overwrite=recipe.overwrite)
     tokenizer = AutoTokenizer.from_pretrained(resolve(recipe.tokenizer))
@@ -206,8 +208,7 @@ def _trainer(
     length = recipe.steps * recipe.batch_size * recipe.accumulation * args.world_size
     of = [name for name, domain in domains.items() for _ in domain.train]
     trainer: Any = _PretrainingTrainer(model=model, args=args, train_dataset=rows, data_collator=_batch)
-    shown = sys.stderr.isatty() if progress is None else progress
-    trainer.attach(folder, InterleavedSampler(of, length, seed=recipe.seed), keep=recipe.keep, progress=shown)
+    trainer.attach(folder, InterleavedSampler(of, length, seed=recipe.seed), keep=recipe.keep, progress=progress)
     return trainer
 
 

@@ -2,16 +2,17 @@
 
 import logging
 import math
-import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from moesaic.data import examples as data
 from moesaic.data.sampling import InterleavedSampler
-from moesaic.errors import ConfigError, MoesaicError, TrainingError, first_line
+from moesaic.errors import MoesaicError, TrainingError, first_line
 from moesaic.models.encoder import EncoderCollator
-from moesaic.runs.folder import RunFolder, atomic_folder, check_writable, write_json, write_text, writing
+from moesaic.runs.folder import RunFolder, atomic_folder, write_json, write_text, writing
 from moesaic.runs.recipe import Recipe, adapter_config, as_used, dump
 from moesaic.runs.results import (
     command_line,
@@ -22,7 +23,10 @@ from moesaic.runs.results import (
     peak_memory,
     versions,
 )
-from moesaic.training.prepared import Prepared, load_examples, prepare, require_extras, training_rows
+from moesaic.training.held_out import BEST, Best, HeldOut, load_held_out
+from moesaic.training.place import check_place, is_longer, plain, tell_longer
+from moesaic.training.prepared import Prepared, load_examples, prepare, require_extras, size_told, training_rows
+from moesaic.training.reporting import check_reports
 from moesaic.training.trainer import RunMixin, training_arguments
 
 logger = logging.getLogger(__name__)
@@ -33,7 +37,7 @@ def train(recipe: Recipe, *, command: str | None = None, progress: bool | None =
 
     Args:
         command: recorded with the results; this process's where None.
-        progress: a bar on stderr; where None, if that is a terminal.
+        progress: a bar on stderr; where None, if that is a terminal, and else a line now and then.
     Raises:
         MoesaicError: of the kind that fits; nothing already written is lost.
         KeyboardInterrupt: after a checkpoint, when interrupted.
@@ -41,29 +45,37 @@ def train(recipe: Recipe, *, command: str | None = None, progress: bool | None =
     require_extras()
     command = command or command_line()
     adapter_config(recipe)  # a setting that cannot be is refused before anything is read
+    check_reports(recipe.report_to)
     folder = RunFolder(recipe.run_folder())
-    check_place(folder, overwrite=recipe.overwrite)
+    longer = is_longer(folder, recipe)
+    check_place(folder, overwrite=recipe.overwrite, longer=longer)
     examples = load_examples(recipe)
+    held_out = load_held_out(recipe, {e.task for e in examples}) if recipe.eval_every else []
     prepared = prepare(recipe, examples)
     recipe = as_used(prepared.recipe)
-    digest = data.digest(examples)
-    stored: dict[str, Any] = {"tasks": list(prepared.tasks), "data_sha256": digest}
+    stored: dict[str, Any] = {"tasks": list(prepared.tasks), "data_sha256": data.digest(examples)}
+    stored |= {"held_out_sha256": data.digest(held_out)} if held_out else {}
     if prepared.layout is not None:
         stored["labels"] = {t: list(v) for t, v in prepared.layout.labels.items()}
         stored |= {"scorers": prepared.layout.scorers} if prepared.layout.scorers else {}
     rows = training_rows(prepared, examples)
-    described = plain(recipe)
-    with (
-        folder.prepared(overwrite=recipe.overwrite, resume=recipe.resume, description=described, layout=stored) as step,
-        writing(folder.path),
-    ):
+    scored = training_rows(prepared, held_out) if held_out else []
+    same = replace(prepared.recipe, steps=folder.load(str(folder.recipe)).steps) if longer else recipe
+    how: dict[str, Any] = {"overwrite": recipe.overwrite, "resume": recipe.resume, "longer": longer}
+    with folder.prepared(**how, description=plain(same), layout=stored) as step, writing(folder.path):
         write_json(folder.layout, stored)
         write_text(folder.recipe, dump(recipe))
-        trainer = build_trainer(prepared, examples, rows, folder, progress=progress)
+        folder.results.unlink(missing_ok=True)
+        trainer = build_trainer(prepared, examples, rows, folder, held_out=scored, progress=progress)
         learns = count_trainable(prepared.model) > 0
-        if step:
+        if longer:
+            tell_longer(folder, recipe, step)
+        elif step:
             logger.warning("%s: going on from step %d", folder.path, step)
-            trainer.last_loss = folder.last_loss()
+        elif said := size_told(recipe, prepared.model):
+            logger.warning("%s", said)
+        if step:
+            _take_up(trainer, recipe, step)
         found = ""
         if learns:
             fit(trainer, folder, step)
@@ -71,31 +83,34 @@ def train(recipe: Recipe, *, command: str | None = None, progress: bool | None =
             found = _search(trainer, prepared)
         if not learns and not found:
             logger.warning("%s: method %s has nothing to train here: no step is made", folder.path, recipe.method)
+        results = _results(trainer, prepared, step, command) | ({"found": found} if found else {})
+        if trainer.best is not None:
+            trainer.best.put_back(prepared.model)
+            results["taken"] = {"step": trainer.best.step, "eval_loss": trainer.best.loss}
         with atomic_folder(folder.adapter) as staging:
             prepared.model.save_pretrained(str(staging))
-            how = f"Seed {recipe.seed}, {recipe.steps} steps, learning rate {recipe.lr:g}."
-            write_text(staging / "README.md", model_card(recipe, command, f"Tasks: {', '.join(prepared.tasks)}. {how}"))
-        results = _results(trainer, prepared, step, command) | ({"found": found} if found else {})
+            made = f"Seed {recipe.seed}, {recipe.steps} steps, learning rate {recipe.lr:g}."
+            made += f" Taken after step {trainer.best.step}." if trainer.best is not None else ""
+            card = model_card(recipe, command, f"Tasks: {', '.join(prepared.tasks)}. {made}")
+            write_text(staging / "README.md", card)
         write_json(folder.results, results)
     return results
 
 
-def check_place(folder: RunFolder, *, overwrite: bool) -> None:
-    """Refuse, before anything is read, a place that `RunFolder.prepared` would refuse in the end."""
-    path = folder.path
-    check_writable(path.absolute(), f"out={path}")
-    if path.exists() and not path.is_dir():
-        raise ConfigError(f"out={path} is a file; name a folder")
-    if path.is_dir() and any(path.iterdir()) and not folder.recipe.is_file():
-        raise ConfigError(f"out={path} holds files that are not a run's; name another folder")
-    if folder.finished and not overwrite:
-        raise ConfigError(f"{path} holds a finished run; overwrite=true replaces it, out=… goes elsewhere")
-
-
 def build_trainer(
-    prepared: Prepared, examples: list[data.Example], rows: list[Any], folder: RunFolder, *, progress: bool | None
+    prepared: Prepared,
+    examples: list[data.Example],
+    rows: list[Any],
+    folder: RunFolder,
+    *,
+    held_out: Sequence[Any] = (),
+    progress: bool | None,
 ) -> Any:
-    """The trainer of a prepared model and its `training_rows`; `moesaic.host`'s mixin adds the auxiliary loss."""
+    """The trainer of a prepared model and its `training_rows`; `moesaic.host`'s mixin adds the auxiliary loss.
+
+    Args:
+        held_out: rows of the same kind, on which the recipe's `eval_every` has it scored.
+    """
     recipe, tokenizer = prepared.recipe, prepared.base.tokenizer
     args = _arguments(prepared, folder)
     length = recipe.steps * recipe.batch_size * recipe.accumulation * args.world_size
@@ -109,20 +124,13 @@ def build_trainer(
             model=prepared.model,
             args=args,
             train_dataset=rows,
-            data_collator=EncoderCollator(
-                tokenizer,
-                prepared.layout,
-                max_length=prepared.max_length,
-                task_ids=prepared.routed,
-                targets=taught,
-                positions=prepared.base.positions,
-            ),
+            data_collator=_collator(prepared, taught),
         )
     else:
         from datasets import Dataset
         from trl import SFTTrainer
 
-        from moesaic.data.causal import CausalCollator, question
+        from moesaic.data.causal import question
 
         if taught is not None:
             rows = [{**row, "targets": taught.get(question(e))} for row, e in zip(rows, examples, strict=True)]
@@ -131,13 +139,43 @@ def build_trainer(
             args=args,
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
-            data_collator=CausalCollator(
-                tokenizer.pad_token_id, task_ids=prepared.routed, positions=prepared.base.positions
-            ),
+            data_collator=_collator(prepared),
         )
-    shown = sys.stderr.isatty() if progress is None else progress
-    trainer.attach(folder, sampler, keep=recipe.keep, progress=shown)
+    trainer.attach(folder, sampler, keep=recipe.keep, progress=progress)
+    if prepared.routed:
+        from moesaic.host.callback import RoutingCallback
+
+        trainer.add_callback(RoutingCallback(file=False, every=COUNTED))
+    if held_out:
+        by_token = prepared.layout is None
+        scored = HeldOut(held_out, _collator(prepared), batch_size=recipe.batch_size, by_token=by_token)
+        trainer.evaluates(scored, every=recipe.eval_every, takes_best=recipe.take == "best")
     return trainer
+
+
+def _collator(prepared: Prepared, taught: dict[str, list[float]] | None = None) -> Any:
+    """Of an encoder's rows, whose routing may be `taught`, or of a causal model's, which have that in them."""
+    tokenizer, positions = prepared.base.tokenizer, prepared.base.positions
+    if prepared.layout is None:
+        from moesaic.data.causal import CausalCollator
+
+        return CausalCollator(tokenizer.pad_token_id, task_ids=prepared.routed, positions=positions)
+    return EncoderCollator(
+        tokenizer,
+        prepared.layout,
+        max_length=prepared.max_length,
+        task_ids=prepared.routed,
+        targets=taught,
+        positions=positions,
+    )
+
+
+def _take_up(trainer: Any, recipe: Recipe, step: int) -> None:
+    """What a run knew at a checkpoint that Trainer does not restore."""
+    place = trainer.folder.checkpoint(step)
+    trainer.last_loss = trainer.folder.last_loss()
+    if recipe.take == "best" and (step >= recipe.eval_every or (place / BEST).is_file()):
+        trainer.best = Best.read(place)
 
 
 def _arguments(prepared: Prepared, folder: RunFolder) -> Any:
@@ -180,6 +218,9 @@ def _class(trainer: type, routed: bool) -> type:
         bases = (RunMixin, RoutedTrainerMixin, trainer)
     return type(f"Run{trainer.__name__}", bases, {})
 
+
+COUNTED = 10
+"""Steps from one whose routing is counted to the next: to count every one takes some per cent of a small model's."""
 
 _RESUMED_FROM = ("*model*.safetensors", "trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state*.pth")
 """Files of a checkpoint; where one is missing, HF Trainer would silently start that part anew."""
@@ -253,12 +294,3 @@ def _results(trainer: Any, prepared: Prepared, resumed: int, command: str) -> di
         "command": command,
         "versions": versions(),
     }
-
-
-def plain(recipe: Any) -> dict[str, Any]:
-    """The recipe's description as it reads after a trip through YAML."""
-    from omegaconf import OmegaConf
-
-    described = OmegaConf.to_container(OmegaConf.create(recipe.describes()))
-    assert isinstance(described, dict)
-    return {str(k): v for k, v in described.items()}

@@ -23,6 +23,9 @@ from moesaic.models.precision import numerics
 from moesaic.runs.folder import RunFolder, atomic_folder
 from moesaic.runs.pretraining import Pretraining
 from moesaic.runs.recipe import Recipe
+from moesaic.training.held_out import Best, Evaluates, HeldOut
+from moesaic.training.progress import Progress
+from moesaic.training.reporting import into_folder, reports
 
 logger = logging.getLogger(__name__)
 
@@ -32,13 +35,17 @@ class RunMixin:
 
     - one epoch is the whole run, in task-interleaved order;
     - checkpoints appear complete or not at all;
-    - every step is a line of metrics.jsonl;
+    - every step and every evaluation is a line of metrics.jsonl;
     - a loss or gradient that is not finite stops the run before the optimizer sees it;
     - Ctrl-C and SIGTERM end the run after the step, with a checkpoint.
     """
 
-    def attach(self, folder: RunFolder, sampler: InterleavedSampler, *, keep: int, progress: bool) -> None:
-        """Say where the run is written and in which order it reads; `progress` shows a bar on stderr."""
+    def attach(self, folder: RunFolder, sampler: InterleavedSampler, *, keep: int, progress: bool | None) -> None:
+        """Say where the run is written and in which order it reads.
+
+        Args:
+            progress: a bar on stderr; where None, if that is a terminal, and else a line now and then.
+        """
         self.folder = folder
         self.run_sampler = sampler
         self.keep = keep
@@ -46,13 +53,39 @@ class RunMixin:
         self.tokens = 0
         self.seconds = 0.0
         self.last_loss = math.nan
+        self.held_out: HeldOut | None = None
+        self.takes_best = False
+        self.best: Best | None = None
         self._staging: Any = None
         me: Any = self
         for callback in (ProgressCallback, PrinterCallback):
             me.remove_callback(callback)
+        into_folder(me, folder)
         me.add_callback(self.stopper)
-        if progress:
-            me.add_callback(_Bar())
+        me.add_callback(_Rate())
+        if progress is not False:
+            bar = sys.stderr.isatty() if progress is None else progress
+            me.add_callback(Progress(bar=bar, tokens=lambda: self.tokens))
+
+    def evaluates(self, held_out: HeldOut, *, every: int, takes_best: bool) -> None:
+        """Score rows every so many steps; `takes_best` keeps the adapter at its least loss at hand."""
+        self.held_out, self.takes_best = held_out, takes_best
+        me: Any = self
+        me.add_callback(Evaluates(every))
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        me: Any = self
+        assert self.held_out is not None
+        me.model.eval()
+        loss = self.held_out.loss(self)
+        self._require_finite(loss, "held-out loss")
+        found = {"eval_loss": loss}
+        me.log(dict(found))
+        me.model.train()
+        me.control = me.callback_handler.on_evaluate(me.args, me.state, me.control, found)
+        if self.takes_best and (self.best is None or loss < self.best.loss):
+            self.best = Best.of(me.model, me.state.global_step, loss)
+        return found
 
     def _get_train_sampler(self, train_dataset: Any = None) -> InterleavedSampler:
         return self.run_sampler
@@ -103,6 +136,8 @@ class RunMixin:
         with atomic_folder(final) as staging:
             self._staging = staging.parent
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
+            if self.best is not None:
+                self.best.write(staging)
         self.folder.prune(self.keep)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -116,10 +151,10 @@ class RunMixin:
         super().log(logs, start_time)  # type: ignore[misc]
         # the history would be carried by every checkpoint, and metrics.jsonl holds it
         entry = self.state.log_history.pop()  # type: ignore[attr-defined]
-        if "loss" not in entry:
+        if "loss" not in entry and "eval_loss" not in entry:
             return
-        self.last_loss = entry["loss"]
-        kept = {k: v for k, v in entry.items() if k not in ("step", "epoch", "num_tokens")}
+        self.last_loss = entry.get("loss", self.last_loss)
+        kept = {k: v for k, v in entry.items() if k not in ("step", "epoch", "num_tokens", "eval_num_tokens")}
         with self.folder.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": entry["step"], **kept}) + "\n")
 
@@ -173,23 +208,19 @@ class _Stopper(TrainerCallback):
             control.should_training_stop = True
 
 
-class _Bar(TrainerCallback):
-    """A progress bar with the loss."""
+class _Rate(TrainerCallback):
+    """A step that follows a checkpoint is made at the rate that this run's schedule has there.
+
+    The checkpoint's optimizer holds the rate of the schedule that it was written under: of a finished run that is to
+    go on, none.
+    """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        from tqdm import tqdm
-
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", file=sys.stderr, leave=False)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if logs and "loss" in logs:
-            self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.update(state.global_step - self.bar.n)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.close()
+        scheduler = kwargs["lr_scheduler"]
+        groups = zip(kwargs["optimizer"].param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        for group, peak, share in groups:
+            group["lr"] = peak * share(scheduler.last_epoch)
+        scheduler._last_lr = [group["lr"] for group in kwargs["optimizer"].param_groups]  # what is logged
 
 
 def training_arguments(recipe: Recipe | Pretraining, folder: RunFolder) -> dict[str, Any]:
@@ -222,5 +253,6 @@ def training_arguments(recipe: Recipe | Pretraining, folder: RunFolder) -> dict[
         f"{checkpointing}_checkpointing": recipe.checkpointing,
         f"{checkpointing}_checkpointing_kwargs": {"use_reentrant": False},
         "disable_tqdm": True,
-        "report_to": "none",
+        "report_to": reports(recipe.report_to),
+        "run_name": folder.path.name,
     }

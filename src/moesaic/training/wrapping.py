@@ -132,7 +132,7 @@ def wrap(base: Base, recipe: Recipe, *, hollow: bool = False) -> Any:
     """
     from peft import get_peft_model
 
-    config = adapter_config(recipe, **base.defaults)
+    config = with_meant_size(adapter_config(recipe, **base.defaults))
     try:
         wrapped = get_peft_model(base.model, config, low_cpu_mem_usage=hollow)
         for name, parameter in wrapped.named_parameters():
@@ -147,12 +147,22 @@ def wrap(base: Base, recipe: Recipe, *, hollow: bool = False) -> Any:
         raise ConfigError(f"method {recipe.method} on model {recipe.model}{named}: {first_line(error)}") from None
 
 
+def with_meant_size(config: Any) -> Any:
+    """A config whose size a mixture is not to speak of when it is made: it was solved for, or a run tells it."""
+    config.size_is_meant = True
+    return config
+
+
+def hollow(base: Base, recipe: Recipe) -> Any:
+    """The PEFT model of a recipe without storage; `base` is not touched."""
+    if "init_lora_weights" in recipe.adapter:  # some kinds read the base's weights; none changes a shape
+        recipe = replace(recipe, adapter={**recipe.adapter, "init_lora_weights": True})
+    return wrap(replace(base, model=_hollow(base.model)), recipe, hollow=True)
+
+
 def count(base: Base, recipe: Recipe) -> tuple[int, dict[str, int]]:
     """Trainable parameters of a recipe, in all and in each adapted module by name; `base` is not touched."""
-    hollow = replace(base, model=_hollow(base.model))
-    if "init_lora_weights" in recipe.adapter:  # some kinds read the base's weights; none changes a count
-        recipe = replace(recipe, adapter={**recipe.adapter, "init_lora_weights": True})
-    wrapped = wrap(hollow, recipe, hollow=True)
+    wrapped = hollow(base, recipe)
     layers = {n: m for n, m in wrapped.base_model.model.named_modules() if isinstance(m, BaseTunerLayer)}
     return count_trainable(wrapped), {name: count_trainable(layer) for name, layer in layers.items()}
 
@@ -161,7 +171,8 @@ def trainable(model: nn.Module, config: Any) -> int:
     """Trainable parameters of a PEFT config on a model, which is not touched."""
     from peft import get_peft_model
 
-    return count_trainable(get_peft_model(_hollow(model), copy.deepcopy(config), low_cpu_mem_usage=True))
+    config = with_meant_size(copy.deepcopy(config))
+    return count_trainable(get_peft_model(_hollow(model), config, low_cpu_mem_usage=True))
 
 
 def _hollow(model: nn.Module) -> nn.Module:

@@ -6,16 +6,13 @@ import logging
 import signal
 import sys
 import threading
-import time
 from types import FrameType
 from typing import Any
 
+from moesaic.runs.pace import Pace
 from moesaic.trees.prequential.metrics import Figures
 
 logger = logging.getLogger(__name__)
-
-EVERY = 20.0
-"""Seconds between two lines where no bar is shown."""
 
 
 class Interrupts:
@@ -46,7 +43,7 @@ class Progress:
 
     def __init__(self, name: str, total: int | None, done: int, *, shown: bool) -> None:
         self.name, self.total, self.done, self.shown = name, total, done, shown
-        self._told = time.monotonic()
+        self._pace = Pace(total, done)
 
     def __enter__(self) -> Progress:
         from tqdm import tqdm
@@ -69,8 +66,7 @@ class Progress:
         self._bar.set_postfix(accuracy=said, refresh=False)
         self._bar.update(done - self.done)
         self.done = done
-        if not self.shown and time.monotonic() - self._told > EVERY:
-            self._told = time.monotonic()
+        if not self.shown and self._pace.due(done):
             print(f"{self.name}: row {told(done, self.total)}, accuracy {said}", file=sys.stderr, flush=True)
 
     def __exit__(self, *_: object) -> None:
