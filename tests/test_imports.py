@@ -85,12 +85,13 @@ def test_a_mixture_loads_with_moesaic_imported_before_peft_and_after_it(place: P
 
 
 @pytest.mark.slow
-def test_a_mixture_loads_in_every_order_of_imports(place: Path) -> None:
-    check(place, NAMES, list(permutations(NAMES)))
+@pytest.mark.parametrize("first", NAMES)
+def test_a_mixture_loads_in_every_order_of_imports(place: Path, first: str) -> None:
+    check(place, NAMES, [order for order in permutations(NAMES) if order[0] == first])
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm_eval is not installed")
 def test_a_mixture_loads_wherever_lm_eval_is_imported(place: Path) -> None:
     names = (*NAMES, "lm_eval")
-    check(place, names, random.Random(0).sample(list(permutations(names)), 12))
+    check(place, names, random.Random(0).sample(list(permutations(names)), 6))
