@@ -56,6 +56,8 @@ NOTES = """
   mark what is no prompt, and a loop of one's own tells nothing where a prompt goes in first and tokens come one at a
   time. Chunks that end in a single token, guesses, and steps without a cache are told by
   `moesaic.routing_prompt_length(model, n)`.
+- **lm-eval** scores a prompt and its choice in one row, where methods that route by the prompt would count both:
+  `python -m moesaic.with lm_eval` tells them apart (training.md).
 - **A second turn on one cache**: what was answered in the first does not count as the prompt, as in training on a
   chat's answers (but for its last token, which `generate` leaves to the next turn). A fresh forward over the whole chat
   counts it.

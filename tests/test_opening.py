@@ -17,6 +17,7 @@ from moesaic.evaluation.settings import EvalSettings
 from moesaic.models.embedded import load_model
 from moesaic.runs.recipe import load_recipe
 from moesaic.training.run import train
+from tests.composing import TASKS, make
 from tests.tiny_folders import save_model, write_tasks
 
 
@@ -117,3 +118,14 @@ def test_folders_that_cannot_be_opened_are_refused_in_a_line(place, tmp_path):
     get_peft_model(load_model(str(place / "base")).model, told).save_pretrained(tmp_path / "told")
     with pytest.raises(ConfigError, match="moelora is told each row's task by its number"):
         load(open_adapter(tmp_path / "told"))
+
+
+def test_routers_may_hold_whole_numbers(tmp_path):
+    make(tmp_path)
+    texts, adapters = {task: [task] for task in TASKS}, {task: str(tmp_path / task) for task in TASKS}
+    config = moesaic.GliderConfig(
+        adapters=adapters, texts=texts, encoder="hashing", ignore_base=True, task_type="CAUSAL_LM"
+    )
+    get_peft_model(load_model("nano").model, config).save_pretrained(str(tmp_path / "glider"))
+    settings = EvalSettings(data=str(tmp_path / "data"), model="nano", limit=1, base=False)
+    assert evaluate_run(tmp_path / "glider", settings)["tasks"].keys() == {*TASKS}

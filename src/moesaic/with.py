@@ -1,6 +1,7 @@
 """Run another program after moesaic is imported, so that it loads a mixture wherever PEFT loads an adapter.
 
-PROGRAM is a console script by name (lm_eval, trl), -m MODULE, or a .py file; what follows is its own.
+PROGRAM is a console script by name (lm_eval, trl), -m MODULE, or a .py file; what follows is its own. lm-eval is
+also told where prompts end, which mixtures that route by the prompt have to know.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ def found(given: Sequence[str]) -> tuple[Callable[[], Any], list[str]]:
             raise ConfigError(f"-m names no module; {USAGE}")
         if not _is_module(rest[0]):
             raise ConfigError(f"no module {rest[0]} is installed")
+        _prepare(rest[0])
         return partial(_run, runpy.run_module, rest[0], alter_sys=True), rest
     if name.endswith(".py"):
         if not path_of(name).is_file():
@@ -51,7 +53,16 @@ def found(given: Sequence[str]) -> tuple[Callable[[], Any], list[str]]:
     known = {entry.name: entry for entry in entry_points(group="console_scripts")}
     if name not in known:
         raise ConfigError(f"no console script {name} is installed; {suggest(name, known)}")
+    _prepare(known[name].module)
     return known[name].load(), [name, *rest]
+
+
+def _prepare(module: str) -> None:
+    """What a program has to be told that cannot know of moesaic."""
+    if module.partition(".")[0] == "lm_eval":
+        from moesaic.evaluation.harness import tell_prompts
+
+        tell_prompts()
 
 
 def _run(how: Callable[..., Any], name: str, **more: Any) -> None:

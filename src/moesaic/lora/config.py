@@ -23,6 +23,7 @@ from torch import Tensor
 
 from moesaic.errors import ConfigError, UnknownKeyword, first_line
 from moesaic.host.scores import Reader
+from moesaic.lora.card import tell_loading
 from moesaic.lora.checks import are_folders, check_kinds, check_names, is_numbers, is_ranks
 from moesaic.lora.kind import Kind
 from moesaic.lora.layer import LayerSettings
@@ -216,6 +217,11 @@ class MixtureConfig(PeftConfig, metaclass=TakesLoras):
     def to_dict(self) -> dict[str, Any]:
         """As PEFT saves it: the adapters' names stay, where they lay does not."""
         return {**super().to_dict(), **dict.fromkeys(self.unsaved)}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT does, and README.md, which PEFT, Transformers and trainers have written by then, says how to load."""
+        super().save_pretrained(save_directory, **kwargs)
+        tell_loading(save_directory)
 
     @property
     def scaling(self) -> float:

@@ -121,7 +121,7 @@ def read_expert(folder: str | Path, name: str | None = None) -> StoredExpert:
         )
     if (config.get("bias") or "none") != "none":
         raise AdapterError(f"{path} cannot be an expert: bias={config['bias']!r}, and a trained bias is not routed")
-    shapes = tensor_shapes(path)
+    shapes = tensor_shapes(path, expert=True)
     sides: dict[str, dict[str, str]] = {}
     extras = []
     for key in shapes:
@@ -201,8 +201,12 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shape by name of an adapter folder's tensors, from its file's header. Raises AdapterError where it has none."""
+def tensor_shapes(path: Path, *, expert: bool = False) -> dict[str, tuple[int, ...]]:
+    """Shape by name of an adapter folder's tensors, from its file's header.
+
+    Raises:
+        AdapterError: it has none; or, of an `expert`, one that is no factor's.
+    """
     file = path / WEIGHTS
     if not file.is_file():
         hint = f"; its {PICKLE} is not read, since it may run code: convert it to safetensors"
@@ -211,7 +215,7 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         with safe_open(file, framework="pt") as opened:
             slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
             strange = next((key for key, found in slices.items() if found.get_dtype() not in _DTYPES), None)
-            if strange is not None:
+            if expert and strange is not None:
                 raise AdapterError(
                     f"{file} cannot be an expert: {strange} is of {slices[strange].get_dtype()}, and factors are of "
                     f"{', '.join(_DTYPES)}"

@@ -115,8 +115,9 @@ Made with moesaic {version}: `{command}`
 
 {how}
 
-```python
-import moesaic  # makes PEFT know the method
+{loading}"""
+
+_PLAIN = """```python
 from peft import PeftModel
 
 model = PeftModel.from_pretrained(base_model, "this/folder")
@@ -126,7 +127,10 @@ model = PeftModel.from_pretrained(base_model, "this/folder")
 
 def model_card(recipe: Any, command: str, how: str) -> str:
     """README.md of an adapter folder: what it is, how it was made and how it is loaded."""
-    tags = ["moesaic", recipe.method, *(["mixture-of-lora"] if is_routed(recipe.method) else [])]
+    from moesaic.lora.card import HEADING, LOADING
+
+    routed = is_routed(recipe.method)
+    tags = ["moesaic", recipe.method, *(["mixture-of-lora"] if routed else [])]
     return _CARD.format(
         model=recipe.model,
         tags=", ".join(tags),
@@ -134,4 +138,5 @@ def model_card(recipe: Any, command: str, how: str) -> str:
         version=version("moesaic"),
         command=command,
         how=how,
+        loading=f"{HEADING}\n\n{LOADING if routed else _PLAIN}",
     )
