@@ -315,4 +315,5 @@ def test_a_model_without_a_mixture_cannot_be_traced() -> None:
 def test_a_trace_says_what_it_saw_and_when_it_saw_nothing():
     assert RoutingTrace().entropy() is None
     assert "nothing" in repr(RoutingTrace())
-    assert "1 of 4 experts dead" in repr(traced(record([[0.4, 0.3, 0.3, 0.0]])))
+    assert "1 of 4 experts dead" in repr(traced(record([[0.4, 0.3, 0.3, 0.0]] * 80)))
+    assert "dead" not in repr(traced(record([[0.4, 0.3, 0.3, 0.0]] * 8)))

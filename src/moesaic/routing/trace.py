@@ -18,6 +18,9 @@ from torch import Tensor
 from moesaic.routing.losses import Record, stacks
 from moesaic.routing.tally import ModuleTrace, Sums, TaskIds, shares, wide
 
+_TO_TELL = 20
+"""Tokens an expert, in the mean, before a trace calls one dead."""
+
 _NAMED = 5
 """Experts that a trace names, those with most weight."""
 
@@ -108,11 +111,15 @@ class RoutingTrace:
         shares = torch.stack([*self.utilisation().values()]).mean(dim=0).tolist() if known else []
         named = sorted(zip(shares, self.names, strict=False), reverse=True)[:_NAMED]
         return (
-            f"RoutingTrace({len(self.modules)} routers, {tokens} tokens, entropy {self.entropy():.2f} of 1, "
-            f"{len(self.dead_experts())} of {self.num_experts()} experts dead"
+            f"RoutingTrace({len(self.modules)} routers, {tokens} tokens, entropy {self.entropy():.2f} of 1"
+            + (f", {len(self.dead_experts())} of {self.num_experts()} experts dead" if self._tells_the_dead() else "")
             + "".join(f", {name} {share:.0%}" for share, name in named)
             + ")"
         )
+
+    def _tells_the_dead(self) -> bool:
+        """Whether so many tokens came that an expert without any is one that is not used."""
+        return all(module.tokens >= _TO_TELL * len(module.weight) for module in self.modules.values())
 
     def num_experts(self) -> int:
         """Experts of all modules together."""
