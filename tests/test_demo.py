@@ -105,7 +105,7 @@ def test_an_interrupted_act_keeps_what_is_trained(tmp_path: Path) -> None:
         (["adapter_steps=0"], "adapter_steps=0 must be at least 1"),
         (["lr=nan"], "lr=nan must be a finite number"),
         (["train_per_task=200000"], "at most 200000"),
-        (["prompt=x"], "prompt is a setting of `moesaic inspect`"),
+        (["prompt=x"], "prompt is a setting of `moesaic generate` and `moesaic inspect`"),
     ],
 )
 def test_what_cannot_be_is_told_before_anything_is_made(

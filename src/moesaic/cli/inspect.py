@@ -93,7 +93,8 @@ def shown(found: dict[str, Any], *, named: bool = False) -> RenderableType:
     spans = _spans(found["by_layer"])
     where = f" in {found['modules'][0]}" if len(found["modules"]) == 1 else ""
     table = Table(*header, *spans, title=f"{found['method']} routes the prompt{where}")
-    are_shares = min(found["weights"]) >= 0 and sum(found["weights"]) < 1.01
+    total = sum(found["weights"])
+    are_shares = min(found["weights"]) >= 0 and total < 1.01 and (total > 0 or bool(floors))
     for e, name in enumerate(found["experts"]):
         weight = found["weights"][e]
         far = bool(floors) and told is not None and told[e] < floors[e]
@@ -115,7 +116,7 @@ def shown(found: dict[str, Any], *, named: bool = False) -> RenderableType:
         table.add_row("none of them", f"{nobody[0]:.0%}", *blank, *(_bar(share) for share in nobody[1:]))
     line, last = Text(), -2
     for token, row in zip(found["tokens"], found["by_token"], strict=True):
-        best = max(range(len(row)), key=row.__getitem__) if any(row) else -1
+        best = max(range(len(row)), key=row.__getitem__) if any(row) or not floors else -1
         if named and best != last:
             line.append(f"[{found['experts'][best] if best >= 0 else 'none of them'}] ")
         line.append(token.replace("Ġ", " ").replace("▁", " ") + " ", style=_colour(best) if best >= 0 else "")

@@ -7,6 +7,7 @@ seeds and rows: its interval redraws the scored rows, its standard deviation is 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,7 +85,9 @@ def read_run(cell: Cell, split: str) -> Run:
     """Read a finished cell's files. Raises ConfigError for one that is missing or damaged."""
     run = read_files(cell, split)
     try:
-        _rendered(_summary([cell], [run], [], cell.arm, split, {}))
+        summary = _summary([cell], [run], [], cell.arm, split, {})
+        _tables(summary)
+        _check_drawn(summary)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise ConfigError(f"{cell.folder} holds figures that no run writes: {first_line(error)}") from None
     return run
@@ -98,15 +101,27 @@ def write(out: Path, summary: dict[str, Any]) -> None:
 
 def _rendered(summary: dict[str, Any]) -> dict[str, str]:
     """The text of each file of figures."""
-    from moesaic.report import csv, html, markdown
+    from moesaic.report import html
+
+    return {**_tables(summary), "report.html": html(summary)}
+
+
+def _tables(summary: dict[str, Any]) -> dict[str, str]:
+    from moesaic.report import csv, markdown
 
     figures = json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False)
-    return {
-        "comparison.json": figures + "\n",
-        "table.md": markdown(summary),
-        "table.csv": csv(summary),
-        "report.html": html(summary),
-    }
+    return {"comparison.json": figures + "\n", "table.md": markdown(summary), "table.csv": csv(summary)}
+
+
+def _check_drawn(summary: dict[str, Any]) -> None:
+    """Raise TypeError, ValueError or AttributeError where a figure of routing or a curve could not be drawn."""
+    for arm in summary["arms"]:
+        routing = arm["routing"] or {}
+        layers = [row for rows in routing.get("by_layer_and_task", {}).values() for row in rows.values()]
+        entropy = [(float(layer), value) for layer, value in routing.get("entropy_by_layer", {}).items()]
+        for values in (*layers, *entropy, *arm["curve"]):
+            if not all(map(math.isfinite, values)):
+                raise ValueError("a figure is not finite")
 
 
 def table(summary: dict[str, Any]) -> RenderableType:

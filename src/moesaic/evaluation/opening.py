@@ -247,6 +247,8 @@ def _is_as_asked(key: str, asked: Any, found: Any, *, tied: bool) -> bool:
     """Whether a saved setting is the recipe's; PEFT and we fill some in, or write them anew, as the model is."""
     if key == "fan_in_fan_out":
         return True
+    if key == "instructions" and isinstance(asked, dict) and isinstance(found, dict):  # those that lacked were written
+        return asked.items() <= found.items()
     by_model = tied or asked is None or str(asked).lower() == "all-linear"
     if by_model and key in ("target_modules", "modules_to_save", "prototypes"):
         return True
