@@ -320,7 +320,9 @@ def test_a_state_comes_back(bank: CapyMOATrees, theirs: NDArray[Any]) -> None:
 
 
 @needs_java
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda made: pickle.loads(pickle.dumps(made))])
+@pytest.mark.parametrize(
+    "copied", [pytest.param(copy.deepcopy, marks=pytest.mark.slow), lambda made: pickle.loads(pickle.dumps(made))]
+)
 def test_a_classifier_over_them_is_copied_and_pickled_and_goes_on_exactly(copied: Callable[[Any], Any]) -> None:
     from moesaic.trees import DriftMoEClassifier
 
