@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from moesaic.errors import MissingDependency
 from moesaic.report import charts, html, labels, sheet
-from moesaic.report.page import alone
+from moesaic.report.page import alone, headline
 
 HOSTILE = '<script>alert("x")</script> & co'
 SVG = "{http://www.w3.org/2000/svg}"
@@ -144,6 +144,17 @@ def test_the_page_is_whole_and_asks_the_network_for_nothing():
     assert "url(" not in page
     assert "@import" not in page
     assert set(re.findall(r"https?://[^\"' )]+", page)) == {"http://www.w3.org/2000/svg"}
+
+
+def test_the_headline_says_what_came_out():
+    summary = made_up()
+    assert headline(summary) == "Routing helps mola: 3 arms on 2 tasks"
+    summary["verdicts"][0]["holds"] = False
+    assert headline(summary) == "Routing does not help mola: 3 arms on 2 tasks"
+    summary["verdicts"] *= 2
+    assert headline(summary) == "Routing helps none of 2: 3 arms on 2 tasks"
+    summary["verdicts"] = []
+    assert headline(summary) == "3 arms on 2 tasks"
 
 
 def test_names_and_errors_are_escaped():

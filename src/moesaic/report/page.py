@@ -40,7 +40,7 @@ def html(summary: dict[str, Any]) -> str:
     return _rendered(
         kicker="moesaic compare",
         judged=True,
-        title=f"{len(summary['arms'])} arms on {len(summary['tasks'])} tasks",
+        title=headline(summary),
         facts=facts(summary),
         verdicts=summary["verdicts"],
         missing=missing(summary),
@@ -49,6 +49,23 @@ def html(summary: dict[str, Any]) -> str:
         settings=summary["settings"],
         versions=summary["versions"],
     )
+
+
+def headline(summary: dict[str, Any]) -> str:
+    """What came out, in a few words: who routing helps, where that can be told."""
+    arms, tasks = len(summary["arms"]), len(summary["tasks"])
+    size = f"{arms} arms on {tasks} {'task' if tasks == 1 else 'tasks'}"
+    judged = [v for v in summary["verdicts"] if v["claim"] == "routing helps" and v["holds"] is not None]
+    helped = [v["arm"] for v in judged if v["holds"]]
+    if not judged:
+        return size
+    if helped:
+        said = f"Routing helps {', '.join(helped)}"
+    else:
+        said = (
+            f"Routing helps none of {len(judged)}" if len(judged) > 1 else f"Routing does not help {judged[0]['arm']}"
+        )
+    return f"{said}: {size}"
 
 
 def of_run(
