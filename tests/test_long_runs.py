@@ -200,7 +200,7 @@ def test_more_steps_follow_the_longer_schedule_and_say_so(world, tmp_path, caplo
     assert rates[0][4:] == rates[1][4:]
     assert rates[0][4] > 0
     for steps in (6, 5):
-        with pytest.raises(ConfigError, match="holds a finished run; overwrite=true replaces it"):
+        with pytest.raises(ConfigError, match="holds a finished run; more steps=… go on with it, overwrite=true"):
             run("lora", world, "encoder", out, "warmup=1", f"steps={steps}")
     shutil.rmtree(out / "checkpoints")
     with pytest.raises(
@@ -297,3 +297,10 @@ def test_a_mixture_at_a_loras_settings_says_how_large_it_is_once(monkeypatch, ca
         f"this hotmoe trains {times:.1f} times the parameters of a plain LoRA of r=8: moesaic.matched("
         in record.message
     )
+
+
+def test_checkpoints_come_as_often_as_the_longer_run_asks(world, tmp_path):
+    out = tmp_path / "run"
+    run("lora", world, "encoder", out, "warmup=1", "steps=2", "save_every=100")
+    run("lora", world, "encoder", out, "warmup=1", "steps=5", "save_every=1", "keep=9")
+    assert RunFolder(out).steps() == [2, 3, 4, 5]

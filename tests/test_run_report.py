@@ -53,7 +53,7 @@ def test_training_writes_how_it_went(run: Path, capsys: pytest.CaptureFixture[st
 def test_evaluation_adds_scores_routing_and_answers(run: Path) -> None:
     assert main(["eval", str(run), "limit=6"]) == 0
     found, scores = page(run), json.loads((run / "eval-validation.json").read_text())
-    assert f"{100 * scores['mean']:.1f} % of the validation answers right" in found
+    assert f"{100 * scores['mean']:.1f}\u00a0% of the validation answers right" in found
     wanted = ["Scores on the validation split", "How it learned", "Who does what", "Every module by itself"]
     assert [heading for heading in headings(found) if heading in wanted] == wanted
     rows = json.loads((run / "samples-validation.json").read_text())["rows"]

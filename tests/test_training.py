@@ -216,7 +216,7 @@ def test_finished_unfinished_and_foreign_folders(world, tmp_path):
     out = tmp_path / "run"
     run("lora", world, "encoder", out)
     before = (out / "metrics.jsonl").read_bytes()
-    with pytest.raises(ConfigError, match="holds a finished run; overwrite=true"):
+    with pytest.raises(ConfigError, match="holds a finished run; more steps"):
         run("lora", world, "encoder", out)
     assert (out / "metrics.jsonl").read_bytes() == before
     (out / "results.json").unlink()

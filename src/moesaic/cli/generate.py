@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from moesaic.cli.inspect import shown, with_prompt
 from moesaic.cli.show import print_json
 from moesaic.cli.verbs import Section, verb
 from moesaic.errors import ConfigError, DataError, path_of
@@ -46,11 +46,8 @@ class GenerateSettings:
 def run(folder: str, arguments: Sequence[str], *, as_json: bool = False) -> None:
     """Write an answer on stdout as it comes. Raises MoesaicError of the kind that fits."""
     from moesaic.evaluation.opening import load, open_adapter
-    from moesaic.runs.recipe import parse_settings
 
-    if arguments and not re.match(r"[\w.]+=", arguments[0]):
-        arguments = [f"prompt={arguments[0]}", *arguments[1:]]
-    settings = parse_settings(GenerateSettings, arguments)
+    settings = with_prompt(GenerateSettings, arguments)
     given = _given(settings)
     from moesaic.serving.asking import check_answers
 
@@ -61,8 +58,6 @@ def run(folder: str, arguments: Sequence[str], *, as_json: bool = False) -> None
         print_json(found)
     elif found["routing"]:
         from rich.console import Console
-
-        from moesaic.cli.inspect import shown
 
         terminal = sys.stdout.isatty()
         Console(highlight=False, width=None if terminal else 160).print(shown(found["routing"], named=not terminal))
@@ -83,6 +78,7 @@ def answer(prepared: Prepared, given: str, settings: GenerateSettings, *, aloud:
     from transformers import set_seed
 
     from moesaic.data.causal import prompt_text
+    from moesaic.data.causal import question as asked_for
     from moesaic.evaluation.routed import check_routed, routed
     from moesaic.serving.asking import asked, of_prompt, read_messages
     from moesaic.serving.engine import write
@@ -116,7 +112,8 @@ def answer(prepared: Prepared, given: str, settings: GenerateSettings, *, aloud:
     where = None
     if settings.routing:
         ids = torch.tensor([[*question.ids, *text.ids]], device=prepared.device)
-        where = routed(prepared, ids, answered=len(text.ids), task=settings.task)
+        scores = prepared.model.peft_config["default"].scores([asked_for(example)])
+        where = routed(prepared, ids, answered=len(text.ids), task=settings.task, scores=scores)
     return {
         "prompt": prompt_text(example, prepared.base.tokenizer),
         "answer": "".join(pieces),
@@ -132,7 +129,10 @@ def _given(settings: GenerateSettings) -> str:
         raise ConfigError("prompt='…' is what is answered, or messages='[{\"role\": …}]' a chat: give one of them")
     text = settings.prompt or settings.messages
     if text == "-":
-        text = sys.stdin.read()
+        try:
+            text = sys.stdin.read() if sys.stdin is not None else ""
+        except UnicodeDecodeError:
+            raise DataError("standard input is no text in UTF-8") from None
     elif settings.messages and not text.lstrip().startswith(("[", "{")):
         try:
             text = path_of(text).read_text(encoding="utf-8")

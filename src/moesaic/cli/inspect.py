@@ -7,15 +7,17 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from moesaic.cli.show import print_json
 from moesaic.cli.verbs import Section, verb
-from moesaic.errors import ConfigError
+from moesaic.errors import ConfigError, UnknownSetting
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+
+T = TypeVar("T")
 
 _COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red", "bright_black", "bright_cyan")
 _BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -51,11 +53,7 @@ class InspectSettings:
 )
 def run(folder: str, arguments: Sequence[str], *, as_json: bool = False) -> None:
     """Show what the routers of a trained adapter do with a prompt. Raises MoesaicError of the kind that fits."""
-    from moesaic.runs.recipe import parse_settings
-
-    if arguments and not re.match(r"[\w.]+=", arguments[0]):
-        arguments = [f"prompt={arguments[0]}", *arguments[1:]]
-    settings = parse_settings(InspectSettings, arguments)
+    settings = with_prompt(InspectSettings, arguments)
     if not settings.prompt.strip():
         raise ConfigError("prompt is missing: prompt='…' is the text to route")
     try:
@@ -77,6 +75,21 @@ def run(folder: str, arguments: Sequence[str], *, as_json: bool = False) -> None
 
     terminal = sys.stdout.isatty()
     Console(highlight=False, width=None if terminal else 160).print(shown(found, named=not terminal))
+
+
+def with_prompt(of: type[T], arguments: Sequence[str]) -> T:
+    """Settings of which the first may be the prompt alone. Raises ConfigError for one that cannot be."""
+    from moesaic.runs.recipe import parse_settings
+
+    first, *others = arguments or [""]
+    if first and not re.match(r"[\w.]+=", first):
+        arguments = [f"prompt={first}", *others]
+    try:
+        return parse_settings(of, arguments)
+    except UnknownSetting as error:
+        if first.partition("=")[0] != error.key:
+            raise
+        raise UnknownSetting(f"{error}; if that is the prompt, write prompt='{first}'", error.key) from None
 
 
 def shown(found: dict[str, Any], *, named: bool = False) -> RenderableType:

@@ -78,8 +78,10 @@ def check(settings: ServeSettings, key: str) -> None:
         raise ConfigError(f"port={settings.port} must lie between 0 and 65535")
     if not 0 <= settings.temperature <= 2:
         raise ConfigError(f"temperature={settings.temperature} must lie between 0 and 2")
-    if settings.cache_tokens < 64:
-        raise ConfigError(f"cache_tokens={settings.cache_tokens} must be at least 64")
+    if not 64 <= settings.cache_tokens <= 2**24:
+        raise ConfigError(f"cache_tokens={settings.cache_tokens} must lie between 64 and {2**24:,}")
+    if not key.isascii() or not (key + "x").isprintable() or key != key.strip():
+        raise ConfigError(f"{KEY} must be of printable ASCII characters, with no blanks about it")
     if not _is_loopback(settings.host) and not key:
         raise ConfigError(f"host={settings.host} lets others in: set {KEY} to a key that requests must bring")
 
@@ -89,6 +91,8 @@ def listening(host: str, port: int) -> socket.socket:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(found[4][:2], family=found[0])
+    except UnicodeError:
+        raise ConfigError(f"host={host[:40]} is no name of a host") from None
     except OSError as error:
         number = error.errno or 0  # getaddrinfo's are below 0
         why = os.strerror(number) if number > 0 else error.strerror

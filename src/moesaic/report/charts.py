@@ -250,6 +250,7 @@ def lines(
     values, steps = [v for s in series for _, v in s.points], [t for s in series for t, _ in s.points]
     logarithmic = logarithmic and min(values) > 0 and max(values) > 2 * min(values)
     low, high = padded([math.log10(v) if logarithmic else v for v in values])
+    up += ", log scale" if logarithmic else ""
 
     def draw(sheet: Sheet) -> None:
         names = [sheet.short(s.label) for s in series]

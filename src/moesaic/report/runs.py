@@ -15,11 +15,15 @@ from moesaic.report.text import Grid, percent
 Curve = Sequence[Mapping[str, Any]]
 
 ROUTING = {
-    "router_entropy": "entropy",
-    "router_dead_share": "dead experts",
-    "router_task_information": "task information",
-}
-"""Figures of routing that lie between 0 and 1, and what they are called."""
+    "router_entropy": (
+        "entropy", "Entropy of a token's probabilities over log E: 0 is certain, 1 uniform.",
+    ),
+    "router_dead_share": ("dead experts", "Dead: experts with less than a tenth of the fair share."),
+    "router_task_information": (
+        "task information", "Task information: what a task tells of the experts used, 1 is all.",
+    ),
+}  # fmt: skip
+"""Figures of routing that lie between 0 and 1: what they are called, and what they say."""
 KICKER = "moesaic run"
 _POINTS = 60
 
@@ -50,8 +54,8 @@ def headline(run: Mapping[str, Any]) -> str:
     what = f"{run['method']} on {run['model']}"
     if run["scores"]:
         split, scores = next(iter(run["scores"].items()))
-        base = f", {percent(scores['base_mean'])} % without it" if "base_mean" in scores else ""
-        return f"{what}: {percent(scores['mean'])} % of the {split} answers right{base}"
+        base = f", {percent(scores['base_mean'])}\u00a0% without it" if "base_mean" in scores else ""
+        return f"{what}: {percent(scores['mean'])}\u00a0% of the {split} answers right{base}"
     if run["experts"] and not run["results"].get("steps"):
         return f"{what}: one model of {len(run['experts'])} adapters"
     if run["results"].get("steps"):
@@ -69,7 +73,8 @@ def _facts(run: Mapping[str, Any], scores: Mapping[str, Any] | None) -> list[tup
         ("folder", run["name"]),
         ("tasks", ", ".join(results.get("tasks") or (scores or {}).get("tasks", {}))),
         ("adapter's parameters", trainable and f"{trainable:,}{share}"),
-        ("training", results.get("steps") and f"{results['steps']:,} steps in {_time(seconds or 0)}"),
+        ("training", results.get("steps") and f"{steps_told(results)} in {_time(seconds or 0)}"),
+        ("taken", results.get("taken") and f"step {results['taken']['step']}, of the least held-out loss"),
         ("tokens a second", speed and number(speed, "{:,.0f}")),
         ("memory at most", memory and f"{memory:,.0f} MiB ({results.get('peak_memory_of', 'process')})"),
         ("device", results.get("device")),
@@ -78,6 +83,12 @@ def _facts(run: Mapping[str, Any], scores: Mapping[str, Any] | None) -> list[tup
         ("made by", results.get("command")),
     ]
     return [(name, str(value)) for name, value in found if value not in (None, "", False)]
+
+
+def steps_told(results: Mapping[str, Any]) -> str:
+    """How many steps were made, and in how many of them the time was: those since the run was last gone on with."""
+    resumed = results.get("resumed_from_step") or 0
+    return f"{results['steps']:,} steps" + (f", {results['steps'] - resumed:,} of them" if resumed else "")
 
 
 def _time(seconds: float) -> str:
@@ -126,33 +137,30 @@ def _loss(curve: Curve) -> Figure | None:
     for i, (key, label) in enumerate((("loss", "training"), ("eval_loss", "held out"))):
         points = _points(curve, key)
         if len(points) > 1:
-            series.append(charts.Line(label, _thinned(points), i + 1))
+            series.append(charts.Line(label, _thinned(points), i))
     if not series:
         return None
     said = "; ".join(f"{s.label} from {s.points[0][1]:.3g} to {s.points[-1][1]:.3g}" for s in series)
     drawn = charts.lines(
         series, across="step", up="task loss", title="Loss by step", description=f"{said}.", logarithmic=True
     )
-    return Figure(
-        "How it learned", [("", drawn)],
-        "Task loss alone, without the routers' auxiliary loss; each point averages neighbouring steps.",
-    )  # fmt: skip
+    caption = "Task loss alone, without the routers' auxiliary loss."
+    if len(_points(curve, "loss")) > _POINTS:
+        caption += " Each point averages neighbouring steps."
+    return Figure("How it learned", [("", drawn)], caption)
 
 
 def _over_time(curve: Curve) -> Figure | None:
     series = [
         charts.Line(label, _thinned(points), i + 1)
-        for i, (key, label) in enumerate(ROUTING.items())
+        for i, (key, (label, _)) in enumerate(ROUTING.items())
         if len(points := _points(curve, key)) > 1
     ]
     if not series:
         return None
     said = "; ".join(f"{s.label} from {s.points[0][1]:.2f} to {s.points[-1][1]:.2f}" for s in series)
     drawn = charts.lines(series, across="step", up="0 to 1", title="Routing by step", description=f"{said}.")
-    caption = (
-        "Entropy of a token's probabilities over log E: 0 is certain, 1 uniform. Dead: experts with less than a tenth "
-        "of the fair share. Task information: what a task tells of the experts used, 1 is all."
-    )
+    caption = " ".join(meaning for name, (_, meaning) in ROUTING.items() if len(_points(curve, name)) > 1)
     return Figure("How its routing changed", [("", drawn)], caption)
 
 
@@ -188,11 +196,14 @@ def _routed(scores: Mapping[str, Any] | None, experts: Mapping[str, str]) -> lis
             {"all": first} if alike else layers, title="Experts' share of the weight by layer and task",
             description="One row a task, one block of columns a layer, one column an expert.",
         )  # fmt: skip
-        caption = "Share of the weight that each expert got. Rows that look alike mean that tasks are not told apart."
+        caption = "Share of the weight that each expert got."
+        if len(first) > 1:
+            caption += " Rows that look alike mean that tasks are not told apart."
         if not experts:
-            caption += " A layer's modules are averaged, their experts put in order by the tasks that they answer."
+            caption += " A layer's modules are averaged, their experts put in order by what they answer."
         found.append(Figure("Who does what", [("", drawn)], caption + numbered))
-        modules = _by_task(routing.get("by_module_and_task", {}))
+        tasks = {name: rows for name, rows in routing.get("by_module_and_task", {}).items() if rows}
+        modules = _by_task(tasks or {n: {"all rows": row} for n, row in routing.get("utilisation", {}).items()})
         if not alike and modules:
             drawn = charts.shares(
                 modules, over="task", title="Experts' share of the weight by module and task",
@@ -203,7 +214,7 @@ def _routed(scores: Mapping[str, Any] | None, experts: Mapping[str, str]) -> lis
     entropy = [(float(layer), value) for layer, value in routing.get("entropy_by_layer", {}).items()]
     if len(entropy) > 1 and len({value for _, value in entropy}) > 1:
         drawn = charts.lines(
-            [charts.Line("entropy", entropy, 1)], across="layer", up="entropy over log E",
+            [charts.Line("entropy", entropy, 0)], across="layer", up="entropy over log E",
             title="Router entropy by layer", description="A point a layer.",
         )  # fmt: skip
         caption = "Mean entropy of a token's probabilities, before experts are selected: 0 is certain, 1 is uniform."
@@ -260,5 +271,5 @@ def _token(token: str, shares: Sequence[float]) -> Markup:
     fair = 1 / len(shares)
     strength = max(0.0, (shares[best] - fair) / (1 - fair)) if len(shares) > 1 else 1.0
     return Markup('<span class="s{}" style="--share:{:.0f}%" title="expert {}: {:.0f} %">{}</span>').format(
-        best % charts.SERIES, 70 * min(strength, 1.0), best, 100 * shares[best], token
+        best % charts.SERIES, 45 * min(strength, 1.0), best, 100 * shares[best], token
     )

@@ -63,7 +63,7 @@ def _curve(place: Path, adapter: Path) -> list[dict[str, Any]]:
     if metrics.is_file():
         try:
             return [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{metrics} is damaged: {first_line(error)}") from None
     states = [folder / "trainer_state.json" for folder in (place, adapter, *place.glob("checkpoint-*"))]
     state = max((file for file in states if file.is_file()), key=lambda file: file.stat().st_mtime, default=None)

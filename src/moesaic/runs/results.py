@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from moesaic.report.runs import steps_told
 from moesaic.runs.method import is_routed
 
 PACKAGES = ("moesaic", "torch", "transformers", "peft", "trl", "datasets", "accelerate")
@@ -94,7 +95,7 @@ def trained(results: Mapping[str, Any]) -> list[str]:
     if results["steps"]:
         loss = results["final_loss"]
         said.append(
-            f"{results['steps']} steps in {results['train_seconds']:.0f} s "
+            f"{steps_told(results)} in {results['train_seconds']:.0f} s "
             f"({results['tokens_per_second']:.0f} tokens/s), {results['trainable_parameters']:,} trainable parameters, "
             f"last loss {'unknown' if loss is None else f'{loss:.3f}'}"
         )

@@ -31,14 +31,17 @@ class Answer:
 
     Args:
         routing: whether its routing is asked for; "tokens" for that of each token as well.
+        bare: without the blanks that it may begin with.
 
     Attributes:
         finish: "stop" where a token or a text ended it, "length" where `max_tokens` did; None before.
         routing: `routed` of prompt and answer, where it was asked for, once it has ended.
     """
 
-    def __init__(self, engine: Engine, asked: Asked, *, routing: bool | Literal["tokens"] = False) -> None:
-        self._engine, self._asked, self._wanted = engine, asked, routing
+    def __init__(
+        self, engine: Engine, asked: Asked, *, routing: bool | Literal["tokens"] = False, bare: bool = False
+    ) -> None:
+        self._engine, self._asked, self._wanted, self._bare = engine, asked, routing, bare
         self._text = Text(engine.prepared.base.tokenizer, asked.stops)
         self.finish: str | None = None
         self.routing: dict[str, Any] | None = None
@@ -49,12 +52,15 @@ class Answer:
         async with aclosing(self._engine.tokens(self._asked)) as tokens:
             async for token in tokens:
                 piece = self._text.push(token)
+                if first and self._bare:
+                    piece = piece.lstrip()
                 if piece:
                     yield Part(piece, first)
                     first = False
                 if self._text.stopped:
                     break
         rest = self._text.rest()
+        rest = rest.lstrip() if first and self._bare else rest
         whole = len(self._text.ids) >= self._asked.max_tokens and not self._text.stopped
         self.finish = "length" if whole else "stop"
         if self._wanted:
@@ -79,4 +85,6 @@ class Answer:
             answered=len(self._text.ids), task=self._asked.task,
         )  # fmt: skip
         kept = ("experts", "weights", "by_layer", *(("tokens", "by_token") if self._wanted == "tokens" else ()))
-        return {key: found[key] for key in kept}
+        said = {key: found[key] for key in kept}
+        nobody = {"none_of_them": max(0.0, 1 - sum(found["weights"]))} if found["floors"] else {}
+        return said | nobody

@@ -88,7 +88,7 @@ class Gate:
         size = request.headers.get("content-length", "")
         if request.method == "POST" and not (size.isdigit() and int(size) <= LARGEST):
             return error(413, f"a request has a Content-Length of at most {LARGEST:,} bytes", "invalid_request_error")
-        given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
+        given = request.headers.get("authorization", "").removeprefix("Bearer ").encode("utf-8", "replace")
         if self._key and request.url.path != "/health" and not hmac.compare_digest(given, self._key):
             return error(401, "the API key is missing or another", "authentication_error", code="invalid_api_key")
         return None
@@ -140,7 +140,8 @@ class _Service:
         )
 
     async def _answered(self, body: Any, questions: Sequence[Asked], request: Request, form: _Form) -> Response:
-        answers = [Answer(self.engine, question, routing=body.routing) for question in questions]
+        how = {"routing": body.routing, "bare": isinstance(form, _Chat)}
+        answers = [Answer(self.engine, question, **how) for question in questions]
         if body.stream:
             first = await anext(parts := answers[0].parts())
             usage = bool((body.stream_options or {}).get("include_usage"))
@@ -241,6 +242,7 @@ class _Completion(_Form):
 
 
 def _error(message: str, kind: str, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    message = " ".join(message.encode("utf-8", "replace").decode().split())[:500]
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
@@ -248,6 +250,7 @@ def error(status: int, message: str, kind: str, **more: str | None) -> JSONRespo
     return JSONResponse(_error(message, kind, **more), status_code=status)
 
 
+_NOT_SERVED = ("n", "best_of", "echo", "logprobs", "suffix", "presence_penalty", "frequency_penalty", "logit_bias")
 _VARIANT = re.compile(r"(str|int|bool|none|list|literal)(\[.*)?$")
 """What pydantic adds to a field's place where it may be of several types."""
 
@@ -259,11 +262,11 @@ async def _invalid(request: Request, raised: Exception) -> Response:
     place = [str(part) for part in first["loc"][1:] if not _VARIANT.match(str(part))]
     if first["type"] == "json_invalid":
         said, place = f"the body is no JSON: {first.get('ctx', {}).get('error', '')}", []
-    elif first["type"] == "extra_forbidden":
+    elif first["type"] == "extra_forbidden" or (place and place[0] in _NOT_SERVED):
         said = "is not served: leave it out"
     else:
         said = str(first["msg"])[:1].lower() + str(first["msg"])[1:]
-    where = ".".join(place)
+    where = ".".join(place)[:80]
     return error(400, f"{where}: {said}" if where else said, "invalid_request_error", param=where or None)
 
 

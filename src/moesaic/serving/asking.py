@@ -15,6 +15,10 @@ from moesaic.evaluation.answers import check_known, ends
 if TYPE_CHECKING:
     from moesaic.training.prepared import Prepared
 
+COLDEST = 1e-3
+"""The least temperature above 0: logits are divided by it, and must stay numbers."""
+MOST_STOPS, LONGEST_STOP = 16, 500
+
 ROLES = ("system", "user", "assistant")
 
 
@@ -43,8 +47,12 @@ class Asked:
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise ConfigError(f"max_tokens={self.max_tokens} must be at least 1")
-        if not 0 <= self.temperature <= 2:
-            raise ConfigError(f"temperature={self.temperature} must lie between 0 and 2")
+        if not (self.temperature == 0 or COLDEST <= self.temperature <= 2):
+            raise ConfigError(f"temperature={self.temperature:g} must be 0 or lie between {COLDEST:g} and 2")
+        if len(self.stops) > MOST_STOPS or any(len(stop) > LONGEST_STOP for stop in self.stops):
+            raise ConfigError(f"stop holds {MOST_STOPS} texts of {LONGEST_STOP} characters at most")
+        if not all(self.stops):
+            raise ConfigError("stop holds an empty text, at which everything would end")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p={self.top_p} must lie above 0 and at most at 1")
         if not self.ids:
@@ -96,7 +104,7 @@ def read_messages(text: str) -> Example:
         found: Any = json.loads(text)
         rows = found["messages"] if isinstance(found, dict) else found
         messages = [(row["role"], row["content"]) for row in rows]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         messages = None
     if messages is None or not all(isinstance(part, str) for message in messages for part in message):
         raise DataError('messages is no JSON like [{"role": "user", "content": "…"}]')

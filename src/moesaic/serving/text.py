@@ -35,8 +35,7 @@ class Text:
         if ends:
             self.stopped = True
             return self._say(min(ends))
-        begun = (n for stop in self._stops for n in range(1, len(stop)) if self._held.endswith(stop[:n]))
-        return self._say(len(self._held) - max(begun, default=0))
+        return self._say(len(self._held) - max(map(self._begun, self._stops), default=0))
 
     def rest(self) -> str:
         """What was held back, once no more tokens come."""
@@ -44,6 +43,11 @@ class Text:
             return ""
         self._read(finished=True)
         return self._say(len(self._held))
+
+    def _begun(self, stop: str) -> int:
+        """How much of a stop the text held back ends in."""
+        longest = min(len(stop) - 1, len(self._held))
+        return next((n for n in range(longest, 0, -1) if self._held.endswith(stop[:n])), 0)
 
     def _read(self, *, finished: bool) -> None:
         before, now = self._decoded(self._until), self._decoded(len(self.ids))

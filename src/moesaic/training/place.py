@@ -23,7 +23,9 @@ def check_place(folder: RunFolder, *, overwrite: bool, longer: bool = False) -> 
     if path.is_dir() and any(path.iterdir()) and not folder.recipe.is_file():
         raise ConfigError(f"out={path} holds files that are not a run's; name another folder")
     if folder.finished and not overwrite and not longer:
-        raise ConfigError(f"{path} holds a finished run; overwrite=true replaces it, out=… goes elsewhere")
+        raise ConfigError(
+            f"{path} holds a finished run; more steps=… go on with it, overwrite=true replaces it, out=… goes elsewhere"
+        )
 
 
 def is_longer(folder: RunFolder, recipe: Recipe) -> bool:

@@ -216,6 +216,7 @@ class _Rate(TrainerCallback):
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.save_steps = args.save_steps  # a checkpoint holds those of the run that wrote it
         scheduler = kwargs["lr_scheduler"]
         groups = zip(kwargs["optimizer"].param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
         for group, peak, share in groups:
