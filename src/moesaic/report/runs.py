@@ -32,9 +32,10 @@ def page(run: Mapping[str, Any]) -> str:
     """A self-contained page.
 
     Args:
-        run: `name`, `method`, `model`, `settings`, `results` (of training; may be empty), `curve` (what was logged, a
-            mapping with a `step` a line), `scores` (by split, as `moesaic eval` writes them), `samples` (by split),
-            `experts` (their names, with the folders that they came from; empty where they have none).
+        run: `name`, `method`, `model`, `settings`, `results` (of training; may be empty), `trained` (its steps, in
+            words), `curve` (what was logged, a mapping with a `step` a line), `scores` (by split, as `moesaic eval`
+            writes them), `samples` (by split), `experts` (their names, with the folders that they came from; empty
+            where they have none).
     """
     split, scores = next(iter(run["scores"].items()), ("", None))
     figures = [_loss(run["curve"]), _over_time(run["curve"]), *_routed(scores, run["experts"]), _samples(run, split)]
@@ -73,7 +74,7 @@ def _facts(run: Mapping[str, Any], scores: Mapping[str, Any] | None) -> list[tup
         ("folder", run["name"]),
         ("tasks", ", ".join(results.get("tasks") or (scores or {}).get("tasks", {}))),
         ("adapter's parameters", trainable and f"{trainable:,}{share}"),
-        ("training", results.get("steps") and f"{steps_told(results)} in {_time(seconds or 0)}"),
+        ("training", results.get("steps") and f"{run['trained']} in {_time(seconds or 0)}"),
         ("taken", results.get("taken") and f"step {results['taken']['step']}, of the least held-out loss"),
         ("tokens a second", speed and number(speed, "{:,.0f}")),
         ("memory at most", memory and f"{memory:,.0f} MiB ({results.get('peak_memory_of', 'process')})"),
@@ -83,12 +84,6 @@ def _facts(run: Mapping[str, Any], scores: Mapping[str, Any] | None) -> list[tup
         ("made by", results.get("command")),
     ]
     return [(name, str(value)) for name, value in found if value not in (None, "", False)]
-
-
-def steps_told(results: Mapping[str, Any]) -> str:
-    """How many steps were made, and in how many of them the time was: those since the run was last gone on with."""
-    resumed = results.get("resumed_from_step") or 0
-    return f"{results['steps']:,} steps" + (f", {results['steps'] - resumed:,} of them" if resumed else "")
 
 
 def _time(seconds: float) -> str:

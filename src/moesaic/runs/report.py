@@ -10,6 +10,7 @@ from moesaic.errors import ConfigError, first_line
 from moesaic.report.page import is_page
 from moesaic.report.runs import KICKER, page
 from moesaic.runs.folder import read_json, write_text
+from moesaic.runs.results import steps_told
 
 SPLITS = ("test", "validation", "train")
 """The order in which they count."""
@@ -29,12 +30,14 @@ def write_report(place: Path, *, method: str, model: str, settings: dict[str, An
     target = place / "report.html"
     if target.exists() and not is_page(target, KICKER):
         raise ConfigError(f"{target} is no page of a run: move it away")
+    results = _optional(place / "results.json") or {}
     run = {
         "name": place.resolve().name,
         "method": method,
         "model": model,
         "settings": settings,
-        "results": _optional(place / "results.json") or {},
+        "results": results,
+        "trained": steps_told(results) if "steps" in results else "",
         "curve": _curve(place, adapter),
         "scores": _by_split(place, "eval"),
         "samples": {split: found["rows"] for split, found in _by_split(place, "samples").items()},

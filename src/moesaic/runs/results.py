@@ -8,7 +8,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from moesaic.report.runs import steps_told
 from moesaic.runs.method import is_routed
 
 PACKAGES = ("moesaic", "torch", "transformers", "peft", "trl", "datasets", "accelerate")
@@ -87,6 +86,12 @@ def count_trainable(model: Any) -> int:
 def count_total(model: Any) -> int:
     """Number of all parameters, a shared one counted once."""
     return sum(p.numel() for p in model.parameters())
+
+
+def steps_told(results: Mapping[str, Any]) -> str:
+    """How many steps were made, and in how many of them the time was: those since the run was last gone on with."""
+    resumed = results.get("resumed_from_step") or 0
+    return f"{results['steps']:,} steps" + (f", {results['steps'] - resumed:,} of them" if resumed else "")
 
 
 def trained(results: Mapping[str, Any]) -> list[str]:
