@@ -22,7 +22,7 @@ from moesaic.training.budget import TOLERANCE, _spread, at_rank, solve
 from moesaic.training.prepared import planned, prepare
 from moesaic.training.wrapping import count, outline, with_heads
 from tests.tiny import FROM_SCRATCH
-from tests.tiny_folders import save_model, write_tasks
+from tests.tiny_folders import write_world
 
 BUDGET = 60_000
 
@@ -30,10 +30,7 @@ BUDGET = 60_000
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("budget")
-    for kind in ("causal", "encoder"):
-        save_model(root / kind, kind)
-        write_tasks(root / f"{kind}-data", kind)
-    return root
+    return write_world(root)
 
 
 def recipe_of(world, kind: str, method: str, *settings: str) -> Recipe:

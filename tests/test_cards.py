@@ -11,7 +11,7 @@ from trl import SFTConfig, SFTTrainer
 
 import moesaic
 from moesaic.cli.main import main
-from moesaic.lora.card import HEADING, LOADING
+from moesaic.lora.card import HEADING, LOADING, tell_loading
 from moesaic.models.embedded import load_model
 from tests.composing import asked, make
 from tests.tiny_folders import save_model, write_tasks
@@ -95,3 +95,11 @@ def test_a_run_says_how_to_load(base, tmp_path):
 def test_a_composition_says_how_to_load(tmp_path):
     assert main(asked(make(tmp_path), tmp_path / "out", "method=arrow")) == 0
     assert "# arrow on nano" in told(tmp_path / "out" / "adapter")
+
+
+def test_a_card_in_another_encoding_is_kept(tmp_path):
+    mine = "Eigene Größe".encode("latin-1")
+    (tmp_path / "README.md").write_bytes(mine)
+    tell_loading(tmp_path)
+    assert (tmp_path / "README.md").read_bytes().startswith(mine + b"\n\n" + HEADING.encode())
+    assert [file.name for file in tmp_path.iterdir()] == ["README.md"]

@@ -30,7 +30,7 @@ from moesaic.runs.recipe import Recipe, adapter_config, load_recipe
 from moesaic.training.prepared import load_examples, prepare, training_rows
 from moesaic.training.run import build_trainer
 from tests.tiny import FROM_SCRATCH
-from tests.tiny_folders import save_model, write_tasks
+from tests.tiny_folders import write_world
 
 STEPS = 4
 
@@ -38,10 +38,7 @@ STEPS = 4
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("compare")
-    for kind in ("causal", "encoder"):
-        save_model(root / kind, kind)
-        write_tasks(root / f"{kind}-data", kind)
-    return root
+    return write_world(root)
 
 
 def settings(world, *more: str, kind: str = "encoder") -> list[str]:

@@ -23,37 +23,16 @@ from moesaic.runs.folder import RunFolder
 from moesaic.runs.recipe import load_recipe
 from moesaic.training.held_out import ROWS, HeldOut, load_held_out
 from moesaic.training.progress import Progress
-from moesaic.training.run import train
+from tests.running import run, settings
 from tests.tiny import llama
-from tests.tiny_folders import save_model, write_tasks
+from tests.tiny_folders import write_tasks, write_world
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("world")
-    for kind in ("causal", "encoder"):
-        save_model(root / kind, kind)
-        write_tasks(root / f"{kind}-data", kind)
-    return root
-
-
-def settings(world: Path, kind: str, out: Path, *more: str) -> list[str]:
-    places = [f"model={world / kind}", f"data={world / f'{kind}-data'}", f"out={out}"]
-    return [
-        *places,
-        "steps=6",
-        "batch_size=4",
-        "warmup=2",
-        "lr=0.01",
-        "save_every=2",
-        "adapter.lora_dropout=0.1",
-        *more,
-    ]
-
-
-def run(recipe: str, *args, **kwargs):
-    return train(load_recipe(recipe, settings(*args)), **kwargs)
+    return write_world(root)
 
 
 def lines(folder: Path, key: str) -> list[dict]:

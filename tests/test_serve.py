@@ -337,6 +337,8 @@ def test_others_than_this_machine_bring_a_key(place: Path) -> None:
     with pytest.raises(ConfigError, match="is no name of a host"):
         listening("a" * 300, 0)
     check(ServeSettings(host="::1"), "")
+    with pytest.raises(ConfigError, match="temperature=1e-300 must be 0 or lie between"):
+        check(ServeSettings(temperature=1e-300), "")
     running = serve(place / "mola", key="secret")
     server = next(running)
     with pytest.raises(APIStatusError) as error:
@@ -427,6 +429,17 @@ def test_generate_writes_what_the_server_does(
     said = capsys.readouterr().out
     assert said.startswith(wanted.choices[0].text + "\n")
     assert "mola routes the prompt" in said
+
+
+def test_the_routing_that_is_shown_is_the_one_that_answered(place: Path) -> None:
+    """What the prompt says is read off its tokens, as `generate` reads it, and shown so."""
+    prepared = load_run(place / "retrieval")
+    question = asked(prepared, of_messages([("system", "S"), ("user", PROMPTS[0])]), max_tokens=2)
+    ids = torch.tensor([question.ids])
+    config = prepared.model.peft_config["default"]
+    found, read = routed(prepared, ids), config.scores([f"S\n{PROMPTS[0]}"])
+    assert found["global_scores"] == read[0].tolist()
+    assert found["weights"] == routed(prepared, ids, scores=read)["weights"]
 
 
 @pytest.mark.parametrize(

@@ -26,10 +26,8 @@ from moesaic.runs.folder import RunFolder, atomic_folder, check_writable, discar
 from moesaic.runs.method import is_routed
 from moesaic.runs.recipe import load_recipe
 from moesaic.training.prepared import prepare
-from moesaic.training.run import train
-from tests.tiny_folders import save_model, tokenizer, write_tasks
-
-STEPS = 6
+from tests.running import STEPS, run, settings
+from tests.tiny_folders import save_model, tokenizer, write_tasks, write_world
 
 
 @pytest.fixture(scope="module")
@@ -37,29 +35,7 @@ def world(tmp_path_factory):
     """Two tiny models and the data for each."""
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("world")
-    for kind in ("causal", "encoder"):
-        save_model(root / kind, kind)
-        write_tasks(root / f"{kind}-data", kind)
-    return root
-
-
-def settings(world: Path, kind: str, out: Path, *more: str) -> list[str]:
-    return [
-        f"model={world / kind}",
-        f"data={world / f'{kind}-data'}",
-        f"out={out}",
-        f"steps={STEPS}",
-        "batch_size=4",
-        "warmup=2",
-        "lr=0.01",
-        "save_every=2",
-        "adapter.lora_dropout=0.1",
-        *more,
-    ]
-
-
-def run(recipe: str, *args, **kwargs):
-    return train(load_recipe(recipe, settings(*args)), **kwargs)
+    return write_world(root)
 
 
 def metrics_of(folder: Path) -> list[dict]:

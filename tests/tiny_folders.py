@@ -64,3 +64,11 @@ def write_tasks(folder: Path, kind: str) -> Path:
         for split, n in (("train", 40), ("validation", 20)):
             place.joinpath(f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows(task, n))))
     return folder
+
+
+def write_world(root: Path) -> Path:
+    """A model of each kind, and its data."""
+    for kind in ("causal", "encoder"):
+        save_model(root / kind, kind)
+        write_tasks(root / f"{kind}-data", kind)
+    return root

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from moesaic.cli.inspect import shown, with_prompt
+from moesaic.cli.inspect import show_routed, with_prompt
 from moesaic.cli.show import print_json
 from moesaic.cli.verbs import Section, verb
 from moesaic.errors import ConfigError, DataError, path_of
@@ -57,10 +57,7 @@ def run(folder: str, arguments: Sequence[str], *, as_json: bool = False) -> None
     if as_json:
         print_json(found)
     elif found["routing"]:
-        from rich.console import Console
-
-        terminal = sys.stdout.isatty()
-        Console(highlight=False, width=None if terminal else 160).print(shown(found["routing"], named=not terminal))
+        show_routed(found["routing"])
 
 
 def answer(prepared: Prepared, given: str, settings: GenerateSettings, *, aloud: bool = False) -> dict[str, Any]:
@@ -74,15 +71,13 @@ def answer(prepared: Prepared, given: str, settings: GenerateSettings, *, aloud:
         prompt: what the model was given, answer, finish_reason ("stop" or "length"), usage (tokens), routing (of prompt
         and answer; None where it was not asked for).
     """
-    import torch
     from transformers import set_seed
 
     from moesaic.data.causal import prompt_text
-    from moesaic.data.causal import question as asked_for
-    from moesaic.evaluation.routed import check_routed, routed
+    from moesaic.evaluation.routed import check_routed
+    from moesaic.serving.answer import Written
     from moesaic.serving.asking import asked, of_prompt, read_messages
     from moesaic.serving.engine import write
-    from moesaic.serving.text import Text
 
     if settings.routing:
         check_routed(prepared)
@@ -91,7 +86,7 @@ def answer(prepared: Prepared, given: str, settings: GenerateSettings, *, aloud:
         prepared, example, max_tokens=settings.max_tokens, temperature=settings.temperature, top_p=settings.top_p,
         stops=tuple(settings.stop), task=settings.task,
     )  # fmt: skip
-    text, pieces = Text(prepared.base.tokenizer, settings.stop), list[str]()
+    written, pieces = Written(prepared, question), list[str]()
 
     def say(piece: str) -> None:
         pieces.append(piece)
@@ -99,27 +94,20 @@ def answer(prepared: Prepared, given: str, settings: GenerateSettings, *, aloud:
             print(piece, end="", flush=True)
 
     def heard(token: int) -> bool:
-        if token not in question.ends:
-            say(text.push(token))
-        return not text.stopped
+        say(written.text.push(token))
+        return not written.text.stopped
 
     set_seed(settings.seed)
     write(prepared, question, heard)
-    say(text.rest())
+    say(written.end())
     if aloud:
         print()
-    whole = len(text.ids) >= question.max_tokens and not text.stopped
-    where = None
-    if settings.routing:
-        ids = torch.tensor([[*question.ids, *text.ids]], device=prepared.device)
-        scores = prepared.model.peft_config["default"].scores([asked_for(example)])
-        where = routed(prepared, ids, answered=len(text.ids), task=settings.task, scores=scores)
     return {
         "prompt": prompt_text(example, prepared.base.tokenizer),
         "answer": "".join(pieces),
-        "finish_reason": "length" if whole else "stop",
-        "usage": {"prompt_tokens": len(question.ids), "completion_tokens": len(text.ids)},
-        "routing": where,
+        "finish_reason": written.finish,
+        "usage": written.usage(),
+        "routing": written.routed() if settings.routing else None,
     }
 
 

@@ -71,10 +71,7 @@ def run(folder: str, arguments: Sequence[str], *, as_json: bool = False) -> None
     if as_json:
         print_json(found)
         return
-    from rich.console import Console
-
-    terminal = sys.stdout.isatty()
-    Console(highlight=False, width=None if terminal else 160).print(shown(found, named=not terminal))
+    show_routed(found)
 
 
 def with_prompt(of: type[T], arguments: Sequence[str]) -> T:
@@ -90,6 +87,14 @@ def with_prompt(of: type[T], arguments: Sequence[str]) -> T:
         if first.partition("=")[0] != error.key:
             raise
         raise UnknownSetting(f"{error}; if that is the prompt, write prompt='{first}'", error.key) from None
+
+
+def show_routed(found: dict[str, Any]) -> None:
+    """Print what `explain` or `routed` found."""
+    from rich.console import Console
+
+    terminal = sys.stdout.isatty()
+    Console(highlight=False, width=None if terminal else 160).print(shown(found, named=not terminal))
 
 
 def shown(found: dict[str, Any], *, named: bool = False) -> RenderableType:

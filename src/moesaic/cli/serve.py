@@ -74,10 +74,11 @@ def run(folder: str, arguments: Sequence[str], *, as_json: bool = False) -> None
 
 def check(settings: ServeSettings, key: str) -> None:
     """Raise ConfigError for settings that cannot be served."""
+    from moesaic.serving.asking import check_temperature
+
     if not 0 <= settings.port < 2**16:
         raise ConfigError(f"port={settings.port} must lie between 0 and 65535")
-    if not 0 <= settings.temperature <= 2:
-        raise ConfigError(f"temperature={settings.temperature} must lie between 0 and 2")
+    check_temperature(settings.temperature)
     if not 64 <= settings.cache_tokens <= 2**24:
         raise ConfigError(f"cache_tokens={settings.cache_tokens} must lie between 64 and {2**24:,}")
     if not key.isascii() or not (key + "x").isprintable() or key != key.strip():

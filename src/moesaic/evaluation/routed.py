@@ -72,7 +72,8 @@ def routed(
     Args:
         ids: the tokens (1, T) of a prompt, with the answer's behind them.
         answered: how many of them are the answer's.
-        scores: what the prompt says of the experts (1, E), for methods that ask; read off the tokens where None.
+        scores: what the prompt says of the experts (1, E), for methods that ask; read off the prompt's tokens, as
+            `generate` does, where None.
         layer: the modules of that layer alone. module: those whose names end so, or have it as a part.
 
     Experts that have names are the same in all modules. Others only share a number: before any average those of each
@@ -82,8 +83,8 @@ def routed(
         experts: their names. tokens: those of `ids`. modules: those that are averaged. aligned: whether their experts
         were put in order. weights: each expert's mean share over tokens and modules (E,). by_layer: layer -> the same.
         by_token: the same by token (T, E). logits: the routers' mean scores (E,). floors: the cosine that each expert
-        asks of a prompt (E,), None where none does. global_scores: `scores` (E,), and weighted_global what they add to
-        the logits; None where they are not given.
+        asks of a prompt (E,), None where none does. global_scores: what the prompt says (E,), and weighted_global what
+        that adds to the logits; None for methods that do not ask.
 
     Raises:
         ConfigError: the run has no routers, or none of such a layer, module or task.
@@ -92,6 +93,9 @@ def routed(
 
     check_routed(prepared)
     config = prepared.model.peft_config["default"]
+    if scores is None:
+        prompt = ids[0, : ids.shape[1] - answered].tolist()
+        scores = config.scores([prepared.base.tokenizer.decode(prompt, skip_special_tokens=True)])
     seen = _Collector()
     inputs: dict[str, Tensor] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if answered:

@@ -33,13 +33,10 @@ def samples(
 
 
 def _chosen(answers: Sequence[Answer], count: int) -> list[Answer]:
-    wrong = [a for a in answers if not a.correct][: count // 2]
-    right = [a for a in answers if a.correct][: count - len(wrong)]
-    return sorted([*right, *wrong, *[a for a in answers if not a.correct][len(wrong) : count - len(right)]], key=_index)
-
-
-def _index(answer: Answer) -> int:
-    return answer.index
+    """In the order of the data: half of them wrong ones, or as many as there are, and more where right ones lack."""
+    right, wrong = ([a for a in answers if a.correct is correct] for correct in (True, False))
+    failures = max(min(count // 2, len(wrong)), min(count - len(right), len(wrong)))
+    return sorted([*right[: count - failures], *wrong[:failures]], key=lambda answer: answer.index)
 
 
 def _sample(prepared: Prepared, row: Example, answer: Answer) -> dict[str, Any]:

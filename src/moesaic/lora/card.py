@@ -23,7 +23,8 @@ A program that does not import it loads the adapter when it is started by `pytho
 def tell_loading(folder: str | os.PathLike[str]) -> None:
     """Say it in a folder's README.md, behind what is there, unless that says `import moesaic` already."""
     file = Path(folder) / "README.md"
-    there = file.read_text(encoding="utf-8") if file.is_file() else ""
-    if "import moesaic" not in there:
-        start = f"{there.rstrip()}\n\n" if there.strip() else ""
-        file.write_text(f"{start}{HEADING}\n\n{LOADING}", encoding="utf-8")
+    there = file.read_bytes().rstrip() if file.is_file() else b""  # a user's own, in whatever it is written
+    if b"import moesaic" not in there:
+        part = file.with_name(f".{file.name}.part")
+        part.write_bytes(there + b"\n\n" * bool(there) + f"{HEADING}\n\n{LOADING}".encode())
+        os.replace(part, file)

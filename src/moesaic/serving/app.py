@@ -9,6 +9,7 @@ import logging
 import re
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -189,7 +190,7 @@ def _event(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
 
-class _Form:
+class _Form(ABC):
     """How an answer is written: names of kinds, and what a choice and a part hold."""
 
     kind = chunk_kind = ""
@@ -212,11 +213,11 @@ class _Form:
         counted = {} if usage is None else {"usage": usage}
         return {**self.head, "object": self.chunk_kind, "choices": choices, **counted}
 
-    def _choice(self, index: int, text: str, answer: Answer) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def _choice(self, index: int, text: str, answer: Answer) -> dict[str, Any]: ...
 
-    def _part(self, part: Part) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def _part(self, part: Part) -> dict[str, Any]: ...
 
 
 class _Chat(_Form):

@@ -47,8 +47,7 @@ class Asked:
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise ConfigError(f"max_tokens={self.max_tokens} must be at least 1")
-        if not (self.temperature == 0 or COLDEST <= self.temperature <= 2):
-            raise ConfigError(f"temperature={self.temperature:g} must be 0 or lie between {COLDEST:g} and 2")
+        check_temperature(self.temperature)
         if len(self.stops) > MOST_STOPS or any(len(stop) > LONGEST_STOP for stop in self.stops):
             raise ConfigError(f"stop holds {MOST_STOPS} texts of {LONGEST_STOP} characters at most")
         if not all(self.stops):
@@ -57,6 +56,12 @@ class Asked:
             raise ConfigError(f"top_p={self.top_p} must lie above 0 and at most at 1")
         if not self.ids:
             raise DataError("the prompt is empty, and the tokenizer has no token to begin with")
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise ConfigError for one at which no tokens can be drawn."""
+    if not (temperature == 0 or COLDEST <= temperature <= 2):
+        raise ConfigError(f"temperature={temperature:g} must be 0 or lie between {COLDEST:g} and 2")
 
 
 def context_length(prepared: Prepared) -> int | None:

@@ -125,10 +125,12 @@ class Batched:
         manager.register_result_handler(name, results.put_nowait)
         self._note(asked.ids, 1)
         try:
-            manager.add_request(
+            taken = manager.add_request(
                 list(asked.ids), request_id=name, max_new_tokens=asked.max_tokens, streaming=True,
                 eos_token_id=sorted(asked.ends) or -1, **given,
             )  # fmt: skip
+            if taken is None:
+                raise TrainingError("the engine has ended and takes no more requests")
             while not finished:
                 output = await results.get()
                 finished = output.is_finished()
@@ -223,8 +225,7 @@ class OneByOne:
         writing.add_done_callback(lambda _: found.put_nowait(None))
         try:
             while (token := await found.get()) is not None:
-                if token not in asked.ends:
-                    yield token
+                yield token
             await writing
         finally:
             left.set()
@@ -233,7 +234,7 @@ class OneByOne:
 
 
 def write(prepared: Prepared, asked: Asked, say: Callable[[int], bool]) -> None:
-    """Call `say` with each token of an answer as it comes, until it ends or `say` wants no more.
+    """Call `say` with each token of an answer but the one that ends it, until then or until `say` wants no more.
 
     Raises:
         ConfigError: no such task. TrainingError: the model failed.
@@ -251,7 +252,7 @@ def write(prepared: Prepared, asked: Asked, say: Callable[[int], bool]) -> None:
         def put(self, value: Any) -> None:
             if self.begun:
                 for token in value.flatten().tolist():
-                    self.wanted = say(token) and self.wanted
+                    self.wanted = self.wanted and (token in asked.ends or say(token))
             self.begun = True
 
         def end(self) -> None:
