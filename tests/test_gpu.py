@@ -1,6 +1,9 @@
 """What only a CUDA device can show: `make gpu`."""
 
+import asyncio
 import copy
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,10 +11,17 @@ import torch
 from torch import Tensor
 
 from moesaic import ffn
+from moesaic.cli.main import main
+from moesaic.evaluation.opening import load, open_adapter
 from moesaic.ffn import CMoE, ReadMe, RMoE, SMoEDropout
 from moesaic.ffn.tune import Rounds
 from moesaic.lora.mix import mix
+from moesaic.models.embedded import load_model
+from moesaic.serving.asking import Asked
+from moesaic.serving.engine import Batched, OneByOne, opened
 from tests import tiny
+from tests.composing import asked as composing
+from tests.composing import make
 from tests.test_converted import TEXT, mixtral
 from tests.test_ffn import IDS, D, N, made
 
@@ -118,3 +128,40 @@ def test_read_mes_rounds_on_cuda_are_the_cpus(loss: Any) -> None:
         assert list(method.tune(model, parts, batches, rounds, say=lambda *step: said.append(step[2]))) == [0]  # noqa: B023
         steps.append(said)
     assert steps[1] == pytest.approx(steps[0], rel=1e-3)
+
+
+async def answers(engine: Any, prompts: list[tuple[int, ...]], at_once: bool) -> list[list[int]]:
+    """Tokens of each prompt's answer."""
+
+    async def one(ids: tuple[int, ...]) -> list[int]:
+        return [token async for token in engine.tokens(Asked(ids, max_tokens=12))]
+
+    return await asyncio.gather(*map(one, prompts)) if at_once else [await one(ids) for ids in prompts]
+
+
+@pytest.mark.parametrize("method", ["mola", "dynmole", "hotmoe", "retrieval"])
+def test_requests_that_share_forwards_on_cuda_answer_as_alone(method: str, tmp_path: Path) -> None:
+    """In float32, as bf16's rounding may turn a token; `serve` itself tries the model out when it starts."""
+    if method == "retrieval":
+        given = ("method=retrieval", f"data={make(tmp_path / 'parts') / 'data'}", "adapter.encoder=hashing")
+        assert main(composing(tmp_path / "parts", tmp_path / method, *given)) == 0
+    else:
+        base = load_model("nano")
+        model = tiny.wrap(base.model, tiny.small(method, target_modules=["q_proj"]), seed=0)
+        model.peft_config["default"].base_model_name_or_path = "nano"
+        model.save_pretrained(str(tmp_path / method))
+    there = open_adapter(tmp_path / method)
+    prepared = load(replace(there, recipe=replace(there.recipe, precision="fp32")))
+    texts = [f"{i} 4 2 {i + 1} {word} =" for i in range(4) for word in ("up", "back", "sum", "down")]
+    prompts = [tuple(prepared.base.tokenizer(text).input_ids) for text in texts]
+
+    async def run() -> list[list[list[int]]]:
+        engine = await opened(prepared)
+        assert isinstance(engine, Batched)
+        found = [await answers(engine, prompts, at_once) for at_once in (True, False)]
+        engine.close()
+        return [*found, await answers(OneByOne(prepared), prompts, False)]
+
+    at_once, in_turn, alone = asyncio.run(run())
+    assert at_once == in_turn == alone
+    assert len({tuple(ids) for ids in alone}) > 4

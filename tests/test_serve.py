@@ -258,6 +258,9 @@ def test_drawn_tokens_differ_and_the_likeliest_do_not(mola: Served) -> None:
         ({"stop": ""}, 400, "stop holds an empty text"),
         ({"z\nz" * 300: 1}, 400, "is not served"),
         ({"prompt": "a\ud800"}, 400, "no text in UTF-8"),
+        ({"max_tokens": True}, 400, "max_tokens: "),
+        ({"temperature": "0.5"}, 400, "temperature: "),
+        ({"stream_options": {"include_usage": True}}, 400, "stream_options: only a streamed answer has any"),
     ],
 )
 def test_what_is_not_served_is_refused_in_one_line(mola: Served, given: dict[str, Any], status: int, said: str) -> None:
@@ -293,13 +296,27 @@ def test_what_is_no_request_is_refused(mola: Served) -> None:
     assert post(mola, "/v1/completions", "x" * 5_000_000)[0] == 413
     assert post(mola, "/v1/nothing", "{}")[0] == 404
     assert post(mola, "/v1/models", "{}")[0] == 405
+    assert post(mola, "/v1/completions", "{}", **{"content-type": "text/plain"})[0] == 415
+    assert post(mola, "/v1/completions", iter([b"{}"]))[0] == 411
     assert mola.client().models.list().data[0].id == mola.client().models.retrieve("served").id == "served"
 
 
-def post(server: Served, path: str, body: str) -> tuple[int, dict[str, Any]]:
+def test_a_server_on_loopback_is_called_by_its_own_names_alone(place: Path) -> None:
+    running = serve(place / "mola", hosts=["localhost", "127.0.0.1", "[::1]"])
+    server = next(running)
+    ask = '{"prompt": "1 2 up =", "max_tokens": 1}'
+    for name in ("localhost", "127.0.0.1:1", "[::1]:8000"):
+        assert post(server, "/v1/completions", ask, host=name)[0] == 200
+    status, said = post(server, "/v1/completions", ask, host="evil.example:80")
+    assert (status, said["error"]["message"]) == (400, "this server is not called 'evil.example'")
+    assert next(running, None) is None
+
+
+def post(server: Served, path: str, body: str | Iterator[bytes], **headers: str) -> tuple[int, dict[str, Any]]:
     connection = http.client.HTTPConnection("127.0.0.1", server.port(), timeout=60)
+    content = body.encode("utf-8", "surrogatepass") if isinstance(body, str) else body
     try:
-        connection.request("POST", path, body.encode("utf-8", "surrogatepass"), {"content-type": "application/json"})
+        connection.request("POST", path, content, {"content-type": "application/json", **headers})
         answer = connection.getresponse()
         return answer.status, json.loads(answer.read())
     finally:

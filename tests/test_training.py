@@ -25,6 +25,7 @@ from moesaic.models.encoder import EncoderCollator, EncoderForTasks, Layout
 from moesaic.runs.folder import RunFolder, atomic_folder, check_writable, discard, locked, read_json, write_text
 from moesaic.runs.method import is_routed
 from moesaic.runs.recipe import load_recipe
+from moesaic.runs.settings import read_yaml
 from moesaic.training.prepared import prepare
 from tests.running import STEPS, run, settings
 from tests.tiny_folders import save_model, tokenizer, write_tasks, write_world
@@ -365,6 +366,12 @@ def test_a_file_nested_too_deep_is_damaged(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_yaml_nested_too_deep_is_one_line(tmp_path):
+    (tmp_path / "x.yaml").write_text("a: " + "[" * 100_000)
+    with pytest.raises(ConfigError, match=r"x\.yaml is nested more than 100 deep"):
+        read_yaml(tmp_path / "x.yaml")
+
+
 def test_causal_rows_learn_the_answer_alone():
     tok = tokenizer(encoder=False)
     rows = [
@@ -448,6 +455,15 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(world, tmp_p
     assert "\n" not in str(caught.value)
     shutil.rmtree(file.parent)
     assert run("lora", world, "encoder", out)["resumed_from_step"] == STEPS - 2
+
+
+def test_where_the_only_checkpoint_is_damaged_no_other_is_promised(world, tmp_path):
+    out = tmp_path / "run"
+    run("lora", world, "encoder", out, "keep=1")
+    (out / "results.json").unlink()
+    (out / "checkpoints" / f"checkpoint-{STEPS}" / "optimizer.pt").unlink()
+    with pytest.raises(TrainingError, match=r"is damaged .no optimizer\.pt.: overwrite=true trains again"):
+        run("lora", world, "encoder", out, "keep=1")
 
 
 def test_a_run_stopped_after_its_last_checkpoint_is_finished_with_its_loss(world, tmp_path):

@@ -109,15 +109,13 @@ def _is_loopback(host: str) -> bool:
 
 async def _serve(prepared: object, settings: ServeSettings, name: str, place: socket.socket, key: str) -> None:
     import uvicorn
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     from moesaic.serving.app import build
     from moesaic.serving.engine import opened
 
     engine = await opened(prepared, cache_tokens=settings.cache_tokens, at_once=settings.at_once)  # type: ignore[arg-type]
-    app = build(engine, name, temperature=settings.temperature, key=key)
-    if _is_loopback(settings.host):  # or a page in a browser could have its own name lead here
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]", settings.host])
+    hosts = ["localhost", "127.0.0.1", "[::1]", settings.host] if _is_loopback(settings.host) else []
+    app = build(engine, name, temperature=settings.temperature, key=key, hosts=hosts)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=10))
     host, port = place.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"

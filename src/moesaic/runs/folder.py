@@ -22,7 +22,7 @@ except ImportError:  # no such locks on Windows
 
 from safetensors import SafetensorError
 
-from moesaic.errors import ConfigError, first_line
+from moesaic.errors import ConfigError, TrainingError, first_line
 from moesaic.runs.recipe import load_recipe
 from moesaic.runs.settings import differences, read_yaml
 
@@ -232,7 +232,7 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        return self.results.is_file()
+        return self.results.exists()
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"{_PREFIX}{step}"
@@ -241,6 +241,12 @@ class RunFolder:
         """Steps of the complete checkpoints, ascending."""
         names = [p.name.removeprefix(_PREFIX) for p in self.checkpoints.glob(f"{_PREFIX}*") if p.is_dir()]
         return sorted(int(n) for n in names if n.isdecimal() and n == str(int(n)))
+
+    def damaged(self, step: int, why: str) -> TrainingError:
+        """What is said of a checkpoint that cannot be gone on from."""
+        others = len(self.steps()) > 1
+        way = "remove it to go on from the one before it" if others else "overwrite=true trains again"
+        return TrainingError(f"{self.checkpoint(step)} is damaged ({why}): {way}")
 
     def last_loss(self) -> float:
         """The task's loss that was logged last; NaN where none was."""

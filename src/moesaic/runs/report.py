@@ -52,7 +52,7 @@ def write_report(place: Path, *, method: str, model: str, settings: dict[str, An
 
 
 def _optional(file: Path) -> Any:
-    return read_json(file) if file.is_file() else None
+    return read_json(file) if file.exists() else None
 
 
 def _by_split(place: Path, what: str) -> dict[str, Any]:

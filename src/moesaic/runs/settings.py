@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 from moesaic.errors import ConfigError, UnknownSetting, first_line, suggest
 
 T = TypeVar("T")
+DEEPEST = 100
+"""How far a YAML file is nested at most."""
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
@@ -18,6 +20,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
     from yaml import MarkedYAMLError, YAMLError
 
     try:
+        _check_depth(file)
         stored: Any = OmegaConf.to_container(OmegaConf.load(file))
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -31,6 +34,19 @@ def read_yaml(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file} must hold `key: value` lines")
     _check_keys_are_texts(str(file), stored)
     return stored
+
+
+def _check_depth(file: Path) -> None:
+    """Raise ConfigError for YAML that goes deeper than libyaml's reader has stack for."""
+    import yaml
+    from yaml.events import CollectionEndEvent, CollectionStartEvent
+
+    depth, loader = 0, getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    with file.open(encoding="utf-8") as text:
+        for event in yaml.parse(text, Loader=loader):
+            depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+            if depth > DEEPEST:
+                raise ConfigError(f"{file} is nested more than {DEEPEST} deep")
 
 
 def parse_overrides(

@@ -10,7 +10,7 @@ import re
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -32,24 +32,26 @@ logger = logging.getLogger(__name__)
 
 LARGEST = 4 * 2**20
 """Bytes of a request."""
+_PORT = re.compile(r":\d+$")
 
 
-def build(engine: Engine, name: str, *, temperature: float = 0.0, key: str = "") -> FastAPI:
+def build(
+    engine: Engine, name: str, *, temperature: float = 0.0, key: str = "", hosts: Collection[str] = ()
+) -> FastAPI:
     """The server.
 
     Args:
         name: what the mixture is called, as a request's `model`.
         temperature: where a request names none.
         key: what requests must bring as their bearer token; empty for none.
+        hosts: the names by which requests may call it; empty for any.
     """
-
-    app = FastAPI(title="moesaic", docs_url=None, redoc_url=None)
+    app = FastAPI(title="moesaic", openapi_url=None)
     service = _Service(engine, name, temperature)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _refused)
     app.add_exception_handler(MoesaicError, _failed)
-
-    app.add_middleware(Gate, key=key)
+    app.add_middleware(Gate, key=key, hosts=hosts)
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
@@ -76,22 +78,34 @@ def build(engine: Engine, name: str, *, temperature: float = 0.0, key: str = "")
 
 
 class Gate:
-    """Lets in requests of a size that is known and fits, which bring the key."""
+    """Lets in requests that call the server by one of its names, are JSON of a size that fits, and bring the key.
 
-    def __init__(self, app: ASGIApp, key: str = "") -> None:
-        self._app, self._key = app, key.encode()
+    Names are checked as a page in a browser could have its own lead here.
+    """
+
+    def __init__(self, app: ASGIApp, key: str = "", hosts: Collection[str] = ()) -> None:
+        self._app, self._key, self._hosts = app, key.encode(), frozenset(hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         refused = self._refused(Request(scope)) if scope["type"] == "http" else None
         await (refused or self._app)(scope, receive, send)
 
     def _refused(self, request: Request) -> Response | None:
-        size = request.headers.get("content-length", "")
-        if request.method == "POST" and not (size.isdigit() and int(size) <= LARGEST):
-            return error(413, f"a request has a Content-Length of at most {LARGEST:,} bytes", "invalid_request_error")
+        name = _PORT.sub("", request.headers.get("host", ""))
+        if self._hosts and name not in self._hosts:
+            return error(400, f"this server is not called {name!r}", "invalid_request_error")
         given = request.headers.get("authorization", "").removeprefix("Bearer ").encode("utf-8", "replace")
         if self._key and request.url.path != "/health" and not hmac.compare_digest(given, self._key):
             return error(401, "the API key is missing or another", "authentication_error", code="invalid_api_key")
+        if request.method != "POST":
+            return None
+        size = request.headers.get("content-length")
+        if size is None:
+            return error(411, "a request says how long it is, by Content-Length", "invalid_request_error")
+        if not (size.isdecimal() and int(size) <= LARGEST):
+            return error(413, f"a request has {LARGEST:,} bytes at most", "invalid_request_error")
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            return error(415, "a request is JSON: its Content-Type is application/json", "invalid_request_error")
         return None
 
 
@@ -106,7 +120,7 @@ class _Service:
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         messages = [("system" if m.role == "developer" else m.role, m.text()) for m in body.messages]
-        if body.max_tokens and body.max_completion_tokens:
+        if body.max_tokens is not None and body.max_completion_tokens is not None:
             raise ConfigError("max_tokens and max_completion_tokens name the same thing: give one of them")
         question = self._asked(body, of_messages(messages), body.max_completion_tokens or body.max_tokens)
         return await self._answered(body, [question], request, _Chat(self.name))
@@ -125,6 +139,8 @@ class _Service:
     def _asked(self, body: Any, what: Example | str | list[int], max_tokens: int | None) -> Asked:
         """A question of a chat, a text or tokens."""
         self.check_name(body.model)
+        if body.stream_options is not None and not body.stream:
+            raise ConfigError("stream_options: only a streamed answer has any")
         temperature = self.temperature if body.temperature is None else body.temperature
         if body.seed is not None and temperature > 0:
             raise ConfigError("seed: requests draw from one generator, so none is kept; temperature=0 repeats itself")

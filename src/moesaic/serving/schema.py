@@ -16,7 +16,7 @@ def _as_list(value: Any) -> Any:
 class _Request(BaseModel):
     """What both kinds of request may hold. Fields that ask for nothing else than we do are taken and not used."""
 
-    model_config = ConfigDict(extra="forbid", strict=False)
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str = ""
     max_tokens: int | None = Field(None, ge=1)
@@ -44,14 +44,14 @@ class _Request(BaseModel):
 
 
 class Part(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     type: Literal["text"]
     text: str
 
 
 class Message(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part]

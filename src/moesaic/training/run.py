@@ -175,7 +175,10 @@ def _take_up(trainer: Any, recipe: Recipe, step: int) -> None:
     place = trainer.folder.checkpoint(step)
     trainer.last_loss = trainer.folder.last_loss()
     if recipe.take == "best" and (step >= recipe.eval_every or (place / BEST).is_file()):
-        trainer.best = Best.read(place)
+        try:
+            trainer.best = Best.read(place)
+        except Exception as error:
+            raise trainer.folder.damaged(step, f"{BEST}: {first_line(error)}") from None
 
 
 def _arguments(prepared: Prepared, folder: RunFolder) -> Any:
@@ -235,9 +238,7 @@ def fit(trainer: Any, folder: RunFolder, step: int) -> None:
     """
     lost = [f for f in _RESUMED_FROM if not any(folder.checkpoint(step).glob(f))] if step else []
     if lost:
-        raise TrainingError(
-            f"{folder.checkpoint(step)} is damaged (no {lost[0]}): remove it to go on from the one before it"
-        )
+        raise folder.damaged(step, f"no {lost[0]}")
     try:
         trainer.train(resume_from_checkpoint=str(folder.checkpoint(step)) if step else None)
     except torch.OutOfMemoryError as error:
@@ -249,9 +250,7 @@ def fit(trainer: Any, folder: RunFolder, step: int) -> None:
     except Exception as error:
         if not step or trainer.tokens:
             raise
-        raise TrainingError(
-            f"{folder.checkpoint(step)} is damaged ({first_line(error)}): remove it to go on from the one before it"
-        ) from None
+        raise folder.damaged(step, first_line(error)) from None
     if trainer.state.global_step < trainer.state.max_steps:
         raise KeyboardInterrupt(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, saved; "
