@@ -53,12 +53,15 @@ def test_training_writes_how_it_went(run: Path, capsys: pytest.CaptureFixture[st
 def test_evaluation_adds_scores_routing_and_answers(run: Path) -> None:
     assert main(["eval", str(run), "limit=6"]) == 0
     found, scores = page(run), json.loads((run / "eval-validation.json").read_text())
-    assert f"{100 * scores['mean']:.1f}\u00a0% of the validation answers right" in found
+    assert f"{100 * scores['mean']:.1f}\u00a0% of the answers on the validation split right" in found
     wanted = ["Scores on the validation split", "How it learned", "Who does what", "Every module by itself"]
     assert [heading for heading in headings(found) if heading in wanted] == wanted
     rows = json.loads((run / "samples-validation.json").read_text())["rows"]
     assert {row["task"] for row in rows} == set(scores["tasks"])
     assert "".join(rows[0]["tokens"]) == f"{rows[0]['prompt']}{rows[0]['answer']}".replace(" ", "")
+    answers = ["".join(row["tokens"][len(row["tokens"]) - row["answered"] :]).strip() for row in rows]
+    assert answers == [row["answer"] for row in rows]
+    assert found.count('title="the answer">→') == sum(row["answered"] > 0 for row in rows)
     for row in rows:
         assert [round(sum(token), 1) for token in row["by_token"]] == [1.0] * len(row["tokens"])
     assert found.count('<p class="tokens">') == len(rows)
@@ -85,6 +88,9 @@ def test_a_composition_says_of_what(tmp_path: Path) -> None:
     assert {"Who does what", "Some answers"} <= set(headings(found))
     assert "Experts: 0 up, 1 down, 2 max" in found
     assert "Every module by itself" not in found  # all route alike
+    rows = place / "data" / "train.jsonl"
+    assert main(["eval", str(tmp_path / "out"), f"data={rows}", "limit=2"]) == 0
+    assert f"Scores on {rows.name}" in headings(page(tmp_path / "out"))
 
 
 def test_a_trainers_folder_has_a_page(tmp_path: Path) -> None:

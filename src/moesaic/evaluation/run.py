@@ -67,6 +67,7 @@ def evaluate_run(
         "model": recipe.model,
         "seed": recipe.seed,
         "split": settings.split,
+        **({"file": Path(settings.data).name} if settings.data and Path(settings.data).is_file() else {}),
         "limit": settings.limit,
         "data_sha256": data.digest(examples),
         "tasks": scores,

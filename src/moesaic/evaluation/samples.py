@@ -23,7 +23,7 @@ def samples(
     """One a row: {"task", "prompt", "answer", "wanted", "correct"} and, of a routed model, what `routed` says.
 
     `experts`, `tokens` (texts), and `by_token` (T, E) are those of the prompt with its answer, of an encoder the
-    prompt's.
+    prompt's; `answered` of the tokens are the answer's.
     """
     found = []
     for task, said in answers.items():
@@ -64,7 +64,7 @@ def _sample(prepared: Prepared, row: Example, answer: Answer) -> dict[str, Any]:
         return found
     by_token = [[round(share, 3) for share in token] for token in where["by_token"]]
     tokens = [_text(prepared.base.tokenizer, token) for token in where["tokens"]]
-    return {**found, "experts": where["experts"], "tokens": tokens, "by_token": by_token}
+    return {**found, "experts": where["experts"], "tokens": tokens, "by_token": by_token, "answered": written}
 
 
 def _text(tokenizer: Any, token: str) -> str:

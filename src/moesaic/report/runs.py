@@ -56,7 +56,7 @@ def headline(run: Mapping[str, Any]) -> str:
     if run["scores"]:
         split, scores = next(iter(run["scores"].items()))
         base = f", {percent(scores['base_mean'])}\u00a0% without it" if "base_mean" in scores else ""
-        return f"{what}: {percent(scores['mean'])}\u00a0% of the {split} answers right{base}"
+        return f"{what}: {percent(scores['mean'])}\u00a0% of the answers {_rows_of(split, scores)} right{base}"
     if run["experts"] and not run["results"].get("steps"):
         return f"{what}: one model of {len(run['experts'])} adapters"
     if run["results"].get("steps"):
@@ -115,8 +115,13 @@ def _grids(by_split: Mapping[str, Mapping[str, Any]]) -> list[Grid]:
         means = {"base": scores.get("base_mean")}
         rows.append(["mean", "", "", percent(scores["mean"]), *(percent(means.get(name)) for name, _, _ in shown)])
         legend = [("±", "standard error of a share of so many rows"), *((name, said) for name, _, said in shown)]
-        made.append(Grid(f"Scores on the {split} split", header, rows, legend))
+        made.append(Grid(f"Scores {_rows_of(split, scores)}", header, rows, legend))
     return made
+
+
+def _rows_of(split: str, scores: Mapping[str, Any]) -> str:
+    """Which rows were scored: a file's, or a split's."""
+    return f"on {scores['file']}" if "file" in scores else f"on the {split} split"
 
 
 def _sources(experts: Mapping[str, str]) -> list[Grid]:
@@ -234,7 +239,8 @@ def _samples(run: Mapping[str, Any], split: str) -> Figure | None:
         return None
     parts = [_sample(row) for row in rows]
     caption = (
-        "A token's colour is its first expert's, stronger the more of the weight that has; pale is an equal share."
+        "A token's colour is its first expert's, stronger the more of the weight that has; pale is an equal share. "
+        "Behind the arrow is the answer, without the token that ends it."
     )
     experts: list[str] = next((row["experts"] for row in rows if "experts" in row), [])
     if experts:
@@ -250,9 +256,10 @@ def _samples(run: Mapping[str, Any], split: str) -> Figure | None:
 def _sample(row: Mapping[str, Any]) -> Markup:
     verdict = "right" if row["correct"] else f"wrong: {row['wanted']}"
     if "tokens" in row:
-        said = Markup("").join(
-            _token(token, shares) for token, shares in zip(row["tokens"], row["by_token"], strict=True)
-        )
+        tokens = [_token(token, shares) for token, shares in zip(row["tokens"], row["by_token"], strict=True)]
+        begin = len(tokens) - row.get("answered", 0)
+        then = Markup(' <b title="the answer">→</b> ') if begin < len(tokens) else ""
+        said = Markup("").join([*tokens[:begin], then, *tokens[begin:]])
     else:
         said = Markup("{} <b>{}</b>").format(row["prompt"], row["answer"])
     head = Markup('<p class="sample"><b>{}</b> {}</p>').format(row["task"], f"{row['answer']} ({verdict})")

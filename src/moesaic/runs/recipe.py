@@ -39,7 +39,9 @@ class Recipe:
     accumulation: int = field(default=1, metadata={"help": "forwards in a step"})
     lr: float = field(default=1e-3, metadata={"help": "peak learning rate"})
     schedule: str = field(default="linear", metadata={"help": "linear, cosine, constant or constant_with_warmup"})
-    warmup: int = field(default=50, metadata={"help": "steps from 0 to the peak, below half of all"})
+    warmup: int = field(
+        default=50, metadata={"help": "steps from 0 to the peak; a tenth of all where it would be half of them or more"}
+    )
     weight_decay: float = field(default=0.0, metadata={"help": "AdamW's weight decay"})
     clip: float = field(default=1.0, metadata={"help": "largest gradient norm; 0 for no clipping"})
     temperature: float = field(
