@@ -8,7 +8,7 @@ demo: $(VENV)/.train
 	$(BIN)/moesaic demo
 
 test: $(VENV)/.dev lint
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadscope
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check src tests scripts

@@ -140,7 +140,7 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @needs_java
-@pytest.mark.parametrize("name", MADE)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n == "task" else ()) for n in MADE])
 def test_figures_are_those_of_our_own_evaluation(theirs: dict[str, Any], name: str) -> None:
     learner = DriftMoE(settings(**MADE[name], seed=3))
     result = prequential(Known(), learner, window=200, rows=400 if name in ("paper", "child") else None)

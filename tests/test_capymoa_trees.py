@@ -188,7 +188,11 @@ def test_many_rows_in_one_go_are_one_after_the_other_though_the_child_ends(
 
 
 @needs_java
-@pytest.mark.parametrize("given", [{}, {"explore": 0.2, "combine": "mixture"}, {"router": False, "combine": "topk"}])
+@pytest.mark.parametrize(
+    "given",
+    [pytest.param({}, marks=pytest.mark.slow), {"explore": 0.2, "combine": "mixture"},
+     pytest.param({"router": False, "combine": "topk"}, marks=pytest.mark.slow)],
+)  # fmt: skip
 def test_a_drift_moe_over_them_learns_many_rows_as_one_after_the_other(given: dict[str, Any]) -> None:
     wanted = settings("paper", backend="capymoa", n_experts=4, hidden=(16,), batch_size=32, **given)
     one, many = DriftMoE(wanted), DriftMoE(wanted)

@@ -262,6 +262,9 @@ def test_the_same_rows_from_every_kind_of_file(tmp_path):
 
 
 def test_tables_that_do_not_fit_say_where(tmp_path, caplog):
+    (tmp_path / "twice.csv").write_text("prompt,completion,prompt \na,b,c\n")
+    with pytest.raises(DataError, match=r"twice\.csv: two columns are called 'prompt'"):
+        data.load(tmp_path / "twice.csv")
     (tmp_path / "x.csv").write_text("prompt,completion\na,b\nc\nd,e\n")
     with pytest.raises(DataError, match=r"x\.csv:3: it has another number of fields"):
         data.load(tmp_path / "x.csv")

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import os
 import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,10 +21,11 @@ from moesaic.data import examples as data
 from moesaic.errors import ConfigError, DataError
 from moesaic.lora import size
 from moesaic.runs import pace
-from moesaic.runs.folder import RunFolder
+from moesaic.runs.folder import RunFolder, read_json
 from moesaic.runs.recipe import load_recipe
 from moesaic.training.held_out import ROWS, HeldOut, load_held_out
 from moesaic.training.progress import Progress
+from moesaic.training.trainer import RunMixin
 from tests.running import run, settings
 from tests.tiny import llama
 from tests.tiny_folders import write_tasks, write_world
@@ -172,9 +175,7 @@ def test_more_steps_follow_the_longer_schedule_and_say_so(world, tmp_path, caplo
         run("lora", world, "encoder", out, "warmup=1", "lr=0.02")
     assert RunFolder(out).finished
     run("lora", world, "encoder", out, "warmup=1")
-    assert (
-        "going on from step 4, where it was finished, to 6; from here on lr is schedule=linear's over 6" in caplog.text
-    )
+    assert "going on from step 4 to 6; from here on lr is schedule=linear's over 6" in caplog.text
     rates = [[e["learning_rate"] for e in lines(folder, "loss")] for folder in (out, once)]
     assert rates[0][4:] == rates[1][4:]
     assert rates[0][4] > 0
@@ -276,6 +277,43 @@ def test_a_mixture_at_a_loras_settings_says_how_large_it_is_once(monkeypatch, ca
         f"this hotmoe trains {times:.1f} times the parameters of a plain LoRA of r=8: moesaic.matched("
         in record.message
     )
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Ctrl-C in the step that follows."""
+    original = RunMixin.compute_loss
+
+    def interrupt(self, *args, **kwargs):
+        if self.state.global_step == step - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(RunMixin, "compute_loss", interrupt)
+
+
+def test_a_finished_run_is_finished_until_the_longer_one_is(world, tmp_path, monkeypatch):
+    """Stopped on the way it stays what it was, and goes on from there; its scores go with its adapter."""
+    out, once = tmp_path / "run", tmp_path / "once"
+    how = ("warmup=1", "schedule=constant", "save_every=1")
+    run("lora", world, "encoder", once, *how, "steps=6")
+    before = run("lora", world, "encoder", out, *how, "steps=2")
+    assert main(["eval", str(out), "limit=2"]) == 0
+    kept = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file() and p.suffix in (".json", ".yaml", ".jsonl")}
+    stop_after(monkeypatch, 4)
+    with pytest.raises(KeyboardInterrupt):
+        run("lora", world, "encoder", out, *how, "steps=6")
+    monkeypatch.undo()
+    assert read_json(out / "results.json") == before
+    for name in ("results.json", "recipe.yaml", "eval-validation.json"):
+        assert (out / name).read_bytes() == kept[name]
+    assert load_recipe(str(out / "recipe-next.yaml")).steps == 6
+    assert main(["eval", str(out), "limit=2"]) == 0
+    with pytest.raises(ConfigError, match="is on its way to more steps, with steps=6, now 9: set it back to continue"):
+        run("lora", world, "encoder", out, *how, "steps=9")
+    assert run("lora", world, "encoder", out, *how, "steps=6")["resumed_from_step"] == 4
+    names = {p.name for p in out.iterdir() if p.name[0] != "."} - {"report.html"}
+    assert names == {p.name for p in once.iterdir() if p.name[0] != "."}
+    assert weights(out) == weights(once)
 
 
 def test_checkpoints_come_as_often_as_the_longer_run_asks(world, tmp_path):

@@ -4,8 +4,10 @@ import json
 import shutil
 
 import pytest
+import torch
 from datasets import Dataset
 from peft import IA3Config, LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from trl import SFTConfig, SFTTrainer
 
 import moesaic
@@ -129,3 +131,27 @@ def test_routers_may_hold_whole_numbers(tmp_path):
     get_peft_model(load_model("nano").model, config).save_pretrained(str(tmp_path / "glider"))
     settings = EvalSettings(data=str(tmp_path / "data"), model="nano", limit=1, base=False)
     assert evaluate_run(tmp_path / "glider", settings)["tasks"].keys() == {*TASKS}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"base_model_name_or_path": -1}, {"alora_invocation_tokens": "x"}, {"use_rslora": "x"}, {"use_rslora": -1},
+     {"r": "8"}, {"lora_dropout": True}],
+)  # fmt: skip
+def test_a_config_of_peft_with_values_of_another_kind_is_one_line(place, tmp_path, damage):
+    shutil.copytree(place / "plain" / "checkpoint-4", tmp_path / "plain")
+    file = tmp_path / "plain" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | damage))
+    with pytest.raises(AdapterError, match=rf"adapter_config.json is damaged: {next(iter(damage))}=.* must be") as told:
+        open_adapter(tmp_path / "plain")
+    assert "\n" not in str(told.value)
+
+
+def test_factors_that_are_whole_numbers_are_none(place, tmp_path):
+    shutil.copytree(place / "plain" / "checkpoint-4", tmp_path / "plain")
+    file = tmp_path / "plain" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(iter(tensors))
+    save_file({**tensors, name: tensors[name].view(torch.int32)}, file)
+    with pytest.raises(AdapterError, match=rf"is damaged: {name} is none of F32, BF16, F16, F64"):
+        open_adapter(tmp_path / "plain")

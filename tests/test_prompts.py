@@ -95,7 +95,6 @@ WAYS: dict[str, Callable[[PeftModel, Tensor], list[int]]] = {
 }
 
 
-@pytest.mark.full("way")
 @pytest.mark.parametrize("method", BY_PROMPT)
 @pytest.mark.parametrize("way", list(WAYS))
 def test_the_same_prompts_give_the_same_tokens(world: World, method: str, way: str) -> None:

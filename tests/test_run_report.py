@@ -130,6 +130,25 @@ def test_what_cannot_be_shown_is_told(
     assert (tmp_path / "out" / file).read_text() == content
 
 
+@pytest.mark.parametrize("there", ["a directory", "a link", "another page"])
+def test_a_page_that_would_be_in_the_way_is_told_before_anything_is_scored(
+    there: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = load_model(str(save_model(tmp_path / "base", "causal")))
+    model = get_peft_model(base.model, moesaic.MoLAConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model.save_pretrained(str(tmp_path / "out"))
+    target = tmp_path / "out" / "report.html"
+    if there == "a directory":
+        target.mkdir()
+    elif there == "a link":
+        target.symlink_to(tmp_path / "elsewhere.html")
+    else:
+        target.write_text("mine")
+    monkeypatch.setattr("moesaic.evaluation.run.load", lambda *a: pytest.fail("it was loaded"))
+    assert main(["eval", str(tmp_path / "out"), f"data={write_tasks(tmp_path / 'data', 'causal')}"]) == 2
+    assert "report.html is no page of a run: move it away" in capsys.readouterr().err
+
+
 def test_reports_without_a_folder_and_of_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report"]) == 2
     assert "name at least one run folder" in capsys.readouterr().err

@@ -29,7 +29,7 @@ from moesaic.cli.main import main
 from moesaic.cli.serve import ServeSettings, check, listening
 from moesaic.data import causal
 from moesaic.data.examples import Example
-from moesaic.errors import ConfigError, DataError
+from moesaic.errors import ConfigError, DataError, TrainingError
 from moesaic.evaluation.answers import generate
 from moesaic.evaluation.opening import load_run
 from moesaic.evaluation.routed import routed
@@ -404,6 +404,39 @@ def test_a_full_cache_is_told_and_waited_for(place: Path) -> None:
     assert next(running, None) is None
 
 
+def test_an_answer_without_a_length_fits_the_cache(place: Path) -> None:
+    running = serve(place / "mola", opening={"cache_tokens": 64})
+    server = next(running)
+    status, found = post(server, "/v1/completions", json.dumps({"prompt": PROMPTS[0]}))
+    assert status == 200
+    assert sum(found["usage"][key] for key in ("prompt_tokens", "completion_tokens")) <= 64
+    status, found = post(server, "/v1/completions", json.dumps({"prompt": PROMPTS[0], "max_tokens": 65}))
+    assert (status, "the cache has room for 64" in found["error"]["message"]) == (400, True)
+    assert next(running, None) is None
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_answers_that_a_server_stops_amid_say_so(place: Path, at_once: bool) -> None:
+    prepared = load_run(place / "mola")
+    question = asked(prepared, Example("", PROMPTS[0]), max_tokens=400)
+
+    async def answer(engine: Any, begun: asyncio.Event) -> None:
+        async for _ in engine.tokens(question):
+            begun.set()
+
+    async def stopped() -> None:
+        engine, begun = await opened(prepared, at_once=at_once), asyncio.Event()
+        answers = [asyncio.create_task(answer(engine, begun)) for _ in range(2)]
+        await begun.wait()
+        engine.stop()
+        for failed in await asyncio.gather(*answers, return_exceptions=True):
+            assert isinstance(failed, TrainingError)
+            assert str(failed) == "the server is stopping"
+        engine.close()
+
+    asyncio.run(stopped())
+
+
 # -- the command line --------------------------------------------------------------------------------------------------
 
 
@@ -420,12 +453,23 @@ def test_serve_is_one_command_and_ends_with_ctrl_c(place: Path) -> None:
         assert OpenAI(base_url=url, api_key="-").completions.create(model="mine", prompt="1 2 up =", max_tokens=2)
         with pytest.raises(ConfigError, match="in use; host=… and port=… name another"):
             listening("127.0.0.1", int(url.split(":")[2].split("/")[0]))
+        half = http.client.HTTPConnection(url.split("/")[2], timeout=60)
+        half.putrequest("POST", "/v1/completions")
+        for name, value in {"content-type": "application/json", "content-length": "100"}.items():
+            half.putheader(name, value)
+        half.endheaders(b'{"prompt":')
+        time.sleep(1)
         it.send_signal(signal.SIGINT)
         try:
+            answer = half.getresponse()
+            assert (answer.status, json.loads(answer.read())["error"]["message"]) == (503, "the server is stopping")
             assert it.wait(60) == 0
         finally:
             it.kill()
-        assert it.stderr.read() == "stopped\n"
+        told = it.stderr.read().splitlines()
+        assert len(told) == 2
+        assert "1 running task" in told[0]
+        assert told[1] == "stopped"
 
 
 def test_generate_writes_what_the_server_does(

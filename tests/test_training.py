@@ -305,6 +305,48 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     assert (tmp_path / "x" / "whole").read_text() == "w"
 
 
+@pytest.mark.parametrize("killed_in", ["writing", "first rename", "second rename", "removal"])
+def test_a_folder_that_is_replaced_is_there_whatever_stops_it(tmp_path, monkeypatch, killed_in):
+    """Old or new, whole, once the folder around it is taken again: as after a kill, nothing is tidied up."""
+
+    def put(text: str) -> None:
+        with atomic_folder(tmp_path / "x") as staging:
+            (staging / "file").write_text(text)
+            if text == "new" and killed_in == "writing":
+                raise SystemExit
+
+    put("old")
+    replace, left = os.replace, {"first rename": 0, "second rename": 1}.get(killed_in, 9)
+
+    def until_killed(*paths: Path) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise SystemExit
+        replace(*paths)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", until_killed)
+        if killed_in == "removal":
+            patched.setattr(shutil, "rmtree", lambda place, **how: place.exists() and sys.exit())
+        with pytest.raises(SystemExit):
+            put("new")
+    with locked(tmp_path):
+        wanted = "new" if killed_in in ("second rename", "removal") else "old"
+        assert (tmp_path / "x" / "file").read_text() == wanted
+    put("next")
+    assert (tmp_path / "x" / "file").read_text() == "next"
+    assert {p.name for p in tmp_path.iterdir()} == {"x", ".lock"}
+
+
+def test_remains_of_a_process_with_our_number_are_no_hindrance(tmp_path):
+    for name in ("x", f".trash-x-{os.getpid()}"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    discard(tmp_path / "x")
+    assert [*tmp_path.iterdir()] == []
+
+
 def test_what_is_no_file_and_no_folder_is_not_replaced(tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
@@ -316,6 +358,11 @@ def test_what_is_no_file_and_no_folder_is_not_replaced(tmp_path):
         check_writable(pipe, "out=pipe")
     assert pipe.is_fifo()
     assert [*tmp_path.iterdir()] == [pipe]
+    with pytest.raises(ConfigError, match="out=n cannot be written: File name too long; name another"):
+        check_writable(tmp_path / ("n" * 300), "out=n")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="out=link is a link to what is not there"):
+        check_writable(tmp_path / "link", "out=link")
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):

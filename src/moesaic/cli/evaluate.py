@@ -31,8 +31,11 @@ def run(arguments: list[str], *, as_json: bool = False) -> None:
     settings = parse_settings(EvalSettings, [a for a in arguments if "=" in a])
     from moesaic.evaluation.opening import open_adapter
     from moesaic.evaluation.run import evaluate_run
+    from moesaic.runs.report import check_report
 
     opened = [open_adapter(folder, model=settings.model, prompts=settings.prompts) for folder in runs]
+    for adapter in opened:
+        check_report(adapter.place)
     results = []
     for adapter in opened:
         results.append(evaluate_run(adapter, settings, progress=sys.stderr.isatty(), looked_at=True))

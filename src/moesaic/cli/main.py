@@ -26,7 +26,14 @@ _EXAMPLES = """settings are given as key=value, and `moesaic VERB --help` tells 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 if cells of a comparison are not done, 2 for a mistake that can be
     mended, 130 when interrupted."""
-    given = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _main(list(sys.argv[1:] if argv is None else argv))
+    except KeyboardInterrupt:  # before there was anything to stop
+        print("moesaic: interrupted", file=sys.stderr)
+        return 130
+
+
+def _main(given: list[str]) -> int:
     verbs = find()
     at = next((i for i, text in enumerate(given) if not text.startswith("-")), None)
     if at is None:

@@ -14,6 +14,8 @@ from moesaic.cli.verbs import Section, verb
 from moesaic.errors import ConfigError, MissingDependency
 
 KEY = "MOESAIC_API_KEY"
+GRACE = 10
+"""Seconds that requests have to end in, once the server is asked to stop."""
 
 
 @dataclass
@@ -116,12 +118,21 @@ async def _serve(prepared: object, settings: ServeSettings, name: str, place: so
     engine = await opened(prepared, cache_tokens=settings.cache_tokens, at_once=settings.at_once)  # type: ignore[arg-type]
     hosts = ["localhost", "127.0.0.1", "[::1]", settings.host] if _is_loopback(settings.host) else []
     app = build(engine, name, temperature=settings.temperature, key=key, hosts=hosts)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=10))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=GRACE))
+
+    async def end() -> None:
+        while not server.should_exit:
+            await asyncio.sleep(0.1)
+        await asyncio.sleep(GRACE - 1)
+        engine.stop()
+
     host, port = place.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
     how = "requests at once" if engine.at_once else "requests in turn"
     print(f"{name}: {url} ({how}); Ctrl-C stops", file=sys.stderr, flush=True)
+    ending = asyncio.create_task(end())
     try:
         await server.serve(sockets=[place])
     finally:
+        ending.cancel()
         engine.close()

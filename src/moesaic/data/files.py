@@ -48,6 +48,9 @@ def _csv(file: Path) -> Iterator[tuple[str, Any]]:
     try:
         with file.open(encoding="utf-8-sig", newline="") as opened:
             reader = csv.DictReader(opened, strict=True)
+            names = [name.strip() for name in reader.fieldnames or ()]
+            if twice := next((name for name in names if names.count(name) > 1), None):
+                raise DataError(f"{file}: two columns are called '{twice}'")
             for row in reader:
                 where = f"{file}:{reader.line_num}"
                 if None in row or None in row.values():

@@ -2,11 +2,13 @@
 
 import logging
 import math
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from moesaic.errors import AdapterError, ConfigError, first_line, path_of
+from moesaic.lora.checks import check_kinds
 from moesaic.lora.config import MixtureConfig
 from moesaic.lora.stored import adapter_in, tensor_shapes
 from moesaic.models.embedded import embedded_name, load_model, resolve
@@ -104,7 +106,9 @@ def load(opened: Opened, tasks: tuple[str, ...] = ()) -> Prepared:
         ) from None
     model = EncoderForTasks(base.model, layout) if layout else base.model
     try:
-        wrapped = PeftModel.from_pretrained(model, str(opened.adapter))
+        with warnings.catch_warnings():  # what is missing is an error here
+            warnings.filterwarnings("ignore", "Found missing adapter keys")
+            wrapped = PeftModel.from_pretrained(model, str(opened.adapter))
         _check_tensors(opened.adapter, wrapped)
     except AdapterError:
         raise
@@ -126,6 +130,8 @@ def _of_run(folder: Path, adapter: Path | None) -> Opened:
         run = run_path(folder)
     kept = adapter or run.adapter
     trained = read_json(run.results) if run.finished else {}
+    if not run.finished and adapter in (None, run.adapter):
+        logger.warning("%s is an unfinished run: its adapter may have had fewer steps than its recipe says", folder)
     place = folder if kept == run.adapter else kept
     return Opened(place, kept, load_recipe(str(run.recipe)), run.recipe, _read_layout(run, trained), trained)
 
@@ -173,7 +179,10 @@ def _read_config(adapter: Path) -> Any:
     import moesaic.lora  # noqa: F401  registers the methods with PEFT
 
     try:
-        return PeftConfig.from_pretrained(str(adapter))
+        found = PeftConfig.from_pretrained(str(adapter))
+        if not isinstance(found, MixtureConfig):  # which checks itself
+            check_kinds(found, but=("lora_alpha",))  # a whole number, PEFT says, and takes any
+        return found
     except Exception as error:
         raise AdapterError(f"{adapter}/adapter_config.json is damaged: {first_line(error)}") from None
 

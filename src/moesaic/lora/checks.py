@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection
 from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -21,10 +22,10 @@ _KINDS = {
 }
 
 
-def check_kinds(config: Any) -> None:
+def check_kinds(config: Any, *, but: Collection[str] = ()) -> None:
     """Raise ConfigError for a setting that is not the number, switch, list or choice its annotation asks for."""
     hints = get_type_hints(type(config))
-    for f in fields(config):
+    for f in (own for own in fields(config) if own.name not in but):
         hint, value = hints[f.name], getattr(config, f.name)
         if get_origin(hint) is Literal and value not in get_args(hint):
             raise ConfigError(f"{f.name}={value!r} must be one of {', '.join(get_args(hint))}")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from moesaic.errors import AdapterError, MissingRouterWeights, MoesaicError, first_line
 from moesaic.lora.config import METHODS, MixtureConfig
 from moesaic.lora.factors import named_now
+from moesaic.lora.stored import DTYPES
 from moesaic.routing import Site
 
 
@@ -94,9 +95,13 @@ def check_tensors(path: Path) -> list[str]:
     try:
         with safe_open(weights, framework="pt") as tensors:
             keys = list(tensors.keys())
+            factors = [key for key in keys if any(name in key for name in ("lora_A", "lora_B", "lora_embedding_"))]
+            strange = next((key for key in factors if tensors.get_slice(key).get_dtype() not in DTYPES), None)
             broken = next((key for key in keys if not bool(tensors.get_tensor(key).isfinite().all())), None)
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{weights} is damaged or truncated ({error}): restore it from a copy") from None
+    if strange is not None:
+        raise AdapterError(f"{weights} is damaged: {strange} is none of {', '.join(DTYPES)}; restore it from a copy")
     if broken is not None:
         raise AdapterError(f"{weights} is damaged: {broken} holds numbers that are not finite; train it again")
     return keys

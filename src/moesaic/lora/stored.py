@@ -42,7 +42,7 @@ _REFUSED = {
     "arrow_config": "it is a router over other adapters: name those",
 }
 """Settings of a LoRA adapter that make it something else than s B A x, and why they cannot be had."""
-_DTYPES = ("F32", "BF16", "F16", "F64")
+DTYPES = ("F32", "BF16", "F16", "F64")
 LARGEST = 1e6
 """Of factors that scale what is added: beyond it float32 has no digits left for the rest."""
 
@@ -214,11 +214,11 @@ def tensor_shapes(path: Path, *, expert: bool = False) -> dict[str, tuple[int, .
     try:
         with safe_open(file, framework="pt") as opened:
             slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
-            strange = next((key for key, found in slices.items() if found.get_dtype() not in _DTYPES), None)
+            strange = next((key for key, found in slices.items() if found.get_dtype() not in DTYPES), None)
             if expert and strange is not None:
                 raise AdapterError(
                     f"{file} cannot be an expert: {strange} is of {slices[strange].get_dtype()}, and factors are of "
-                    f"{', '.join(_DTYPES)}"
+                    f"{', '.join(DTYPES)}"
                 )
             return {key: tuple(found.get_shape()) for key, found in slices.items()}
     except (SafetensorError, OSError) as error:

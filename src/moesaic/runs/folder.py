@@ -1,6 +1,8 @@
 """The run folder: nothing half-written is ever seen under its final name, and nothing finished is lost.
 
 recipe.yaml  layout.json  metrics.jsonl  checkpoints/checkpoint-N/  adapter/  results.json (last: the run is finished)
+
+While a finished run goes on to more steps, recipe-next.yaml stands beside what it has come to so far.
 """
 
 import glob
@@ -22,6 +24,7 @@ except ImportError:  # no such locks on Windows
 
 from safetensors import SafetensorError
 
+from moesaic.data.examples import SPLITS
 from moesaic.errors import ConfigError, TrainingError, first_line
 from moesaic.runs.recipe import load_recipe
 from moesaic.runs.settings import differences, read_yaml
@@ -29,6 +32,7 @@ from moesaic.runs.settings import differences, read_yaml
 logger = logging.getLogger(__name__)
 
 _PREFIX = "checkpoint-"
+_OLD = ".old-"
 STAGING = ".staging"
 
 
@@ -44,7 +48,8 @@ def atomic_folder(final: Path) -> Iterator[Path]:
     final = final.resolve()
     if final in (Path.cwd(), *Path.cwd().parents):
         raise ConfigError(f"{final} is the folder that this runs in, or one around it; name another")
-    staging = final.parent / STAGING / final.name
+    settle(final)
+    staging = _staging_of(final)
     discard(staging)
     staging.mkdir(parents=True)
     try:
@@ -56,10 +61,29 @@ def atomic_folder(final: Path) -> Iterator[Path]:
     for file in staging.rglob("*"):
         _sync(file)
     _sync(staging)
-    discard(final)
+    old = _old_of(final)
+    if final.exists():
+        os.replace(final, old)
     os.replace(staging, final)
+    shutil.rmtree(old, ignore_errors=True)
     _remove_empty(staging.parent)
     _sync(final.parent)
+
+
+def settle(final: Path) -> None:
+    """Finish what `atomic_folder` began, where it was stopped after the old folder went and before the new one came."""
+    old, staging = _old_of(final), _staging_of(final)
+    if old.is_dir() and not final.exists():
+        os.replace(staging if staging.is_dir() else old, final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _staging_of(final: Path) -> Path:
+    return final.parent / STAGING / final.name
+
+
+def _old_of(final: Path) -> Path:
+    return final.with_name(f"{_OLD}{final.name}")
 
 
 def _is_device(place: Path) -> bool:
@@ -133,6 +157,8 @@ def locked(folder: Path) -> Iterator[None]:
         first = int(os.environ.get("RANK", "0")) == 0  # the ranks of a distributed run share a folder
         if first and not claim(file):
             raise ConfigError(f"another process is writing {folder}: wait for it, or another out=")
+        for old in folder.glob(f"{_OLD}*"):
+            settle(folder / old.name.removeprefix(_OLD))
         yield
 
 
@@ -156,9 +182,11 @@ def check_writable(place: Path, asked: str) -> None:
         raise ConfigError(f"{asked} is the root of the file system; name another")
     if place.name == STAGING:
         raise ConfigError(f"{asked} is where folders lie while they are written; name another")
-    if _is_device(place):
-        raise ConfigError(f"{asked} is a device; name another")
     try:
+        if _is_device(place):
+            raise ConfigError(f"{asked} is a device; name another")
+        if place.is_symlink() and not place.exists():
+            raise ConfigError(f"{asked} is a link to what is not there; name another")
         place.resolve()  # refuses links that lead in a circle
         _part(place).exists()  # refuses a name that is too long
         near = next(p for p in (place, *place.parents) if p.exists())
@@ -195,6 +223,7 @@ def discard(folder: Path) -> None:
     if not folder.is_absolute() and place in Path.cwd().parents:
         raise ConfigError(f"cannot replace {folder} from inside it: change to another folder")
     trash = place.with_name(f".trash-{place.name}-{os.getpid()}")
+    shutil.rmtree(trash, ignore_errors=True)  # of a process that had the same number
     if folder.is_symlink() or place.samefile("."):
         trash.mkdir()
         for entry in list(place.iterdir()):
@@ -223,6 +252,7 @@ class RunFolder:
     def __init__(self, path: Path, load: Callable[[str], Any] = load_recipe) -> None:
         self.path, self.load = path, load
         self.recipe = path / "recipe.yaml"
+        self.next = path / "recipe-next.yaml"
         self.layout = path / "layout.json"
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
@@ -267,14 +297,14 @@ class RunFolder:
         resume: str,
         description: dict[str, Any],
         layout: dict[str, Any],
-        longer: bool = False,
+        longer: dict[str, Any] | None = None,
     ) -> Iterator[int]:
         """Make the folder ready, keep it to this process, and yield the step to go on from (0: from the start).
 
         Args:
             description: the settings that make it the same run, compared with those of an unfinished one.
             layout: what was read off the data, compared likewise.
-            longer: a finished run is to go on too; `description` is then that of the steps that it has.
+            longer: where a finished run is to go on, the description with as many steps as that has.
         Raises:
             ConfigError: the folder holds a finished run, another run, or something that is no run at all; or another
                 process writes it.
@@ -299,14 +329,35 @@ class RunFolder:
             self._truncate_metrics(step)
             yield step
 
-    def _check_unfinished(self, resume: str, description: dict[str, Any], layout: dict[str, Any], longer: bool) -> None:
-        if self.finished and not longer:
+    def _check_unfinished(
+        self, resume: str, description: dict[str, Any], layout: dict[str, Any], longer: dict[str, Any] | None
+    ) -> None:
+        if self.finished and longer is None:
             raise ConfigError(f"{self.path} holds a finished run; overwrite=true replaces it, out=… goes elsewhere")
         if resume == "never":
             raise ConfigError(
                 f"{self.path} holds an unfinished run; resume=auto continues it, overwrite=true replaces it"
             )
-        self._compare(description, layout)
+        self._compare(description if longer is None else longer, layout)
+        if longer is not None and self.next.is_file():
+            changed = differences(self.load(str(self.next)).describes(), description)
+            if changed:
+                raise ConfigError(
+                    f"{self.path} is on its way to more steps, with {changed}: set it back to continue, or "
+                    "overwrite=true, or another out="
+                )
+
+    def replaced(self, recipe: str) -> None:
+        """Its adapter is about to be replaced by the one that a longer run made: what was said of it goes.
+
+        From here on it is that run, which ends as soon as its results are written.
+        """
+        self.results.unlink(missing_ok=True)
+        for split in SPLITS:
+            for name in (f"eval-{split}.json", f"samples-{split}.json", f"predictions-{split}.jsonl"):
+                (self.path / name).unlink(missing_ok=True)
+        write_text(self.recipe, recipe)
+        self.next.unlink(missing_ok=True)
 
     def _compare(self, description: dict[str, Any], layout: dict[str, Any]) -> None:
         try:

@@ -38,7 +38,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 def check_unfinished(folder: Path, *, overwrite: bool) -> None:
     """Raise ConfigError for a finished run that is not to be replaced."""
-    if (folder / RESULTS).is_file() and not overwrite:
+    if (folder / RESULTS).exists() and not overwrite:
         raise ConfigError(f"{folder} holds a finished run; overwrite=true replaces it, out=… goes elsewhere")
 
 
@@ -67,7 +67,7 @@ def prepare(
     changed = differences(read_json(file), described) if file.is_file() else ""
     if changed and unfinished and not overwrite:
         check_same(folder, described, "an unfinished run")
-    if changed or (folder / RESULTS).is_file():
+    if changed or overwrite or (folder / RESULTS).exists():
         for part in (folder / name for name in (RESULTS, *made)):
             if part.is_dir():
                 discard(part)

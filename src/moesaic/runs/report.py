@@ -9,7 +9,7 @@ from typing import Any
 from moesaic.errors import ConfigError, first_line
 from moesaic.report.page import is_page
 from moesaic.report.runs import KICKER, page
-from moesaic.runs.folder import read_json, write_text
+from moesaic.runs.folder import check_writable, read_json, write_text
 from moesaic.runs.results import steps_told
 
 SPLITS = ("test", "validation", "train")
@@ -27,9 +27,7 @@ def write_report(place: Path, *, method: str, model: str, settings: dict[str, An
     Raises:
         ConfigError: one of the files is damaged, or report.html is another page.
     """
-    target = place / "report.html"
-    if target.exists() and not is_page(target, KICKER):
-        raise ConfigError(f"{target} is no page of a run: move it away")
+    target = check_report(place)
     results = _optional(place / "results.json") or {}
     run = {
         "name": place.resolve().name,
@@ -48,6 +46,15 @@ def write_report(place: Path, *, method: str, model: str, settings: dict[str, An
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise ConfigError(f"{place} holds figures that no run writes: {first_line(error)}") from None
     write_text(target, text)
+    return target
+
+
+def check_report(place: Path) -> Path:
+    """Where a folder's page goes. Raises ConfigError where that is another page, or cannot be written."""
+    target = place / "report.html"
+    if target.is_symlink() or (target.exists() and not is_page(target, KICKER)):
+        raise ConfigError(f"{target} is no page of a run: move it away")
+    check_writable(target, str(target))
     return target
 
 

@@ -18,14 +18,14 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moesaic.data.examples import Example
 from moesaic.errors import ConfigError, DataError, MoesaicError
 from moesaic.evaluation.routed import check_routed
 from moesaic.serving.answer import Answer, Part
 from moesaic.serving.asking import Asked, asked, of_messages
-from moesaic.serving.engine import Engine
+from moesaic.serving.engine import STOPS, Engine
 from moesaic.serving.schema import ChatRequest, CompletionRequest
 
 logger = logging.getLogger(__name__)
@@ -84,14 +84,26 @@ class Gate:
     """
 
     def __init__(self, app: ASGIApp, key: str = "", hosts: Collection[str] = ()) -> None:
-        self._app, self._key, self._hosts = app, key.encode(), frozenset(hosts)
+        self._app, self._key, self._hosts = app, key.encode(), frozenset(map(str.lower, hosts))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refused = self._refused(Request(scope)) if scope["type"] == "http" else None
-        await (refused or self._app)(scope, receive, send)
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        begun = False
+
+        async def sending(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await (self._refused(Request(scope)) or self._app)(scope, receive, sending)
+        except asyncio.CancelledError:  # the time that a server has to end is over
+            if not begun:
+                await error(503, STOPS, "server_error")(scope, receive, send)
 
     def _refused(self, request: Request) -> Response | None:
-        name = _PORT.sub("", request.headers.get("host", ""))
+        name = _PORT.sub("", request.headers.get("host", "")).lower()
         if self._hosts and name not in self._hosts:
             return error(400, f"this server is not called {name!r}", "invalid_request_error")
         given = request.headers.get("authorization", "").removeprefix("Bearer ").encode("utf-8", "replace")
@@ -150,6 +162,7 @@ class _Service:
             self.engine.prepared,
             Example("", what) if isinstance(what, str) else what,
             max_tokens=max_tokens,
+            room=self.engine.room,
             temperature=float(temperature),
             top_p=float(body.top_p or 1.0),
             stops=tuple(body.stop or ()),

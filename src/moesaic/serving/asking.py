@@ -116,12 +116,20 @@ def read_messages(text: str) -> Example:
     return of_messages(messages)
 
 
-def asked(prepared: Prepared, what: Example | Sequence[int], *, max_tokens: int | None = None, **how: Any) -> Asked:
+def asked(
+    prepared: Prepared,
+    what: Example | Sequence[int],
+    *,
+    max_tokens: int | None = None,
+    room: int | None = None,
+    **how: Any,
+) -> Asked:
     """A question.
 
     Args:
         what: a row, whose prompt it is, or tokens.
         max_tokens: None for all that there is room for, 512 at most.
+        room: of prompt and answer, where whoever answers sets an end before the model does.
 
     Raises:
         ConfigError, DataError: a setting out of its range, no chat template, or a prompt that leaves no room.
@@ -136,18 +144,15 @@ def asked(prepared: Prepared, what: Example | Sequence[int], *, max_tokens: int 
     if not all(0 <= i < embedded for i in ids):
         raise DataError(f"the prompt holds tokens that the model does not know: it embeds {embedded}")
     _check_task(prepared, str(how.get("task", "")))
-    room = context_length(prepared)
-    if room is not None:
-        room -= len(ids)
-        if room < (max_tokens or 1):
-            raise ConfigError(
-                f"the prompt has {len(ids)} tokens and max_tokens={max_tokens or 1} are to come, and the model takes "
-                f"{room + len(ids)} of both"
-            )
-    least = min(512, room) if room is not None else 512
-    return Asked(
-        tuple(ids), least if max_tokens is None else max_tokens, ends=frozenset(ends(prepared, [example])), **how
-    )
+    length = context_length(prepared)
+    if length is not None and length - len(ids) < (max_tokens or 1):
+        raise ConfigError(
+            f"the prompt has {len(ids)} tokens and max_tokens={max_tokens or 1} are to come, and the model takes "
+            f"{length} of both"
+        )
+    if max_tokens is None:
+        max_tokens = max(1, min(512, *(end - len(ids) for end in (length, room) if end is not None), 512))
+    return Asked(tuple(ids), max_tokens, ends=frozenset(ends(prepared, [example])), **how)
 
 
 def _check_task(prepared: Prepared, task: str) -> None:

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 PAGE = 16
 """Tokens a page of the cache."""
+STOPS = "the server is stopping"
 
 
 class Engine(Protocol):
@@ -33,16 +34,25 @@ class Engine(Protocol):
     prepared: Prepared
     at_once: bool
 
+    @property
+    def room(self) -> int | None:
+        """Tokens of a prompt and its answer that it can hold; None where the model alone sets an end."""
+        ...
+
     def tokens(self, asked: Asked) -> AsyncGenerator[int]:
         """An answer's tokens as they come, without the one that ends it. Closing the iterator ends the request.
 
         Raises:
-            ConfigError: there is no room for it. TrainingError: the model failed.
+            ConfigError: there is no room for it. TrainingError: the model failed, or the server stops.
         """
         ...
 
     def running(self) -> int:
         """How many requests are being answered, or wait."""
+        ...
+
+    def stop(self) -> None:
+        """End what is being answered, with an error that says so."""
         ...
 
     def close(self) -> None: ...
@@ -103,10 +113,11 @@ class Batched:
         from moesaic.host import find_host
 
         self.prepared = prepared
-        self.cache_tokens = max(cache_tokens, 4 * PAGE) // PAGE * PAGE
+        self.room = self.cache_tokens = max(cache_tokens, 4 * PAGE) // PAGE * PAGE
         self._model = prepared.model.get_base_model()
         self._managers: dict[bool, Any] = {}
         self._running = 0
+        self._waiting: set[asyncio.Queue[Any]] = set()
         host = find_host(prepared.model) if prepared.routed else None
         self._host = host if host is not None and host.asks("by_prompt") else None
         self._prompts: Counter[tuple[int, ...]] = Counter()
@@ -123,6 +134,7 @@ class Batched:
         results: asyncio.Queue[Any] = asyncio.Queue()
         name, seen, finished = uuid.uuid4().hex, 0, False
         manager.register_result_handler(name, results.put_nowait)
+        self._waiting.add(results)
         self._note(asked.ids, 1)
         try:
             taken = manager.add_request(
@@ -133,6 +145,8 @@ class Batched:
                 raise TrainingError("the engine has ended and takes no more requests")
             while not finished:
                 output = await results.get()
+                if output is None:
+                    raise TrainingError(STOPS)
                 finished = output.is_finished()
                 if output.error is not None:
                     raise TrainingError(f"the model failed: {first_line(RuntimeError(output.error))}")
@@ -141,6 +155,7 @@ class Batched:
                     if token not in asked.ends:
                         yield token
         finally:
+            self._waiting.discard(results)
             self._note(asked.ids, -1)
             if not finished:
                 manager.cancel_request(name)
@@ -149,6 +164,10 @@ class Batched:
 
     def running(self) -> int:
         return self._running
+
+    def stop(self) -> None:
+        for results in self._waiting:
+            results.put_nowait(None)
 
     def close(self) -> None:
         for manager in self._managers.values():
@@ -192,11 +211,13 @@ class OneByOne:
     """Requests wait for each other; each is `generate` in a thread of its own."""
 
     at_once = False
+    room = None
 
     def __init__(self, prepared: Prepared) -> None:
         self.prepared = prepared
         self._turn = asyncio.Lock()
         self._running = 0
+        self._stopped = asyncio.Event()
 
     async def tokens(self, asked: Asked) -> AsyncGenerator[int]:
         self._running += 1
@@ -210,6 +231,9 @@ class OneByOne:
     def running(self) -> int:
         return self._running
 
+    def stop(self) -> None:
+        self._stopped.set()
+
     def close(self) -> None:
         pass
 
@@ -219,7 +243,7 @@ class OneByOne:
 
         def say(token: int) -> bool:
             loop.call_soon_threadsafe(found.put_nowait, token)
-            return not left.is_set()
+            return not (left.is_set() or self._stopped.is_set())
 
         writing = loop.run_in_executor(None, write, self.prepared, asked, say)
         writing.add_done_callback(lambda _: found.put_nowait(None))
@@ -227,6 +251,8 @@ class OneByOne:
             while (token := await found.get()) is not None:
                 yield token
             await writing
+            if self._stopped.is_set():
+                raise TrainingError(STOPS)
         finally:
             left.set()
             if not writing.done():

@@ -41,7 +41,7 @@ def is_longer(folder: RunFolder, recipe: Recipe) -> bool:
     done = read_json(folder.results).get("steps")
     if recipe.resume == "never" or not isinstance(done, int) or not 0 < done < recipe.steps:
         return False
-    if done != max(folder.steps(), default=0):
+    if done > max(folder.steps(), default=0):
         raise ConfigError(
             f"{folder.path} holds a finished run of {done} steps without the checkpoint that it ended with: "
             f"overwrite=true makes all {recipe.steps} steps anew, out=… elsewhere"
@@ -69,7 +69,7 @@ def tell_longer(folder: RunFolder, recipe: Recipe, step: int) -> None:
         f"one run of {recipe.steps}"
     )
     bent = "" if recipe.schedule.startswith("constant") else bent
-    logger.warning("%s: going on from step %d, where it was finished, to %d%s", folder.path, step, recipe.steps, bent)
+    logger.warning("%s: going on from step %d to %d%s", folder.path, step, recipe.steps, bent)
 
 
 def plain(recipe: Any) -> dict[str, Any]:

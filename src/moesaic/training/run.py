@@ -60,12 +60,12 @@ def train(recipe: Recipe, *, command: str | None = None, progress: bool | None =
         stored |= {"scorers": prepared.layout.scorers} if prepared.layout.scorers else {}
     rows = training_rows(prepared, examples)
     scored = training_rows(prepared, held_out) if held_out else []
-    same = replace(prepared.recipe, steps=folder.load(str(folder.recipe)).steps) if longer else recipe
-    how: dict[str, Any] = {"overwrite": recipe.overwrite, "resume": recipe.resume, "longer": longer}
-    with folder.prepared(**how, description=plain(same), layout=stored) as step, writing(folder.path):
+    how: dict[str, Any] = {"overwrite": recipe.overwrite, "resume": recipe.resume, "description": plain(recipe)}
+    if longer:
+        how["longer"] = plain(replace(prepared.recipe, steps=folder.load(str(folder.recipe)).steps))
+    with folder.prepared(**how, layout=stored) as step, writing(folder.path):
         write_json(folder.layout, stored)
-        write_text(folder.recipe, dump(recipe))
-        folder.results.unlink(missing_ok=True)
+        write_text(folder.next if longer else folder.recipe, dump(recipe))
         trainer = build_trainer(prepared, examples, rows, folder, held_out=scored, progress=progress)
         learns = count_trainable(prepared.model) > 0
         if longer:
@@ -87,6 +87,7 @@ def train(recipe: Recipe, *, command: str | None = None, progress: bool | None =
         if trainer.best is not None:
             trainer.best.put_back(prepared.model)
             results["taken"] = {"step": trainer.best.step, "eval_loss": trainer.best.loss}
+        folder.replaced(dump(recipe))
         with atomic_folder(folder.adapter) as staging:
             prepared.model.save_pretrained(str(staging))
             made = f"Seed {recipe.seed}, {recipe.steps} steps, learning rate {recipe.lr:g}."
