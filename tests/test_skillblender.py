@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -150,3 +151,50 @@ def test_skills_of_different_bodies_do_not_blend() -> None:
         SkillBlender([skill("walk", 1), skill("reach", 4, joints=["d", "c", "b", "a"])], COMMAND, [8])
     with pytest.raises(ConfigError, match="kind=sum; known: per_joint, scalar, switch, mcp"):
         SkillBlender([skill("walk", 1)], COMMAND, [8], "sum")
+
+
+@pytest.mark.parametrize("hidden", [[0], [-1], [8.0], [True], 0])
+def test_sizes_that_are_none_are_refused(hidden: Any) -> None:
+    for made in (
+        lambda: SkillBlender([skill("walk", 1)], COMMAND, hidden), lambda: Skill("walk", RELIES, 1, 9, DIM, hidden),
+        lambda: Skill("walk", RELIES, 0, SHARED, DIM, [8]),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match="must be whole numbers above 0"):
+            made()
+
+
+def test_a_blend_has_each_skill_once_and_weighs_by_deviations(tmp_path: Path) -> None:
+    one, other = skill("walk", 1), skill("reach", 4)
+    with pytest.raises(ConfigError, match="a blend has each skill once"):
+        SkillBlender([one, one], COMMAND, [8])
+    other.std[0] = 0
+    with pytest.raises(ConfigError, match="reach has a deviation that is not above 0"):
+        SkillBlender([one, other], COMMAND, [8], "mcp")
+    with pytest.raises(ConfigError, match=r"trained holds what JSON cannot: .*set"):
+        save(one, tmp_path / "p", {"tags": {1}})
+    assert not (tmp_path / "p").exists()
+
+
+@pytest.mark.parametrize(
+    "change", [{"relies": held} for held in ([], None, {}, 3, {"joints": 3}, {"joints": None}, {"joints": ["a", 1]})]
+    + [{"command_dim": True}, {"command_dim": 0}, {"dim": -1}, {"hidden": [0]}, {"shared_dim": 9.0}],
+)  # fmt: skip
+def test_a_manifest_that_was_edited_is_damaged(
+    change: dict[str, Any], tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    save(skill("walk", COMMAND), tmp_path, {})
+    file = tmp_path / "policy.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(AdapterError, match=r"is damaged: (what walk relies on|the sizes of walk)"):
+        load(tmp_path, RELIES)
+    assert not recwarn.list
+
+
+def test_a_policy_that_was_kept_without_its_control_step_is_taken(tmp_path: Path) -> None:
+    old, new = skill("walk", 1), skill("reach", 4, dt=0.02)
+    save(old, tmp_path / "old", {})
+    assert load(tmp_path / "old", {**RELIES, "dt": 0.02}).relies == RELIES
+    SkillBlender([old, new], COMMAND, [8])
+    save(new, tmp_path / "new", {})
+    with pytest.raises(AdapterError, match=r"is for another body: dt=0\.02, now 0\.01"):
+        load(tmp_path / "new", {**RELIES, "dt": 0.01})

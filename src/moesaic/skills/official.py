@@ -7,7 +7,9 @@ saved, blended with each other and exported, and `SkillEnv`, which shows more, r
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -32,11 +34,13 @@ def import_official(file: str | Path, name: str, body: Body) -> Skill:
 
     Raises:
         ConfigError: the skill has no published command.
-        AdapterError: the file is damaged, holds no such actor, or its shapes are not that skill's of this body.
+        AdapterError: the file is damaged, holds no such actor, or one that is no numbers, or its shapes are not that
+            skill's of this body.
     """
     if name not in COMMANDS:
         raise ConfigError(f"{name} is no published skill; {suggest(name, COMMANDS)}")
-    layers = _actor(Path(file))
+    state = _loaded(Path(file))
+    layers = _actor(Path(file), state)
     sizes = [layers[0][0].shape[1], *(weight.shape[0] for weight, _ in layers)]
     for (weight, bias), before, after in zip(layers, sizes, sizes[1:], strict=False):
         if weight.shape != (after, before) or bias.shape != (after,):
@@ -57,19 +61,28 @@ def import_official(file: str | Path, name: str, body: Body) -> Skill:
         for i, layer in enumerate(layers)
         for part, t in zip(("weight", "bias"), layer, strict=True)
     }
-    made.load_state_dict({**held, "std": _loaded(Path(file)).get("std", torch.ones(dim))})
+    std = state.get("std", torch.ones(dim))
+    if not _usable(std) or std.shape != (dim,) or not (std > 0).all():
+        raise AdapterError(f"{file}: std must be {dim} numbers above 0")
+    made.load_state_dict({**held, "std": std})
     return made.eval()
 
 
-def _actor(file: Path) -> list[tuple[Tensor, Tensor]]:
+def _actor(file: Path, state: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Weights and biases of the actor's layers, in order."""
     found: dict[int, dict[str, Tensor]] = {}
-    for name, held in _loaded(file).items():
+    for name, held in state.items():
         if match := _LAYER.fullmatch(name):
+            if not _usable(held):
+                raise AdapterError(f"{file}: {name} is not dense, real and finite")
             found.setdefault(int(match[1]), {})[match[2]] = held.float()
     if not found or not all({"weight", "bias"} == own.keys() and own["weight"].dim() == 2 for own in found.values()):
         raise AdapterError(f"{file} holds no actor of linear layers: actor.0.weight, actor.0.bias …")
     return [(found[number]["weight"], found[number]["bias"]) for number in sorted(found)]
+
+
+def _usable(held: Tensor) -> bool:
+    return held.layout == torch.strided and held.is_floating_point() and bool(held.isfinite().all())
 
 
 def _loaded(file: Path) -> dict[str, Tensor]:
@@ -77,9 +90,13 @@ def _loaded(file: Path) -> dict[str, Tensor]:
         raise ConfigError(f"there is no file {file}")
     try:
         held = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged file, or one with code in it, makes
+    except UnpicklingError:
+        raise AdapterError(f"{file} is no checkpoint of tensors alone: it is damaged, or may run code") from None
+    except Exception as error:  # whatever a damaged file makes
         raise AdapterError(f"{file} is no checkpoint of tensors alone: {first_line(error)}") from None
     state = held.get("model_state_dict") if isinstance(held, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise AdapterError(f"{file} holds no model_state_dict of tensors")
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(own, Tensor) for name, own in state.items()
+    ):
+        raise AdapterError(f"{file} holds no model_state_dict of tensors by name")
     return state

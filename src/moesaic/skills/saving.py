@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,7 @@ import torch
 
 from moesaic.errors import AdapterError, ConfigError, first_line, path_of
 from moesaic.runs.folder import atomic_folder, read_json, write_json, writing
-from moesaic.runs.settings import differences
-from moesaic.skills.skill import Skill
+from moesaic.skills.skill import Skill, unlike
 from moesaic.skills.skillblender import SkillBlender
 
 WEIGHTS, MANIFEST, MODEL = "policy.safetensors", "policy.json", "model"
@@ -22,11 +22,16 @@ def save(policy: Skill | SkillBlender, folder: str | Path, trained: Mapping[str,
     """Write it, in place of a policy that is there; `trained` says how it came to be.
 
     Raises:
-        ConfigError: the folder holds something else, or cannot be written, or weights are no numbers.
+        ConfigError: the folder holds something else, or cannot be written; weights are no numbers, or `trained` is not
+            what JSON holds.
     """
     from safetensors.torch import save_file
 
     final = path_of(folder)
+    try:
+        told = json.loads(json.dumps(dict(trained)))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"trained holds what JSON cannot: {first_line(error)}") from None
     if not all(torch.isfinite(held).all() for held in policy.state_dict().values()):
         raise ConfigError(f"this policy has weights that are no numbers; {folder} is left as it was")
     if final.is_dir() and any(final.iterdir()) and not (final / MANIFEST).is_file():
@@ -35,7 +40,7 @@ def save(policy: Skill | SkillBlender, folder: str | Path, trained: Mapping[str,
         save_file({name: held.contiguous() for name, held in policy.state_dict().items()}, place / WEIGHTS)
         (place / WEIGHTS).chmod(0o644)  # safetensors leaves its file readable by its owner alone
         kind = "skill" if isinstance(policy, Skill) else "blend"
-        write_json(place / MANIFEST, {"format": VERSION, "is": kind, **policy.shapes(), "trained": dict(trained)})
+        write_json(place / MANIFEST, {"format": VERSION, "is": kind, **policy.shapes(), "trained": told})
 
 
 def load(folder: str | Path, relies: Mapping[str, Any] | None = None) -> Skill | SkillBlender:
@@ -80,8 +85,19 @@ def check_body(policy: Skill | SkillBlender, relies: Mapping[str, Any], folder: 
         raise AdapterError(
             f"the policy in {folder} is for another body: {len(own)} joints, and this one has {len(here)}"
         )
-    if changed := differences(policy.relies, dict(relies)):
+    if changed := unlike(policy.relies, relies):
         raise AdapterError(f"the policy in {folder} is for another body: {changed}")
+
+
+def load_for(folder: str | Path, relies: Mapping[str, Any] | None, seen: int, moved: int) -> Skill | SkillBlender:
+    """What `load` gives, for so many numbers seen and joints moved. Raises as it does, and ConfigError for others."""
+    found = load(folder, relies)
+    if (found.command_dim + found.shared_dim, found.dim) != (seen, moved):
+        raise ConfigError(
+            f"the policy in {folder} sees {found.command_dim + found.shared_dim} numbers and moves {found.dim} joints, "
+            f"and here are {seen} and {moved}: it is for another task or body"
+        )
+    return found
 
 
 def load_skill(folder: str | Path, relies: Mapping[str, Any] | None = None) -> Skill:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,6 +34,10 @@ class Skill(nn.Module):
         super().__init__()
         if len(bounds) != 2 or not bounds[0] < bounds[1]:
             raise ConfigError(f"the bounds of {name} are {list(bounds)}, and must be a least and a larger most")
+        check_sizes(name, hidden, command_dim, shared_dim, dim)
+        joints = relies.get("joints") if isinstance(relies, dict) else None
+        if not isinstance(joints, list) or len(joints) != dim or not all(isinstance(own, str) for own in joints):
+            raise ConfigError(f"what {name} relies on must name its {dim} joints: relies_on(env.senses)")
         self.name, self.relies, self.bounds = name, relies, [float(b) for b in bounds]
         self.command_dim, self.shared_dim, self.dim, self.hidden = command_dim, shared_dim, dim, list(hidden)
         self.net = mlp([command_dim + shared_dim, *hidden, dim])
@@ -46,7 +50,7 @@ class Skill(nn.Module):
 
     def check_alike(self, other: Skill) -> None:
         """Raise ConfigError unless another skill moves the same body and sees the same."""
-        if changed := differences(self.relies, other.relies):
+        if changed := unlike(self.relies, other.relies):
             raise ConfigError(f"the skills {self.name} and {other.name} do not go together: {changed}")
         if self.shared_dim != other.shared_dim:
             raise ConfigError(f"{self.name} sees {self.shared_dim} numbers and {other.name} {other.shared_dim}")
@@ -54,6 +58,20 @@ class Skill(nn.Module):
     def shapes(self) -> dict[str, Any]:
         """What it is made with."""
         return {name: getattr(self, name) for name in _SHAPES}
+
+
+def check_sizes(name: str, hidden: Sequence[int], *sizes: int) -> None:
+    """Raise ConfigError unless all sizes of a network are whole numbers above 0."""
+    given = [*sizes, *hidden] if isinstance(hidden, Sequence) else [hidden]
+    if not isinstance(hidden, Sequence) or not all(type(own) is int and own > 0 for own in given):
+        raise ConfigError(f"the sizes of {name} must be whole numbers above 0, hidden=[64, 64]; they are {given}")
+
+
+def unlike(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """What differs in what two policies rely on, empty for nothing; one that was kept without `dt` says none."""
+    unsaid = {"dt"} - (one.keys() & other.keys())
+    before, now = ({name: held for name, held in own.items() if name not in unsaid} for own in (one, other))
+    return differences(before, now)
 
 
 def relies_on(senses: Senses) -> dict[str, Any]:

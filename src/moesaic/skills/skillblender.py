@@ -23,7 +23,7 @@ from moesaic.routing.losses import Record
 from moesaic.routing.router import Site
 from moesaic.skills.names import KINDS
 from moesaic.skills.policy import mlp, quiet
-from moesaic.skills.skill import Skill
+from moesaic.skills.skill import Skill, check_sizes
 
 
 class SkillBlender(nn.Module):
@@ -36,7 +36,8 @@ class SkillBlender(nn.Module):
             the softmax's); mcp: Gaussians multiplied (Peng et al., NeurIPS 2019), with a gate in (0, 1) for each skill.
 
     Raises:
-        ConfigError: the skills are of different bodies or see different things, or the kind is unknown.
+        ConfigError: the skills are of different bodies, see different things, come twice or have no deviation; the kind
+            is unknown, or a size none.
     """
 
     bounds: Tensor
@@ -51,6 +52,12 @@ class SkillBlender(nn.Module):
             raise ConfigError(f"kind={kind}; known: {', '.join(KINDS)}")
         if not skills or not all(isinstance(skill, Skill) for skill in skills):
             raise ConfigError("a blend is of skills, one at least")
+        if len({id(skill) for skill in skills}) < len(skills):
+            raise ConfigError("a blend has each skill once")
+        for skill in skills:
+            if not ((skill.std > 0) & (skill.std**-2).isfinite()).all():
+                raise ConfigError(f"{skill.name} has a deviation that is not above 0, and a blend may weigh by it")
+        check_sizes("a blend", hidden, command_dim)
         first = skills[0]
         for skill in skills[1:]:
             first.check_alike(skill)
