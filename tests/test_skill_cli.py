@@ -87,6 +87,8 @@ def test_a_film_is_a_rollout(runs: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert len(shown) > 5
     said(capsys, "play", str(runs / "walk"), "seconds=0.4", f"out={runs / 'walk.mp4'}", "stick=true")
     assert (runs / "walk.mp4").stat().st_size > 1000
+    told = said(capsys, "play", str(runs / "walk"), "seconds=500", f"out={runs / 'long.gif'}", code=2)
+    assert "seconds=500: a GIF holds 120 s" in told
     assert "out=film.avi must end in .gif or .mp4" in said(capsys, "play", str(runs / "walk"), "out=film.avi", code=2)
 
 
@@ -170,8 +172,24 @@ def test_a_run_that_does_not_exist_is_told_before_others_are_measured(
     assert not report.exists()
 
 
+def test_pages_that_cannot_be_written_are_told_before_anything_is_measured(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(runs / "walk", tmp_path / "walk")
+    mine = tmp_path / "walk" / "report.html"
+    mine.write_text("<p>my notes</p>")
+    told = said(capsys, "eval", str(tmp_path / "walk"), "seconds=0.1", "rollouts=1", code=2)
+    assert "report.html is already there, and is no page of `moesaic skill`: move it" in told
+    assert mine.read_text() == "<p>my notes</p>"
+    page = tmp_path / "new" / "page.html"
+    said(capsys, "eval", str(runs / "walk"), "seconds=0.1", "rollouts=1", f"out={page}")
+    assert page.is_file()
+
+
 def test_a_damaged_manifest_is_named(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for change in ({"trained": [1]}, {"trained": {"task": "walk", "settings": {"body": 5}}}, {"bounds": [1, 2, 3]}):
+    told = {"task": "walk", "settings": {"body": "mini_humanoid"}}
+    changes = [{"trained": told | {"steps": steps}} for steps in ("9", None, [], 1.5)]
+    for change in (*changes, {"trained": [1]}, {"trained": {**told, "settings": {"body": 5}}}, {"bounds": [1, 2, 3]}):
         place = tmp_path / "copy"
         shutil.copytree(runs / "walk" / "model", place, dirs_exist_ok=True)
         file = place / "policy.json"

@@ -53,7 +53,7 @@ def run(action: str, arguments: list[str], *, as_json: bool = False, dry_run: bo
     """Raises MoesaicError of the kind that fits; nothing that is there is lost."""
     if action not in ACTIONS:
         raise ConfigError(f"skill {action}: no such action; {suggest(action, ACTIONS)}")
-    from moesaic.skills.body import needed
+    from moesaic.skills.simulator import needed
 
     needed()
     _one_thread()
@@ -101,7 +101,7 @@ def _typed(folder: Path) -> str:
 def _eval(wanted: Look, as_json: bool) -> None:
     from moesaic.report.skills import grids, page
     from moesaic.report.text import table
-    from moesaic.runs.folder import check_writable, write_text
+    from moesaic.runs.folder import check_writable, write_text, writing
     from moesaic.skills.looking import measured, opened
 
     several = len(wanted.folders) > 1 or bool(wanted.out)
@@ -111,7 +111,10 @@ def _eval(wanted: Look, as_json: bool) -> None:
     for folder in wanted.folders:
         opened(folder, wanted)
     for file in pages:
+        _check_page(file)
         check_writable(file, str(file))
+        with writing(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
     found = []
     for folder in wanted.folders:
         _tell(f"{folder}: {wanted.rollouts} rollouts")
@@ -128,15 +131,19 @@ def _eval(wanted: Look, as_json: bool) -> None:
 
 
 def _page(wanted: Look) -> Path:
-    """Where several are shown side by side. Raises ConfigError for a file that is something else."""
-    from moesaic.report.page import is_page
-
+    """Where several are shown side by side. Raises ConfigError for a file that is no page."""
     file = path_of(wanted.out or "report.html")
     if file.suffix != ".html":
         raise ConfigError(f"out={file} must end in .html")
-    if file.exists() and not is_page(file, "moesaic skill"):
-        raise ConfigError(f"out={file} is already there, and is no page of `moesaic skill`: name another file")
     return file
+
+
+def _check_page(file: Path) -> None:
+    """Raise ConfigError for a file that is something else than a page of ours."""
+    from moesaic.report.page import is_page
+
+    if file.exists() and not is_page(file, "moesaic skill"):
+        raise ConfigError(f"{file} is already there, and is no page of `moesaic skill`: move it, or name another")
 
 
 def _tell(said: str) -> None:

@@ -23,7 +23,7 @@ __all__ = ["Skill", "SkillBlender", "SkillEnv", "load", "load_body", "save"]
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from moesaic.skills.body import needed
+    from moesaic.skills.simulator import needed
 
     needed()
     return getattr(import_module(_HOMES[name]), name)

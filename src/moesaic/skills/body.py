@@ -6,10 +6,10 @@ is a YAML file with the same keys beside its MJCF.
 
 from __future__ import annotations
 
-import os
-import sys
+import hashlib
+import re
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moesaic.errors import ConfigError, MissingDependency, first_line, path_of, suggest
+from moesaic.errors import ConfigError, first_line, path_of, suggest
 from moesaic.runs.settings import build, read_yaml
+from moesaic.skills.simulator import needed
 
 if TYPE_CHECKING:
     import mujoco
@@ -27,7 +28,11 @@ Floats = NDArray[np.float64]
 BODIES = Path(__file__).parent / "bodies"
 WILD, SINKS = 20.0, 0.1
 """Of a body that should stand still: rad/s, and the share of its height by which it may sink or rise."""
+LONGEST = 1000
 PER_JOINT = ("kp", "kd", "torque", "default")
+_CONTRACT = ("joints", *PER_JOINT, "decimation", "action_scale")
+_FREE, _PLANE, _AXES = [0], [2, 2, 3], [[1, 0, 0], [0, 0, 1], [0, 1, 0]]
+"""MuJoCo's kinds of joints of a base in space, and of one in the plane (slide, slide, hinge) with their axes."""
 
 
 @dataclass(frozen=True)
@@ -86,18 +91,37 @@ class Body:
 
     def contract(self) -> dict[str, Any]:
         """What a policy relies on. A skill moves a body that has the same."""
-        return {name: getattr(self, name) for name in ("joints", *PER_JOINT, "decimation", "action_scale")}
+        return {name: getattr(self, name) for name in _CONTRACT} | {"dt": self.dt}
+
+    def beyond(self) -> dict[str, Any]:
+        """What else makes it the body that it is: the rest of its manifest, and a hash of its MJCF."""
+        spec = self._spec()
+        spec.compile()
+        text = re.sub("<!--.*?-->", "", spec.to_xml(), flags=re.DOTALL)
+        rest = {name: value for name, value in asdict(self).items() if name not in _CONTRACT}
+        return {**rest, "mjcf": hashlib.sha256(text.encode()).hexdigest()[:12]}
+
+    @cached_property
+    def plain(self) -> mujoco.MjModel:
+        """Its physics with nothing beside it."""
+        return self.model()
+
+    @cached_property
+    def dt(self) -> float:
+        """Seconds of a control step."""
+        return round(float(self.plain.opt.timestep) * self.decimation, 9)
 
     @cached_property
     def planar(self) -> bool:
         """Whether it lives in x and z alone."""
-        return self.model().jnt_type[0] != 0
+        model = self.plain
+        return bool(model.jnt_type[model.body(self.base).jntadr[0]] != _FREE[0])
 
     @cached_property
     def rest(self) -> Rest:
         """Where feet and hands are when it stands at the origin."""
         mujoco = needed()
-        model = self.model()
+        model = self.plain
         data = self._standing(model)
         mujoco.mj_forward(model, data)
         at = data.sensordata.reshape(-1, 3)
@@ -140,6 +164,30 @@ class Body:
         Raises:
             ConfigError: the MJCF cannot be read, or lacks what the manifest names.
         """
+        spec = self._spec()
+        try:
+            if scene is not None:
+                scene(spec)
+            made = spec.compile()
+        except ValueError as error:
+            beside = "" if scene is None else " with what the task puts beside it"
+            raise ConfigError(f"{self.mjcf} does not compile{beside}: {first_line(error)}") from None
+        self._check_root(made)
+        for name, angle in zip(self.joints, self.default, strict=True):
+            joint = made.joint(name)
+            if made.jnt_limited[joint.id] and not joint.range[0] <= angle <= joint.range[1]:
+                low, high = joint.range
+                raise ConfigError(
+                    f"{self.mjcf}: {name} stands at {angle:g} rad, outside its range of {low:.3g} to {high:.3g} "
+                    '(MJCF is in degrees unless its compiler says angle="radian")'
+                )
+        made.opt.disableflags |= needed().mjtDisableBit.mjDSBL_AUTORESET  # what diverges is to be seen
+        if not 0 < made.opt.timestep < 0.1:
+            raise ConfigError(f"{self.mjcf}: a timestep of {made.opt.timestep:g} s, and bodies take a few ms")
+        return made
+
+    def _spec(self) -> mujoco.MjSpec:
+        """Its MJCF with servos, sensors and a sky."""
         mujoco = needed()
         try:
             spec = mujoco.MjSpec.from_file(self.mjcf)
@@ -154,36 +202,31 @@ class Body:
             servo.forcelimited, servo.forcerange = mujoco.mjtLimited.mjLIMITED_TRUE, [-torque, torque]
         sensor, kind = mujoco.mjtSensor, mujoco.mjtObj.mjOBJ_XBODY
         for name in (*self.feet, *self.hands):
-            spec.add_sensor(name=f"{name}_at", type=sensor.mjSENS_FRAMEPOS, objtype=kind, objname=name)
+            spec.add_sensor(type=sensor.mjSENS_FRAMEPOS, objtype=kind, objname=name)
         for name in self.feet:
-            spec.add_sensor(name=f"{name}_velocity", type=sensor.mjSENS_FRAMELINVEL, objtype=kind, objname=name)
+            spec.add_sensor(type=sensor.mjSENS_FRAMELINVEL, objtype=kind, objname=name)
         for name in self.feet:  # the net force of all contacts: data 'force', reduced to one
-            spec.add_sensor(
-                name=f"{name}_force", type=sensor.mjSENS_CONTACT, objtype=kind, objname=name, intprm=[2, 3, 1]
-            )
+            spec.add_sensor(type=sensor.mjSENS_CONTACT, objtype=kind, objname=name, intprm=[2, 3, 1])
         if not any(own.type == mujoco.mjtTexture.mjTEXTURE_SKYBOX for own in spec.textures):
             spec.add_texture(
-                name="sky", type=mujoco.mjtTexture.mjTEXTURE_SKYBOX, builtin=mujoco.mjtBuiltin.mjBUILTIN_GRADIENT,
+                type=mujoco.mjtTexture.mjTEXTURE_SKYBOX, builtin=mujoco.mjtBuiltin.mjBUILTIN_GRADIENT,
                 rgb1=[0.78, 0.86, 0.93], rgb2=[0.97, 0.96, 0.94], width=64, height=64,
             )  # fmt: skip
-        if scene is not None:
-            scene(spec)
-        try:
-            made = spec.compile()
-        except ValueError as error:
-            raise ConfigError(f"{self.mjcf} does not compile: {first_line(error)}") from None
-        for name, angle in zip(self.joints, self.default, strict=True):
-            joint = made.joint(name)
-            if made.jnt_limited[joint.id] and not joint.range[0] <= angle <= joint.range[1]:
-                low, high = joint.range
-                raise ConfigError(
-                    f"{self.mjcf}: {name} stands at {angle:g} rad, outside its range of {low:.3g} to {high:.3g} "
-                    '(MJCF is in degrees unless its compiler says angle="radian")'
-                )
-        made.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_AUTORESET  # what diverges is to be seen
-        if not 0 < made.opt.timestep < 0.1:
-            raise ConfigError(f"{self.mjcf}: a timestep of {made.opt.timestep:g} s, and bodies take a few ms")
-        return made
+        return spec
+
+    def _check_root(self, model: mujoco.MjModel) -> None:
+        """Refuse a base whose joints do not say where it is in the world, in the order that is read."""
+        base = model.body(self.base)
+        first, count = int(base.jntadr[0]), int(base.jntnum[0])
+        own = slice(first, first + count)
+        kinds = model.jnt_type[own].tolist()
+        moved = model.jnt_pos[own].any() or model.qpos0[model.jnt_qposadr[own]].any()
+        straight = base.parentid[0] == 0 and np.allclose(base.quat, [1, 0, 0, 0]) and not moved
+        if kinds != _FREE and not (kinds == _PLANE and np.allclose(model.jnt_axis[own], _AXES) and straight):
+            raise ConfigError(
+                f"{self.mjcf}: the base {self.base} needs a free joint alone, or, in this order, slides along 1 0 0 "
+                "and 0 0 1 and a hinge about 0 1 0 through its origin, unturned in the world and without ref"
+            )
 
     def _check_names(self, spec: mujoco.MjSpec) -> None:
         mujoco = needed()
@@ -226,6 +269,8 @@ def built_in() -> list[str]:
 
 
 def _check(body: Body, file: Path) -> None:
+    if len(set(body.joints)) < body.dim or not body.joints:
+        raise ConfigError(f"{file}: joints must be names, each once")
     for name in PER_JOINT:
         if len(getattr(body, name)) != body.dim:
             raise ConfigError(f"{file}: {name} has {len(getattr(body, name))} entries for {body.dim} joints")
@@ -238,8 +283,8 @@ def _check(body: Body, file: Path) -> None:
     for name in ("kp", "kd", "torque"):
         if max(getattr(body, name)) > 1e6:
             raise ConfigError(f"{file}: {name} has an entry above 1e6")
-    if len(set(body.joints)) < body.dim or not body.joints:
-        raise ConfigError(f"{file}: joints must be names, each once")
+    if body.decimation > LONGEST:
+        raise ConfigError(f"{file}: decimation={body.decimation} must be at most {LONGEST}")
     for name in ("feet", "hands", "hips", "knees", "ankles", "foot_distance"):
         if len(getattr(body, name)) != 2:
             raise ConfigError(f"{file}: {name} must have two entries, left first")
@@ -253,15 +298,3 @@ def _check(body: Body, file: Path) -> None:
                 raise ConfigError(f"{file}: {name} names joint {number} of {body.dim}, counted from 0")
     if min(*body.torque, *body.kp, body.action_scale, body.base_height, body.decimation) <= 0 or min(body.kd) < 0:
         raise ConfigError(f"{file}: kp, torque, action_scale, base_height, decimation must be above 0, kd not below")
-
-
-def needed() -> Any:
-    """MuJoCo. Raises MissingDependency where the extra `[skills]` is not installed."""
-    if sys.platform == "linux" and "DISPLAY" not in os.environ:
-        os.environ.setdefault("MUJOCO_GL", "egl")  # it is read when MuJoCo is first imported
-    try:
-        import mujoco
-        import mujoco.rollout
-    except ImportError:
-        raise MissingDependency("mujoco", "skills") from None
-    return mujoco

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,8 +23,13 @@ from moesaic.skills.skillblender import SkillBlender
 from moesaic.skills.tasks import find
 from moesaic.skills.training import rounds
 
+if TYPE_CHECKING:
+    from moesaic.skills.pictures import Image
+
 BINS = 24
 """Parts of a rollout whose weights are shown."""
+LONGEST = 120.0
+"""Seconds of a GIF: its pictures are held until it is whole, some 6 MB a second."""
 
 
 def opened(folder: str, wanted: Look) -> tuple[Skill | SkillBlender, str, str, dict[str, Any]]:
@@ -33,6 +39,8 @@ def opened(folder: str, wanted: Look) -> tuple[Skill | SkillBlender, str, str, d
     with reading(model_of(folder) / MANIFEST):
         settings = trained.get("settings", {})
         task, body = str(wanted.task or trained.get("task", "")), settings.get("body", "mini_humanoid")
+        if type(steps := trained.get("steps", 0)) is not int:
+            raise TypeError(f"steps is {steps}")
     if not task:
         raise ConfigError(f"{folder} does not say what it was trained for: task=walk")
     if not isinstance(body, str):
@@ -82,14 +90,20 @@ def film(folder: str, wanted: Look, file: Path) -> int:
     check_writable(file, f"out={file}")
     policy, task, body, _ = opened(folder, wanted)
     seconds = wanted.seconds or min(SECONDS.get(task, 8.0), 8.0)
+    if file.suffix == ".gif" and seconds > LONGEST:
+        raise ConfigError(f"seconds={seconds:g}: a GIF holds {LONGEST:g} s, out=film.mp4 as many as wanted")
     env = SkillEnv(task, body, 1, autoreset="same_step", randomise=0, seconds=seconds)
-    observed, _ = env.reset(seed=wanted.seed)
-    frames = []
     every = max(round(0.04 / env.physics.dt), 1)
-    for step in range(env.steps):
-        if step % every == 0:
-            frames.append(env.frame(stick=wanted.stick))
-        observed, *_ = env.step(policy(torch.from_numpy(observed)).numpy())
-    env.close()
-    write_film(frames, file, 1 / (every * env.physics.dt))
-    return len(frames)
+
+    def frames() -> Iterator[Image]:
+        observed, _ = env.reset(seed=wanted.seed)
+        for step in range(env.steps):
+            if step % every == 0:
+                yield env.frame(stick=wanted.stick)
+            observed, *_ = env.step(policy(torch.from_numpy(observed)).numpy())
+
+    try:
+        write_film(frames(), file, 1 / (every * env.physics.dt))
+    finally:
+        env.close()
+    return len(range(0, env.steps, every))

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from moesaic.errors import ConfigError
-from moesaic.skills.body import Body, needed
+from moesaic.skills.body import Body
+from moesaic.skills.simulator import needed
 
 if TYPE_CHECKING:
     import mujoco
@@ -122,11 +122,6 @@ class Rollouts:
         root = base.jntadr[0]
         self._planar = bool(model.jnt_type[root] != mujoco.mjtJoint.mjJNT_FREE)
         at, speed = int(model.jnt_qposadr[root]), int(model.jnt_dofadr[root])
-        kinds = [int(model.jnt_type[root + i]) for i in range(base.jntnum[0])]
-        if self._planar and kinds != [2, 2, 3]:
-            raise ConfigError(
-                f"{body.mjcf}: the base {body.base} has neither a free joint nor two slides (x, z) and a hinge (y)"
-            )
         self._root, self._root_speed = 1 + at, 1 + nq + speed
         self._offset = np.array(base.pos) if self._planar else np.zeros(3)
         joints = [model.joint(name) for name in body.joints]

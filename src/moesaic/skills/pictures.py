@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +13,12 @@ from numpy.typing import NDArray
 
 from moesaic.errors import ConfigError, MissingDependency
 from moesaic.runs.folder import writing
-from moesaic.skills.body import needed
+from moesaic.skills.simulator import needed
 
 if TYPE_CHECKING:
     import mujoco
+
+logger = logging.getLogger(__name__)
 
 Image = NDArray[np.uint8]
 Floats = NDArray[np.float64]
@@ -103,17 +107,18 @@ def _captioned(taken: Image, caption: str) -> Image:
 
 
 def _renderer(model: mujoco.MjModel) -> Any:
-    """MuJoCo's renderer; None where there is no OpenGL."""
+    """MuJoCo's renderer; None, and a warning, where there is no OpenGL."""
     mujoco = needed()
     model.vis.global_.offwidth, model.vis.global_.offheight = WIDTH, HEIGHT
     try:
         return mujoco.Renderer(model, HEIGHT, WIDTH)
     except Exception:  # whatever a machine without OpenGL makes of it
+        logger.warning("no OpenGL works here (MUJOCO_GL=%s), and lines are drawn in its place", os.getenv("MUJOCO_GL"))
         return None
 
 
-def write_film(frames: Sequence[Image], file: Path, fps: float) -> None:
-    """An animated GIF, or an MP4 where imageio-ffmpeg is installed.
+def write_film(frames: Iterable[Image], file: Path, fps: float) -> None:
+    """An animated GIF, or an MP4, frame by frame, where imageio-ffmpeg is installed.
 
     Raises:
         ConfigError: the name ends in something else.
@@ -129,12 +134,12 @@ def write_film(frames: Sequence[Image], file: Path, fps: float) -> None:
             part.unlink(missing_ok=True)
 
 
-def _write(frames: Sequence[Image], file: Path, fps: float) -> None:
+def _write(frames: Iterable[Image], file: Path, fps: float) -> None:
     if file.suffix == ".gif":
         from PIL import Image as Pillow
 
-        first, *others = [Pillow.fromarray(frame).quantize(64) for frame in frames]
-        first.save(file, save_all=True, append_images=others, duration=round(1000 / fps), loop=0)
+        shown = (Pillow.fromarray(frame).quantize(64) for frame in frames)
+        next(shown).save(file, save_all=True, append_images=shown, duration=round(1000 / fps), loop=0)
     elif file.suffix == ".mp4":
         try:
             from imageio_ffmpeg import write_frames

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moesaic.skills.body import Body
 from moesaic.skills.chance import Chance
 from moesaic.skills.moment import Moment
 from moesaic.skills.physics import Readings
@@ -25,7 +24,11 @@ class ButtonPress(Task):
 
     skills = ("walk", "reach")
     accuracy, success = "button", 0.1
-    scales: Mapping[str, float] = MappingProxyType({"button": 5.0, "right_arm_default": 0.5})
+
+    def __init__(self, body: Body) -> None:
+        super().__init__(body)
+        self.right = [number for number in body.upper if body.joints[number].startswith("right")]
+        self.scales = {"button": 5.0, "right_arm_default": 0.5} if self.right else {"button": 5.0}
 
     @property
     def goal_dim(self) -> int:
@@ -58,5 +61,4 @@ class ButtonPress(Task):
         return toward(self.away(m.now, m.goal))
 
     def right_arm_default(self, m: Moment) -> Floats:
-        upper = [number for number in self.body.upper if self.body.joints[number].startswith("right")]
-        return near(m.offsets()[:, upper])
+        return near(m.offsets()[:, self.right])

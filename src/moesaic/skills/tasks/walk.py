@@ -35,7 +35,8 @@ class Walk(Task):
             "action_smoothness": -0.002, "torques": -1e-5, "dof_vel": -5e-4, "dof_acc": -1e-7,
         }  # fmt: skip
         self.bounds = (2 * BACK, 2.0) if body.planar else (-2.0, 2.0)
-        left_out = (*SIDEWAYS, "tracking_ang_vel") if body.planar else ()
+        left_out = {*SIDEWAYS, "tracking_ang_vel"} if body.planar else set()
+        left_out |= set() if body.upper else {"upper_body_pos"}
         self.scales = {name: scale for name, scale in terms.items() if name not in left_out}
 
     @property
