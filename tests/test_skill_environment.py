@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pytest
+import yaml
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
@@ -197,6 +201,51 @@ def test_random_numbers_are_even_and_normal_and_each_streams_own() -> None:
     assert np.abs(normal.std() - 1) < 0.02
 
 
+def own(place: Path, mjcf: tuple[str, str] = ("", ""), **manifest: Any) -> Path:
+    """The planar body as a user's own, with a part of its MJCF replaced and other entries in its manifest."""
+    told = yaml.safe_load((PLACE / "mini_humanoid.yaml").read_text()) | manifest
+    (place / "mini_humanoid.yaml").write_text(yaml.safe_dump(told))
+    text = (PLACE / "mini_humanoid.xml").read_text()
+    assert mjcf[0] in text
+    (place / "mini_humanoid.xml").write_text(text.replace(*mjcf, 1))
+    return place / "mini_humanoid.yaml"
+
+
+X, Z, PITCH = (
+    '<joint name="root_x" type="slide" axis="1 0 0" armature="0" damping="0"/>',
+    '<joint name="root_z" type="slide" axis="0 0 1" armature="0" damping="0"/>',
+    '<joint name="root_pitch" armature="0" damping="0"/>',
+)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        (f"{X}\n      {Z}", Z + X), ('axis="0 0 1"', 'axis="0 1 0"'), ('axis="0 0 1"', 'axis="0 0 1" ref="1"'),
+        (PITCH, PITCH.replace("/>", ' axis="0 -1 0"/>')), (PITCH, PITCH.replace("/>", ' pos="0 0 0.1"/>')),
+        ('name="torso" pos="0 0 0.80"', 'name="torso" pos="0 0 0.80" euler="0 0 0.5"'),
+    ],
+)  # fmt: skip
+def test_a_planar_base_that_would_be_misread_is_refused(change: tuple[str, str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="the base torso needs a free joint alone, or, in this order"):
+        load_body(own(tmp_path, change)).model()
+
+
+def test_a_body_is_planar_by_its_own_base_and_takes_what_it_calls_as_it_likes(tmp_path: Path) -> None:
+    aside = '<worldbody><body name="cart" pos="9 0 1"><freejoint/><geom size="0.1" mass="1"/></body>'
+    sky = '<asset><texture name="sky" type="2d" builtin="flat" width="4" height="4"/></asset>'
+    body = load_body(own(tmp_path, ("<worldbody>", sky + aside), hands=["left_foot", "right_foot"], upper=[]))
+    assert body.planar
+    for task in ("walk", "button_press", "reach"):
+        env = SkillEnv(task, body)
+        env.reset(seed=0)
+        assert np.isfinite(env.step(np.zeros((1, 10)))[1]).all()
+        assert not {"upper_body_pos", "right_arm_default"} & {*env.task.scales} or task == "reach"
+    ball = '<worldbody><body name="ball"><geom size="0.1" mass="1"/></body>'
+    with pytest.raises(ConfigError, match=r"with what the task puts beside it: .*repeated name 'ball'"):
+        SkillEnv("football_shoot", own(tmp_path, ("<worldbody>", ball)))
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -213,6 +262,10 @@ def test_random_numbers_are_even_and_normal_and_each_streams_own() -> None:
         ("foot_distance: [5, -5]", "a least and a larger most"),
         ("joints: [root_x, b, c, d, e, f, g, h, i, j]", "has no hinge root_x"),
         ("default: [-0.4, 0.8, -0.4, -0.4, 0.8, -0.4, 0, -0.3, 0, 0.3]", "right_elbow stands at 0.3 rad, outside its"),
+        ("joints: []", "joints must be names, each once"),
+        ("base: world", "the base world needs a free joint alone, or, in this order"),
+        ("base: left_thigh", "the base left_thigh needs a free joint alone"),
+        (f"decimation: {10**18}", "decimation=1000000000000000000 must be at most 1000"),
     ],
 )
 def test_a_manifest_that_is_wrong_says_so(change: str, said: str, tmp_path: Path) -> None:
@@ -258,6 +311,13 @@ def test_what_cannot_be_asked_is_refused() -> None:
     env = SkillEnv(num_envs=2)
     with pytest.raises(ConfigError, match="comes before"):
         env.step(np.zeros((2, 10)))
+    with pytest.raises(ConfigError, match="comes before a picture"):
+        env.frame()
+    with pytest.raises(ConfigError, match="is of all environments: leave reset_mask out"):
+        env.reset(options={"reset_mask": np.array([True, False])})
+    for seed in (1.5, [1, 2.0], "7", [True, 1]):
+        with pytest.raises(ConfigError, match="must be a whole number"):
+            env.reset(seed=seed)
     env.reset(seed=0)
     with pytest.raises(ConfigError, match="reset_mask is"):
         env.reset(options={"reset_mask": np.array([True])})
@@ -265,6 +325,69 @@ def test_what_cannot_be_asked_is_refused() -> None:
         env.step(np.zeros((2, 3)))
     with pytest.raises(ConfigError, match="seed has 3 entries for 2"):
         env.reset(seed=[1, 2, 3])
+
+
+def test_no_seed_is_a_fresh_one() -> None:
+    env = SkillEnv("reach", num_envs=2, randomise=0)
+    seen = [env.reset(seed=seed)[0] for seed in ([5, None], [None, None], [None, None], 0)]
+    assert len(np.unique(np.concatenate(seen), axis=0)) == 8
+
+
+def test_what_is_handed_out_is_the_callers() -> None:
+    env = SkillEnv("reach", num_envs=2, randomise=0)
+    observed, info = env.reset(seed=0)
+    kept, mask = observed.copy(), np.array([False, True])
+    for held in (observed, info["privileged"]):
+        held[:] = 7
+    again, info = env.reset(options={"reset_mask": mask})
+    np.testing.assert_array_equal(again[0], kept[0])
+    assert not (info["privileged"][0] == 7).any()
+    stepped = env.step(np.zeros((2, 10)))[0]
+    kept = stepped.copy()
+    stepped[:] = 7
+    np.testing.assert_array_equal(env.reset(options={"reset_mask": mask})[0][0], kept[0])
+    same = env.reset(options={"reset_mask": ~mask & mask})[0]
+    np.testing.assert_array_equal(same[0], kept[0])
+
+
+def test_a_body_alone_waits_for_its_reset() -> None:
+    env = gym.make("moesaic/MiniHumanoid-Reach-v0", seconds=0.06).unwrapped
+    with pytest.raises(ConfigError, match="no episode is under way"):
+        env.step(np.zeros(10))
+    for _ in range(2):
+        env.reset(seed=0)
+        assert [env.step(np.zeros(10))[3] for _ in range(3)] == [False, False, True]
+        with pytest.raises(ConfigError, match="no episode is under way"):
+            env.step(np.zeros(10))
+
+
+def test_a_state_of_another_task_is_refused() -> None:
+    walk, squat = SkillEnv("walk"), SkillEnv("squat")
+    assert walk.single_observation_space == squat.single_observation_space
+    walk.reset(seed=0)
+    with pytest.raises(ConfigError, match=r"goal is \(1, 3\), and here \(1, 1\)"):
+        squat.restore(walk.state())
+
+
+@pytest.mark.parametrize(
+    ("backend", "said"), [("bogus", "MUJOCO_GL=bogus is no way to draw; known: cgl, disabled, egl"), ("osmesa", "")]
+)
+def test_opengl_is_needed_for_pictures_alone(backend: str, said: str) -> None:
+    """A backend whose library is missing fails as MuJoCo is imported, in ways of its own."""
+    code = (
+        "import sys, types; sys.modules['mujoco.osmesa'] = types.ModuleType('mujoco.osmesa')\n"
+        "sys.modules['mujoco.osmesa'].__getattr__ = lambda name: 1 / 0\n"
+        "from moesaic.skills import SkillEnv\n"
+        "env = SkillEnv('reach'); env.reset(seed=0); print(env.frame().shape)\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "MUJOCO_GL": backend}, capture_output=True, text=True
+    )
+    if said:
+        assert said in ran.stderr.splitlines()[-1]
+    else:
+        assert (ran.returncode, ran.stdout) == (0, "(352, 640, 3)\n")
+        assert ran.stderr == "no OpenGL works here (MUJOCO_GL=disabled), and lines are drawn in its place\n"
 
 
 def test_a_picture_is_taken_with_and_without_opengl() -> None:

@@ -7,9 +7,12 @@ stream is two integers, which is all that a checkpoint keeps, and an environment
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from moesaic.errors import ConfigError
 
 Floats = NDArray[np.float64]
 Rows = NDArray[np.int64]
@@ -44,6 +47,28 @@ class Chance:
         drawn = self.uniform(rows, 2 * half)
         radius, angle = np.sqrt(-2 * np.log1p(-drawn[:, :half])), 2 * np.pi * drawn[:, half:]
         return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)[:, :count]
+
+
+def seeds_of(given: Any, count: int) -> list[int]:
+    """A seed for each environment: of one number the next ones, of a list its own; None is a fresh one.
+
+    Raises:
+        ConfigError: a seed is no whole number, or there are not as many as environments.
+    """
+    if given is None or np.ndim(given) == 0:
+        first = _seed(given)
+        return [first + row for row in range(count)]
+    if len(given) != count:
+        raise ConfigError(f"seed has {len(given)} entries for {count} environments")
+    return [_seed(own) for own in given]
+
+
+def _seed(given: Any) -> int:
+    if given is None:
+        return int(np.random.SeedSequence().entropy % 2**63)  # type: ignore[operator]
+    if isinstance(given, bool) or not isinstance(given, int | np.integer):
+        raise ConfigError(f"seed={given} must be a whole number")
+    return int(given)
 
 
 def _mixed(z: Words) -> Words:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from moesaic.errors import ConfigError
 from moesaic.skills.body import Body, load_body
-from moesaic.skills.chance import Chance
+from moesaic.skills.chance import Chance, seeds_of
 from moesaic.skills.moment import PERIOD, TOUCHES, Moment
 from moesaic.skills.observing import LIMIT, Senses
 from moesaic.skills.physics import Physics, Readings, Rollouts
@@ -126,32 +126,29 @@ class SkillEnv(VectorEnv[Any, Any, Any]):
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Singles, dict[str, Any]]:
         """Begin all episodes; or, by `options={"reset_mask": (N,) bool}`, some."""
+        mask = (options or {}).get("reset_mask")
+        if mask is not None and np.shape(mask) != (self.num_envs,):
+            raise ConfigError(f"reset_mask is {np.shape(mask)}, and must be ({self.num_envs},)")
+        if mask is not None and not self._begun:
+            raise ConfigError("the first reset() is of all environments: leave reset_mask out")
         if seed is not None or not self._begun:
-            if seed is None:
-                seed = int(np.random.SeedSequence().entropy % 2**63)  # type: ignore[operator]
-            own = [seed + row for row in range(self.num_envs)] if isinstance(seed, int | np.integer) else [*seed]
-            if len(own) != self.num_envs:
-                raise ConfigError(f"seed has {len(own)} entries for {self.num_envs} environments")
-            self._chance = Chance([row if s is None else int(s) for row, s in enumerate(own)])
+            self._chance = Chance(seeds_of(seed, self.num_envs))
             if self.randomise:
                 ranges = (FRICTION, (-MASS, MASS), self._thing)
                 drawn = np.concatenate([self._chance.uniform(self._all, 1, *r) for r in ranges], axis=1)
                 self._traits = self._usual + self.randomise * drawn
                 self._vary()
             self._begun = True
-        mask = (options or {}).get("reset_mask")
-        if mask is not None and np.shape(mask) != (self.num_envs,):
-            raise ConfigError(f"reset_mask is {np.shape(mask)}, and must be ({self.num_envs},)")
         rows = self._all if mask is None else np.flatnonzero(mask)
-        self._place(rows)
-        self._over[rows] = False
-        self._now = self.physics.read()
+        if len(rows):
+            self._place(rows)
+            self._over[rows] = False
+            self._now = self.physics.read()
         if self._seen is None or mask is None:
-            observed, privileged = self._look(self._all)
-        else:
-            observed, privileged = (held.copy() for held in self._seen)
-            observed[rows], privileged[rows] = self._look(rows)
-        self._seen = observed, privileged
+            self._seen = self._look(self._all)
+        elif len(rows):
+            self._seen[0][rows], self._seen[1][rows] = self._look(rows)
+        observed, privileged = (held.copy() for held in self._seen)
         return observed, {"privileged": privileged}
 
     def _vary(self) -> None:
@@ -216,7 +213,7 @@ class SkillEnv(VectorEnv[Any, Any, Any]):
             self._now = self.physics.read()
             observed[rows], privileged[rows] = self._look(rows)
             info |= {"final_obs": final, "_final_obs": done, "final_info": last, "_final_info": done}
-        self._seen = observed, privileged
+        self._seen = observed.copy(), privileged.copy()  # what is handed out is the caller's
         return observed, rewards, ended, late, info
 
     def _move(self, given: Floats) -> Flags:
@@ -272,7 +269,14 @@ class SkillEnv(VectorEnv[Any, Any, Any]):
         }
 
     def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
-        """Go on from `state`: the next step gives what it would have given."""
+        """Go on from `state`: the next step gives what it would have given.
+
+        Raises:
+            ConfigError: it is of another task or body, or of so many environments that others are here.
+        """
+        for name, own in self.state().items():
+            if np.shape(state[name]) != own.shape:
+                raise ConfigError(f"{name} is {np.shape(state[name])}, and here {own.shape}: a state of something else")
         for name in (*_KEPT, "_traits"):
             setattr(self, name, state[name.lstrip("_")].copy())
         self._chance.seeds, self._chance.drawn = state["seeds"].copy(), state["drawn"].copy()
@@ -289,6 +293,8 @@ class SkillEnv(VectorEnv[Any, Any, Any]):
         """A picture (height, width, 3) of one body. Raises ConfigError where the simulator has nothing to show."""
         if not isinstance(self.physics, Rollouts):
             raise ConfigError("pictures are taken of MuJoCo's bodies alone")
+        if not self._begun:
+            raise ConfigError("reset() comes before a picture")
         from moesaic.skills.pictures import Camera
 
         model, data = self.physics.data(row)
@@ -305,3 +311,10 @@ class SkillEnv(VectorEnv[Any, Any, Any]):
 
     def close_extras(self, **kwargs: Any) -> None:
         self.physics.close()
+
+
+def resets_in_step(env: Any, whose: str) -> SkillEnv:
+    """The environment. Raises ConfigError unless it is a `SkillEnv` that resets in the same step, as `whose` do."""
+    if not isinstance(env, SkillEnv) or env.metadata["autoreset_mode"] is not AutoresetMode.SAME_STEP:
+        raise ConfigError(f'{whose} resets in the same step: SkillEnv(…, autoreset="same_step")')
+    return env
