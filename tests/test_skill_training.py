@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 
-from moesaic.errors import AdapterError, ConfigError, TrainingError
+from moesaic.errors import AdapterError, ConfigError, MoesaicError, TrainingError
 from moesaic.skills import training
 from moesaic.skills.body import BODIES, load_body
 from moesaic.skills.environment import SkillEnv
@@ -215,14 +217,27 @@ def test_a_run_that_another_finished_meanwhile_is_kept(tmp_path: Path, monkeypat
     assert json.loads((place / "results.json").read_text())["seed"] == 0
 
 
-def test_a_body_that_changed_meanwhile_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("file", "before", "after", "said"),
+    [
+        ("mini_humanoid.yaml", "action_scale: 0.4", "action_scale: 0.1", r"action_scale.*0\.4"),
+        ("mini_humanoid.yaml", "falls_below: 0.35", "falls_below: 0.3", r"manifest\.falls_below=0\.35, now 0\.3"),
+        ("mini_humanoid.xml", 'mass="8"', 'mass="9"', r"with manifest\.mjcf=\w+, now \w+:"),
+        ("mini_humanoid.xml", 'timestep="0.005"', 'timestep="0.004"', r"relies\.dt=0\.02, now 0\.016"),
+    ],
+)
+def test_a_body_that_changed_meanwhile_is_told(
+    file: str, before: str, after: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     body = manifest(tmp_path)
     monkeypatch.setattr(PPO, "iterate", stopped_after_one)
     with pytest.raises(KeyboardInterrupt):
         trained(tmp_path / "r", "task=walk", "steps=256", f"body={body}")
     monkeypatch.undo()
-    body.write_text(body.read_text().replace("action_scale: 0.4", "action_scale: 0.1"))
-    with pytest.raises(ConfigError, match=r"action_scale.*0\.4"):
+    part = tmp_path / file
+    assert before in part.read_text()
+    part.write_text(part.read_text().replace(before, after, 1))
+    with pytest.raises(ConfigError, match=said):
         trained(tmp_path / "r", "task=walk", "steps=256", f"body={body}")
 
 
@@ -251,6 +266,83 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.undo()
     trained(tmp_path / "r", "task=squat", "steps=1024", "overwrite=true")
     assert len((tmp_path / "r" / "metrics.jsonl").read_text().splitlines()) == 8
+
+
+@pytest.mark.parametrize(
+    ("file", "content"), [("json", b""), ("json", b"[]"), ("json", b"{}"), ("safetensors", b"x" * 40)]
+)
+@pytest.mark.parametrize("finished", [True, False])
+def test_nothing_is_lost_where_a_checkpoint_is_damaged(
+    file: str, content: bytes, finished: bool, blend: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / "r"
+    shutil.copytree(blend.parent / "walk", place)
+    if not finished:
+        (place / "results.json").unlink()
+    (place / "checkpoint" / f"state.{file}").write_bytes(content)
+    kept = {part: part.read_bytes() for part in place.rglob("*") if part.is_file()}
+    with pytest.raises(AdapterError, match=r"checkpoint cannot be taken up: .+; overwrite=true begins anew"):
+        trained(place, "task=walk", "steps=512")
+    assert kept == {part: part.read_bytes() for part in place.rglob("*") if part.is_file()}
+
+
+@pytest.mark.parametrize("steps", ["abc", None, [], {}, float("inf")])
+def test_results_that_were_edited_are_named(steps: Any, blend: Path, tmp_path: Path) -> None:
+    shutil.copytree(blend.parent / "walk", tmp_path / "r")
+    file = tmp_path / "r" / "results.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"steps": steps}))
+    with pytest.raises(ConfigError, match=r"results\.json is damaged"):
+        trained(tmp_path / "r", "task=walk", "steps=512")
+
+
+def test_the_last_round_is_told_where_nothing_was_left_to_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = trained(tmp_path / "whole", "task=walk", "steps=256")
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "told", stopped)
+    monkeypatch.setattr(training, "SPEAKS", -1)
+    monkeypatch.setattr(training.sys.stderr, "isatty", lambda: True)
+    with pytest.raises(KeyboardInterrupt, match="stopped after 128 steps"):
+        training.train(load_run([*QUICK, "task=walk", "steps=128", f"out={tmp_path / 'r'}"], blends=False))
+    monkeypatch.undo()
+    found = trained(tmp_path / "r", "task=walk", "steps=128")
+    assert found["last"].keys() == whole["last"].keys()
+
+
+def test_a_disk_that_is_full_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safetensors import SafetensorError
+
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(training, "write_state", full)
+    with pytest.raises(ConfigError, match=r"cannot write .*checkpoint: I/O error: No space left"):
+        trained(tmp_path / "r", "task=walk", "steps=128")
+    with pytest.raises(ConfigError, match="cannot write /dev/full: No space left"):
+        training._log(Path("/dev/full"), {"steps": 1})
+
+
+def test_rounds_too_small_to_learn_from_are_refused(tmp_path: Path) -> None:
+    for few in (("num_envs=1", "ppo.steps=1", "ppo.minibatches=1"), ("num_envs=1", "ppo.steps=3", "ppo.minibatches=4")):
+        with pytest.raises(ConfigError, match="samples a round, too few"):
+            trained(tmp_path / "r", "task=walk", "steps=128", *few)
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_blend_has_each_skill_once_and_leaves_them_alone(blend: Path) -> None:
+    walk = blend.parent / "walk"
+    for skills, out, said in (
+        (f"{walk},{walk / 'model'}", "new", "names the same twice"), (str(walk), "walk", "which is to be blended"),
+        (str(walk / "model"), "walk", "which is to be blended"),
+    ):  # fmt: skip
+        line = ("task=far_reach", f"skills={skills}", "steps=128", "overwrite=true")
+        with pytest.raises(ConfigError, match=said):
+            trained(blend.parent / out, *line, blends=True)
+    assert (walk / "results.json").is_file()
 
 
 @pytest.fixture(scope="module")
@@ -297,12 +389,46 @@ def test_stable_baselines_acts_as_we_do_and_goes_on_training(blend: Path, tmp_pa
     np.testing.assert_array_equal(again.predict(observed)[0].shape, (4, 10))
 
 
+def test_stable_baselines_sees_bodies_and_asks_of_each(blend: Path) -> None:
+    sb3 = pytest.importorskip("stable_baselines3")
+    from moesaic.skills.for_sb3 import ActorPolicy, VecSkillEnv
+
+    env = VecSkillEnv(SkillEnv("far_reach", num_envs=2, autoreset="same_step", render_mode="rgb_array"))
+    env.reset()
+    assert env.render().shape[-1] == 3
+    assert len(env.get_images()) == 2
+    assert env.env_method("state", indices=[0, 1])[1].keys() == env.env.state().keys()
+    assert env.get_attr("name", indices=np.int64(0)) == ["far_reach"]
+    with pytest.raises(ConfigError, match="resets in the same step: SkillEnv"):
+        VecSkillEnv(gym.make("moesaic/MiniHumanoid-Walk-v0"))
+    body = replace(load_body("mini_humanoid"), kp=[9.0] * 10)
+    for other, said in ((body, "is for another body: kp="), ("humanoid", "10 joints, and")):
+        env = VecSkillEnv(SkillEnv("far_reach", other, num_envs=2, autoreset="same_step"))
+        with pytest.raises(AdapterError, match=said):
+            sb3.PPO(ActorPolicy, env, policy_kwargs={"folder": str(blend)})
+    env = VecSkillEnv(SkillEnv("walk", num_envs=2, autoreset="same_step"))
+    with pytest.raises(ConfigError, match="sees 41 numbers and moves 10 joints, and here are 38 and 10"):
+        sb3.PPO(ActorPolicy, env, policy_kwargs={"folder": str(blend)})
+
+
+def test_rsl_rl_refuses_a_policy_of_another_body(blend: Path) -> None:
+    runners = pytest.importorskip("rsl_rl.runners")
+    from moesaic.skills.for_rsl_rl import RslEnv, settings
+
+    own = load_body("mini_humanoid")
+    body = replace(own, joints=own.joints[::-1], default=own.default[::-1])
+    for task, other, said in (("far_reach", body, "is for another body: joints="), ("walk", own, "sees 41 numbers")):
+        env = RslEnv(SkillEnv(task, other, num_envs=2, autoreset="same_step"))
+        with pytest.raises(MoesaicError, match=said):
+            runners.OnPolicyRunner(env, settings(str(blend), env), None)
+
+
 def test_rsl_rl_acts_as_we_do_and_goes_on_training(blend: Path, tmp_path: Path) -> None:
     runners = pytest.importorskip("rsl_rl.runners")
     from moesaic.skills.for_rsl_rl import RslEnv, settings
 
     env = RslEnv(SkillEnv("far_reach", num_envs=4, autoreset="same_step", seconds=0.4))
-    runner = runners.OnPolicyRunner(env, {**settings(str(blend)), "num_steps_per_env": 8}, str(tmp_path))
+    runner = runners.OnPolicyRunner(env, {**settings(str(blend), env), "num_steps_per_env": 8}, str(tmp_path))
     seen = env.get_observations()
     torch.testing.assert_close(runner.get_inference_policy()(seen), load(blend)(seen["policy"]))
     runner.learn(2)
@@ -358,5 +484,24 @@ def test_a_published_checkpoint_is_taken_by_its_shapes(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="holds no actor of linear layers"):
         import_official(file, "reach", body)
     torch.save({"model_state_dict": {"actor.0.weight": Path("x")}}, file)
-    with pytest.raises(AdapterError, match="is no checkpoint of tensors alone"):
+    with pytest.raises(AdapterError, match=r"is no checkpoint of tensors alone: it is damaged, or may run code$"):
         import_official(file, "reach", body)
+
+
+@pytest.mark.parametrize(
+    ("name", "held", "said"),
+    [
+        ("std", torch.ones(3), "std must be 19 numbers above 0"),
+        ("std", torch.full((19,), torch.nan), "std must be"),
+        ("std", -torch.ones(19), "std must be"),
+        ("actor.0.bias", torch.full((12,), torch.nan), "actor.0.bias is not dense, real and finite"),
+        ("actor.0.weight", torch.ones(12, 77).to_sparse(), "actor.0.weight is not dense"),
+        ("actor.0.weight", torch.ones(12, 77, dtype=torch.complex64), "actor.0.weight is not dense"),
+        (5, torch.ones(1), "no model_state_dict of tensors by name"),
+    ],
+)
+def test_a_published_checkpoint_of_no_numbers_is_refused(name: Any, held: Any, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "model.pt"
+    torch.save({"model_state_dict": official(19, 14) | {name: held}}, file)
+    with pytest.raises(AdapterError, match=said):
+        import_official(file, "reach", load_body("humanoid"))

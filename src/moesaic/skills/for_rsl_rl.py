@@ -1,7 +1,7 @@
 """rsl-rl-lib (5.x) over these bodies, and with these policies.
 
 env = RslEnv(SkillEnv("far_reach", num_envs=256, autoreset="same_step"))
-runner = OnPolicyRunner(env, settings("runs/far-reach-per-joint-s0"), log_dir)
+runner = OnPolicyRunner(env, settings("runs/far-reach-per-joint-s0", env), log_dir)
 """
 
 from __future__ import annotations
@@ -14,19 +14,17 @@ from rsl_rl.models import MLPModel
 from tensordict import TensorDict
 from torch import Tensor
 
-from moesaic.errors import ConfigError
-from moesaic.skills.environment import SkillEnv
+from moesaic.skills.environment import SkillEnv, resets_in_step
 from moesaic.skills.ppo import PPOSettings
-from moesaic.skills.saving import load
+from moesaic.skills.saving import load_for
+from moesaic.skills.skill import relies_on
 
 
 class RslEnv(VecEnv):
     """A `SkillEnv` of mode same_step as rsl-rl has its environments: `policy` for the actor, `critic` beside it."""
 
     def __init__(self, env: SkillEnv, seed: int = 0) -> None:
-        if env.metadata["autoreset_mode"].name != "SAME_STEP":
-            raise ConfigError('rsl-rl resets in the same step: SkillEnv(…, autoreset="same_step")')
-        self.env, self.num_envs, self.num_actions = env, env.num_envs, env.body.dim
+        self.env, self.num_envs, self.num_actions = resets_in_step(env, "rsl-rl"), env.num_envs, env.body.dim
         self.max_episode_length, self.device = env.steps, "cpu"
         self.cfg = {"task": env.name}
         self.observed = self._told(*env.reset(seed=seed))
@@ -54,24 +52,24 @@ class RslEnv(VecEnv):
 
 
 class ActorModel(MLPModel):
-    """An actor that is a skill or a blend that was saved in `folder`."""
+    """An actor that is a skill or a blend that was saved in `folder`; `relies` is what the body at hand offers."""
 
-    def __init__(self, *args: Any, folder: str, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, folder: str, relies: dict[str, Any] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        actor = load(folder)
-        self.mlp = actor
         assert self.distribution is not None
+        actor = load_for(folder, relies, self.obs_dim, len(self.distribution.std_param))
+        self.mlp = actor
         self.distribution.std_param.data.copy_(actor.std)
 
 
-def settings(folder: str, critic_hidden: tuple[int, ...] = (64, 64)) -> dict[str, Any]:
-    """What an `OnPolicyRunner` wants to go on training a policy of ours, as PPO here does."""
+def settings(folder: str, env: RslEnv, critic_hidden: tuple[int, ...] = (64, 64)) -> dict[str, Any]:
+    """What an `OnPolicyRunner` wants to go on training a policy of ours in `env`, as PPO here does."""
     own = PPOSettings()
     return {
         "num_steps_per_env": own.steps, "save_interval": 50, "seed": 0,
         "obs_groups": {"actor": ["policy"], "critic": ["critic"]},
         "actor": {
-            "class_name": ActorModel, "folder": str(folder),
+            "class_name": ActorModel, "folder": str(folder), "relies": relies_on(env.env.senses),
             "distribution_cfg": {"class_name": "GaussianDistribution", "init_std": 0.6},
         },
         "critic": {"class_name": "MLPModel", "hidden_dims": list(critic_hidden), "activation": "elu"},

@@ -7,16 +7,18 @@ model = PPO(ActorPolicy, env, policy_kwargs={"folder": "runs/far-reach-per-joint
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 import numpy as np
 import torch
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.vec_env import VecEnv
 
-from moesaic.errors import ConfigError
-from moesaic.skills.environment import SkillEnv
-from moesaic.skills.saving import load, save
+from moesaic.skills.environment import SkillEnv, resets_in_step
+from moesaic.skills.saving import load_for, save
+from moesaic.skills.skill import relies_on
 
 
 class VecSkillEnv(VecEnv):
@@ -26,11 +28,11 @@ class VecSkillEnv(VecEnv):
     """
 
     def __init__(self, env: SkillEnv) -> None:
-        if env.metadata["autoreset_mode"].name != "SAME_STEP":
-            raise ConfigError('Stable-Baselines3 resets in the same step: SkillEnv(…, autoreset="same_step")')
-        self.env = env
+        self.env = resets_in_step(env, "Stable-Baselines3")
         self.actions: np.ndarray[Any, Any] | None = None
-        super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
+        seen: Any = copy(env.single_observation_space)
+        seen.relies = relies_on(env.senses)  # a policy is made from spaces, and knows its body by them
+        super().__init__(env.num_envs, seen, env.single_action_space)
 
     def reset(self) -> Any:
         seeds = [own for own in self._seeds if own is not None]
@@ -61,13 +63,18 @@ class VecSkillEnv(VecEnv):
         setattr(self.env, attr_name, value)
 
     def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
-        return [getattr(self.env, method_name)(*args, **kwargs)]
+        return [getattr(self.env, method_name)(*args, **kwargs)] * len(self._rows(indices))
 
     def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
         return [False] * len(self._rows(indices))
 
     def _rows(self, indices: Any) -> Sequence[int]:
-        return range(self.num_envs) if indices is None else [indices] if isinstance(indices, int) else indices
+        if indices is None:
+            return range(self.num_envs)
+        return [int(indices)] if np.ndim(indices) == 0 else indices
+
+    def get_images(self) -> Sequence[np.ndarray[Any, Any] | None]:
+        return self.env.render() or [None] * self.num_envs
 
 
 class ActorPolicy(ActorCriticPolicy):
@@ -84,7 +91,8 @@ class ActorPolicy(ActorCriticPolicy):
 
     def _build(self, lr_schedule: Any) -> None:
         super()._build(lr_schedule)
-        actor = load(self.folder)
+        seen: Any = self.observation_space
+        actor = load_for(self.folder, getattr(seen, "relies", None), seen.shape[0], get_action_dim(self.action_space))
         self.action_net = actor
         self.log_std.data.copy_(torch.log(actor.std))
         learning = [p for p in self.parameters() if p.requires_grad]

@@ -69,10 +69,20 @@ def settings_of(given: Mapping[str, Any]) -> PPOSettings:
 
 
 class PPO:
-    """Trains a policy in an environment of mode same_step. `iterate` is one round: collect, then learn."""
+    """Trains a policy in an environment of mode same_step. `iterate` is one round: collect, then learn.
+
+    Raises:
+        ConfigError: a round has fewer than two samples, or fewer than minibatches.
+    """
 
     def __init__(self, env: SkillEnv, policy: Policy, settings: PPOSettings, *, seed: int = 0) -> None:
         self.env, self.policy, self.settings = env, policy, settings
+        samples = settings.steps * env.num_envs
+        if samples < max(2, settings.minibatches):
+            raise ConfigError(
+                f"ppo.steps={settings.steps} of num_envs={env.num_envs} are {samples} samples a round, too few for "
+                f"ppo.minibatches={settings.minibatches} or to learn from: more of either"
+            )
         self.learning = [p for p in policy.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.learning, lr=settings.lr, fused=True)
         self.generator = torch.Generator().manual_seed(seed)

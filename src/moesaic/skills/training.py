@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from moesaic.errors import AdapterError, MoesaicError, TrainingError, first_line
+from moesaic.errors import AdapterError, ConfigError, TrainingError, first_line
 from moesaic.report.skills import learning_page
 from moesaic.runs.folder import (
     atomic_folder,
     check_writable,
-    discard,
     locked,
     read_json,
+    reading,
     write_json,
     write_text,
     writing,
@@ -36,7 +36,7 @@ from moesaic.skills.environment import SkillEnv
 from moesaic.skills.policy import Policy
 from moesaic.skills.ppo import PPO, settings_of
 from moesaic.skills.running import SkillRun
-from moesaic.skills.saving import MODEL, load_skill, save
+from moesaic.skills.saving import MODEL, load_skill, model_of, save
 from moesaic.skills.skill import Skill, relies_on
 from moesaic.skills.skillblender import SkillBlender
 
@@ -59,11 +59,20 @@ def made(wanted: SkillRun, env: SkillEnv) -> Skill | SkillBlender:
     if not wanted.blends:
         sizes = env.senses.command_dim, env.senses.shared_dim, env.body.dim
         return Skill(wanted.task, relies, *sizes, wanted.hidden, env.task.bounds)
+    places = [model_of(folder).resolve() for folder in wanted.skills]
+    if len(set(places)) < len(places):
+        raise ConfigError(f"skills={','.join(wanted.skills)} names the same twice")
+    if into := [own for own, place in zip(wanted.skills, places, strict=True) if _holds(wanted.folder(), place)]:
+        raise ConfigError(f"out={wanted.folder()} is where {into[0]} lies, which is to be blended: name another")
     skills = [load_skill(folder, relies) for folder in wanted.skills]
     if len(skills) == 1:
         usual = f": {wanted.task} is for {' and '.join(env.task.skills)}" if env.task.skills else ""
         logger.warning("a blend of one skill has nothing to weigh%s", usual)
     return SkillBlender(skills, env.senses.command_dim, wanted.hidden, wanted.kind)
+
+
+def _holds(folder: Path, place: Path) -> bool:
+    return folder.resolve() in (place, *place.parents)
 
 
 def train(wanted: SkillRun, *, command: str | None = None, progress: bool = True) -> dict[str, Any]:
@@ -94,12 +103,17 @@ def train(wanted: SkillRun, *, command: str | None = None, progress: bool = True
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         with locked(folder):
-            described = {**wanted.describes(), "relies": relies_on(env.senses)}
+            described = {**wanted.describes(), "relies": relies_on(env.senses), "manifest": env.body.beyond()}
             if longer:
                 check_same(folder, described, "a finished run")
-                (folder / RESULTS).unlink()
-            seconds = _begin(folder, wanted, described, ppo)
-            seconds, last = _rounds(folder, wanted, ppo, seconds, progress)
+            else:
+                prepare(
+                    folder, described, (CHECKPOINT, MODEL, REPORT), overwrite=wanted.overwrite,
+                    unfinished=(folder / CHECKPOINT).is_dir(),
+                )  # fmt: skip
+            seconds, last = _begin(folder, wanted, ppo)
+            (folder / RESULTS).unlink(missing_ok=True)
+            seconds, last = _rounds(folder, wanted, ppo, seconds, last, progress)
             results = {
                 "task": wanted.task, "kind": wanted.kind if wanted.blends else "flat", "seed": wanted.seed,
                 "steps": ppo.taken, "cpu_seconds": seconds, "diverged": env.diverged,
@@ -121,77 +135,61 @@ def _goes_on(folder: Path, wanted: SkillRun) -> bool:
     """Whether more steps are asked of a finished run than it took."""
     if wanted.overwrite or not (folder / RESULTS).is_file() or not (folder / CHECKPOINT).is_dir():
         return False
-    return int(read_json(folder / RESULTS).get("steps", 0)) < wanted.steps
+    with reading(folder / RESULTS):
+        return int(read_json(folder / RESULTS).get("steps", 0)) < wanted.steps
 
 
-def _begin(folder: Path, wanted: SkillRun, described: dict[str, Any], ppo: PPO) -> float:
-    """Take up what was interrupted, or replace what is to be replaced; CPU seconds that it had taken."""
-    place = folder / CHECKPOINT
-    prepare(folder, described, (CHECKPOINT, MODEL, REPORT), overwrite=wanted.overwrite, unfinished=place.is_dir())
-    held = _held(place, wanted)
-    if held is None:
-        write_text(folder / METRICS, "")
-        return 0.0
-    arrays, values = held
+def _begin(folder: Path, wanted: SkillRun, ppo: PPO) -> tuple[float, dict[str, float]]:
+    """Take up what was interrupted, or begin; CPU seconds that it had taken, and the last round's figures."""
+    place, log = folder / CHECKPOINT, folder / METRICS
+    if not place.is_dir():
+        write_text(log, "")
+        return 0.0, {}
     try:
+        arrays, values = read_state(place, version=VERSION)
         ppo.restore(arrays, values)
-        seconds, lines = float(values["seconds"]), int(values["lines"])
+        seconds, lines, last = float(values["seconds"]), int(values["lines"]), {**values.get("last", {})}
     except Exception as error:  # whatever a damaged file makes
-        raise AdapterError(f"{place} is damaged: {first_line(error)}; remove it to begin anew") from None
-    log = folder / METRICS
+        raise AdapterError(f"{place} cannot be taken up: {first_line(error)}; overwrite=true begins anew") from None
     kept = log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if log.is_file() else []
     write_text(log, "".join(kept[:lines]))
-    return seconds
+    return seconds, last
 
 
-def _held(place: Path, wanted: SkillRun) -> State | None:
-    """A checkpoint; None where there is none, or a damaged one that may be replaced."""
-    if not place.is_dir():
-        return None
-    try:
-        return read_state(place, version=VERSION)
-    except MoesaicError as error:
-        if not wanted.overwrite:
-            raise AdapterError(f"{place}: {error}; overwrite=true begins anew") from None
-        discard(place)
-        return None
-
-
-def _rounds(folder: Path, wanted: SkillRun, ppo: PPO, seconds: float, tells: bool) -> tuple[float, dict[str, float]]:
+def _rounds(
+    folder: Path, wanted: SkillRun, ppo: PPO, seconds: float, figures: dict[str, float], tells: bool
+) -> tuple[float, dict[str, float]]:
     """Rounds until there were enough steps; CPU seconds in all, and the last round's figures."""
     began, spoke = time.process_time() - seconds, time.monotonic()
     lines = (folder / METRICS).read_text(encoding="utf-8", errors="replace").count("\n")
-    figures: dict[str, float] = {}
     terminal, pace = sys.stderr.isatty(), Pace(wanted.steps, ppo.taken)
 
     def whole() -> State:
         arrays, values = ppo.state()
-        return arrays, {**values, "seconds": time.process_time() - began, "lines": lines}
+        return arrays, {**values, "seconds": time.process_time() - began, "lines": lines, "last": figures}
 
     def keep(state: State) -> None:
-        with atomic_folder(folder / CHECKPOINT) as place:
+        with writing(folder / CHECKPOINT), atomic_folder(folder / CHECKPOINT) as place:
             write_state(place, *state, version=VERSION)
 
     state = whole()
     try:
-        with (folder / METRICS).open("a", encoding="utf-8") as log:
-            while ppo.taken < wanted.steps:
-                diverged = ppo.env.diverged
-                figures = ppo.iterate()
-                if ppo.env.diverged - diverged > UNSTABLE * ppo.settings.steps * wanted.num_envs:
-                    raise TrainingError(
-                        f"{ppo.env.diverged - diverged} bodies diverged in {ppo.settings.steps} steps of "
-                        f"{wanted.num_envs}: the MJCF of body={wanted.body} needs a smaller timestep or weaker gains"
-                    )
-                lines += 1
-                log.write(json.dumps({"steps": ppo.taken, **figures, "seconds": time.process_time() - began}) + "\n")
-                log.flush()
-                state = whole()
-                if lines % wanted.every == 0:
-                    keep(state)
-                if tells and (time.monotonic() - spoke > SPEAKS if terminal else pace.due(ppo.taken)):
-                    spoke = time.monotonic()
-                    print(told(wanted, ppo, figures), end="\r" if terminal else "\n", file=sys.stderr, flush=True)
+        while ppo.taken < wanted.steps:
+            diverged = ppo.env.diverged
+            figures = ppo.iterate()
+            if ppo.env.diverged - diverged > UNSTABLE * ppo.settings.steps * wanted.num_envs:
+                raise TrainingError(
+                    f"{ppo.env.diverged - diverged} bodies diverged in {ppo.settings.steps} steps of "
+                    f"{wanted.num_envs}: the MJCF of body={wanted.body} needs a smaller timestep or weaker gains"
+                )
+            lines += 1
+            _log(folder / METRICS, {"steps": ppo.taken, **figures, "seconds": time.process_time() - began})
+            state = whole()
+            if lines % wanted.every == 0:
+                keep(state)
+            if tells and (time.monotonic() - spoke > SPEAKS if terminal else pace.due(ppo.taken)):
+                spoke = time.monotonic()
+                print(told(wanted, ppo, figures), end="\r" if terminal else "\n", file=sys.stderr, flush=True)
         keep(state)
     except KeyboardInterrupt:
         keep(state)  # of the last whole round
@@ -199,6 +197,11 @@ def _rounds(folder: Path, wanted: SkillRun, ppo: PPO, seconds: float, tells: boo
             f"stopped after {state[1]['taken']:,} steps, which are kept; the same command goes on"
         ) from None
     return time.process_time() - began, figures
+
+
+def _log(file: Path, told: Mapping[str, float]) -> None:
+    with writing(file), file.open("a", encoding="utf-8") as log:
+        log.write(json.dumps(told) + "\n")
 
 
 def rounds(folder: Path, most: int = 60) -> list[list[float]]:
