@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 from time import monotonic
 from typing import Any
@@ -193,15 +194,26 @@ class _Program:
             f"what the solver returned broke a constraint {_CUTS} times over: loosen the budget a little"
         )
 
-    def _milp(self, objective: Floats, rows: Rows, allowed: NDArray[np.bool_], until: float) -> Any:
+    @cached_property
+    def _shape(self) -> Any:
+        """One expert a category, and each of them ready: a sparse matrix over x and y, and its limits."""
         try:
             from scipy import optimize, sparse
         except ImportError:
             raise MissingDependency("scipy", "llms") from None
-        k, e = allowed.shape
-        one = sparse.hstack([sparse.kron(sparse.eye_array(k), np.ones((1, e))), sparse.csr_array((k, e))])
-        ready = sparse.hstack([sparse.eye_array(k * e), -sparse.kron(np.ones((k, 1)), sparse.eye_array(e))])
-        held = [optimize.LinearConstraint(one, 1, 1), optimize.LinearConstraint(ready, -np.inf, 0)]
+        k, e = self.problem.scores.shape
+        x = np.arange(k * e)
+        row = np.concatenate([x // e, k + x, k + x])
+        column = np.concatenate([x, x, k * e + x % e])
+        value = np.concatenate([np.ones(2 * k * e), -np.ones(k * e)])
+        matrix = sparse.csc_array((value, (row, column)), shape=(k + k * e, k * e + e))
+        one, none = np.ones(k), np.zeros(k * e)
+        return optimize.LinearConstraint(matrix, np.append(one, none - np.inf), np.append(one, none))
+
+    def _milp(self, objective: Floats, rows: Rows, allowed: NDArray[np.bool_], until: float) -> Any:
+        held = [self._shape]
+        from scipy import optimize
+
         if rows:
             size = np.array([_size(vector, limit) for vector, limit in rows])
             left = np.array([np.minimum(vector, 2 * most) for (vector, _), most in zip(rows, size, strict=True)])
@@ -212,7 +224,7 @@ class _Program:
             options["time_limit"] = max(until - monotonic(), 0.0)
         return optimize.milp(
             objective * (_OBJECTIVE / _largest(objective)), integrality=1, constraints=held, options=options,
-            bounds=optimize.Bounds(0, np.append(allowed, np.ones(e))),
+            bounds=optimize.Bounds(0, np.append(allowed, np.ones(allowed.shape[1]))),
         )  # fmt: skip
 
     def incumbent(self, found: _Found) -> Solution:
