@@ -179,7 +179,8 @@ def _jsonl(file: Path) -> Table:
     rows = _Rows()
     for where, row in _objects(file):
         if unknown := row.keys() - {"prompt", "category", "scores", "costs"}:
-            raise DataError(f"{where}: {suggest(min(unknown), ('prompt', 'category', 'scores', 'costs'))}")
+            known = suggest(min(unknown), ("prompt", "category", "scores", "costs"))
+            raise DataError(f"{where}: unknown {min(unknown)[:80]!r}; {known}")
         rows.add(where, row.get("prompt"), row.get("category", ""), row.get("scores"), row.get("costs"))
     return rows.table(str(file))
 
@@ -225,14 +226,15 @@ def _mt_bench(file: Path) -> Table:
     for where, row in _objects(file):
         if missing := {"question_id", "turn", "model", "score"} - row.keys():
             raise DataError(f"{where}: {min(missing)} is missing")
-        turns = asked.get(row["question_id"], {}).get("turns")
-        turn = row["turn"]
+        question, turn, model = (str(row[name]) for name in ("question_id", "turn", "model"))
+        turns = asked.get(question, {}).get("turns")
         if turn not in ("1", "2") or not isinstance(turns, list) or len(turns) < int(turn):
-            raise DataError(f"{where}: question {row['question_id'][:40]}, turn {turn[:40]} is not in {beside.name}")
-        of = scores.setdefault((row["question_id"], turn), {})
-        if row["model"] in of:
-            raise DataError(f"{where}: {row['model'][:80]!r} has two scores for one turn")
-        of[row["model"]] = _number(f"{where}: a tenth of its score", _number(where, row["score"], np.inf) / 10, 1.0)
+            raise DataError(f"{where}: question {question[:40]!r}, turn {turn[:40]!r} is not in {beside.name}")
+        of = scores.setdefault((question, turn), {})
+        if model in of:
+            raise DataError(f"{where}: {model[:80]!r} has two scores for one turn")
+        judged = _number(f"{where}: the score of {model[:80]!r}", row["score"], np.inf)
+        of[model] = _number(f"{where}: a tenth of the score of {model[:80]!r}", judged / 10, 1.0)
     rows = _Rows()
     for (question, turn), of in scores.items():
         found = asked[question]
