@@ -26,6 +26,7 @@ FLOORS = (
     ("training", "trees", "skills"),
     ("evaluation",),
     ("compare", "bench", "serving"),
+    ("llms",),
     ("cli",),
 )
 """From the ground up: a room imports those on floors below its own."""
@@ -40,6 +41,7 @@ NARROWER = {
     "adapters": {"lora", "host", "routing", "errors"},
     "trees": {"routing", "runs", "report", "errors"},
     "skills": {"routing", "runs", "report", "errors"},
+    "llms": {"routing", "data", "models", "runs", "report", "evaluation", "serving", "errors"},
 }
 """Rooms that import less than the floors below them hold."""
 ALLOWED = {

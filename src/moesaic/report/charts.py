@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
@@ -240,12 +241,13 @@ def scatter(dots: Sequence[Point], *, across: str, up: str, title: str, descript
 
 def lines(
     series: Sequence[Line], *, across: str, up: str, title: str, description: str, logarithmic: bool = False,
-    marks: Sequence[float] = (),
+    marks: Sequence[float] = (), stairs: bool = False,
 ) -> Markup:  # fmt: skip
     """Lines named at their right ends; `logarithmic` where values are positive and span more than one power of 2.
 
     Args:
         marks: where along the axis something happened: dashed.
+        stairs: a value holds until the next, the last to the right edge.
     """
     values, steps = [v for s in series for _, v in s.points], [t for s in series for t, _ in s.points]
     logarithmic = logarithmic and min(values) > 0 and max(values) > 2 * min(values)
@@ -257,17 +259,18 @@ def lines(
         height = max(300.0 if sheet.narrow else 380.0, 74 + 15.0 * len(names))
         axes, (left, top, right, bottom) = _frame(sheet, across, up, sheet.width - widest(names) - 40, height)
         axes.set(xlim=(min(steps), max(steps)), ylim=(10**low, 10**high) if logarithmic else (low, high))
-        ticks(axes.xaxis, "{:,.10g}", room=right - left, whole=True)
+        ticks(axes.xaxis, "{:,.10g}", room=right - left, whole=not stairs)
         ticks(axes.yaxis, "{:.10g}", logarithmic=logarithmic)
         for x in (x for x in marks if min(steps) <= x <= max(steps)):
             axes.axvline(x, color=sheet.paint("soft"), linewidth=1, linestyle=(0, (3, 4)), **sheet.mark("mark"))
-        ends = [sheet.place(axes, *s.points[-1]) for s in series]
+        ends = [(right, y) if stairs else (x, y) for x, y in (sheet.place(axes, *s.points[-1]) for s in series)]
         heights = apart([y for _, y in ends], 15.0, top + 6, bottom - 4)
         for s, name, end, y in zip(series, names, ends, heights, strict=True):
             paint, dashes = f"c{s.series % SERIES}", (s.series + s.series // SERIES) % len(DASHES)
             how: dict[str, Any] = {"linewidth": 2, "linestyle": DASHES[dashes], "zorder": 2 + dashes / 10}
             path = [sheet.place(axes, *p) for p in s.points]
-            sheet.line(path, paint, "line", s.label, **how)
+            held = [p for (_, y), (x, z) in pairwise([*path, end]) for p in ((x, y), (x, z))] if stairs else []
+            sheet.line([path[0], *held] if stairs else path, paint, "line", s.label, **how)
             for at in path * (len(path) <= 16):
                 sheet.dot(*at, paint, 6)
             sheet.line([end, (right + 12, y)], paint, "leader", linewidth=0.75, alpha=0.6)
