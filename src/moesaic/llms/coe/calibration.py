@@ -128,7 +128,7 @@ def entropy(probabilities: Floats) -> Floats:
     if count < 2:
         return np.zeros(len(probabilities))
     nats = -(probabilities * np.log(np.maximum(probabilities, _LEAST))).sum(axis=1)
-    return np.clip(nats / math.log(count), 0.0, 1.0)
+    return np.asarray(np.clip(nats / math.log(count), 0.0, 1.0), float)
 
 
 def conformal_level(probabilities: Floats, labels: Labels, miss: float = 0.1) -> float:

@@ -21,7 +21,7 @@ from moesaic.errors import ConfigError, DataError, suggest
 from moesaic.llms.coe import calibration as calibrations
 from moesaic.llms.coe import encoders
 from moesaic.llms.coe.calibration import Calibration, Labels, log_loss, softmax
-from moesaic.llms.coe.encoders import Arrays, Encoder, Rows
+from moesaic.llms.coe.encoders import Arrays, Encoder, Rows, part
 from moesaic.llms.tables import Floats
 
 logger = logging.getLogger(__name__)
@@ -150,14 +150,19 @@ class CategoryRouter:
     def novelty_of_rows(self, rows: Rows) -> Floats:
         """As `novelty`, of what `embed` gave."""
         _, cosines = nearest(self.bank, rows, NOVELTY)
-        return np.clip(1 - cosines.mean(axis=1), 0.0, 1.0)
+        return np.asarray(np.clip(1 - cosines.mean(axis=1), 0.0, 1.0), float)
 
     def state(self) -> tuple[Arrays, dict[str, Any]]:
         """What `restored` makes it again of: arrays, and what JSON can hold."""
-        own = {"bank": self.bank, "labels": self.labels, "weights": self._weights, "bias": self._bias}
+        own: dict[str, NDArray[Any] | None] = {
+            "bank": self.bank,
+            "labels": self.labels,
+            "weights": self._weights,
+            "bias": self._bias,
+        }
         encoder, about = self.encoder.state()
         curves, how = self.calibration.state()
-        arrays = {name: held for name, held in own.items() if held is not None}
+        arrays: Arrays = {name: held for name, held in own.items() if held is not None}
         arrays |= {f"encoder.{n}": a for n, a in encoder.items()} | {f"calibration.{n}": a for n, a in curves.items()}
         return arrays, {
             "categories": list(self.categories), "classifier": self.classifier, "neighbours": self.neighbours,
@@ -171,11 +176,6 @@ class CategoryRouter:
         calibration = calibrations.restored(part(arrays, "calibration."), values["calibration"])
         kept = values["categories"], encoder, values["classifier"], calibration, arrays, values["neighbours"]
         return cls(*kept)
-
-
-def part(arrays: Mapping[str, NDArray[Any]], prefix: str) -> Arrays:
-    """Those whose names begin with it, without it."""
-    return {name.removeprefix(prefix): held for name, held in arrays.items() if name.startswith(prefix)}
 
 
 def folds_of(labels: Labels, seed: int) -> Labels:
@@ -202,7 +202,7 @@ def nearest(bank: Rows, rows: Rows, count: int) -> tuple[Labels, Floats]:
     at, cosines = np.empty((len(rows), count), np.int64), np.empty((len(rows), count))
     for start in range(0, len(rows), _CHUNK):
         near = rows[start : start + _CHUNK] @ bank.T
-        chosen = np.argpartition(-near, count - 1, axis=1)[:, :count]
+        chosen = np.argpartition(near, len(bank) - count, axis=1)[:, len(bank) - count :]
         at[start : start + _CHUNK] = chosen
         cosines[start : start + _CHUNK] = np.take_along_axis(near, chosen, axis=1)
     return at, cosines

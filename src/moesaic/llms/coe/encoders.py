@@ -4,6 +4,7 @@ tfidf       words, pairs of words and 3- and 4-grams of letters, weighted by rar
             semantic analysis): fitted to the prompts at hand, needs no weights; case and white space do not matter
 minilm      all-MiniLM-L6-v2 from its package: mean over the tokens
 other       a sentence-transformers model by folder or hub id, pooled as it says itself
+A+B         both, side by side: tfidf+minilm tells more than either
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -46,17 +48,26 @@ class Encoder(Protocol):
 
 def fitted(name: str, prompts: Sequence[str], seed: int = 0) -> Encoder:
     """An encoder by name, made ready for prompts. Raises ConfigError or MissingDependency where there is none."""
+    if "+" in name:
+        return Joined([fitted(one.strip(), prompts, seed) for one in name.split("+")])
     return Tfidf.fit(prompts, seed=seed) if name == "tfidf" else Sentences(name)
 
 
 def restored(arrays: Mapping[str, NDArray[Any]], values: Mapping[str, Any]) -> Encoder:
     """Of what `state` gave. Raises ConfigError where a model of that name gives other rows than it did."""
+    if "parts" in values:
+        return Joined([restored(part(arrays, f"{i}."), held) for i, held in enumerate(values["parts"])])
     if values["name"] == "tfidf":
         return Tfidf(list(values["grams"]), np.asarray(arrays["rarity"]), np.asarray(arrays["directions"]))
     made = Sentences(values["name"])
     if not np.allclose(made([PROBE])[0], arrays["probe"], atol=1e-3):
         raise ConfigError(f"encoder {made.name} is another model than this router was fitted with: fit it again")
     return made
+
+
+def part(arrays: Mapping[str, NDArray[Any]], prefix: str) -> Arrays:
+    """Those whose names begin with it, without it."""
+    return {name.removeprefix(prefix): held for name, held in arrays.items() if name.startswith(prefix)}
 
 
 def grams(prompt: str) -> list[str]:
@@ -66,7 +77,7 @@ def grams(prompt: str) -> list[str]:
     text = " ".join(prompt.lower().split())
     words = _WORD.findall(text)
     marked = f" {text} "
-    found = [*words, *map(" ".join, zip(words, words[1:], strict=False))]
+    found = [*words, *map(" ".join, pairwise(words))]
     for n in (3, 4):
         found += ["#" + marked[i : i + n] for i in range(len(marked) - n + 1)]
     return found
@@ -156,6 +167,22 @@ class Sentences:
 
     def state(self) -> tuple[Arrays, dict[str, Any]]:
         return {"probe": self([PROBE])[0]}, {"name": self.name}
+
+
+class Joined:
+    """Rows of several encoders side by side, each with the same share in a cosine."""
+
+    def __init__(self, encoders: Sequence[Encoder]) -> None:
+        self.name, self.encoders = "+".join(encoder.name for encoder in encoders), encoders
+
+    def __call__(self, prompts: Sequence[str]) -> Rows:
+        rows = np.hstack([encoder(prompts) for encoder in self.encoders])
+        return np.asarray(rows / math.sqrt(len(self.encoders)), np.float32)
+
+    def state(self) -> tuple[Arrays, dict[str, Any]]:
+        states = [encoder.state() for encoder in self.encoders]
+        arrays = {f"{i}.{name}": held for i, (own, _) in enumerate(states) for name, held in own.items()}
+        return arrays, {"name": self.name, "parts": [values for _, values in states]}
 
 
 def _minilm() -> Any:

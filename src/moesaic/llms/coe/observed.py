@@ -127,8 +127,8 @@ def _log(file: Path) -> Observed:
         row = decode(text, where)
         if not isinstance(row, dict):
             raise DataError(f"{where}: it is no object")
-        prompt, model, category = row.get("prompt"), row.get("model"), row.get("category", "")
-        if not all(isinstance(held, str) for held in (prompt, model, category)) or not prompt.strip() or not model:
+        prompt, model, category = (_text(row.get(name, "")) for name in ("prompt", "model", "category"))
+        if prompt is None or not prompt.strip() or not model or category is None:
             raise DataError(f"{where}: prompt and model must be texts, and category where it is there")
         at = places.setdefault(encodable(prompt, "prompt", where), len(places))
         if at == len(categories):
@@ -150,6 +150,10 @@ def _log(file: Path) -> Observed:
         tuple(places), names, tuple(order), _means(flat, scores, shape),
         _means(flat[known], costs[known], shape) if known.any() else None, str(file),
     )  # fmt: skip
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
 
 
 def _means(flat: Any, values: Floats, shape: tuple[int, int]) -> Floats:
