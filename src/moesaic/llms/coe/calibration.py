@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesaic.errors import ConfigError, suggest
+from moesaic.llms.coe.folds import Labels
 from moesaic.llms.tables import Floats
 
-Labels = NDArray[np.int64]
 CALIBRATIONS = ("temperature", "isotonic")
 _LEAST = 1e-12
 

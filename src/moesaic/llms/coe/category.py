@@ -2,7 +2,7 @@
 
     z = encoder(prompt)                        unit row                                  (f,)
     logistic   p = softmax(W z + b)            ridge-penalised multinomial regression
-    knn        p_k ∝ Σ_i∈NN exp(10 cos(z, z_i)) [y_i = k] + smoothing
+    knn        p_k ∝ Σ_i∈NN exp(10 cos(y, y_i)) [k_i = k] + smoothing                    y: see `Bank`
     p = calibration(p)                         fitted to held-out p
 
 Composition of Experts (arXiv 2412.01868) routes by category; encoder, classifier and calibration are our choice.
@@ -11,7 +11,8 @@ Composition of Experts (arXiv 2412.01868) routes by category; encoder, classifie
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,40 +21,32 @@ from numpy.typing import NDArray
 from moesaic.errors import ConfigError, DataError, suggest
 from moesaic.llms.coe import calibration as calibrations
 from moesaic.llms.coe import encoders
-from moesaic.llms.coe.calibration import Calibration, Labels, log_loss, softmax
+from moesaic.llms.coe.bank import Bank, nearest, weights
+from moesaic.llms.coe.calibration import Calibration, log_loss, softmax
 from moesaic.llms.coe.encoders import Arrays, Encoder, Rows, part
+from moesaic.llms.coe.folds import FOLDS, Labels, folds_of, held_out
 from moesaic.llms.tables import Floats
 
 logger = logging.getLogger(__name__)
 
-CLASSIFIERS = ("logistic", "knn")
-FOLDS = 5
-PENALTIES = (3.0, 10.0, 30.0)
-"""C of the logistic regression that are tried on held-out folds."""
-NEIGHBOURS = (10, 20, 40)
-"""Numbers of neighbours that are tried on held-out folds."""
-NOVELTY = 10
-"""Neighbours that tell how far off a prompt is."""
+SETTINGS: dict[str, tuple[float, ...]] = {"logistic": (3, 10, 30), "knn": (10, 20, 40)}
+"""Inverse penalties C, and numbers of neighbours, that are tried on held-out folds, by classifier."""
+
 SHARPNESS = 10.0
-"""Of weights of neighbours: exp(SHARPNESS · cosine)."""
-BANK = 20_000
-"""Prompts at most that neighbours are looked for among."""
-_CHUNK = 512
+"""Of neighbours' votes."""
 
 
 class CategoryRouter:
     """Attributes:
     categories: K names, sorted. encoder, classifier, calibration: as they were fitted.
-    bank: (B, f) rows of prompts that were fitted to, and labels: (B,) their categories' numbers.
+    bank: of prompts that were fitted to, and labels: (B,) their categories' numbers.
     held_out: (N, K) calibrated probabilities of the prompts that were fitted to, each by a fit without its fold;
-        rows: (N, f) their embeddings; folds: (N,) their folds; drawn: (B,) which of them the bank has. All of these
-        are empty in a router that was loaded.
+        rows: (N, f) their embeddings; folds: (N,) their folds. Empty in a router that was loaded.
     """
 
     held_out: Floats = np.empty((0, 0))
     rows: Rows = np.empty((0, 0), np.float32)
     folds: Labels = np.empty(0, np.int64)
-    drawn: Labels = np.empty(0, np.int64)
 
     def __init__(
         self,
@@ -61,18 +54,18 @@ class CategoryRouter:
         encoder: Encoder,
         classifier: str,
         calibration: Calibration,
+        bank: Bank,
         arrays: Mapping[str, NDArray[Any]],
         neighbours: int = 0,
     ) -> None:
         self.categories, self.encoder, self.classifier = tuple(categories), encoder, classifier
-        self.calibration, self.neighbours = calibration, neighbours
-        self.bank: Rows = arrays["bank"]
+        self.calibration, self.bank, self.neighbours = calibration, bank, neighbours
         self.labels: Labels = arrays["labels"]
-        self._weights, self._bias = arrays.get("weights"), arrays.get("bias")
-        count, width = len(self.categories), self.bank.shape[1]
-        if self.labels.shape != self.bank.shape[:1] or not ((self.labels >= 0) & (self.labels < count)).all():
+        self._slopes, self._bias = arrays["slopes"], arrays["bias"]
+        count = len(self.categories)
+        if self.labels.shape != bank.keys.shape[:1] or not ((self.labels >= 0) & (self.labels < count)).all():
             raise ValueError("a category for each prompt of the bank")
-        if classifier == "logistic" and (self._weights is None or self._weights.shape != (width, count)):
+        if classifier == "logistic" and self._slopes.shape != (len(bank.middle), count):
             raise ValueError("weights that fit encoder and categories")
 
     @classmethod
@@ -89,14 +82,14 @@ class CategoryRouter:
         """Fit to N prompts and their categories.
 
         The penalty, or the number of neighbours, is the one of least log loss on five held-out folds; calibration is
-        fitted to the same held-out predictions. The encoder sees all prompts, no categories.
+        fitted to the same held-out predictions. The encoder and the bank see all prompts, no categories.
 
         Raises:
             ConfigError: a choice that is none. DataError: a category of fewer prompts than folds.
             MissingDependency: scikit-learn, or the encoder's package, is not installed.
         """
-        if classifier not in CLASSIFIERS:
-            raise ConfigError(f"classifier={classifier}: {suggest(classifier, CLASSIFIERS)}")
+        if classifier not in SETTINGS:
+            raise ConfigError(f"classifier={classifier}: {suggest(classifier, SETTINGS)}")
         if len(prompts) != len(categories) or not prompts:
             raise DataError("a category router is fitted to prompts, and a category for each")
         encoders.needed()
@@ -105,22 +98,27 @@ class CategoryRouter:
             raise DataError(f"category {names[counts.argmin()]!r} has {counts.min()} prompts, and {FOLDS} are needed")
         made = encoders.fitted(encoder, prompts, seed)
         rows = made(prompts)
-        folds = folds_of(labels, seed)
-        settings: Sequence[float] = PENALTIES if classifier == "logistic" else NEIGHBOURS
-        tried = {}
-        for setting in settings if len(names) > 1 else settings[:1]:
-            guess = _guesser(classifier, len(names), setting)
-            tried[setting] = held_out(lambda at, z, g=guess: g(rows[at], labels[at])(z), rows, folds)  # type: ignore[misc]
+        bank, folds = Bank.fit(rows, seed), folds_of(labels, seed)
+        inputs = rows if classifier == "logistic" else bank.of(rows)
+
+        def guess(at: Labels, z: Rows, setting: float) -> Floats:
+            if classifier == "knn":
+                return _votes(inputs[at], labels[at], z, len(names), int(setting))
+            slopes, bias = _logistic(inputs[at], labels[at], len(names), setting)
+            return softmax(z.astype(float) @ slopes + bias)
+
+        tried = {
+            setting: held_out(partial(guess, setting=setting), inputs, folds)
+            for setting in SETTINGS[classifier][: None if len(names) > 1 else 1]
+        }
         best = min(tried, key=lambda setting: log_loss(tried[setting], labels))
-        logger.info("%s: %g of %s", classifier, best, ", ".join(f"{s:g}" for s in tried))
-        drawn = np.sort(np.random.default_rng(seed).permutation(len(rows))[:BANK])
-        arrays: Arrays = {"bank": rows[drawn], "labels": labels[drawn]}
+        logger.info("%s: %g of %s", classifier, best, ", ".join(f"{setting:g}" for setting in tried))
+        arrays: Arrays = {"labels": labels[bank.drawn], "slopes": np.empty(0), "bias": np.empty(0)}
         if classifier == "logistic":
-            arrays["weights"], arrays["bias"] = _logistic(rows, labels, len(names), best)
-        found = calibrations.fit(calibration, tried[best], labels)
-        router = cls(names.tolist(), made, classifier, found, arrays, int(best) if classifier == "knn" else 0)
-        router.rows, router.drawn, router.folds = rows, drawn, folds
-        router.held_out = np.empty_like(tried[best])
+            arrays["slopes"], arrays["bias"] = _logistic(rows, labels, len(names), best)
+        last = calibrations.fit(calibration, tried[best], labels)
+        router = cls(names.tolist(), made, classifier, last, bank, arrays, int(best) if classifier == "knn" else 0)
+        router.rows, router.folds, router.held_out = rows, folds, np.empty_like(tried[best])
         for fold in range(FOLDS):
             here = folds == fold
             each = calibrations.fit(calibration, tried[best][~here], labels[~here])
@@ -137,33 +135,23 @@ class CategoryRouter:
 
     def of_rows(self, rows: Rows) -> Floats:
         """As `probabilities`, of what `embed` gave."""
-        if self._weights is not None and self._bias is not None:
-            bare = softmax(rows.astype(float) @ self._weights + self._bias)
+        if self.classifier == "logistic":
+            bare = softmax(rows.astype(float) @ self._slopes + self._bias)
         else:
-            bare = _votes(self.bank, self.labels, rows, len(self.categories), self.neighbours)
+            bare = _votes(self.bank.keys, self.labels, self.bank.of(rows), len(self.categories), self.neighbours)
         return self.calibration(bare)
 
     def novelty(self, prompts: Sequence[str]) -> Floats:
-        """(N,) 1 less the mean cosine of the ten nearest prompts that were fitted to: 0 among them, 1 far from all."""
-        return self.novelty_of_rows(self.embed(prompts))
-
-    def novelty_of_rows(self, rows: Rows) -> Floats:
-        """As `novelty`, of what `embed` gave."""
-        _, cosines = nearest(self.bank, rows, NOVELTY)
-        return np.asarray(np.clip(1 - cosines.mean(axis=1), 0.0, 1.0), float)
+        """(N,) how far off prompts are from those that were fitted to: 0 among them, 1 far from all."""
+        return self.bank.novelty(self.embed(prompts))
 
     def state(self) -> tuple[Arrays, dict[str, Any]]:
         """What `restored` makes it again of: arrays, and what JSON can hold."""
-        own: dict[str, NDArray[Any] | None] = {
-            "bank": self.bank,
-            "labels": self.labels,
-            "weights": self._weights,
-            "bias": self._bias,
-        }
         encoder, about = self.encoder.state()
         curves, how = self.calibration.state()
-        arrays: Arrays = {name: held for name, held in own.items() if held is not None}
-        arrays |= {f"encoder.{n}": a for n, a in encoder.items()} | {f"calibration.{n}": a for n, a in curves.items()}
+        arrays: Arrays = {"labels": self.labels, "slopes": self._slopes, "bias": self._bias}
+        for name, held in (("encoder", encoder), ("calibration", curves), ("bank", self.bank.state())):
+            arrays |= {f"{name}.{key}": array for key, array in held.items()}
         return arrays, {
             "categories": list(self.categories), "classifier": self.classifier, "neighbours": self.neighbours,
             "encoder": about, "calibration": how,
@@ -174,51 +162,8 @@ class CategoryRouter:
         """Of what `state` gave."""
         encoder = encoders.restored(part(arrays, "encoder."), values["encoder"])
         calibration = calibrations.restored(part(arrays, "calibration."), values["calibration"])
-        kept = values["categories"], encoder, values["classifier"], calibration, arrays, values["neighbours"]
-        return cls(*kept)
-
-
-def folds_of(labels: Labels, seed: int) -> Labels:
-    """(N,) a fold of `FOLDS` for each row, evenly within each label."""
-    order = np.random.default_rng(seed).permutation(len(labels))
-    order = order[np.argsort(labels[order], kind="stable")]
-    folds = np.empty(len(labels), np.int64)
-    folds[order] = np.arange(len(labels)) % FOLDS
-    return folds
-
-
-def held_out(predict: Callable[[Labels, Rows], Floats], rows: Rows, folds: Labels) -> Floats:
-    """What `predict` says of each row (numbers of the rows to fit to, rows to predict) without having seen its fold."""
-    parts = [(np.flatnonzero(folds == f), predict(np.flatnonzero(folds != f), rows[folds == f])) for f in range(FOLDS)]
-    found = np.empty((len(rows), parts[0][1].shape[1]))
-    for at, predicted in parts:
-        found[at] = predicted
-    return found
-
-
-def nearest(bank: Rows, rows: Rows, count: int) -> tuple[Labels, Floats]:
-    """Numbers and cosines of the nearest rows of a bank, (N, count) each, in no order."""
-    count = min(count, len(bank))
-    at, cosines = np.empty((len(rows), count), np.int64), np.empty((len(rows), count))
-    for start in range(0, len(rows), _CHUNK):
-        near = rows[start : start + _CHUNK] @ bank.T
-        chosen = np.argpartition(near, len(bank) - count, axis=1)[:, len(bank) - count :]
-        at[start : start + _CHUNK] = chosen
-        cosines[start : start + _CHUNK] = np.take_along_axis(near, chosen, axis=1)
-    return at, cosines
-
-
-def _guesser(classifier: str, count: int, setting: float) -> Callable[[Rows, Labels], Callable[[Rows], Floats]]:
-    """Rows and labels to what tells probabilities of other rows."""
-
-    def logistic(rows: Rows, labels: Labels) -> Callable[[Rows], Floats]:
-        weights, bias = _logistic(rows, labels, count, setting)
-        return lambda z: softmax(z.astype(float) @ weights + bias)
-
-    def knn(rows: Rows, labels: Labels) -> Callable[[Rows], Floats]:
-        return lambda z: _votes(rows, labels, z, count, int(setting))
-
-    return logistic if classifier == "logistic" else knn
+        bank, neighbours = Bank(part(arrays, "bank.")), values["neighbours"]
+        return cls(values["categories"], encoder, values["classifier"], calibration, bank, arrays, neighbours)
 
 
 def _logistic(rows: Rows, labels: Labels, count: int, penalty: float) -> tuple[Floats, Floats]:
@@ -228,16 +173,15 @@ def _logistic(rows: Rows, labels: Labels, count: int, penalty: float) -> tuple[F
     from sklearn.linear_model import LogisticRegression
 
     found = LogisticRegression(C=penalty, max_iter=1000, tol=1e-3).fit(rows, labels)
-    weights, bias = found.coef_.T.astype(float), found.intercept_.astype(float)
+    slopes, bias = found.coef_.T.astype(float), found.intercept_.astype(float)
     if count == 2:  # one column that tells the second category from the first
-        weights, bias = np.hstack([-weights, weights]) / 2, np.array([-bias[0], bias[0]]) / 2
-    return np.ascontiguousarray(weights), np.asarray(bias)
+        slopes, bias = np.hstack([-slopes, slopes]) / 2, np.array([-bias[0], bias[0]]) / 2
+    return np.ascontiguousarray(slopes), np.asarray(bias)
 
 
-def _votes(bank: Rows, labels: Labels, rows: Rows, count: int, neighbours: int) -> Floats:
+def _votes(bank: Rows, labels: Labels, keys: Rows, count: int, neighbours: int) -> Floats:
     """(N, K) shares of the neighbours' votes; each category has a hundredth of the nearest one's beforehand."""
-    at, cosines = nearest(bank, rows, neighbours)
-    votes = np.exp(SHARPNESS * (cosines - cosines.max(axis=1, keepdims=True)))
-    found = np.full((len(rows), count), 0.01)
-    np.add.at(found, (np.arange(len(rows))[:, None], labels[at]), votes)
+    at, cosines = nearest(bank, keys, neighbours)
+    found = np.full((len(keys), count), 0.01)
+    np.add.at(found, (np.arange(len(keys))[:, None], labels[at]), weights(cosines, SHARPNESS))
     return np.asarray(found / found.sum(axis=1, keepdims=True), float)

@@ -163,7 +163,7 @@ class Composition:
                 raise ValueError("it holds weights that are no numbers")
             solution = Solution(**{**values["solution"], "resident": tuple(values["solution"]["resident"])})
             router = CategoryRouter.restored(part(arrays, "router."), values["router"])
-            estimates = Estimates(part(arrays, "estimates."), values["estimates"]["neighbours"])
+            estimates = Estimates(part(arrays, "estimates."), tuple(values["estimates"]["neighbours"]))
             rule = Rule(**values["rule"])
             return cls(router, solution, rule, values["map"], values["experts"], estimates, arrays, values["about"])
         except ConfigError:

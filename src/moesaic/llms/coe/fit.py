@@ -13,10 +13,11 @@ import numpy as np
 from moesaic.errors import ConfigError, suggest
 from moesaic.llms.catalog import Catalog
 from moesaic.llms.coe import encoders
-from moesaic.llms.coe.calibration import Labels, calibration_error
-from moesaic.llms.coe.category import FOLDS, CategoryRouter
+from moesaic.llms.coe.calibration import calibration_error
+from moesaic.llms.coe.category import CategoryRouter
 from moesaic.llms.coe.composition import MAPS, Composition, check_free
 from moesaic.llms.coe.estimates import Estimates
+from moesaic.llms.coe.folds import FOLDS, Labels
 from moesaic.llms.coe.mapping import solve
 from moesaic.llms.coe.observed import Observed, cells
 from moesaic.llms.coe.problem import GENERAL, Budget, Problem

@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesaic.errors import ConfigError, suggest
-from moesaic.llms.coe.calibration import Labels, conformal_level, entropy, threshold
-from moesaic.llms.coe.category import NOVELTY, CategoryRouter, nearest
+from moesaic.llms.coe.calibration import conformal_level, entropy, threshold
+from moesaic.llms.coe.category import CategoryRouter
 from moesaic.llms.coe.encoders import Rows
+from moesaic.llms.coe.folds import Labels
 from moesaic.llms.tables import Floats
 
 KINDS = ("none", "entropy", "novelty", "conformal")
@@ -23,7 +24,7 @@ class Rule:
 
     none        u = 0, never uncertain
     entropy     u = H(p) / log K
-    novelty     u = 1 less the mean cosine of the ten nearest prompts
+    novelty     u = 1 less the mean cosine of the ten nearest prompts (`Bank.novelty`)
     conformal   u = |n - 1|, τ = 0, of the n categories with p >= level, a split-conformal set
 
     Attributes:
@@ -69,8 +70,8 @@ class Rule:
         found = np.empty(len(router.rows))
         for fold in np.unique(router.folds):
             here = router.folds == fold
-            _, cosines = nearest(router.bank[~here[router.drawn]], router.rows[here], NOVELTY)
-            found[here] = np.clip(1 - cosines.mean(axis=1), 0.0, 1.0)
+            others = router.bank.keys[~here[router.bank.drawn]]
+            found[here] = router.bank.novelty(router.rows[here], others)
         return found
 
     def of(self, router: CategoryRouter, rows: Rows, probabilities: Floats) -> Floats:
@@ -78,7 +79,7 @@ class Rule:
         if self.kind == "entropy":
             return entropy(probabilities)
         if self.kind == "novelty":
-            return router.novelty_of_rows(rows)
+            return router.bank.novelty(rows)
         if self.kind == "conformal":
             return np.asarray(np.abs((probabilities >= self.level).sum(axis=1) - 1.0), float)
         return np.zeros(len(rows))
