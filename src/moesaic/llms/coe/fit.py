@@ -1,0 +1,231 @@
+"""From recorded outcomes to a composition: categories, their router, the mapping, estimates, prices. Takes seconds."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from moesaic.errors import ConfigError, suggest
+from moesaic.llms.catalog import Catalog
+from moesaic.llms.coe import encoders
+from moesaic.llms.coe.calibration import calibration_error
+from moesaic.llms.coe.category import CategoryRouter
+from moesaic.llms.coe.composition import MAPS, Composition, check_free
+from moesaic.llms.coe.estimates import Estimates
+from moesaic.llms.coe.folds import FOLDS, Labels
+from moesaic.llms.coe.mapping import solve
+from moesaic.llms.coe.observed import Observed, cells
+from moesaic.llms.coe.problem import GENERAL, Budget, Problem
+from moesaic.llms.coe.taxonomy import OURS, Taxonomy
+from moesaic.llms.coe.uncertainty import Rule
+from moesaic.llms.tables import Floats, Table
+
+logger = logging.getLogger(__name__)
+
+_HALVINGS = 50
+
+
+@dataclass
+class Fitting:
+    """How a composition is fitted."""
+
+    map: str = field(
+        default="posterior",
+        metadata={
+            "help": "hard: the category's expert; posterior: the best expected; blend: likewise, with k-NN, ridge"
+        },
+    )
+    encoder: str = field(
+        default="minilm", metadata={"help": "minilm, tfidf, tfidf+minilm, or a sentence-transformers model"}
+    )
+    classifier: str = field(default="logistic", metadata={"help": "logistic or knn"})
+    calibration: str | None = field(default="temperature", metadata={"help": "temperature, isotonic or null"})
+    uncertainty: str = field(default="entropy", metadata={"help": "entropy, novelty, conformal or none"})
+    accuracy: float = field(
+        default=0.9, metadata={"help": "of categories, among held-out prompts that do not go to general"}
+    )
+    z: float = field(default=0.0, metadata={"help": "standard errors that are taken off a score before mapping"})
+    taxonomy: str = field(default="", metadata={"help": "YAML file of categories, where data has none; ours if empty"})
+    seed: int = field(default=0, metadata={"help": "of folds and of the encoder"})
+
+
+def fit(
+    data: Table | Observed,
+    catalog: Catalog,
+    budget: Budget | None = None,
+    settings: Fitting | None = None,
+    *,
+    out: str | Path = "",
+    overwrite: bool = False,
+    router: CategoryRouter | None = None,
+    progress: Callable[[str], None] = logger.info,
+) -> Composition:
+    """Fit a composition of experts, and write it to a folder where `out` names one.
+
+    Its `about` holds its figures on held-out prompts: each is routed by fits without its fold, among experts that were
+    chosen with all in sight.
+
+    Args:
+        data: a table, or logs in which not every model saw every prompt.
+        router: one that was just fitted to the same data and seed, to be used again.
+        progress: is told each step.
+    Raises:
+        DataError: the table is for evaluation only, or there is too little in it. ConfigError: a setting that cannot
+            be; a model the catalog lacks; a folder that is taken. InfeasibleBudget: no mapping fits.
+    """
+    settings, budget = settings or Fitting(), budget or Budget()
+    if settings.map not in MAPS:
+        raise ConfigError(f"map={settings.map}: {suggest(settings.map, MAPS)}")
+    if out:
+        check_free(out, overwrite=overwrite)
+    observed = data if isinstance(data, Observed) else Observed.of_table(data)
+    for model in observed.models:
+        catalog.resolve(model)
+    categories, labelled = _categories(observed, settings, progress)
+    if router is None:
+        progress(f"fitting the category router: {len(observed)} prompts, {len({*categories})} categories")
+        router = CategoryRouter.fit(
+            observed.prompts, categories, encoder=settings.encoder, classifier=settings.classifier,
+            calibration=settings.calibration, seed=settings.seed,
+        )  # fmt: skip
+    number = {name: k for k, name in enumerate(router.categories)}
+    labels = np.array([number[category] for category in categories])
+    rule = Rule.fit(settings.uncertainty, router, labels, settings.accuracy)
+    u = rule.held_out(router)
+    general = 0.0 if rule.kind == "none" else max(float(rule.uncertain(u).mean()), 1 / len(observed))
+    progress("solving the mapping")
+    problem = problem_of(observed, catalog, router, labels, settings.map, min(general, 0.99))
+    solution = solve(problem, budget, z=settings.z)
+    progress("estimating scores")
+    estimates, known = Estimates.fit(router, labels, observed.scores, blend=settings.map == "blend")
+    columns = sorted((problem.models.index(name) for name in solution.resident), key=lambda e: _rank(problem, e))
+    estimates, known = estimates.of(columns), known[:, columns]
+    costs = None if observed.costs is None else cells(_one_hot(labels), observed.costs)[0].clip(0)[:, columns]
+    active, uncertain = problem.active[columns], rule.uncertain(u)
+    allowed = problem.allowed(budget)[: len(number), columns]
+    names = [problem.models[e] for e in columns]
+    if settings.map == "hard":
+        price = np.zeros(allowed.shape)
+    else:
+        may = allowed[router.held_out.argmax(axis=1)]
+        if rule.kind != "none":
+            may[uncertain] = np.array(names) == solution.expert[GENERAL]
+        price = _price(np.where(may, known, -1e3), router.held_out, active, costs, budget)
+    arrays = {"active": active, "allowed": allowed, "price": price}
+    made = Composition(router, solution, rule, settings.map, names, estimates, arrays)
+    if settings.map == "hard":
+        known = made.scores(router.rows, router.held_out)
+    chosen = made.choose(known, router.held_out, uncertain)
+    made.about = {
+        "source": observed.source, "prompts": len(observed), "labelled_by": labelled, "settings": asdict(settings),
+        "budget": {**asdict(budget), "pins": {k: dict(v) for k, v in budget.pins.items()}},
+        "held_out": {
+            **_figures(observed, chosen, columns, active),
+            "category_accuracy": float((router.held_out.argmax(axis=1) == labels).mean()),
+            "calibration_error": calibration_error(router.held_out, labels), "general": float(uncertain.mean()),
+        },
+    }  # fmt: skip
+    if out:
+        made.save(out, overwrite=overwrite)
+    return made
+
+
+def problem_of(
+    observed: Observed, catalog: Catalog, router: CategoryRouter, labels: Labels, map: str, general: float = 0.0
+) -> Problem:
+    """The mapping's problem: prompts are of their categories, or of what the router takes them for, held out."""
+    weights = _one_hot(labels) if map == "hard" else router.held_out
+    return observed.problem(catalog, weights, router.categories, general)
+
+
+def prices(scores: Floats, takes: Sequence[Floats], limits: Sequence[float]) -> list[float]:
+    """The least λ with which the mean of each take (N, R), where score less Σ λ · take is best, is within its limit.
+
+    By bisection, the last constraint outermost; within a constraint the mean falls as its λ rises.
+    """
+    if not takes:
+        return []
+
+    def mean(price: float) -> tuple[float, list[float]]:
+        inner = prices(scores - price * takes[-1], takes[:-1], limits[:-1])
+        worth = scores - price * takes[-1] - sum(p * take for p, take in zip(inner, takes[:-1], strict=True))
+        best = worth.round(9).argmax(axis=1)
+        return float(takes[-1][np.arange(len(best)), best].mean()), [*inner, price]
+
+    limit = limits[-1] * (1 + 1e-9)
+    taken, found = mean(0.0)
+    if taken <= limit:
+        return found
+    low, high = 0.0, 1e-3 / max(float(takes[-1].max()), 1e-12)
+    taken, found = mean(high)
+    for _ in range(_HALVINGS):
+        if taken <= limit:
+            break
+        low, high = high, 4 * high
+        taken, found = mean(high)
+    for _ in range(_HALVINGS):
+        if high - low <= 1e-6 * high:
+            break
+        middle = (low + high) / 2
+        taken, tried = mean(middle)
+        low, high, found = (low, middle, tried) if taken <= limit else (middle, high, found)
+    return found
+
+
+def _price(known: Floats, posterior: Floats, active: Floats, costs: Floats | None, budget: Budget) -> Floats:
+    """(K, R) what is taken off scores so that the caps on averages hold."""
+    each = {"active": np.tile(active, (posterior.shape[1], 1)), "cost": costs}
+    capped = [(each[name], limit) for name, limit in budget.limits().items() if name in each]
+    takes = [held for held, _ in capped if held is not None]
+    found = prices(known, [posterior @ held for held in takes], [limit for _, limit in capped])
+    price = np.zeros((posterior.shape[1], len(active)))
+    for value, held in zip(found, takes, strict=True):
+        price += value * held
+    return price
+
+
+def _categories(observed: Observed, settings: Fitting, progress: Callable[[str], None]) -> tuple[list[str], str]:
+    """A category for each prompt, and where they come from."""
+    if not any(observed.categories):
+        taxonomy = Taxonomy.read(settings.taxonomy or OURS)
+        progress(
+            f"labelling {len(observed)} prompts by the nearest description: weak, categories of one's own are better"
+        )
+        encoder = encoders.fitted(settings.encoder, [*observed.prompts, *taxonomy.texts], settings.seed)
+        found, _ = taxonomy.label(observed.prompts, encoder)
+        source = str(settings.taxonomy or "our taxonomy")
+    else:
+        if settings.taxonomy:
+            raise ConfigError("taxonomy= is for data without categories, and this has some")
+        found, source = [category or GENERAL for category in observed.categories], "the data"
+    rare = {name for name, count in Counter(found).items() if count < FOLDS and name != GENERAL}
+    if rare:
+        progress(f"of fewer than {FOLDS} prompts, and now {GENERAL}: {', '.join(sorted(rare))[:200]}")
+    return [GENERAL if name in rare else name for name in found], source
+
+
+def _figures(observed: Observed, chosen: Labels, columns: Sequence[int], active: Floats) -> dict[str, float | None]:
+    """Of what was recorded where the chosen expert saw the prompt: replayed."""
+    at = np.arange(len(chosen)), np.array(columns)[chosen]
+    scores = observed.scores[at]
+    seen = np.isfinite(scores)
+    costs = np.empty(0) if observed.costs is None else observed.costs[at]
+    costs = costs[np.isfinite(costs)]
+    return {
+        "score": float(scores[seen].mean()) if seen.any() else None, "seen": float(seen.mean()),
+        "average_active": float(active[chosen].mean()), "average_cost": float(costs.mean()) if len(costs) else None,
+    }  # fmt: skip
+
+
+def _one_hot(labels: Labels) -> Floats:
+    return np.eye(int(labels.max()) + 1)[labels]
+
+
+def _rank(problem: Problem, e: int) -> tuple[float, float, str]:
+    """Among experts of the same expected score, the first answers."""
+    return float(problem.active[e]), float(problem.sizes[e]), problem.models[e]
