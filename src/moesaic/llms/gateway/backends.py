@@ -179,9 +179,11 @@ class Backends:
             except ImportError:
                 raise MissingDependency("aiohttp", "llms") from None
             self._session = ClientSession(
-                connector=TCPConnector(limit=0, keepalive_timeout=30), cookie_jar=DummyCookieJar(), auto_decompress=False,
+                connector=TCPConnector(limit=0, keepalive_timeout=30),
+                cookie_jar=DummyCookieJar(),
+                auto_decompress=False,
                 skip_auto_headers=["User-Agent"],
-            )  # fmt: skip
+            )
         return self._session
 
 

@@ -208,9 +208,8 @@ def _check(config: Config) -> None:
         for other in (model, *others):
             if not config.catalog[other].endpoint:
                 raise ConfigError(f"fallbacks: {other} has no endpoint, so it answers nothing")
-    for model in config.catalog.values():
-        if model.key_env:
-            model.key()
+    for entry in config.catalog.values():
+        entry.key()
     Keys(config.keys)
     if not config.keys and not is_loopback(settings.host):
         raise ConfigError(f"host={settings.host} lets others in: give keys that requests must bring")

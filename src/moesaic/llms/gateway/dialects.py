@@ -14,5 +14,5 @@ def translated(path: str, raw: bytes) -> tuple[Asked, Form]:
     raise NotImplementedError
 
 
-def error(refused: Refused) -> bytes:
+def refusal(refused: Refused) -> bytes:
     return refused.body()

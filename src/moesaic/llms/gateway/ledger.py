@@ -49,10 +49,15 @@ _SETTLE = (
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a call is not admitted, in one line; `wait` seconds until it may be, None where waiting does not help."""
+    """Why a call is not admitted, in one line.
+
+    Attributes:
+        wait: seconds until it may be; None where waiting does not help. ours: it is the gateway's fault.
+    """
 
     message: str
     wait: float | None
+    ours: bool = False
 
 
 @dataclass

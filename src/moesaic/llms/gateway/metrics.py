@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from moesaic.llms.gateway.calls import PICO, Call
 from moesaic.llms.gateway.policy import Breaker
 
-CONTENT = b"text/plain; version=0.0.4; charset=utf-8"
+CONTENT = "text/plain; version=0.0.4; charset=utf-8"
 EDGES = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _STATES = {"closed": 0, "half-open": 1, "open": 2}
 _HELP = {

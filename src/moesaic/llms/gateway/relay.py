@@ -39,11 +39,11 @@ class Form(Protocol):
 
 
 class Sink:
-    """Where an answer goes; nowhere, once its client is gone."""
+    """Where an answer goes; nowhere, once its client is gone. `ended`: its last byte has been sent."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
-        self.begun = self.gone = False
+        self.begun = self.ended = self.gone = False
 
     async def start(self, status: int, kind: str, headers: Sequence[tuple[bytes, bytes]]) -> None:
         self.begun = True
@@ -52,6 +52,7 @@ class Sink:
             await self._send({"type": "http.response.start", "status": status, "headers": given})
 
     async def body(self, content: bytes, *, more: bool) -> None:
+        self.ended = self.ended or not more
         if not self.gone:
             await self._send({"type": "http.response.body", "body": content, "more_body": more})
 

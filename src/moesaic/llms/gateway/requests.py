@@ -14,7 +14,6 @@ from moesaic.errors import first_line
 from moesaic.llms.gateway.refusals import Refused
 from moesaic.llms.gateway.tokens import MESSAGE
 
-Scope = Mapping[str, Any]
 Receive = Callable[[], Any]
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
@@ -29,14 +28,13 @@ class ClientGone(Exception):
     """The client left before its request was whole."""
 
 
-async def read_body(scope: Scope, receive: Receive, largest: int, seconds: float) -> bytes:
+async def read_body(headers: Mapping[bytes, bytes], receive: Receive, largest: int, seconds: float) -> bytes:
     """A request's body. Raises Refused for one that is too long, too slow or no JSON by its header; ClientGone."""
-    given: dict[bytes, bytes] = dict(scope["headers"])
-    if given.get(b"content-type", b"").partition(b";")[0].strip().lower() != b"application/json":
+    if headers.get(b"content-type", b"").partition(b";")[0].strip().lower() != b"application/json":
         raise Refused(415, "a request is JSON: its Content-Type is application/json")
-    if given.get(b"content-encoding", b"identity") != b"identity":
+    if headers.get(b"content-encoding", b"identity") != b"identity":
         raise Refused(415, "a request is sent as it is: no Content-Encoding")
-    size = given.get(b"content-length", b"0")
+    size = headers.get(b"content-length", b"0")
     if not (size.isdigit() and len(size) < 16 and int(size) <= largest):
         raise _too_long(largest)
     try:
@@ -172,7 +170,7 @@ def _no_number(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number of JSON")
 
 
-_SCAN = json.JSONDecoder(parse_constant=_no_number).scan_once
+_SCAN: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder(parse_constant=_no_number).scan_once  # type: ignore[attr-defined]
 
 
 def _skip(text: str, at: int) -> int:

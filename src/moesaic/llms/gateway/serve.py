@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from moesaic.errors import ConfigError, MissingDependency, MoesaicError, first_line, path_of
+from moesaic.errors import ConfigError, MissingDependency, MoesaicError, first_line
 from moesaic.llms.gateway.app import Gateway, build
 from moesaic.llms.gateway.config import Config, read_config
 

@@ -18,9 +18,6 @@ from moesaic.llms.gateway.requests import EMBEDDINGS, Asked
 from moesaic.llms.gateway.routers import Router, open_router
 from moesaic.llms.gateway.tokens import Counter
 
-FIXED = ("host", "port", "ledger")
-"""Settings that a running gateway cannot change."""
-
 
 @dataclass(frozen=True)
 class State:
@@ -41,15 +38,19 @@ class State:
         try:
             model = self.config.catalog.resolve(name)
         except ConfigError:
-            raise _unknown(name) from None
+            raise self.unknown(name) from None
         if not model.endpoint:
-            raise _unknown(name)
+            raise self.unknown(name)
         return model
 
     def router(self, name: str) -> Router:
         if name not in self.routers:
-            raise _unknown(name)
+            raise self.unknown(name)
         return self.routers[name]
+
+    def unknown(self, name: str) -> Refused:
+        shown = "".join(char for char in name[:80] if char.isprintable())
+        return Refused(404, f"no model {shown!r}: GET /v1/models lists those there are", code="model_not_found")
 
     def candidates(self, model: Model, *, routed: bool) -> list[Model]:
         """Who may answer: the model, then its fallbacks."""
@@ -71,11 +72,6 @@ class State:
             return 0
         most = self.config.settings.reserve_output if asked.most is None else asked.most
         return asked.choices * (most if model.context is None else min(most, model.context))
-
-
-def _unknown(name: str) -> Refused:
-    shown = "".join(char for char in name[:80] if char.isprintable())
-    return Refused(404, f"no model {shown!r}: GET /v1/models lists those there are", code="model_not_found")
 
 
 def make_state(

@@ -8,10 +8,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any
 
 from moesaic.errors import first_line
 from moesaic.llms.gateway.calls import Call
@@ -23,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 LAZY = 0.02
 """Seconds that settlements wait for more of them; they go at once where a reservation goes."""
-UNWRITTEN = Refusal("the ledger cannot be written, so nothing can be charged", 5.0)
+UNWRITTEN = Refusal("the ledger cannot be written, so nothing can be charged", 5.0, ours=True)
 
 
 @dataclass
@@ -52,7 +50,7 @@ class Writer:
         self._timer: asyncio.TimerHandle | None = None
         self._idle = asyncio.Event()
         self._idle.set()
-        self._queue: SimpleQueue[_Batch | Callable[[], Any] | None] = SimpleQueue()
+        self._queue: SimpleQueue[_Batch | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="ledger", daemon=True)
         self._thread.start()
 
@@ -76,28 +74,17 @@ class Writer:
         if not self._busy and self._timer is None:
             self._timer = self._loop.call_later(LAZY, self._send)
 
-    async def asked(self, question: Callable[[], Any]) -> Any:
-        """What a function of the ledger returns, in its thread."""
-        answer = self._loop.create_future()
-
-        def work() -> None:
-            try:
-                self._loop.call_soon_threadsafe(answer.set_result, question())
-            except Exception as error:
-                self._loop.call_soon_threadsafe(answer.set_exception, error)
-
-        self._queue.put(work)
-        return await answer
-
-    async def close(self) -> None:
-        """Write what is left, and close the books."""
-        while True:
+    async def written(self) -> None:
+        """Return once all that has ended is on record."""
+        while not self._idle.is_set() or self._busy:
             if not self._busy:
                 self._send()
             await self._idle.wait()
             await asyncio.sleep(0)  # callbacks of reservations whose caller has gone settle them
-            if self._idle.is_set():
-                break
+
+    async def close(self) -> None:
+        """Write what is left, and close the books."""
+        await self.written()
         self._queue.put(None)
         await asyncio.to_thread(self._thread.join)
         self.ledger.close()
@@ -115,12 +102,9 @@ class Writer:
         self._queue.put(batch)
 
     def _run(self) -> None:
-        while (work := self._queue.get()) is not None:
-            if isinstance(work, _Batch):
-                self._write(work)
-                self._loop.call_soon_threadsafe(self._written, work)
-            else:
-                work()
+        while (batch := self._queue.get()) is not None:
+            self._write(batch)
+            self._loop.call_soon_threadsafe(self._written, batch)
 
     def _write(self, batch: _Batch) -> None:
         try:
