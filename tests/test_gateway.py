@@ -26,6 +26,7 @@ from tests.gateways import (
     Served,
     chunk,
     completion,
+    delta,
     event,
     mocking,
     model,

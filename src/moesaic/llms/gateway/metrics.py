@@ -23,36 +23,40 @@ _HELP = {
     "breaker_state": ("gauge", "0 closed, 1 half-open, 2 open."),
     "latency_seconds": ("histogram", "Seconds from a request's head to the end of its answer, by model."),
 }
-_Labels = tuple[tuple[str, str], ...]
+Labels = tuple[tuple[str, str], ...]
 
 
 class Metrics:
     """What has been counted since the gateway began."""
 
     def __init__(self) -> None:
-        self._counts: dict[str, Counter[_Labels]] = {name: Counter() for name in _HELP}
+        self._counts: dict[str, Counter[Labels]] = {name: Counter() for name in _HELP}
         self._times: dict[str, list[int]] = {}
-        self._seconds: Counter[str] = Counter()
+        self._seconds: dict[str, float] = {}
         self.running = 0
 
     def ended(self, call: Call) -> None:
-        model = call.served.name if call.served else ""
-        add = self._add
-        add("requests_total", 1, model=model, path=call.path, status=str(call.status), ended=call.ended)
+        model, counts = call.served.name if call.served else "", self._counts
+        served = ("model", model)
+        ended = served, ("path", call.path), ("status", str(call.status)), ("ended", call.ended)
+        counts["requests_total"][ended] += 1
         for attempt in call.attempts:
-            add("attempts_total", 1, model=attempt["model"], answered=str(attempt["said"] == "ok").lower())
+            answered = "true" if attempt["said"] == "ok" else "false"
+            counts["attempts_total"][("model", attempt["model"]), ("answered", answered)] += 1
         if call.router:
-            add("routed_total", 1, router=call.router, category=call.category, expert=call.expert)
+            routed = ("router", call.router), ("category", call.category), ("expert", call.expert)
+            counts["routed_total"][routed] += 1
         if call.served is None:
             return
-        for direction, count in zip(("input", "output"), call.tokens(), strict=True):
-            add("tokens_total", count, model=model, direction=direction)
-        add("cost_usd_total", call.cost, model=model, key=call.key)
+        input_tokens, output_tokens = call.tokens()
+        counts["tokens_total"][served, ("direction", "input")] += input_tokens
+        counts["tokens_total"][served, ("direction", "output")] += output_tokens
+        counts["cost_usd_total"][served, ("key", call.key)] += call.cost
         self._times.setdefault(model, [0] * (len(EDGES) + 1))[bisect_left(EDGES, call.latency)] += 1
-        self._seconds[model] += call.latency  # type: ignore[assignment]
+        self._seconds[model] = self._seconds.get(model, 0.0) + call.latency
 
     def refused(self, status: int, code: str | None) -> None:
-        self._add("refused_total", 1, status=str(status), code=code or "")
+        self._counts["refused_total"][("status", str(status)), ("code", code or "")] += 1
 
     def text(self, breakers: Mapping[str, Breaker]) -> str:
         """All of it, as Prometheus reads it."""
@@ -84,11 +88,8 @@ class Metrics:
         yield _sample(name + "_sum", (("model", model),), self._seconds[model])
         yield _sample(name + "_count", (("model", model),), total)
 
-    def _add(self, name: str, count: int, **labels: str) -> None:
-        self._counts[name][tuple(labels.items())] += count
 
-
-def _sample(name: str, labels: _Labels, value: float) -> str:
+def _sample(name: str, labels: Labels, value: float) -> str:
     shown = ",".join(f'{key}="{_escaped(text)}"' for key, text in labels)
     return f"moesaic_{name}{{{shown}}} {value}"
 

@@ -21,7 +21,9 @@ MOST_TOKENS, MOST_CHOICES = 10_000_000, 128
 PROMPT = 16_384
 """Characters of a prompt that a router is shown."""
 
-_BLANK = re.compile(r"[ \t\n\r]*")
+_OPENING = re.compile(r"[ \t\n\r]*\{[ \t\n\r]*(\}?)[ \t\n\r]*")
+_COLON = re.compile(r"[ \t\n\r]*(:)[ \t\n\r]*")
+_NEXT = re.compile(r"[ \t\n\r]*([,}])[ \t\n\r]*")
 
 
 class ClientGone(Exception):
@@ -139,27 +141,23 @@ def _members(text: str) -> dict[str, tuple[Any, int, int]]:
     A name that comes twice is refused: the gateway would bill one model and the backend might run another.
     """
     found: dict[str, tuple[Any, int, int]] = {}
-    at = _after(text, 0, "{")
-    if text[at : at + 1] == "}":
-        at += 1
-    else:
-        while True:
-            _at(text, at, '"')
-            name, at = scanstring(text, at + 1, True)
-            if name in found:
-                raise ValueError(f"{name[:40]!r} stands there twice")
-            begin = _after(text, at, ":")
-            try:
-                value, at = _SCAN(text, begin)
-            except StopIteration as stopped:
-                raise ValueError(f"a value is wanted at character {stopped.value}") from None
-            found[name] = value, begin, at
-            at = _skip(text, at)
-            if text[at : at + 1] == "}":
-                at += 1
-                break
-            at = _after(text, at, ",")
-    if _skip(text, at) != len(text):
+    at, more = _after(_OPENING, text, 0, "{")
+    while more != "}":
+        if text[at : at + 1] != '"':
+            raise ValueError(f"a name in quotes is wanted at character {at}")
+        name, at = scanstring(text, at + 1, True)
+        if name in found:
+            raise ValueError(f"{name[:40]!r} stands there twice")
+        begin, _ = _after(_COLON, text, at, ":")
+        try:
+            value, end = _SCAN(text, begin)
+        except StopIteration as stopped:
+            raise ValueError(f"a value is wanted at character {stopped.value}") from None
+        found[name] = value, begin, end
+        at, more = _after(_NEXT, text, end, ", or }")
+        if more == "," and text[at : at + 1] == "}":
+            raise ValueError(f"a name in quotes is wanted at character {at}")
+    if at != len(text):
         raise ValueError(f"there is more after it, at character {at}")
     if "model" not in found:
         raise _invalid("model: the name of a model is wanted", "model")
@@ -173,21 +171,12 @@ def _no_number(name: str) -> NoReturn:
 _SCAN: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder(parse_constant=_no_number).scan_once  # type: ignore[attr-defined]
 
 
-def _skip(text: str, at: int) -> int:
-    found = _BLANK.match(text, at)
-    assert found is not None
-    return found.end()
-
-
-def _at(text: str, at: int, wanted: str) -> None:
-    if text[at : at + 1] != wanted:
-        raise ValueError(f"{wanted} is wanted at character {at}")
-
-
-def _after(text: str, at: int, wanted: str) -> int:
-    at = _skip(text, at)
-    _at(text, at, wanted)
-    return _skip(text, at + 1)
+def _after(wanted: re.Pattern[str], text: str, at: int, said: str) -> tuple[int, str]:
+    """Where a mark and the blanks around it end, and what it is."""
+    found = wanted.match(text, at)
+    if found is None:
+        raise ValueError(f"{said} is wanted at character {at}")
+    return found.end(), found[1]
 
 
 def _invalid(message: str, param: str) -> Refused:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from moesaic.errors import ConfigError, MissingDependency, MoesaicError, first_line
 from moesaic.llms.gateway.app import Gateway, build
 from moesaic.llms.gateway.config import Config, read_config
+from moesaic.llms.gateway.routers import Router
 
 logger = logging.getLogger(__name__)
 
@@ -20,11 +22,13 @@ EVERY = 1.0
 """Seconds between two looks at the file."""
 
 
-def serve(file: str | Path, say: Callable[[str], None] = logger.info) -> None:
+def serve(
+    file: str | Path, *, say: Callable[[str], None] = logger.info, routers: Mapping[str, Router] | None = None
+) -> None:
     """Serve until SIGTERM or SIGINT; running calls end first, within `drain_seconds`.
 
     Args:
-        say: told the address once it listens.
+        say: told the address once it listens. routers: in place of those that the file names.
 
     Raises:
         ConfigError, MissingDependency: it cannot be served.
@@ -38,16 +42,18 @@ def serve(file: str | Path, say: Callable[[str], None] = logger.info) -> None:
     with listening(config.settings.host, config.settings.port) as place:
         options = uvicorn.Config("", loop="auto", http="auto")
         with asyncio.Runner(loop_factory=options.get_loop_factory()) as runner:
-            runner.run(_serve(config, place, say))
+            runner.run(_serve(build(config, routers), config, place, say))
 
 
-async def _serve(config: Config, place: socket.socket, say: Callable[[str], None]) -> None:
+async def _serve(gateway: Gateway, config: Config, place: socket.socket, say: Callable[[str], None]) -> None:
     import uvicorn
 
-    gateway = build(config)
     await gateway.start()
+    gc.collect()
+    gc.freeze()  # what was imported lives as long as the process: it need not be looked through again
     options = uvicorn.Config(
         gateway, log_level="warning", access_log=False, lifespan="on", backlog=4096, server_header=False,
+        proxy_headers=False,
         timeout_graceful_shutdown=round(config.settings.drain_seconds),
     )  # fmt: skip
     watching = asyncio.create_task(watch(gateway, config.source))

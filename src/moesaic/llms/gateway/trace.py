@@ -3,38 +3,39 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from logging.handlers import RotatingFileHandler
+from io import BufferedWriter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from moesaic.llms.gateway.calls import PICO, Call
 
-logger = logging.getLogger(__name__)
-
+_JSON = json.JSONEncoder(separators=(",", ":")).encode
 _UNFIT = re.compile(r"[^\x20-\x7e]")
 
 
 def headers(call: Call) -> list[tuple[bytes, bytes]]:
     """x-moesaic-… of an answer, as far as it is known when they are sent; a streamed one's cost is not."""
-    told: dict[str, Any] = {"request": f"{call.id:x}", "attempts": len(call.attempts)}
+    told = [(b"x-moesaic-request", b"%x" % call.id), (b"x-moesaic-attempts", b"%d" % len(call.attempts))]
     if call.router:
-        told |= {"router": call.router, "category": call.category, "confidence": f"{call.confidence:.4f}",
-                 "expert": call.expert}  # fmt: skip
-    if call.served is not None:
-        told["model"] = call.served.name
-        told["price"] = f"{call.served.input_price:g}/{call.served.output_price:g}"
+        told += [
+            (b"x-moesaic-router", _plain(call.router)), (b"x-moesaic-category", _plain(call.category)),
+            (b"x-moesaic-confidence", b"%.4f" % (call.confidence or 0.0)), (b"x-moesaic-expert", _plain(call.expert)),
+        ]  # fmt: skip
+    if (model := call.served) is not None:
+        told.append((b"x-moesaic-model", _plain(model.name)))
+        told.append((b"x-moesaic-price", f"{model.input_price:g}/{model.output_price:g}".encode()))
         if not call.stream:
-            told["cost"] = f"{call.cost / PICO:.9f}"
-    told["latency"] = f"{call.elapsed():.4f}"
-    return [(b"x-moesaic-" + name.encode(), _plain(value)) for name, value in told.items()]
+            told.append((b"x-moesaic-cost", b"%.9f" % (call.cost / PICO)))
+    told.append((b"x-moesaic-latency", b"%.4f" % call.elapsed()))
+    return told
 
 
-def _plain(value: Any) -> bytes:
-    return _UNFIT.sub("?", str(value))[:200].encode("ascii")
+def _plain(text: str) -> bytes:
+    return _UNFIT.sub("?", text)[:200].encode("ascii")
 
 
 def line(call: Call) -> dict[str, Any]:
@@ -56,25 +57,42 @@ def line(call: Call) -> dict[str, Any]:
 
 
 class TraceLog:
-    """A file that goes on in a new one when it is full. Written by one thread."""
+    """A file that goes on in a new one when it is full; FILE.1 is the one before, FILE.2 that before it.
+
+    Not a handler of `logging`, which closes all of its handlers whenever somebody configures it. Written by one thread.
+    """
 
     def __init__(self, file: Path | None, size: int, count: int) -> None:
-        self._file = None
+        self._path, self._most, self._count = file, size, count
+        self._file: BufferedWriter | None = None
         if file is not None:
             from moesaic.runs.folder import writing
 
             with writing(file):
                 file.parent.mkdir(parents=True, exist_ok=True)
-                self._file = RotatingFileHandler(file, maxBytes=size, backupCount=count, encoding="utf-8")
-                self._file.setFormatter(logging.Formatter())
+                self._file = file.open("ab")
 
     def write(self, calls: Sequence[Call]) -> None:
-        if self._file is None:
+        """Calls that have ended. Raises OSError."""
+        if self._file is None or not calls:
             return
-        for call in calls:
-            text = json.dumps(line(call), separators=(",", ":"))
-            self._file.handle(logging.LogRecord("trace", logging.INFO, "", 0, text, None, None))
+        text = "".join([_JSON(line(call)) + "\n" for call in calls]).encode()
+        if self._file.tell() + len(text) > self._most:
+            self._file = self._turned()
+        self._file.write(text)
+        self._file.flush()
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+
+    def _turned(self) -> BufferedWriter:
+        """An empty file, after those that are full have moved up by one."""
+        assert self._file is not None
+        assert self._path is not None
+        self._file.close()
+        names = [self._path, *(self._path.with_name(f"{self._path.name}.{i + 1}") for i in range(self._count))]
+        for newer, older in reversed(list(pairwise(names))):
+            if newer.exists():
+                newer.replace(older)
+        return self._path.open("wb")

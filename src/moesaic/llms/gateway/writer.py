@@ -119,9 +119,12 @@ class Writer:
             self.ledger.undo()
             for wanted in batch.reservations:
                 wanted.refusal = UNWRITTEN
-        else:
-            self.log.write(batch.settled)
-            batch.settled = []
+            return
+        settled, batch.settled = batch.settled, []
+        try:
+            self.log.write(settled)
+        except Exception as error:  # the books are what counts
+            logger.error("%d calls are missing in the trace: %s", len(settled), first_line(error))
 
     def _written(self, batch: _Batch) -> None:
         self._busy = False
