@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesaic.errors import ConfigError
@@ -35,9 +35,9 @@ def server(mock: Mock, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
     patch = pytest.MonkeyPatch()
     patch.setenv("BACKEND_KEY", SECRET)
     keys = [{"id": "k", "hash": hash_of(KEY)}]
-    settings = {"keys": keys, "largest_body": 10_000, "body_seconds": 0.5, "trace": {"file": "trace.jsonl"}}
+    more = {"keys": keys, "largest_body": 10_000, "body_seconds": 0.5, "trace": {"file": "trace.jsonl"}}
     models = [model("a", mock, key_env="BACKEND_KEY")]
-    with serving(write(tmp_path_factory.mktemp("requests"), models, **settings)) as found:
+    with serving(write(tmp_path_factory.mktemp("requests"), models, **more)) as found:
         yield found
     patch.undo()
 
@@ -196,8 +196,14 @@ def test_keys_are_found_by_what_they_are() -> None:
     assert keys.find(key.encode() + b" ") is keys.find(held.encode()) is None
 
 
+VALUES = (
+    st.none() | st.integers() | st.text(max_size=8) | st.booleans() | st.floats(allow_nan=False, allow_infinity=False)
+)
+
+
+@settings(max_examples=60)
 @given(
-    st.dictionaries(st.text(), st.recursive(st.none() | st.integers() | st.text() | st.booleans(), st.lists)),
+    st.dictionaries(st.text(max_size=8), VALUES | st.lists(VALUES, max_size=3), max_size=6),
     st.sampled_from(["", " ", "\n\t "]),
 )
 def test_members_are_those_that_json_reads(content: dict[str, Any], blank: str) -> None:

@@ -27,11 +27,11 @@ AMISS = frozenset([401, 403, 404, 405, 407])
 
 
 class Form(Protocol):
-    """Another API's way of saying an answer (`dialects.py`)."""
+    """Another API's way of saying one answer (`dialects.py`)."""
 
-    def whole(self, content: dict[str, Any]) -> dict[str, Any]: ...
+    def whole(self, content: Mapping[str, Any]) -> dict[str, Any]: ...
 
-    def event(self, content: dict[str, Any]) -> bytes: ...
+    def event(self, content: Mapping[str, Any]) -> bytes: ...
 
     def end(self) -> bytes: ...
 
@@ -174,7 +174,7 @@ class Relay:
         self._count(call, asked, opened.seen)
         call.end()
         if form is not None and reply.status < 300:
-            body = json.dumps(form.whole(opened.parsed[0]), ensure_ascii=False).encode()
+            body = _whole_form(form, opened.parsed[0])
         length = (b"content-length", b"%d" % len(body))
         again = [seconds(reply.wait)] if reply.wait is not None else []
         await sink.start(reply.status, reply.kind or "application/json", [length, *trace.headers(call), *again])
@@ -189,7 +189,9 @@ class Relay:
         part, parsed = opened.first, opened.parsed
         try:
             while part:
-                await sink.body(part if form is None else b"".join(map(form.event, parsed)), more=True)
+                if form is not None:
+                    part = _formed(form, parsed, seen)
+                await sink.body(part, more=True)
                 part = await anext(rest, b"")
                 parsed = seen.feed(part)
             if not (seen.done or seen.finished or seen.failed):
@@ -213,6 +215,23 @@ class Relay:
             call.backend_input, call.backend_output = seen.usage
         if call.served is not None and seen.texts and asked.path != EMBEDDINGS:
             call.own_output = self.counter.count(call.served.name, ["".join(seen.texts)])
+
+
+def _formed(form: Form, parsed: Sequence[Mapping[str, Any]], seen: Seen) -> bytes:
+    """Events in another API's form. Raises Failed for one that is an error, or that is none of a chat's."""
+    if seen.failed:
+        raise Failed("its stream holds an error")
+    try:
+        return b"".join(map(form.event, parsed))
+    except (LookupError, TypeError, AttributeError, ValueError):
+        raise Failed("its stream is no chat's") from None
+
+
+def _whole_form(form: Form, content: Mapping[str, Any]) -> bytes:
+    try:
+        return json.dumps(form.whole(content), ensure_ascii=False).encode()
+    except (LookupError, TypeError, AttributeError, ValueError):
+        raise Refused(502, "the answer of the model is no chat's", SERVER, code="upstream_error") from None
 
 
 def opened_model(call: Call) -> str:

@@ -112,16 +112,27 @@ class Asked:
 
 def parse(path: str, raw: bytes) -> Asked:
     """A request's body of one of our paths. Raises Refused for what is malformed, in one line."""
+    text, given = members(raw)
+    return of_body(path, text, {name: value for name, (value, _, _) in given.items()}, given["model"][1:])
+
+
+def members(raw: bytes) -> tuple[str, dict[str, tuple[Any, int, int]]]:
+    """A body's text, and (value, begin, end) of the members of the object that it is, `model` among them.
+
+    Raises Refused for what is no such body.
+    """
     try:
         text = raw.decode("utf-8")
-        spans = _members(text)
+        found = _members(text)
     except UnicodeDecodeError as error:
         raise Refused(400, f"the body is no text in UTF-8 (byte {error.start})") from None
     except RecursionError:
         raise Refused(400, "the body is nested too deep") from None
     except ValueError as error:
         raise Refused(400, f"the body is no JSON object: {first_line(error)}") from None
-    return of_body(path, text, {name: value for name, (value, _, _) in spans.items()}, spans["model"][1:])
+    if "model" not in found:
+        raise _invalid("model: the name of a model is wanted", "model")
+    return text, found
 
 
 def of_body(path: str, text: str, body: dict[str, Any], at: tuple[int, int]) -> Asked:
@@ -159,8 +170,6 @@ def _members(text: str) -> dict[str, tuple[Any, int, int]]:
             raise ValueError(f"a name in quotes is wanted at character {at}")
     if at != len(text):
         raise ValueError(f"there is more after it, at character {at}")
-    if "model" not in found:
-        raise _invalid("model: the name of a model is wanted", "model")
     return found
 
 
