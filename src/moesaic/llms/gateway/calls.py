@@ -1,0 +1,82 @@
+"""One request as the books, the trace and the metrics know it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from moesaic.llms.catalog import Model
+
+PICO = 10**12
+"""Money is counted in whole millionths of a millionth of a USD, so that balances are exact."""
+
+BILLED = ("whole", "drained", "partial", "broken")
+"""Ends of a call that cost what came; any other costs nothing."""
+
+
+@dataclass(slots=True)
+class Call:
+    """A request, from its admission to its settlement.
+
+    Attributes:
+        id: the ledger's number of it. key: the id of the key. path: what was asked of which endpoint of ours.
+        asked: the model that the request named. router, category, confidence, expert: the decision, if there was one.
+        served: the model that answered. served_id: what its endpoint called itself.
+        attempts: each try: model, milliseconds, and "ok" or what went wrong.
+        own_input, own_output: tokens by our count. backend_input, backend_output: by the backend's; None unless told.
+        reserved, cost: picodollars. status: of HTTP.
+        ended: whole | drained | partial | broken (the backend broke off), billed for what came; cancelled | refused
+            (the backend said no) | failed (nobody answered) | dry, not billed.
+    """
+
+    id: int
+    key: str
+    path: str
+    asked: str
+    started: float = field(default_factory=time.time)
+    begun: float = field(default_factory=time.perf_counter)
+    router: str = ""
+    category: str = ""
+    confidence: float | None = None
+    uncertain: bool = False
+    expert: str = ""
+    kept: bool = False
+    served: Model | None = None
+    served_id: str = ""
+    attempts: list[dict[str, Any]] = field(default_factory=list)
+    stream: bool = False
+    own_input: int = 0
+    own_output: int = 0
+    backend_input: int | None = None
+    backend_output: int | None = None
+    reserved: int = 0
+    cost: int = 0
+    latency: float = 0.0
+    status: int = 0
+    ended: str = "failed"
+    prompt: str | None = None
+
+    def elapsed(self) -> float:
+        """Seconds since it was begun."""
+        return time.perf_counter() - self.begun
+
+    def tokens(self) -> tuple[int, int]:
+        """Of prompt and answer as they are billed: the backend's count where it gives one, ours otherwise."""
+        if self.backend_input is None or self.backend_output is None:
+            return self.own_input, self.own_output
+        return self.backend_input, self.backend_output
+
+    def end(self) -> None:
+        """Set what it took and cost."""
+        self.latency = self.elapsed()
+        if self.served is not None and self.ended in BILLED:
+            self.cost = price(self.served, *self.tokens())
+
+
+def price(model: Model, input_tokens: int, output_tokens: int) -> int:
+    """Picodollars of so many tokens."""
+    assert model.input_price is not None
+    assert model.output_price is not None
+    a_token = PICO / 1e6
+    return input_tokens * round(model.input_price * a_token) + output_tokens * round(model.output_price * a_token)

@@ -1,0 +1,45 @@
+"""Other APIs in a thin form: OpenAI's responses and Anthropic's messages, said as chat, and chat's answers said back.
+
+Text, tools that are functions, and streams. What has no like in chat (files, searches, stored responses, thinking) is
+refused by name rather than left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from moesaic.llms.gateway import messages, responses
+from moesaic.llms.gateway.refusals import Refused
+from moesaic.llms.gateway.relay import Form
+from moesaic.llms.gateway.requests import CHAT, Asked, members, of_body
+
+RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
+FORMS: dict[str, tuple[Callable[[Mapping[str, Any]], dict[str, Any]], Callable[[str], Form]]] = {
+    RESPONSES: (responses.chat_of, responses.Responses),
+    MESSAGES: (messages.chat_of, messages.Messages),
+}
+"""By path: a body as a chat's, and the form that answers take for a model's name."""
+
+
+def translated(path: str, raw: bytes) -> tuple[Asked, Form]:
+    """A request as a chat, and the form of its answer. Raises Refused for what chat has no word for."""
+    _, given = members(raw)
+    body = {name: value for name, (value, _, _) in given.items()}
+    chat_of, form = FORMS[path]
+    try:
+        chat = {"model": body["model"], **chat_of(body)}
+    except (LookupError, TypeError, AttributeError, ValueError):
+        raise Refused(400, f"the body is not what {path} takes") from None
+    if body.get("stream"):
+        chat |= {"stream": True, "stream_options": {"include_usage": True}}
+    text = json.dumps(chat)
+    begin = len('{"model": ')
+    asked = of_body(CHAT, text, chat, (begin, begin + len(json.dumps(chat["model"]))))
+    return asked, form(asked.model)
+
+
+def refusal(refused: Refused) -> bytes:
+    """An error that both OpenAI's and Anthropic's clients read."""
+    return json.dumps({"type": "error", **refused.content()}, ensure_ascii=False).encode()

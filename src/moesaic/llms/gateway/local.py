@@ -1,0 +1,173 @@
+"""Models of this process: a mixture that is loaded here, and providers that LiteLLM speaks to."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
+
+from moesaic.errors import ConfigError, MissingDependency, path_of
+from moesaic.llms.catalog import Model
+from moesaic.llms.gateway.backends import Failed, Reply
+from moesaic.llms.gateway.requests import CHAT, COMPLETIONS, EMBEDDINGS
+
+Stream = AsyncGenerator[bytes]
+_SLICE = 0.05
+"""Seconds between two looks whether the last call of a mixture that is let go has ended."""
+
+
+class Run:
+    """A run folder's mixture behind the same application that `moesaic serve` has, asked without a network.
+
+    Its requests share every forward where the model can (see `serving.engine`).
+    """
+
+    def __init__(self, model: Model, engine: Any, app: Any) -> None:
+        self._model, self._engine, self._app = model, engine, app
+
+    async def open(self, path: str, body: bytes) -> Reply:
+        if path == EMBEDDINGS:
+            raise Failed("a mixture writes answers, it embeds nothing", status=400, again=False, counts=False)
+        sent: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        gone = asyncio.Event()
+        task = asyncio.ensure_future(self._app(_scope(path, body), _receiving(body, gone), sent.put))
+        task.add_done_callback(lambda _: sent.put_nowait({"type": "end"}))
+
+        def close() -> None:
+            gone.set()
+            task.cancel()
+
+        try:
+            async with asyncio.timeout(self._model.idle):
+                head = await sent.get()
+        except TimeoutError:
+            close()
+            raise Failed(f"it wrote nothing for {self._model.idle:g} s", status=504) from None
+        except BaseException:
+            close()
+            raise
+        if head["type"] != "http.response.start":
+            raise Failed("the mixture failed")
+        kind = next((v.decode() for k, v in head["headers"] if k == b"content-type"), "")
+        return Reply(head["status"], kind, None, self._chunks(sent), close)
+
+    async def close(self) -> None:
+        while self._engine.running():
+            await asyncio.sleep(_SLICE)
+        self._engine.close()
+
+    async def _chunks(self, sent: asyncio.Queue[dict[str, Any]]) -> Stream:
+        whole = False
+        try:
+            async with asyncio.timeout(self._model.total):
+                while (message := await sent.get())["type"] == "http.response.body":
+                    whole = not message.get("more_body", False)
+                    yield message.get("body", b"")
+                    if whole:
+                        return
+        except TimeoutError:
+            raise Failed(f"no end within {self._model.total:g} s", status=504) from None
+        raise Failed("the mixture failed in the middle of an answer")
+
+
+def _scope(path: str, body: bytes) -> dict[str, Any]:
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)), (b"host", b"localhost")]
+    return {
+        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
+        "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "", "headers": headers,
+        "client": None, "server": ("localhost", 80),
+    }  # fmt: skip
+
+
+def _receiving(body: bytes, gone: asyncio.Event) -> Callable[[], Any]:
+    parts = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> dict[str, Any]:
+        if parts:
+            return parts.pop()
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    return receive
+
+
+async def open_run(model: Model, folder: str) -> Run:
+    """Load a run's mixture. Raises MoesaicError where the folder holds none."""
+    try:
+        from moesaic.serving.app import build
+    except ImportError as error:
+        raise MissingDependency(str(error.name), "llms") from None
+    from moesaic.serving.engine import opened
+
+    engine = await opened(await asyncio.to_thread(_loaded, folder))
+    return Run(model, engine, build(engine, model.served_as or model.name))
+
+
+def _loaded(folder: str) -> Any:
+    from moesaic.evaluation.opening import load, open_adapter
+
+    return load(open_adapter(str(path_of(folder))))
+
+
+class Litellm:
+    """A provider by LiteLLM's name for it, PROVIDER/MODEL."""
+
+    def __init__(self, model: Model, name: str, litellm: Any) -> None:
+        self._model, self._name, self._litellm = model, name, litellm
+        self._key = model.key() or None
+
+    async def open(self, path: str, body: bytes) -> Reply:
+        import json
+
+        ask = {CHAT: "acompletion", COMPLETIONS: "atext_completion", EMBEDDINGS: "aembedding"}[path]
+        given = {**json.loads(body), "model": self._name}
+        for name in ("api_base", "base_url", "api_key", "custom_llm_provider", "extra_headers"):
+            given.pop(name, None)  # where a request goes is the catalog's to say
+        try:
+            found = await getattr(self._litellm, ask)(
+                **given, api_key=self._key, timeout=self._model.idle, num_retries=0, drop_params=False
+            )
+        except Exception as error:
+            raise _failed(error) from None
+        if given.get("stream"):
+            stream = self._events(found)
+            return Reply(200, "text/event-stream", None, stream, lambda: None)
+        return Reply(200, "application/json", None, _once(found.model_dump_json().encode()), lambda: None)
+
+    async def close(self) -> None:
+        pass
+
+    async def _events(self, parts: Any) -> Stream:
+        try:
+            async with asyncio.timeout(self._model.total):
+                async for part in parts:
+                    yield b"data: " + part.model_dump_json().encode() + b"\n\n"
+        except Exception as error:
+            raise _failed(error) from None
+        yield b"data: [DONE]\n\n"
+
+
+async def _once(content: bytes) -> Stream:
+    yield content
+
+
+def _failed(error: Exception) -> Failed:
+    """What LiteLLM raised, by its status and without its words, which may quote a key."""
+    status = getattr(error, "status_code", None)
+    said = f"LiteLLM: {type(error).__name__}"
+    if status == 429:
+        return Failed(said, status=429, counts=False)
+    if isinstance(status, int) and 400 <= status < 500 and status not in (401, 403, 404, 408):
+        return Failed(said, status=status, again=False, counts=False)
+    return Failed(said, status=504 if isinstance(error, TimeoutError) else 502, again=status not in (401, 403, 404))
+
+
+def open_litellm(model: Model, name: str) -> Litellm:
+    """Raises MissingDependency where LiteLLM is not installed, ConfigError for a name without a provider."""
+    if "/" not in name:
+        raise ConfigError(f"model {model.name}: litellm:PROVIDER/MODEL is wanted, not litellm:{name}")
+    try:
+        import litellm
+    except ImportError:
+        raise MissingDependency("litellm", "litellm") from None
+    return Litellm(model, name, litellm)

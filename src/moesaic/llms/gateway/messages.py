@@ -1,0 +1,139 @@
+"""Anthropic's messages as a chat, and a chat's answer as a message."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from moesaic.llms.gateway.refusals import Refused
+
+_STOPS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use", "content_filter": "refusal"}
+_SAME = ("temperature", "top_p", "max_tokens")
+
+
+def chat_of(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a chat. Raises Refused for blocks that are neither text nor tools."""
+    said = [{"role": "system", "content": _text(body["system"])}] if body.get("system") else []
+    for message in body["messages"]:
+        said += _messages(message["role"], message["content"])
+    chat: dict[str, Any] = {"messages": said}
+    chat |= {name: body[name] for name in _SAME if body.get(name) is not None}
+    if body.get("stop_sequences"):
+        chat["stop"] = body["stop_sequences"]
+    if isinstance(user := (body.get("metadata") or {}).get("user_id"), str):
+        chat["user"] = user
+    if body.get("tools"):
+        chat["tools"] = [
+            {"type": "function", "function": {"name": t["name"], "description": t.get("description", ""),
+                                              "parameters": t["input_schema"]}}
+            for t in body["tools"]
+        ]  # fmt: skip
+    if choice := body.get("tool_choice"):
+        named = {"type": "function", "function": {"name": choice.get("name")}}
+        chat["tool_choice"] = {"auto": "auto", "any": "required", "none": "none"}.get(choice["type"], named)
+    return chat
+
+
+def _messages(role: str, content: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(content, str):
+        yield {"role": role, "content": content}
+        return
+    texts, calls = [], []
+    for block in content:
+        if block["type"] == "text":
+            texts.append(block["text"])
+        elif block["type"] == "tool_use":
+            function = {"name": block["name"], "arguments": json.dumps(block["input"])}
+            calls.append({"id": block["id"], "type": "function", "function": function})
+        elif block["type"] == "tool_result":
+            yield {"role": "tool", "tool_call_id": block["tool_use_id"], "content": _text(block.get("content", ""))}
+        else:
+            raise Refused(400, f"messages: blocks of type {str(block['type'])[:40]} are not served", param="messages")
+    if calls:
+        yield {"role": role, "content": "".join(texts) or None, "tool_calls": calls}
+    elif texts:
+        yield {"role": role, "content": "".join(texts)}
+
+
+def _text(content: Any) -> str:
+    return content if isinstance(content, str) else "".join(block["text"] for block in content)
+
+
+class Messages:
+    """The form of one answer."""
+
+    def __init__(self, model: str) -> None:
+        self._head = {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant", "model": model}
+        self._open = ""
+        self._count = -1
+        self._stop = "end_turn"
+        self._usage = {"input_tokens": 0, "output_tokens": 0}
+
+    def whole(self, content: Mapping[str, Any]) -> dict[str, Any]:
+        choice = content["choices"][0]
+        message = choice["message"]
+        blocks: list[dict[str, Any]] = [{"type": "text", "text": message["content"]}] if message.get("content") else []
+        for call in message.get("tool_calls") or ():
+            given = json.loads(call["function"]["arguments"] or "{}")
+            blocks.append({"type": "tool_use", "id": call["id"], "name": call["function"]["name"], "input": given})
+        stop = _STOPS.get(choice.get("finish_reason"), "end_turn")
+        return {**self._head, "content": blocks, "stop_reason": stop, "stop_sequence": None, "usage": _usage(content)}
+
+    def event(self, content: Mapping[str, Any]) -> bytes:
+        out = []
+        if self._count < 0:
+            self._count = 0
+            message = {**self._head, "content": [], "stop_reason": None, "stop_sequence": None, "usage": self._usage}
+            out.append(_event("message_start", message=message))
+        if content.get("usage"):
+            self._usage = _usage(content)
+        for choice in (content.get("choices") or ())[:1]:
+            delta = choice.get("delta") or {}
+            if delta.get("content"):
+                out += self._into("text", {"type": "text", "text": ""})
+                out.append(self._delta(type="text_delta", text=delta["content"]))
+            for call in delta.get("tool_calls") or ():
+                out += self._call(call)
+            self._stop = _STOPS.get(choice.get("finish_reason"), self._stop)
+        return b"".join(out)
+
+    def end(self) -> bytes:
+        delta = {"stop_reason": self._stop, "stop_sequence": None}
+        last = _event("message_delta", delta=delta, usage=self._usage)
+        return b"".join([*self._into("", {}), last, _event("message_stop")])
+
+    def error(self, refused: Refused) -> bytes:
+        return _event("error", **refused.content())
+
+    def _call(self, call: Mapping[str, Any]) -> Sequence[bytes]:
+        function = call.get("function") or {}
+        block = {"type": "tool_use", "id": call.get("id"), "name": function.get("name"), "input": {}}
+        out = [*self._into(f"call {call.get('index', 0)}", block)]
+        if function.get("arguments"):
+            out.append(self._delta(type="input_json_delta", partial_json=function["arguments"]))
+        return out
+
+    def _into(self, name: str, block: Mapping[str, Any]) -> Iterator[bytes]:
+        """Go over to a block; nothing where it is open already, "" closes the last."""
+        if self._open == name:
+            return
+        if self._open:
+            yield _event("content_block_stop", index=self._count)
+            self._count += 1
+        self._open = name
+        if name:
+            yield _event("content_block_start", index=self._count, content_block=block)
+
+    def _delta(self, **delta: Any) -> bytes:
+        return _event("content_block_delta", index=self._count, delta=delta)
+
+
+def _usage(content: Mapping[str, Any]) -> dict[str, int]:
+    counts = content.get("usage") or {}
+    return {"input_tokens": counts.get("prompt_tokens", 0), "output_tokens": counts.get("completion_tokens", 0)}
+
+
+def _event(kind: str, **content: Any) -> bytes:
+    return f"event: {kind}\ndata: {json.dumps({'type': kind, **content}, ensure_ascii=False)}\n\n".encode()

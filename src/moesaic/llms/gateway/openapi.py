@@ -1,0 +1,127 @@
+"""What the gateway answers, as an OpenAPI document: as much as it checks itself; the rest is the backends' to say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moesaic.llms.gateway.dialects import MESSAGES, RESPONSES
+from moesaic.llms.gateway.requests import CHAT, COMPLETIONS, EMBEDDINGS, MOST_CHOICES, MOST_TOKENS
+
+Schema = dict[str, Any]
+
+_MODEL: Schema = {"type": "string", "minLength": 1, "maxLength": 200}
+_TOKEN: Schema = {"type": "integer", "minimum": 0}
+_TOKENS: Schema = {"type": "array", "items": _TOKEN, "minItems": 1}
+_TEXTS: Schema = {"type": "array", "items": {"type": "string"}, "minItems": 1}
+_INPUT: Schema = {
+    "oneOf": [{"type": "string"}, _TEXTS, _TOKENS, {"type": "array", "items": _TOKENS, "minItems": 1}],
+}
+_PART: Schema = {"type": "object", "required": ["type"], "properties": {"type": {"type": "string"}}}
+_MESSAGE: Schema = {
+    "type": "object",
+    "required": ["role"],
+    "properties": {
+        "role": {"type": "string"},
+        "content": {"oneOf": [{"type": ["string", "null"]}, {"type": "array", "items": _PART}]},
+    },
+}
+
+
+def _whole(most: int) -> Schema:
+    return {"type": ["integer", "null"], "minimum": 1, "maximum": most}
+
+
+_STREAM: Schema = {"type": ["boolean", "null"]}
+_WRITING: Schema = {
+    "stream": _STREAM, "max_tokens": _whole(MOST_TOKENS), "max_completion_tokens": _whole(MOST_TOKENS),
+    "n": _whole(MOST_CHOICES), "best_of": _whole(MOST_CHOICES),
+}  # fmt: skip
+_LIST: Schema = {"type": "array", "items": _MESSAGE, "minItems": 1}
+_BODIES: dict[str, tuple[list[str], Schema]] = {
+    CHAT: (["model", "messages"], {"model": _MODEL, "messages": _LIST, **_WRITING}),
+    COMPLETIONS: (["model", "prompt"], {"model": _MODEL, "prompt": _INPUT, **_WRITING}),
+    EMBEDDINGS: (["model", "input"], {"model": _MODEL, "input": _INPUT, "stream": {"enum": [False, None]}, **{
+        name: _WRITING[name] for name in ("max_tokens", "max_completion_tokens", "n", "best_of")}}),
+    RESPONSES: (["model", "input"], {"model": _MODEL, "input": {"type": ["string", "array"]}, "stream": _STREAM}),
+    MESSAGES: (["model", "messages"], {"model": _MODEL, "messages": {"type": "array", "minItems": 1}, "stream": _STREAM}),
+}  # fmt: skip
+
+_ERROR: Schema = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"}, "type": {"type": "string"},
+                "param": {"type": ["string", "null"]}, "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}  # fmt: skip
+_CARD: Schema = {
+    "type": "object",
+    "required": ["id", "object", "created", "owned_by"],
+    "properties": {"id": {"type": "string"}, "object": {"const": "model"}},
+}
+_CARDS: Schema = {
+    "type": "object",
+    "required": ["object", "data"],
+    "properties": {"data": {"type": "array", "items": _CARD}},
+}
+_HEADERS: list[Schema] = [
+    {"name": "x-moesaic-session", "in": "header", "schema": {"type": "string"},
+     "description": "names a chat, which keeps its expert"},
+    {"name": "x-moesaic-dry-run", "in": "header", "schema": {"enum": ["0", "1"]},
+     "description": "1: the decision, without the call"},
+]  # fmt: skip
+
+
+def _answer(description: str, kind: str = "application/json", schema: Schema | None = None) -> Schema:
+    return {"description": description, "content": {kind: {"schema": schema or {"type": "object"}}}}
+
+
+def _errors(*statuses: int) -> Schema:
+    reference = {"$ref": "#/components/schemas/Error"}
+    return {str(status): _answer("an error, in one line", schema=reference) for status in statuses}
+
+
+def _post(required: list[str], properties: Schema) -> Schema:
+    stream = {"description": "an answer", "content": {"application/json": {"schema": {"type": "object"}},
+                                                      "text/event-stream": {"schema": {"type": "string"}}}}  # fmt: skip
+    schema = {"type": "object", "required": required, "properties": properties}
+    return {
+        "post": {
+            "parameters": _HEADERS,
+            "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
+            "responses": {"200": stream, **_errors(400, 401, 404, 405, 408, 413, 415, 429, 500, 502, 503, 504)},
+        }
+    }
+
+
+def _get(answer: Schema, *statuses: int, **more: Any) -> Schema:
+    return {"get": {**more, "responses": {"200": answer, **_errors(*statuses)}}}
+
+
+def document() -> Schema:
+    """OpenAPI 3.1."""
+    from moesaic import __version__
+
+    named = [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}]
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "moesaic", "version": __version__},
+        "paths": {
+            **{path: _post(*body) for path, body in _BODIES.items()},
+            "/v1/models": _get(_answer("what a request may name", schema=_CARDS), 400, 401, 405, 429),
+            "/v1/models/{model}": _get(_answer("one of them", schema=_CARD), 400, 401, 404, 405, 429, parameters=named),
+            "/health": {"get": {"security": [], "responses": {"200": _answer("it runs"), **_errors(400, 405)}}},
+            "/metrics": _get(_answer("for Prometheus", "text/plain", {"type": "string"}), 400, 401, 405, 429),
+        },
+        "components": {
+            "schemas": {"Error": _ERROR},
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+        "security": [{"key": []}],
+    }

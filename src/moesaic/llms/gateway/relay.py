@@ -1,0 +1,261 @@
+"""Asks the models that may answer, one after the other, and hands on what the first says."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from moesaic.llms.catalog import Model
+from moesaic.llms.gateway import trace
+from moesaic.llms.gateway.backends import Backend, Failed, Reply
+from moesaic.llms.gateway.calls import Call
+from moesaic.llms.gateway.policy import Breaker, wait
+from moesaic.llms.gateway.refusals import SERVER, Refused, seconds
+from moesaic.llms.gateway.requests import EMBEDDINGS, Asked
+from moesaic.llms.gateway.stream import Seen, events
+from moesaic.llms.gateway.tokens import Counter
+
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+
+AGAIN = frozenset([408, 409, 425, 429])
+"""Statuses below 500 after which the same model may be asked again."""
+AMISS = frozenset([401, 403, 404, 405, 407])
+"""Statuses that say that the catalog's entry is wrong, not the request."""
+
+
+class Form(Protocol):
+    """Another API's way of saying one answer (`dialects.py`)."""
+
+    def whole(self, content: Mapping[str, Any]) -> dict[str, Any]: ...
+
+    def event(self, content: Mapping[str, Any]) -> bytes: ...
+
+    def end(self) -> bytes: ...
+
+    def error(self, refused: Refused) -> bytes: ...
+
+
+class Sink:
+    """Where an answer goes; nowhere, once its client is gone. `ended`: its last byte has been sent."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.begun = self.ended = self.gone = False
+
+    async def start(self, status: int, kind: str, headers: Sequence[tuple[bytes, bytes]]) -> None:
+        self.begun = True
+        if not self.gone:
+            given = [(b"content-type", kind.encode("latin-1", "replace")), *headers]
+            await self._send({"type": "http.response.start", "status": status, "headers": given})
+
+    async def body(self, content: bytes, *, more: bool) -> None:
+        self.ended = self.ended or not more
+        if not self.gone:
+            await self._send({"type": "http.response.body", "body": content, "more_body": more})
+
+
+@dataclass
+class Opened:
+    """An answer that is good as far as it has been read: all of it, or the first events of a stream."""
+
+    reply: Reply
+    seen: Seen
+    first: bytes
+    parsed: list[dict[str, Any]]
+    rest: AsyncGenerator[bytes] | None
+
+
+@dataclass(frozen=True)
+class Relay:
+    """Models' backends and breakers as one state of the gateway has them."""
+
+    backends: Mapping[str, Backend]
+    breakers: Mapping[str, Breaker]
+    counter: Counter
+    largest: int
+
+    async def answer(self, call: Call, asked: Asked, models: Sequence[Model], sink: Sink, form: Form | None) -> None:
+        """Hand on an answer. Raises Refused where nobody gives one, as long as nothing has been sent."""
+        opened = await self._opened(call, asked, models)
+        try:
+            if opened.rest is None:
+                await self._whole(call, asked, opened, sink, form)
+            else:
+                await self._streamed(call, opened, opened.rest, sink, form)
+        finally:
+            self._count(call, asked, opened.seen)
+            if opened.rest is not None:
+                await opened.rest.aclose()
+            await opened.reply.chunks.aclose()
+            opened.reply.close()
+
+    async def _opened(self, call: Call, asked: Asked, models: Sequence[Model]) -> Opened:
+        last, rest = None, []
+        for model in models:
+            breaker = self.breakers[model.name]
+            tries = 0
+            while True:
+                if not breaker.allows():
+                    rest.append(breaker.remaining())
+                    call.attempts.append({"model": model.name, "ms": 0, "said": "left alone for a while"})
+                    break
+                tries += 1
+                call.served = model
+                begun = call.elapsed()
+                try:
+                    opened = await self._tried(asked, model, call.stream)
+                except Failed as failed:
+                    last, call.served = failed, None
+                    breaker.failed() if failed.counts else breaker.left()
+                    self._note(call, model, begun, str(failed))
+                    delay = max(wait(tries), failed.wait or 0.0)
+                    policy = breaker.policy
+                    if not failed.again or tries > policy.retries or (failed.wait or 0.0) > policy.longest_wait:
+                        break
+                    await asyncio.sleep(delay)
+                except BaseException:
+                    breaker.left()
+                    self._note(call, model, begun, "left")
+                    raise
+                else:
+                    breaker.succeeded()
+                    self._note(call, model, begun, "ok" if opened.reply.status < 400 else str(opened.reply.status))
+                    return opened
+        raise _nobody(models, last, rest)
+
+    def _note(self, call: Call, model: Model, begun: float, said: str) -> None:
+        call.attempts.append({"model": model.name, "ms": round((call.elapsed() - begun) * 1e3, 2), "said": said})
+
+    async def _tried(self, asked: Asked, model: Model, stream: bool) -> Opened:
+        """One try. Raises Failed as long as nothing good has come."""
+        reply = await self.backends[model.name].open(asked.path, asked.named(model.served_as or model.name))
+        seen, good = Seen(), False
+        try:
+            _check_status(reply)
+            if reply.status >= 300 or not stream:
+                body = await self._read(reply)
+                parsed = [] if reply.status >= 300 else [seen.read(body)]
+                if seen.failed and reply.status < 300:
+                    raise Failed("its answer is an error")
+                good = True
+                return Opened(reply, seen, body, parsed, None)
+            if not reply.kind.startswith("text/event-stream"):
+                raise Failed("it was asked for a stream, and sent none")
+            whole = events(reply.chunks, self.largest)
+            first = await anext(whole, b"")
+            parsed = seen.feed(first)
+            if not first or (seen.failed and not seen.texts):
+                raise Failed("its stream ended before it began" if not first else "its stream begins with an error")
+            good = True
+            return Opened(reply, seen, first, parsed, whole)
+        finally:
+            if not good:
+                reply.close()
+
+    async def _read(self, reply: Reply) -> bytes:
+        parts, size = [], 0
+        async for chunk in reply.chunks:
+            parts.append(chunk)
+            size += len(chunk)
+            if size > self.largest:
+                raise Failed(f"its answer has more than {self.largest:,} bytes", again=False)
+        return b"".join(parts)
+
+    async def _whole(self, call: Call, asked: Asked, opened: Opened, sink: Sink, form: Form | None) -> None:
+        reply, body = opened.reply, opened.first
+        call.status = reply.status
+        if reply.status >= 300:
+            call.ended = "refused"
+        elif call.ended == "failed":
+            call.ended = "whole"
+        self._count(call, asked, opened.seen)
+        call.end()
+        if form is not None and reply.status < 300:
+            body = _whole_form(form, opened.parsed[0])
+        length = (b"content-length", b"%d" % len(body))
+        again = [seconds(reply.wait)] if reply.wait is not None else []
+        await sink.start(reply.status, reply.kind or "application/json", [length, *trace.headers(call), *again])
+        await sink.body(body, more=False)
+
+    async def _streamed(
+        self, call: Call, opened: Opened, rest: AsyncGenerator[bytes], sink: Sink, form: Form | None
+    ) -> None:
+        call.status, seen = 200, opened.seen
+        headers = [(b"cache-control", b"no-cache"), *trace.headers(call)]
+        await sink.start(200, opened.reply.kind, headers)
+        part, parsed = opened.first, opened.parsed
+        try:
+            while part:
+                if form is not None:
+                    part = _formed(form, parsed, seen)
+                await sink.body(part, more=True)
+                part = await anext(rest, b"")
+                parsed = seen.feed(part)
+            if not (seen.done or seen.finished or seen.failed):
+                raise Failed("its stream broke off")
+        except Failed as failed:
+            call.ended = "broken"
+            call.attempts[-1]["said"] = str(failed)
+            self.breakers[opened_model(call)].failed()
+            refused = Refused(502, f"model {opened_model(call)}: {failed}", SERVER, code="upstream_error")
+            wrong = b"data: " + refused.body() + b"\n\n" if form is None else form.error(refused)
+            await sink.body(wrong, more=False)
+            return
+        if call.ended == "failed":
+            call.ended = "broken" if seen.failed else "whole"
+        await sink.body(b"" if form is None else form.end(), more=False)
+
+    def _count(self, call: Call, asked: Asked, seen: Seen) -> None:
+        """Take over what an answer said of itself, and count its tokens."""
+        call.served_id = seen.model
+        if seen.usage is not None:
+            call.backend_input, call.backend_output = seen.usage
+        if call.served is not None and seen.texts and asked.path != EMBEDDINGS:
+            call.own_output = self.counter.count(call.served.name, ["".join(seen.texts)])
+
+
+def _formed(form: Form, parsed: Sequence[Mapping[str, Any]], seen: Seen) -> bytes:
+    """Events in another API's form. Raises Failed for one that is an error, or that is none of a chat's."""
+    if seen.failed:
+        raise Failed("its stream holds an error")
+    try:
+        return b"".join(map(form.event, parsed))
+    except (LookupError, TypeError, AttributeError, ValueError):
+        raise Failed("its stream is no chat's") from None
+
+
+def _whole_form(form: Form, content: Mapping[str, Any]) -> bytes:
+    try:
+        return json.dumps(form.whole(content), ensure_ascii=False).encode()
+    except (LookupError, TypeError, AttributeError, ValueError):
+        raise Refused(502, "the answer of the model is no chat's", SERVER, code="upstream_error") from None
+
+
+def opened_model(call: Call) -> str:
+    assert call.served is not None
+    return call.served.name
+
+
+def _check_status(reply: Reply) -> None:
+    """Raise Failed for a status after which somebody else may answer."""
+    status = reply.status
+    if status == 429:
+        raise Failed("it is busy (429)", status=429, counts=False, wait=reply.wait)
+    if status >= 500 or status in AGAIN:
+        raise Failed(f"it answered {status}", wait=reply.wait)
+    if status in AMISS or 300 <= status < 400:
+        raise Failed(f"it answered {status}: its endpoint, name or key in the catalog is wrong", again=False)
+
+
+def _nobody(models: Sequence[Model], last: Failed | None, rest: Sequence[float]) -> Refused:
+    names = ", ".join(model.name for model in models)
+    if last is None:
+        return Refused(
+            503, f"{names}: left alone after failures", SERVER, code="unavailable", headers=[seconds(min(rest))]
+        )
+    headers = [seconds(last.wait)] if last.wait is not None else []
+    kind = "rate_limit_error" if last.status == 429 else SERVER
+    return Refused(last.status, f"no answer of {names}: {last}", kind, code="upstream_error", headers=headers)

@@ -1,0 +1,199 @@
+"""OpenAI's responses as a chat, and a chat's answer as a response."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from moesaic.llms.gateway.refusals import Refused
+
+_SAME = ("temperature", "top_p", "user", "prompt_cache_key", "parallel_tool_calls", "metadata")
+_NOT = ("previous_response_id", "conversation", "background", "prompt")
+_TEXTS = ("input_text", "output_text", "text")
+
+
+def chat_of(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a chat. Raises Refused for items that are neither messages nor functions, and for stored state."""
+    for name in _NOT:
+        if body.get(name):
+            raise Refused(400, f"{name} is not served: send the whole conversation as input", param=name)
+    said = [{"role": "system", "content": body["instructions"]}] if body.get("instructions") else []
+    given = body["input"]
+    said += [{"role": "user", "content": given}] if isinstance(given, str) else _messages(given)
+    chat: dict[str, Any] = {"messages": said}
+    chat |= {name: body[name] for name in _SAME if body.get(name) is not None}
+    if body.get("max_output_tokens") is not None:
+        chat["max_completion_tokens"] = body["max_output_tokens"]
+    if isinstance(effort := (body.get("reasoning") or {}).get("effort"), str):
+        chat["reasoning_effort"] = effort
+    if body.get("tools"):
+        chat["tools"] = list(map(_tool, body["tools"]))
+    if choice := body.get("tool_choice"):
+        named = isinstance(choice, dict)
+        chat["tool_choice"] = {"type": "function", "function": {"name": choice["name"]}} if named else choice
+    return chat
+
+
+def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:
+    if tool["type"] != "function":
+        raise Refused(400, f"tools of type {str(tool['type'])[:40]} are not served", param="tools")
+    return {
+        "type": "function",
+        "function": {k: tool[k] for k in ("name", "description", "parameters", "strict") if k in tool},
+    }
+
+
+def _messages(items: Any) -> Iterator[dict[str, Any]]:
+    calls: list[dict[str, Any]] = []
+    for item in items:
+        kind = item.get("type", "message")
+        if kind == "function_call":
+            function = {"name": item["name"], "arguments": item["arguments"]}
+            calls.append({"id": item["call_id"], "type": "function", "function": function})
+            continue
+        if calls:
+            yield {"role": "assistant", "content": None, "tool_calls": calls}
+            calls = []
+        if kind == "function_call_output":
+            yield {"role": "tool", "tool_call_id": item["call_id"], "content": _text(item["output"])}
+        elif kind == "message":
+            yield {"role": item["role"], "content": _text(item["content"])}
+        elif kind != "reasoning":
+            raise Refused(400, f"input: items of type {str(kind)[:40]} are not served", param="input")
+    if calls:
+        yield {"role": "assistant", "content": None, "tool_calls": calls}
+
+
+def _text(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    for part in content:
+        if part["type"] not in _TEXTS:
+            raise Refused(400, f"input: parts of type {str(part['type'])[:40]} are not served", param="input")
+    return "".join(part["text"] for part in content)
+
+
+class Responses:
+    """The form of one answer."""
+
+    def __init__(self, model: str) -> None:
+        self._id, self._model, self._created = f"resp_{uuid.uuid4().hex}", model, int(time.time())
+        self._items: list[dict[str, Any]] = []
+        self._sequence = -1
+        self._open = ""
+        self._usage: dict[str, Any] | None = None
+        self._cut = False
+
+    def whole(self, content: Mapping[str, Any]) -> dict[str, Any]:
+        choice = content["choices"][0]
+        message = choice["message"]
+        items = [_message(message["content"])] if message.get("content") else []
+        for call in message.get("tool_calls") or ():
+            items.append(_call(call["id"], call["function"]["name"], call["function"]["arguments"]))
+        self._items, self._usage = items, _usage(content)
+        self._cut = choice.get("finish_reason") == "length"
+        return self._response()
+
+    def event(self, content: Mapping[str, Any]) -> bytes:
+        out = []
+        if self._sequence < 0:
+            begun = self._response("in_progress")
+            out += [self._event("created", response=begun), self._event("in_progress", response=begun)]
+        self._usage = _usage(content) or self._usage
+        for choice in (content.get("choices") or ())[:1]:
+            delta = choice.get("delta") or {}
+            if delta.get("content"):
+                out += self._into("text", _message(""))
+                self._items[-1]["content"][0]["text"] += delta["content"]
+                out.append(self._part("output_text.delta", delta=delta["content"], logprobs=[]))
+            for call in delta.get("tool_calls") or ():
+                function = call.get("function") or {}
+                out += self._into(
+                    f"call {call.get('index', 0)}", _call(call.get("id") or "", function.get("name") or "", "")
+                )
+                if function.get("arguments"):
+                    self._items[-1]["arguments"] += function["arguments"]
+                    out.append(self._part("function_call_arguments.delta", delta=function["arguments"]))
+            self._cut = self._cut or choice.get("finish_reason") == "length"
+        return b"".join(out)
+
+    def end(self) -> bytes:
+        done = [*self._into("", {})]
+        return b"".join([*done, self._event("incomplete" if self._cut else "completed", response=self._response())])
+
+    def error(self, refused: Refused) -> bytes:
+        told = {**self._response("failed"), "error": {"code": "server_error", "message": str(refused)}}
+        return self._event("failed", response=told)
+
+    def _response(self, status: str = "") -> dict[str, Any]:
+        status = status or ("incomplete" if self._cut else "completed")
+        return {
+            "id": self._id, "object": "response", "created_at": self._created, "model": self._model, "status": status,
+            "output": self._items, "usage": self._usage, "error": None, "instructions": None, "metadata": {},
+            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+            "parallel_tool_calls": True, "temperature": None, "top_p": None, "tool_choice": "auto", "tools": [],
+        }  # fmt: skip
+
+    def _into(self, name: str, item: dict[str, Any]) -> Iterator[bytes]:
+        """Go over to an item; nothing where it is open already, "" closes the last."""
+        if self._open == name:
+            return
+        if self._open == "text":
+            part = self._items[-1]["content"][0]
+            yield self._part("output_text.done", text=part["text"], logprobs=[])
+            yield self._part("content_part.done", part=part)
+        elif self._open:
+            last = self._items[-1]
+            yield self._part("function_call_arguments.done", name=last["name"], arguments=last["arguments"])
+        if self._open:
+            yield self._event("output_item.done", output_index=len(self._items) - 1, item=self._items[-1])
+        self._open = name
+        if name:
+            self._items.append(item)
+            yield self._event("output_item.added", output_index=len(self._items) - 1, item=item)
+        if name == "text":
+            yield self._part("content_part.added", part=item["content"][0])
+
+    def _part(self, kind: str, **content: Any) -> bytes:
+        place = {"item_id": self._items[-1]["id"], "output_index": len(self._items) - 1}
+        if self._open == "text":
+            place["content_index"] = 0
+        return self._event(kind, **place, **content)
+
+    def _event(self, kind: str, **content: Any) -> bytes:
+        self._sequence += 1
+        kind = f"response.{kind}"
+        told = {"type": kind, "sequence_number": self._sequence, **content}
+        return f"event: {kind}\ndata: {json.dumps(told, ensure_ascii=False)}\n\n".encode()
+
+
+def _message(text: str) -> dict[str, Any]:
+    part = {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+    return {
+        "id": f"msg_{uuid.uuid4().hex}",
+        "type": "message",
+        "role": "assistant",
+        "status": "completed",
+        "content": [part],
+    }
+
+
+def _call(call: str, name: str, arguments: str) -> dict[str, Any]:
+    return {
+        "id": f"fc_{uuid.uuid4().hex}", "type": "function_call", "call_id": call, "name": name, "arguments": arguments,
+        "status": "completed",
+    }  # fmt: skip
+
+
+def _usage(content: Mapping[str, Any]) -> dict[str, Any] | None:
+    counts = content.get("usage")
+    if not counts:
+        return None
+    given, written = counts.get("prompt_tokens", 0), counts.get("completion_tokens", 0)
+    return {
+        "input_tokens": given, "output_tokens": written, "total_tokens": given + written,
+        "input_tokens_details": {"cached_tokens": 0}, "output_tokens_details": {"reasoning_tokens": 0},
+    }  # fmt: skip

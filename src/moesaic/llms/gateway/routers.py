@@ -1,0 +1,76 @@
+"""What the gateway asks which expert is to answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from moesaic.errors import ConfigError
+from moesaic.llms.catalog import OWN, Catalog
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Who answers a prompt.
+
+    Attributes:
+        expert: a model's name. category: what the prompt is about; confidence: that it is, 0 to 1.
+        uncertain: the router took the general expert because it was not sure.
+        scores: how good each expert would be, 0 to 1, as far as the router says.
+    """
+
+    expert: str
+    category: str = ""
+    confidence: float = 1.0
+    uncertain: bool = False
+    scores: Mapping[str, float] = field(default_factory=dict)
+
+
+class Router(Protocol):
+    """Decides, in a thread of its own; never two prompts at once."""
+
+    name: str
+    """What requests call it: moesaic/…"""
+
+    def decide(self, prompt: str, *, session: str) -> Decision: ...
+
+
+class Composed:
+    """A composition of experts as a router.
+
+    An expert's score is the probability of the categories that are his, so that a chat changes its expert for one
+    who is likelier to be right by more than the penalty (ours).
+    """
+
+    def __init__(self, name: str, composition: Any, catalog: Catalog, source: Path) -> None:
+        self.name, self._composition = name, composition
+        self._experts: dict[str, str] = dict(composition.solution.expert)
+        for expert in self._experts.values():
+            if expert not in catalog:
+                raise ConfigError(f"{source}: its expert {expert!r} is no model of the catalog; add it, or fit again")
+
+    def decide(self, prompt: str, *, session: str) -> Decision:
+        found = self._composition.decide(prompt)
+        scores: dict[str, float] = {}
+        for category, probability in _pairs(found.probabilities, self._experts):
+            expert = self._experts[category]
+            scores[expert] = scores.get(expert, 0.0) + probability
+        return Decision(found.expert, found.category, float(found.confidence), bool(found.uncertain), scores)
+
+
+def _pairs(probabilities: Any, experts: Mapping[str, str]) -> list[tuple[str, float]]:
+    """(category, probability) of those that have an expert."""
+    if not isinstance(probabilities, Mapping):
+        return []
+    return [(category, float(p)) for category, p in probabilities.items() if category in experts]
+
+
+def open_router(name: str, folder: Path, catalog: Catalog) -> Router:
+    """The router that a folder holds. Raises ConfigError where it holds none, or one of other models."""
+    if not folder.is_dir():
+        raise ConfigError(f"router {name}: {folder} is no folder; `moesaic llm fit` makes one")
+    from moesaic.llms.coe.composition import Composition
+
+    return Composed(OWN + name, Composition.load(folder), catalog, folder)

@@ -1,0 +1,98 @@
+"""What was decided and what came of it: headers of an answer, and a log of one JSON object a line. No secrets."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from io import BufferedWriter
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from moesaic.llms.gateway.calls import PICO, Call
+
+_JSON = json.JSONEncoder(separators=(",", ":")).encode
+_UNFIT = re.compile(r"[^\x20-\x7e]")
+
+
+def headers(call: Call) -> list[tuple[bytes, bytes]]:
+    """x-moesaic-… of an answer, as far as it is known when they are sent; a streamed one's cost is not."""
+    told = [(b"x-moesaic-request", b"%x" % call.id), (b"x-moesaic-attempts", b"%d" % len(call.attempts))]
+    if call.router:
+        told += [
+            (b"x-moesaic-router", _plain(call.router)), (b"x-moesaic-category", _plain(call.category)),
+            (b"x-moesaic-confidence", b"%.4f" % (call.confidence or 0.0)), (b"x-moesaic-expert", _plain(call.expert)),
+        ]  # fmt: skip
+    if (model := call.served) is not None:
+        told.append((b"x-moesaic-model", _plain(model.name)))
+        told.append((b"x-moesaic-price", f"{model.input_price:g}/{model.output_price:g}".encode()))
+        if not call.stream:
+            told.append((b"x-moesaic-cost", b"%.9f" % (call.cost / PICO)))
+    told.append((b"x-moesaic-latency", b"%.4f" % call.elapsed()))
+    return told
+
+
+def _plain(text: str) -> bytes:
+    return _UNFIT.sub("?", text)[:200].encode("ascii")
+
+
+def line(call: Call) -> dict[str, Any]:
+    """A call as the log has it. Prompts only where `call.prompt` is set."""
+    told = {
+        "time": datetime.fromtimestamp(call.started, UTC).isoformat(timespec="milliseconds"),
+        "request": f"{call.id:x}", "key": call.key, "path": call.path, "asked": call.asked[:200],
+        "model": call.served.name if call.served else None, "served_id": call.served_id or None,
+        "status": call.status, "ended": call.ended, "stream": call.stream, "latency": round(call.latency, 4),
+        "cost": call.cost / PICO, "reserved": call.reserved / PICO, "attempts": call.attempts,
+        "tokens": {"own": [call.own_input, call.own_output], "backend": [call.backend_input, call.backend_output]},
+    }  # fmt: skip
+    if call.router:
+        told |= {"router": call.router, "category": call.category, "confidence": call.confidence,
+                 "uncertain": call.uncertain, "expert": call.expert, "kept": call.kept}  # fmt: skip
+    if call.prompt is not None:
+        told["prompt"] = call.prompt
+    return told
+
+
+class TraceLog:
+    """A file that goes on in a new one when it is full; FILE.1 is the one before, FILE.2 that before it.
+
+    Not a handler of `logging`, which closes all of its handlers whenever somebody configures it. Written by one thread.
+    """
+
+    def __init__(self, file: Path | None, size: int, count: int) -> None:
+        self._path, self._most, self._count = file, size, count
+        self._file: BufferedWriter | None = None
+        if file is not None:
+            from moesaic.runs.folder import writing
+
+            with writing(file):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                self._file = file.open("ab")
+
+    def write(self, calls: Sequence[Call]) -> None:
+        """Calls that have ended. Raises OSError."""
+        if self._file is None or not calls:
+            return
+        text = "".join([_JSON(line(call)) + "\n" for call in calls]).encode()
+        if self._file.tell() + len(text) > self._most:
+            self._file = self._turned()
+        self._file.write(text)
+        self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def _turned(self) -> BufferedWriter:
+        """An empty file, after those that are full have moved up by one."""
+        assert self._file is not None
+        assert self._path is not None
+        self._file.close()
+        names = [self._path, *(self._path.with_name(f"{self._path.name}.{i + 1}") for i in range(self._count))]
+        for newer, older in reversed(list(pairwise(names))):
+            if newer.exists():
+                newer.replace(older)
+        return self._path.open("wb")
