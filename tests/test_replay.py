@@ -190,5 +190,7 @@ def test_published_responses_are_replayed() -> None:
     }  # fmt: skip
     prompts = tuple(found["gpt-4-1106-preview"])
     priced = [{"name": name, "input_price": 1, "output_price": 1, "parameters": 1} for name in found]
-    replay = Replay(Table(prompts, ("",) * len(prompts), tuple(found), np.ones((len(prompts), 2))), Catalog.of(priced))
+    replay = Replay(
+        Table(prompts, ("",) * len(prompts), tuple(found), np.ones((len(prompts), 2))), Catalog.of(priced), found
+    )
     assert "$18 every day" in replay.answer("gpt-4-1106-preview", prompts[0]).text
