@@ -56,8 +56,8 @@ SN40L = Host(
 )
 """SambaNova's SN40L (arXiv 2405.07518; figures as secondary notes give them): 520 MiB, 64 GiB at about 1.8 TB/s, up to
 1.5 TiB at about 200 GB/s. Of the SRAM's bandwidth nothing is known here: it is counted as without end."""
-GPU = Host("GPU of 80 GB", (Tier("HBM", 80 * 10**9, 3.35e12), Tier("host memory", 2**40, 64e9)))
-"""A two-tier host: HBM3 as NVIDIA's H100 SXM (80 GB, 3.35 TB/s), and 1 TiB behind PCIe 5.0 x16 (64 GB/s), nominal."""
+GPU = Host("GPU of 80 GB", (Tier("HBM", 80 * 10**9, 3.35e12), Tier("host memory", 2**38, 64e9)))
+"""A two-tier host, nominal: an H100 SXM's 80 GB at 3.35 TB/s, and an eighth of a DGX's 2 TiB behind PCIe 5.0 x16."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Plan:
             raise ConfigError(f"batch={self.batch} must be at least 1")
 
     def __str__(self) -> str:
-        return ", ".join([self.policy, self.order, *([f"pinned {'+'.join(self.pinned)}"] if self.pinned else [])])
+        return ", ".join([self.policy, self.order, *([f"{len(self.pinned)} pinned"] if self.pinned else [])])
 
 
 @dataclass(frozen=True)
