@@ -23,8 +23,8 @@ import torch
 
 from moesaic.ffn.serving.batching import Item, choose
 from moesaic.ffn.serving.engine import Engine, Request
-from moesaic.ffn.serving.residency import replay
 from moesaic.ffn.serving.simulator import Machine, simulate
+from moesaic.routing.residency import replay
 
 ROOT = Path(__file__).parents[1]
 REQUESTS, NEW, BATCH = 32, 12, 16

@@ -37,8 +37,8 @@ from moesaic.errors import AdapterError, ConfigError
 from moesaic.ffn.masks import Masks
 from moesaic.ffn.serving.engine import Engine
 from moesaic.ffn.serving.files import BLOCK, ExpertFiles, write_checksums
-from moesaic.ffn.serving.residency import replay
 from moesaic.ffn.smoe_dropout import SMoEDropout
+from moesaic.routing.residency import replay
 from tests.test_ffn import made
 from tests.test_read_me import converted, masks_of
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from moesaic.errors import ConfigError
 from moesaic.ffn.serving.batching import Item, choose
-from moesaic.ffn.serving.residency import Future, Residency, best, replay
+from moesaic.routing.residency import Future, Residency, best, replay
 
 TRACES = st.lists(st.integers(0, 5), max_size=14)
 
@@ -62,7 +62,7 @@ def test_bytes_are_kept_within_the_limit_and_what_is_pinned_stays() -> None:
     assert cache.use("a", 4) == cache.use("b", 4) == []
     assert cache.use("c", 6, pinned={"b"}) == ["a"]
     before = dict(cache.sizes)
-    with pytest.raises(ConfigError, match="5 bytes of d do not fit into the 10 of the expert cache"):
+    with pytest.raises(ConfigError, match="5 bytes of d do not fit into the 10 of the cache"):
         cache.use("d", 5, pinned={"b", "c"})
     assert cache.sizes == before, "nothing is given up for what does not fit"
     assert cache.use("e", 1, count=False) == ["b"]

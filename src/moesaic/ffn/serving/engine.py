@@ -24,8 +24,8 @@ from moesaic.ffn.serving import attention
 from moesaic.ffn.serving.batching import Item, Order, choose
 from moesaic.ffn.serving.files import CHECKSUMS, ExpertFiles
 from moesaic.ffn.serving.loading import without_experts
-from moesaic.ffn.serving.residency import Policy, Residency
 from moesaic.ffn.serving.streamed import Store, StreamedBank
+from moesaic.routing.residency import Policy, Residency
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from typing import Any
 from moesaic.errors import ConfigError
 from moesaic.ffn.checking import check
 from moesaic.ffn.serving.engine import HORIZON
-from moesaic.ffn.serving.residency import Policy, Residency
 from moesaic.ffn.serving.streamed import Key, Store
+from moesaic.routing.residency import Policy, Residency
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from moesaic.errors import AdapterError, ConfigError
 from moesaic.ffn.layer import Activation
 from moesaic.ffn.serving.files import ExpertFiles
-from moesaic.ffn.serving.residency import Residency
+from moesaic.routing.residency import Residency
 
 READERS = 2
 """Threads that read: one leaves half of a disk's rate unused."""

@@ -1,4 +1,4 @@
-"""Which experts are in memory: a cache limited in bytes, and the policies that say who leaves it.
+"""Which experts are in memory, matrices or whole models: a cache limited in bytes, and who leaves it.
 
 | policy | who leaves | source |
 | --- | --- | --- |
@@ -87,8 +87,8 @@ class Residency:
             leaving = self._victim([k for k in self.sizes if k not in pinned and k not in left])
             if leaving is None:
                 raise ConfigError(
-                    f"{size:,} bytes of {key} do not fit into the {self.limit:,} of the expert cache beside what this "
-                    "batch needs: raise the budget or lower the batch's tokens"
+                    f"{size:,} bytes of {key} do not fit into the {self.limit:,} of the cache beside what is in use: "
+                    "raise the limit, or have less in use at once"
                 )
             left.append(leaving)
             free += self.sizes[leaving]
