@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from moesaic.llms.coe.calibration import calibration_error
 from moesaic.llms.coe.category import CategoryRouter
 from moesaic.llms.coe.composition import MAPS, Composition, check_free
 from moesaic.llms.coe.estimates import Estimates
+from moesaic.llms.coe.fitting import Fitting
 from moesaic.llms.coe.folds import FOLDS, Labels
 from moesaic.llms.coe.mapping import solve
 from moesaic.llms.coe.observed import Observed, cells
@@ -28,30 +29,6 @@ from moesaic.llms.tables import Floats, Table
 logger = logging.getLogger(__name__)
 
 _HALVINGS = 50
-
-
-@dataclass
-class Fitting:
-    """How a composition is fitted."""
-
-    map: str = field(
-        default="posterior",
-        metadata={
-            "help": "hard: the category's expert; posterior: the best expected; blend: likewise, with k-NN, ridge"
-        },
-    )
-    encoder: str = field(
-        default="minilm", metadata={"help": "minilm, tfidf, tfidf+minilm, or a sentence-transformers model"}
-    )
-    classifier: str = field(default="logistic", metadata={"help": "logistic or knn"})
-    calibration: str | None = field(default="temperature", metadata={"help": "temperature, isotonic or null"})
-    uncertainty: str = field(default="entropy", metadata={"help": "entropy, novelty, conformal or none"})
-    accuracy: float = field(
-        default=0.9, metadata={"help": "of categories, among held-out prompts that do not go to general"}
-    )
-    z: float = field(default=0.0, metadata={"help": "standard errors that are taken off a score before mapping"})
-    taxonomy: str = field(default="", metadata={"help": "YAML file of categories, where data has none; ours if empty"})
-    seed: int = field(default=0, metadata={"help": "of folds and of the encoder"})
 
 
 def fit(

@@ -1,0 +1,73 @@
+"""Tables of compositions of experts: what was fitted, who answers, how well it would have done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moesaic.report.tables import number
+from moesaic.report.text import Grid, percent
+
+
+def fitted(made: Any) -> list[Grid]:
+    """Of a composition: each category's expert, and its figures on held-out prompts."""
+    of = made.solution.expert
+    experts = Grid(
+        "Who answers what", ["category", "expert"], [[category, of[category]] for category in sorted(of)], []
+    )
+    held = made.about["held_out"]
+    rows = [
+        ["score, %", percent(held["score"]), "of held-out prompts, each routed by fits without it (replayed)"],
+        ["right category, %", percent(held["category_accuracy"]), "of held-out prompts"],
+        ["to general, %", percent(held["general"]), "of held-out prompts: not sure of their category"],
+        ["average active, B", number(held["average_active"], "{:.1f}"), "billions of parameters a prompt"],
+        ["resident, B", number(made.solution.resident_size, "{:.1f}"), ", ".join(made.solution.resident)],
+    ]
+    if held["average_cost"] is not None:
+        rows.append(["USD a million prompts", number(1e6 * held["average_cost"], "{:,.2f}"), "as recorded"])
+    return [experts, Grid("How well, and at what", ["", "", "of what"], rows, [])]
+
+
+def decided(prompts: Sequence[str], found: Sequence[Any]) -> list[Grid]:
+    """Who answers each prompt; of one prompt, also what else there was."""
+    rows = [
+        [_short(prompt), decision.expert, decision.category, percent(decision.confidence)]
+        for prompt, decision in zip(prompts, found, strict=True)
+    ]
+    shown = [Grid("Who answers", ["prompt", "expert", "category", "sure, %"], rows, [])]
+    if len(found) == 1:
+        (decision,) = found
+        likely = sorted(decision.probabilities.items(), key=lambda pair: -pair[1])[:5]
+        shown.append(Grid("What it is about", ["category", "%"], [[k, percent(p)] for k, p in likely], []))
+        worth = sorted(decision.scores.items(), key=lambda pair: -pair[1])
+        shown.append(Grid("Expected scores", ["expert", "%"], [[k, percent(s)] for k, s in worth], []))
+    return shown
+
+
+def benched(found: Mapping[str, Any]) -> list[Grid]:
+    """What `replayed` found, and how long a decision takes."""
+    costs = any(arm["average_cost"] is not None for arm in found["arms"].values())
+    header = ["", "score, %", "95 %", "ahead of the best single", "active, B", *(["USD a million"] if costs else [])]
+    rows = []
+    for name, arm in found["arms"].items():
+        ahead = f"{100 * arm['ahead']:+.1f} ({100 * arm['ahead_low']:+.1f} to {100 * arm['ahead_high']:+.1f})"
+        cost = [number(1e6 * arm["average_cost"], "{:,.2f}")] if costs else []
+        span = f"{percent(arm['low'])} to {percent(arm['high'])}"
+        rows.append([name, percent(arm["score"]), span, ahead, number(arm["average_active"], "{:.1f}"), *cost])
+    legend = [("95 %", "of the bootstrap over prompts; that of the differences is paired")]
+    shares = [[expert, percent(share)] for expert, share in found["experts"].items()]
+    shares += [["(uncertain: to general)", percent(found["general"])]]
+    if found["category_accuracy"] is not None:
+        shares.append(["(category right)", percent(found["category_accuracy"])])
+    took = found["milliseconds"]
+    times = [["median", f"{took['median']:.2f}"], ["95th percentile", f"{took['p95']:.2f}"]]
+    return [
+        Grid(f"Replayed on {found['prompts']:,} prompts", header, rows, legend),
+        Grid("Who was chosen", ["expert", "% of prompts"], shares, []),
+        Grid("A decision takes", ["", "ms"], times, []),
+    ]
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 60 else f"{line[:59]}…"
