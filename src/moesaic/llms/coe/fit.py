@@ -102,7 +102,7 @@ def fit(
     problem = problem_of(observed, catalog, router, labels, settings.map, min(general, 0.99))
     solution = solve(problem, budget, z=settings.z)
     progress("estimating scores")
-    estimates, known = Estimates.fit(router, labels, observed.scores, blend=settings.map == "blend")
+    estimates, known = Estimates.fit(router, observed.prompts, labels, observed.scores, blend=settings.map == "blend")
     columns = sorted((problem.models.index(name) for name in solution.resident), key=lambda e: _rank(problem, e))
     estimates, known = estimates.of(columns), known[:, columns]
     costs = None if observed.costs is None else cells(_one_hot(labels), observed.costs)[0].clip(0)[:, columns]
@@ -119,7 +119,7 @@ def fit(
     arrays = {"active": active, "allowed": allowed, "price": price}
     made = Composition(router, solution, rule, settings.map, names, estimates, arrays)
     if settings.map == "hard":
-        known = made.scores(router.rows, router.held_out)
+        known = made.scores(observed.prompts, router.rows, router.held_out)
     chosen = made.choose(known, router.held_out, uncertain)
     made.about = {
         "source": observed.source, "prompts": len(observed), "labelled_by": labelled, "settings": asdict(settings),
