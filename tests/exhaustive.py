@@ -21,8 +21,8 @@ def problem(seed: int, k: int | None = None, e: int | None = None) -> Problem:
         tuple(f"c{i}" for i in rng.permutation(k)), tuple(f"m{i}" for i in rng.permutation(e)),
         np.full(k, 1 / k) if coarse else rng.dirichlet(np.ones(k)) * (1 - 0.01 * k) + 0.01,
         rng.integers(0, 4, (k, e)) / 4 if coarse else rng.random((k, e)), sizes,
-        np.ones(e) if coarse else sizes * rng.uniform(0.1, 1, e), rng.integers(0, 3, (k, e)) * 1e-6,
-        rng.uniform(0, 0.2, (k, e)),
+        rng.integers(1, 3, e).astype(float) if coarse else sizes * rng.uniform(0.1, 1, e),
+        rng.integers(0, 3, (k, e)) * 1e-6, rng.uniform(0, 0.2, (k, e)),
     )  # fmt: skip
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -54,3 +56,11 @@ def test_the_frontier_as_data_table_and_drawing() -> None:
     for curve in ([(v, s.score) for v, s in found], [(7.0, 0.5)]):
         assert svg({"train": curve, "test": [(v, s / 2) for v, s in curve]}).count("<svg") == 1
     assert "on a million prompts" in drawing({"x": [(1e-6, 0.5), (2e-6, 0.6)]}, "cost")
+
+
+def test_a_score_is_drawn_as_holding_until_the_next() -> None:
+    drawn = str(drawing({"x": [(1.0, 0.5), (2.0, 0.6), (4.0, 0.8)]}))
+    (path, *_) = re.findall(r'<path d="M ([^"]*)"[^>]*><title>x</title>', drawn)
+    corners = [tuple(map(float, point.split())) for point in path.split(" L ")]
+    assert all((a[0] == b[0]) != (a[1] == b[1]) or a == b for a, b in pairwise(corners))
+    assert len({y for _, y in corners}) == 3

@@ -14,6 +14,7 @@ import pytest
 from scipy import optimize
 
 from moesaic.errors import ConfigError
+from moesaic.llms.coe import mapping
 from moesaic.llms.coe.frontier import frontier
 from moesaic.llms.coe.mapping import Budget, InfeasibleBudget, Problem, SolverFailure, solve
 from moesaic.llms.tables import llmrouter_catalog, read_table
@@ -23,7 +24,10 @@ DATA = Path(os.environ.get("MOESAIC_DATA") or Path(__file__).parents[2] / "share
 
 
 @pytest.mark.parametrize("first", range(0, 320, 40))
-def test_the_program_equals_exhaustive_search(first: int, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_program_equals_exhaustive_search(
+    first: int, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mapping, "_DIGITS", 1e5 if first % 80 else 5)  # names: one objective, or one a category
     solved = 0
     for seed in range(first, first + 40):
         p, z = problem(seed), (seed % 3 == 0) * 1.5
@@ -48,6 +52,36 @@ def test_the_program_equals_exhaustive_search(first: int, capfd: pytest.CaptureF
         assert set(found.resident) == set(wanted.values())
     assert 12 < solved < 40
     assert capfd.readouterr() == ("", "")
+
+
+def test_small_differences_count() -> None:
+    """Against dynamic programming over categories, where many mappings are within a thousandth of the best."""
+    rng = np.random.default_rng(0)
+    p = Problem(
+        tuple(f"c{i:02}" for i in range(14)), tuple(f"m{i}" for i in range(6)), rng.dirichlet(np.full(14, 9)),
+        0.6 + 1e-3 * rng.random((14, 6)), np.ones(6), rng.uniform(1, 9, 6),
+    )  # fmt: skip
+    spent, best = np.zeros(1), np.zeros(1)
+    for k in range(14):
+        spent = (spent[:, None] + p.shares[k] * p.active).ravel()
+        best = (best[:, None] + p.shares[k] * p.scores[k]).ravel()
+        order = np.lexsort((-best, spent))
+        spent, best = spent[order], best[order]
+        kept = best > np.append(-1.0, np.maximum.accumulate(best)[:-1])
+        spent, best = spent[kept], best[kept]
+    for limit in (2.0, 3.0, 4.0):
+        assert solve(p, Budget(active=limit)).score == pytest.approx(best[spent <= limit].max(), abs=2e-9)
+
+
+def test_models_of_a_million_and_of_a_trillion_parameters() -> None:
+    p = problem(20, 3, 3)
+    p = replace(p, sizes=np.array([1000.0, 0.001, 0.002]), active=np.array([1000.0, 0.001, 0.002]))
+    for limit in (0.0015, 0.0025, 0.0031, 1000.0009):
+        b = Budget(resident=limit)
+        assert solve(p, b).expert == exhaustive(p, b, 0.0)
+    assert frontier(p)[0][0] == 0.001
+    with pytest.raises(InfeasibleBudget, match=r"resident=0.0009, where 0.001 is the least"):
+        solve(p, Budget(resident=0.0009))
 
 
 def test_without_a_limit_each_category_has_its_best() -> None:
