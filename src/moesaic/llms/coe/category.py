@@ -95,7 +95,9 @@ class CategoryRouter:
         encoders.needed()
         names, labels, counts = np.unique(np.array(categories, str), return_inverse=True, return_counts=True)
         if counts.min() < FOLDS:
-            raise DataError(f"category {names[counts.argmin()]!r} has {counts.min()} prompts, and {FOLDS} are needed")
+            raise DataError(
+                f"category {str(names[counts.argmin()])[:80]!r} has {counts.min()} prompts, and {FOLDS} are needed"
+            )
         made = encoders.fitted(encoder, prompts, seed)
         rows = made(prompts)
         bank, folds = Bank.fit(rows, seed), folds_of(labels, seed)

@@ -3,7 +3,7 @@
     hard        the expert that the mapping has for the likeliest category
     posterior   the resident expert of the best expected score, Σ_k p_k s_ke; residents by a mapping over posterior
                 shares: it knows how the router errs
-    blend       likewise, with neighbours' scores and a regression mixed in (see `Estimates`)
+    blend       likewise, with neighbours' scores, a regression and what was seen before mixed in (see `Estimates`)
 
 An uncertain prompt goes to the expert of `general`. Under a cap on average active parameters or cost, posterior and
 blend take a price off the score, so high that the cap holds on the prompts that were fitted to (Lagrange multipliers).
@@ -101,7 +101,7 @@ class Composition:
         rows = self.router.embed(prompts)
         p = self.router.of_rows(rows)
         u = self.rule.of(self.router, rows, p)
-        scores, uncertain = self.scores(rows, p), self.rule.uncertain(u)
+        scores, uncertain = self.scores(prompts, rows, p), self.rule.uncertain(u)
         chosen, categories = self.choose(scores, p, uncertain), self.router.categories
         return [
             Decision(
@@ -112,11 +112,11 @@ class Composition:
             for i in range(len(prompts))
         ]  # fmt: skip
 
-    def scores(self, rows: Rows, probabilities: Floats) -> Floats:
+    def scores(self, prompts: Sequence[str], rows: Rows, probabilities: Floats) -> Floats:
         """Expected scores of the experts, (N, R)."""
         if self.map == "hard":
             return np.asarray(self.estimates.means[probabilities.argmax(axis=1)], float)
-        return self.estimates(self.router.bank, rows, probabilities)
+        return self.estimates(self.router.bank, prompts, rows, probabilities)
 
     def choose(self, scores: Floats, probabilities: Floats, uncertain: NDArray[np.bool_]) -> NDArray[np.int64]:
         """The numbers of the experts that answer, (N,)."""

@@ -205,13 +205,13 @@ def _minilm() -> Any:
 
 
 def _sentence_transformer(name: str) -> Any:
+    from moesaic.models.embedded import fetched_only, resolve
+
+    place = resolve(name)
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError:
         raise MissingDependency("sentence-transformers", "llms") from None
-    from moesaic.models.embedded import fetched_only, resolve
-
-    place = resolve(name)
     try:
         model = SentenceTransformer(place, local_files_only=fetched_only(place), trust_remote_code=False)
     except Exception as error:  # whatever the hub, configurations and weights make of it

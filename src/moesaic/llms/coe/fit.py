@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,8 @@ from moesaic.llms.tables import Floats, Table
 logger = logging.getLogger(__name__)
 
 _HALVINGS = 50
+_NEVER = -1e3
+"""The score of an expert that may not answer."""
 
 
 def fit(
@@ -64,6 +66,10 @@ def fit(
     for model in observed.models:
         catalog.resolve(model)
     categories, labelled = _categories(observed, settings, progress)
+    solve(
+        observed.problem(catalog, np.ones((len(observed), 1)), [GENERAL]),
+        replace(budget, active=None, cost=None, pins={}),
+    )
     if router is None:
         progress(f"fitting the category router: {len(observed)} prompts, {len({*categories})} categories")
         router = CategoryRouter.fit(
@@ -72,52 +78,47 @@ def fit(
         )  # fmt: skip
     number = {name: k for k, name in enumerate(router.categories)}
     labels = np.array([number[category] for category in categories])
-    rule = Rule.fit(settings.uncertainty, router, labels, settings.accuracy)
-    u = rule.held_out(router)
-    general = 0.0 if rule.kind == "none" else max(float(rule.uncertain(u).mean()), 1 / len(observed))
-    progress("solving the mapping")
-    problem = problem_of(observed, catalog, router, labels, settings.map, min(general, 0.99))
-    solution = solve(problem, budget, z=settings.z)
-    progress("estimating scores")
-    estimates, known = Estimates.fit(router, labels, observed.scores, blend=settings.map == "blend")
-    columns = sorted((problem.models.index(name) for name in solution.resident), key=lambda e: _rank(problem, e))
-    estimates, known = estimates.of(columns), known[:, columns]
-    costs = None if observed.costs is None else cells(_one_hot(labels), observed.costs)[0].clip(0)[:, columns]
-    active, uncertain = problem.active[columns], rule.uncertain(u)
-    allowed = problem.allowed(budget)[: len(number), columns]
-    names = [problem.models[e] for e in columns]
-    if settings.map == "hard":
-        price = np.zeros(allowed.shape)
-    else:
-        may = allowed[router.held_out.argmax(axis=1)]
-        if rule.kind != "none":
-            may[uncertain] = np.array(names) == solution.expert[GENERAL]
-        price = _price(np.where(may, known, -1e3), router.held_out, active, costs, budget)
-    arrays = {"active": active, "allowed": allowed, "price": price}
-    made = Composition(router, solution, rule, settings.map, names, estimates, arrays)
-    if settings.map == "hard":
-        known = made.scores(router.rows, router.held_out)
-    chosen = made.choose(known, router.held_out, uncertain)
+    progress("solving the mapping, estimating scores")
+    made, figures = _composed(observed, catalog, budget, settings, router, labels)
+    used = {**asdict(settings), "encoder": router.encoder.name, "classifier": router.classifier}
     made.about = {
-        "source": observed.source, "prompts": len(observed), "labelled_by": labelled, "settings": asdict(settings),
-        "budget": {**asdict(budget), "pins": {k: dict(v) for k, v in budget.pins.items()}},
-        "held_out": {
-            **_figures(observed, chosen, columns, active),
-            "category_accuracy": float((router.held_out.argmax(axis=1) == labels).mean()),
-            "calibration_error": calibration_error(router.held_out, labels), "general": float(uncertain.mean()),
-        },
+        "source": observed.source, "prompts": len(observed), "labelled_by": labelled, "settings": used,
+        "budget": {**asdict(budget), "pins": {k: dict(v) for k, v in budget.pins.items()}}, "held_out": figures,
     }  # fmt: skip
     if out:
         made.save(out, overwrite=overwrite)
     return made
 
 
-def problem_of(
-    observed: Observed, catalog: Catalog, router: CategoryRouter, labels: Labels, map: str, general: float = 0.0
-) -> Problem:
-    """The mapping's problem: prompts are of their categories, or of what the router takes them for, held out."""
-    weights = _one_hot(labels) if map == "hard" else router.held_out
-    return observed.problem(catalog, weights, router.categories, general)
+def _composed(
+    observed: Observed, catalog: Catalog, budget: Budget, settings: Fitting, router: CategoryRouter, labels: Labels
+) -> tuple[Composition, dict[str, float | None]]:
+    """Rule, mapping, estimates and prices; and their figures on held-out prompts."""
+    posterior, hard = router.held_out, settings.map == "hard"
+    rule = Rule.fit(settings.uncertainty, router, labels, settings.accuracy)
+    uncertain = rule.uncertain(rule.held_out(router))
+    general = 0.0 if rule.kind == "none" else min(max(float(uncertain.mean()), 1 / len(observed)), 0.99)
+    problem = observed.problem(catalog, _one_hot(labels) if hard else posterior, router.categories, general)
+    solution = solve(problem, budget, z=settings.z)
+    estimates, known = Estimates.fit(router, observed.prompts, labels, observed.scores, blend=settings.map == "blend")
+    columns = sorted((problem.models.index(name) for name in solution.resident), key=lambda e: _rank(problem, e))
+    names, active, known = [problem.models[e] for e in columns], problem.active[columns], known[:, columns]
+    allowed = problem.allowed(budget)[: len(router.categories), columns]
+    price = np.zeros(allowed.shape)
+    if not hard:
+        may = allowed[posterior.argmax(axis=1)]
+        if rule.kind != "none":
+            may[uncertain] = np.array(names) == solution.expert[GENERAL]
+        costs = None if observed.costs is None else cells(_one_hot(labels), observed.costs)[0].clip(0)[:, columns]
+        price = _price(np.where(may, known, _NEVER), posterior, active, costs, budget)
+    arrays = {"active": active, "allowed": allowed, "price": price}
+    made = Composition(router, solution, rule, settings.map, names, estimates.of(columns), arrays)
+    chosen = made.choose(known, posterior, uncertain)
+    return made, {
+        **_figures(observed, chosen, columns, active), "general": float(uncertain.mean()),
+        "category_accuracy": float((posterior.argmax(axis=1) == labels).mean()),
+        "calibration_error": calibration_error(posterior, labels),
+    }  # fmt: skip
 
 
 def prices(scores: Floats, takes: Sequence[Floats], limits: Sequence[float]) -> list[float]:

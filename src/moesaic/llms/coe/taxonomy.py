@@ -40,8 +40,8 @@ class Taxonomy:
         for name, held in stored.items():
             if not isinstance(held, dict) or held.keys() - {"description", "examples"}:
                 raise ConfigError(f"{path}: {name} must hold description and examples, and nothing else")
-            found = [held.get("description"), *(held.get("examples") or [])]
-            found = [text for text in found if text is not None]
+            told, shown = held.get("description"), held.get("examples") or []
+            found = [*([] if told is None else [told]), *(shown if isinstance(shown, list) else [shown])]
             if not found or not all(isinstance(text, str) and text.strip() for text in found):
                 raise ConfigError(f"{path}: {name} needs a description or examples, which are texts")
             texts += found
