@@ -85,7 +85,13 @@ class Messages:
         out = []
         if self._count < 0:
             self._count = 0
-            message = {**self._head, "content": [], "stop_reason": None, "stop_sequence": None, "usage": self._usage}
+            message: dict[str, Any] = {
+                **self._head,
+                "content": [],
+                "stop_reason": None,
+                "stop_sequence": None,
+                "usage": self._usage,
+            }
             out.append(_event("message_start", message=message))
         if content.get("usage"):
             self._usage = _usage(content)
@@ -109,7 +115,7 @@ class Messages:
 
     def _call(self, call: Mapping[str, Any]) -> Sequence[bytes]:
         function = call.get("function") or {}
-        block = {"type": "tool_use", "id": call.get("id"), "name": function.get("name"), "input": {}}
+        block: dict[str, Any] = {"type": "tool_use", "id": call.get("id"), "name": function.get("name"), "input": {}}
         out = [*self._into(f"call {call.get('index', 0)}", block)]
         if function.get("arguments"):
             out.append(self._delta(type="input_json_delta", partial_json=function["arguments"]))
