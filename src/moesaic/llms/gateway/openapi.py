@@ -39,9 +39,10 @@ _WRITING: Schema = {
 _LIST: Schema = {"type": "array", "items": _MESSAGE, "minItems": 1}
 
 
-def _object(**properties: Schema) -> Schema:
-    """An object that has all of these and may have more."""
-    return {"type": "object", "required": list(properties), "properties": properties}
+def _object(*optional: str, **properties: Schema) -> Schema:
+    """An object that has all of these but the optional ones, and may have more."""
+    required = [name for name in properties if name not in optional]
+    return {"type": "object", "required": required, "properties": properties}
 
 
 _TEXT: Schema = {"type": "string"}
@@ -52,7 +53,7 @@ _ITEMS: Schema = {
     "minItems": 1,
     "items": {
         "anyOf": [
-            _object(type={"const": "message"}, role=_TEXT, content=_TEXT),
+            _object("type", type={"const": "message"}, role=_TEXT, content=_TEXT),
             _object(type={"const": "function_call"}, call_id=_TEXT, name=_TEXT, arguments=_TEXT),
             _object(type={"const": "function_call_output"}, call_id=_TEXT, output=_TEXT),
         ]
@@ -65,7 +66,7 @@ _BLOCKS: Schema = {
         "anyOf": [
             _object(type={"const": "text"}, text=_TEXT),
             _object(type={"const": "tool_use"}, id=_TEXT, name=_TEXT, input=_JSON),
-            _object(type={"const": "tool_result"}, tool_use_id=_TEXT, content={"anyOf": [_TEXT, _WORDS]}),
+            _object("content", type={"const": "tool_result"}, tool_use_id=_TEXT, content={"anyOf": [_TEXT, _WORDS]}),
         ]
     },
 }
@@ -121,7 +122,7 @@ def _errors(*statuses: int) -> Schema:
 
 def _post(required: list[str], properties: Schema) -> Schema:
     stream = {"description": "an answer", "content": {"application/json": {"schema": {"type": "object"}},
-                                                      "text/event-stream": {"schema": {"type": "string"}}}}  # fmt: skip
+                                                      "text/event-stream": {}}}  # fmt: skip
     schema = {"type": "object", "required": required, "properties": properties}
     return {
         "post": {

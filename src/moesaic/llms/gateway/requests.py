@@ -173,6 +173,13 @@ def _members(text: str) -> dict[str, tuple[Any, int, int]]:
     return found
 
 
+def string(value: Any) -> str:
+    """A text that is one. Raises TypeError for anything else."""
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
 def _no_number(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number of JSON")
 
