@@ -80,8 +80,11 @@ async def plain(got: Got, out: asyncio.StreamWriter) -> None:
         out.write(whole({"object": "list", "data": data, "model": body["model"], "usage": usage}))
     elif got.path.endswith("/v1/completions"):
         choice = {"index": 0, "text": "done", "logprobs": None, "finish_reason": "stop"}
-        head = {"id": "c", "object": "text_completion", "created": 1, "model": body["model"]}
-        out.write(whole({**head, "choices": [choice]}))
+        content = {"id": "c", "object": "text_completion", "created": 1, "model": body["model"], "choices": [choice]}
+        if body.get("stream"):
+            out.write(HEAD + chunk(event(content)) + chunk(b"data: [DONE]\n\n") + chunk(b""))
+        else:
+            out.write(whole(content))
     elif body.get("stream"):
         out.write(HEAD)
         for word in WORDS:

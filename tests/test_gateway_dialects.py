@@ -163,8 +163,10 @@ def test_a_message_is_a_chat_said_otherwise(server: Served, mock: Mock) -> None:
         "tools": [{"name": "weather", "description": "d", "input_schema": TOOL}], "tool_choice": {"type": "any"},
         "messages": [
             {"role": "user", "content": "what weather?"},
-            {"role": "assistant", "content": [{"type": "text", "text": "hm"},
-                                              {"type": "tool_use", "id": "t0", "name": "weather", "input": {"town": "Å"}}]},
+            {"role": "assistant", "content": [
+                {"type": "text", "text": "hm"},
+                {"type": "tool_use", "id": "t0", "name": "weather", "input": {"t": "Å"}},
+            ]},
             {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t0", "content": "rain"},
                                          {"type": "text", "text": "and there?"}]},
         ],
@@ -176,7 +178,7 @@ def test_a_message_is_a_chat_said_otherwise(server: Served, mock: Mock) -> None:
     assert (found["stop_reason"], found["usage"]) == ("tool_use", {"input_tokens": 7, "output_tokens": 3})
     asked = mock.got[-1].body
     assert [message["role"] for message in asked["messages"]] == ["system", "user", "assistant", "tool", "user"]
-    assert json.loads(asked["messages"][2]["tool_calls"][0]["function"]["arguments"]) == {"town": "Å"}
+    assert json.loads(asked["messages"][2]["tool_calls"][0]["function"]["arguments"]) == {"t": "Å"}
     assert (asked["tool_choice"], asked["stop"], asked["max_tokens"]) == ("required", ["x"], 9)
 
 

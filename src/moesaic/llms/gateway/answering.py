@@ -69,7 +69,7 @@ class Answering:
             models = await self._routed(request.state, router, call, asked, session, chat)
         else:
             models = request.state.candidates(request.state.model(asked.model), routed=False)
-        dry = request.headers.get(DRY, b"0").strip().lower() not in (b"", b"0", b"false")
+        dry = _is_dry(request.headers)
         self._metrics.running += 1
         try:
             await self._reserve(request, call, asked, models, free=dry)
@@ -132,6 +132,13 @@ class Answering:
             raise Refused(429, refusal.message, "insufficient_quota", code="insufficient_quota", headers=told)
         headers = [seconds(refusal.wait)]
         raise Refused(429, refusal.message, "rate_limit_error", code="rate_limit_exceeded", headers=headers)
+
+
+def _is_dry(headers: Mapping[bytes, bytes]) -> bool:
+    given = headers.get(DRY, b"0")
+    if given not in (b"0", b"1"):
+        raise Refused(400, f"{DRY.decode()} is 0 or 1")
+    return given == b"1"
 
 
 def _read(request: Request) -> tuple[Asked, Form | None]:

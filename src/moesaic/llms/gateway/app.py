@@ -100,7 +100,7 @@ class Gateway:
             await self._writer.close()
 
     async def _take(self, config: Config) -> None:
-        found = await self._backends.opened(config.catalog)
+        found = await self._backends.opened(config.catalog, config.source.parent)
         before: Mapping[str, Breaker] = self._state.relay.breakers if self._state is not None else {}
         backends = {name: backend for name, (_, backend) in found.items()}
         self._state = await asyncio.to_thread(make_state, config, backends, before, self._guesses, self._given)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
-from moesaic.errors import MissingDependency, first_line
+from moesaic.errors import MissingDependency, first_line, path_of
 from moesaic.llms.catalog import Catalog, Model
 from moesaic.llms.gateway.policy import retry_after
 
@@ -127,8 +128,11 @@ class Backends:
     def __getitem__(self, model: str) -> Backend:
         return self._by_model[model][1]
 
-    async def opened(self, catalog: Catalog) -> dict[str, tuple[Model, Backend]]:
+    async def opened(self, catalog: Catalog, here: Path) -> dict[str, tuple[Model, Backend]]:
         """Backends of the models that have an endpoint; those that stay as they were are kept.
+
+        Args:
+            here: where relative folders begin.
 
         Raises:
             ConfigError, MissingDependency: one cannot be had; nothing has changed then.
@@ -141,7 +145,7 @@ class Backends:
                     continue
                 held = self._by_model.get(model.name)
                 if held is None or held[0] != model:
-                    held = model, await self._open(model)
+                    held = model, await self._open(model, here)
                     fresh.append(held[1])
                 found[model.name] = held
         except BaseException:
@@ -160,12 +164,12 @@ class Backends:
         if self._session is not None:
             await self._session.close()
 
-    async def _open(self, model: Model) -> Backend:
+    async def _open(self, model: Model, here: Path) -> Backend:
         kind, _, rest = model.endpoint.partition(":")
         if kind == "run":
             from moesaic.llms.gateway.local import open_run
 
-            return await open_run(model, rest)
+            return await open_run(model, here / path_of(rest))
         if kind == "litellm":
             from moesaic.llms.gateway.local import open_litellm
 

@@ -32,8 +32,10 @@ def translated(path: str, raw: bytes) -> tuple[Asked, Form]:
         chat = {"model": body["model"], **chat_of(body)}
     except (LookupError, TypeError, AttributeError, ValueError):
         raise Refused(400, f"the body is not what {path} takes") from None
-    if body.get("stream"):
-        chat |= {"stream": True, "stream_options": {"include_usage": True}}
+    if body.get("stream") is not None:
+        chat["stream"] = body["stream"]
+    if body.get("stream") is True:
+        chat["stream_options"] = {"include_usage": True}
     text = json.dumps(chat)
     begin = len('{"model": ')
     asked = of_body(CHAT, text, chat, (begin, begin + len(json.dumps(chat["model"]))))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+import json
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
-from moesaic.errors import ConfigError, MissingDependency, path_of
+from moesaic.errors import ConfigError, MissingDependency
 from moesaic.llms.catalog import Model
 from moesaic.llms.gateway.backends import Failed, Reply
 from moesaic.llms.gateway.requests import CHAT, COMPLETIONS, EMBEDDINGS
@@ -57,17 +59,21 @@ class Run:
         self._engine.close()
 
     async def _chunks(self, sent: asyncio.Queue[dict[str, Any]]) -> Stream:
-        whole = False
-        try:
-            async with asyncio.timeout(self._model.total):
-                while (message := await sent.get())["type"] == "http.response.body":
-                    whole = not message.get("more_body", False)
-                    yield message.get("body", b"")
-                    if whole:
-                        return
-        except TimeoutError:
-            raise Failed(f"no end within {self._model.total:g} s", status=504) from None
+        end = asyncio.get_running_loop().time() + self._model.total
+        while (message := await _before(end, self._model, sent.get()))["type"] == "http.response.body":
+            yield message.get("body", b"")
+            if not message.get("more_body", False):
+                return
         raise Failed("the mixture failed in the middle of an answer")
+
+
+async def _before(end: float, model: Model, coming: Awaitable[Any]) -> Any:
+    """What is awaited, if it comes before the loop's clock says `end`. Raises Failed otherwise."""
+    try:
+        async with asyncio.timeout_at(end):
+            return await coming
+    except TimeoutError:
+        raise Failed(f"no end within {model.total:g} s", status=504) from None
 
 
 def _scope(path: str, body: bytes) -> dict[str, Any]:
@@ -91,8 +97,10 @@ def _receiving(body: bytes, gone: asyncio.Event) -> Callable[[], Any]:
     return receive
 
 
-async def open_run(model: Model, folder: str) -> Run:
+async def open_run(model: Model, folder: Path) -> Run:
     """Load a run's mixture. Raises MoesaicError where the folder holds none."""
+    if not folder.is_dir():
+        raise ConfigError(f"model {model.name}: {folder} is no folder of a run")
     try:
         from moesaic.serving.app import build
     except ImportError as error:
@@ -103,10 +111,10 @@ async def open_run(model: Model, folder: str) -> Run:
     return Run(model, engine, build(engine, model.served_as or model.name))
 
 
-def _loaded(folder: str) -> Any:
+def _loaded(folder: Path) -> Any:
     from moesaic.evaluation.opening import load, open_adapter
 
-    return load(open_adapter(str(path_of(folder))))
+    return load(open_adapter(str(folder)))
 
 
 class Litellm:
@@ -117,8 +125,6 @@ class Litellm:
         self._key = model.key() or None
 
     async def open(self, path: str, body: bytes) -> Reply:
-        import json
-
         ask = {CHAT: "acompletion", COMPLETIONS: "atext_completion", EMBEDDINGS: "aembedding"}[path]
         given = {**json.loads(body), "model": self._name}
         for name in ("api_base", "base_url", "api_key", "custom_llm_provider", "extra_headers"):
@@ -138,10 +144,13 @@ class Litellm:
         pass
 
     async def _events(self, parts: Any) -> Stream:
+        end = asyncio.get_running_loop().time() + self._model.total
+        coming = aiter(parts)
         try:
-            async with asyncio.timeout(self._model.total):
-                async for part in parts:
-                    yield b"data: " + part.model_dump_json().encode() + b"\n\n"
+            while (part := await _before(end, self._model, anext(coming, None))) is not None:
+                yield b"data: " + part.model_dump_json().encode() + b"\n\n"
+        except Failed:
+            raise
         except Exception as error:
             raise _failed(error) from None
         yield b"data: [DONE]\n\n"

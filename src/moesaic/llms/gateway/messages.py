@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from moesaic.llms.gateway.refusals import Refused
+from moesaic.llms.gateway.requests import string
 
 _STOPS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use", "content_filter": "refusal"}
 _SAME = ("temperature", "top_p", "max_tokens")
@@ -40,17 +41,23 @@ def _messages(role: str, content: Any) -> Iterator[dict[str, Any]]:
     if isinstance(content, str):
         yield {"role": role, "content": content}
         return
+    if not isinstance(content, list):
+        raise TypeError
     texts, calls = [], []
     for block in content:
         if block["type"] == "text":
             texts.append(block["text"])
         elif block["type"] == "tool_use":
-            function = {"name": block["name"], "arguments": json.dumps(block["input"])}
-            calls.append({"id": block["id"], "type": "function", "function": function})
+            function = {"name": string(block["name"]), "arguments": json.dumps(block["input"])}
+            calls.append({"id": string(block["id"]), "type": "function", "function": function})
         elif block["type"] == "tool_result":
-            yield {"role": "tool", "tool_call_id": block["tool_use_id"], "content": _text(block.get("content", ""))}
+            yield {
+                "role": "tool",
+                "tool_call_id": string(block["tool_use_id"]),
+                "content": _text(block.get("content", "")),
+            }
         else:
-            raise Refused(400, f"messages: blocks of type {str(block['type'])[:40]} are not served", param="messages")
+            raise _not_served(block)
     if calls:
         yield {"role": role, "content": "".join(texts) or None, "tool_calls": calls}
     elif texts:
@@ -58,7 +65,18 @@ def _messages(role: str, content: Any) -> Iterator[dict[str, Any]]:
 
 
 def _text(content: Any) -> str:
-    return content if isinstance(content, str) else "".join(block["text"] for block in content)
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise TypeError
+    for block in content:
+        if block["type"] != "text":
+            raise _not_served(block)
+    return "".join(block["text"] for block in content)
+
+
+def _not_served(block: Mapping[str, Any]) -> Refused:
+    return Refused(400, f"messages: blocks of type {str(block['type'])[:40]} are not served", param="messages")
 
 
 class Messages:
@@ -85,7 +103,13 @@ class Messages:
         out = []
         if self._count < 0:
             self._count = 0
-            message = {**self._head, "content": [], "stop_reason": None, "stop_sequence": None, "usage": self._usage}
+            message: dict[str, Any] = {
+                **self._head,
+                "content": [],
+                "stop_reason": None,
+                "stop_sequence": None,
+                "usage": self._usage,
+            }
             out.append(_event("message_start", message=message))
         if content.get("usage"):
             self._usage = _usage(content)
@@ -109,7 +133,7 @@ class Messages:
 
     def _call(self, call: Mapping[str, Any]) -> Sequence[bytes]:
         function = call.get("function") or {}
-        block = {"type": "tool_use", "id": call.get("id"), "name": function.get("name"), "input": {}}
+        block: dict[str, Any] = {"type": "tool_use", "id": call.get("id"), "name": function.get("name"), "input": {}}
         out = [*self._into(f"call {call.get('index', 0)}", block)]
         if function.get("arguments"):
             out.append(self._delta(type="input_json_delta", partial_json=function["arguments"]))

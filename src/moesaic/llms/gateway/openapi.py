@@ -37,14 +37,47 @@ _WRITING: Schema = {
     "n": _whole(MOST_CHOICES), "best_of": _whole(MOST_CHOICES),
 }  # fmt: skip
 _LIST: Schema = {"type": "array", "items": _MESSAGE, "minItems": 1}
+
+
+def _object(*optional: str, **properties: Schema) -> Schema:
+    """An object that has all of these but the optional ones, and may have more."""
+    required = [name for name in properties if name not in optional]
+    return {"type": "object", "required": required, "properties": properties}
+
+
+_TEXT: Schema = {"type": "string"}
+_JSON: Schema = {"type": "object"}
+_WORDS: Schema = {"type": "array", "items": _object(type={"const": "text"}, text=_TEXT)}
+_ITEMS: Schema = {
+    "type": "array",
+    "minItems": 1,
+    "items": {
+        "anyOf": [
+            _object("type", type={"const": "message"}, role=_TEXT, content=_TEXT),
+            _object(type={"const": "function_call"}, call_id=_TEXT, name=_TEXT, arguments=_TEXT),
+            _object(type={"const": "function_call_output"}, call_id=_TEXT, output=_TEXT),
+        ]
+    },
+}
+_BLOCKS: Schema = {
+    "type": "array",
+    "minItems": 1,
+    "items": {
+        "anyOf": [
+            _object(type={"const": "text"}, text=_TEXT),
+            _object(type={"const": "tool_use"}, id=_TEXT, name=_TEXT, input=_JSON),
+            _object("content", type={"const": "tool_result"}, tool_use_id=_TEXT, content={"anyOf": [_TEXT, _WORDS]}),
+        ]
+    },
+}
+_SAID: Schema = {"type": "array", "minItems": 1, "items": _object(role=_TEXT, content={"anyOf": [_TEXT, _BLOCKS]})}
 _BODIES: dict[str, tuple[list[str], Schema]] = {
     CHAT: (["model", "messages"], {"model": _MODEL, "messages": _LIST, **_WRITING}),
     COMPLETIONS: (["model", "prompt"], {"model": _MODEL, "prompt": _INPUT, **_WRITING}),
-    EMBEDDINGS: (["model", "input"], {"model": _MODEL, "input": _INPUT, "stream": {"enum": [False, None]}, **{
-        name: _WRITING[name] for name in ("max_tokens", "max_completion_tokens", "n", "best_of")}}),
-    RESPONSES: (["model", "input"], {"model": _MODEL, "input": {"type": ["string", "array"]}, "stream": _STREAM}),
-    MESSAGES: (["model", "messages"], {"model": _MODEL, "messages": {"type": "array", "minItems": 1}, "stream": _STREAM}),
-}  # fmt: skip
+    EMBEDDINGS: (["model", "input"], {"model": _MODEL, "input": _INPUT, **_WRITING, "stream": {"enum": [False, None]}}),
+    RESPONSES: (["model", "input"], {"model": _MODEL, "input": {"anyOf": [_TEXT, _ITEMS]}, "stream": _STREAM}),
+    MESSAGES: (["model", "messages"], {"model": _MODEL, "messages": _SAID, "stream": _STREAM}),
+}
 
 _ERROR: Schema = {
     "type": "object",
@@ -89,7 +122,7 @@ def _errors(*statuses: int) -> Schema:
 
 def _post(required: list[str], properties: Schema) -> Schema:
     stream = {"description": "an answer", "content": {"application/json": {"schema": {"type": "object"}},
-                                                      "text/event-stream": {"schema": {"type": "string"}}}}  # fmt: skip
+                                                      "text/event-stream": {}}}  # fmt: skip
     schema = {"type": "object", "required": required, "properties": properties}
     return {
         "post": {

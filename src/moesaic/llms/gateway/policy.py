@@ -30,7 +30,7 @@ class Policy:
 
 def wait(tries: int, draw: Callable[[], float] = random.random) -> float:
     """Seconds before the next try, after `tries` of them: even draws below a bound that doubles (full jitter)."""
-    return draw() * min(LONGEST, FIRST * 2 ** (tries - 1))
+    return draw() * min(LONGEST, FIRST * 2.0 ** (tries - 1))
 
 
 def retry_after(text: str | None, clock: Callable[[], float] = time.time) -> float | None:

@@ -173,6 +173,13 @@ def _members(text: str) -> dict[str, tuple[Any, int, int]]:
     return found
 
 
+def string(value: Any) -> str:
+    """A text that is one. Raises TypeError for anything else."""
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
 def _no_number(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number of JSON")
 
@@ -201,9 +208,14 @@ def _most(body: Mapping[str, Any]) -> tuple[int | None, int]:
 
 
 def _whole(value: Any, name: str, most: int) -> int:
-    if type(value) is not int or not 1 <= value <= most:
+    if not _is_integer(value) or not 1 <= value <= most:
         raise _invalid(f"{name}: a whole number from 1 to {most:,}", name)
-    return value
+    return int(value)
+
+
+def _is_integer(value: Any) -> bool:
+    """As JSON Schema has it: 2.0 is one, true is not."""
+    return type(value) is int or (type(value) is float and value.is_integer())
 
 
 def _chat(body: Mapping[str, Any]) -> tuple[list[str], int]:
@@ -267,7 +279,7 @@ def _inputs(body: Mapping[str, Any], name: str) -> tuple[list[str], int]:
 
 
 def _is_token(value: Any) -> bool:
-    return type(value) is int and value >= 0
+    return _is_integer(value) and value >= 0
 
 
 _READ = {CHAT: _chat, COMPLETIONS: _completion, EMBEDDINGS: _embedding}

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moesaic.llms.gateway.refusals import Refused
+from moesaic.llms.gateway.requests import string
 
 _SAME = ("temperature", "top_p", "user", "prompt_cache_key", "parallel_tool_calls", "metadata")
 _NOT = ("previous_response_id", "conversation", "background", "prompt")
@@ -51,14 +52,14 @@ def _messages(items: Any) -> Iterator[dict[str, Any]]:
     for item in items:
         kind = item.get("type", "message")
         if kind == "function_call":
-            function = {"name": item["name"], "arguments": item["arguments"]}
-            calls.append({"id": item["call_id"], "type": "function", "function": function})
+            function = {"name": string(item["name"]), "arguments": string(item["arguments"])}
+            calls.append({"id": string(item["call_id"]), "type": "function", "function": function})
             continue
         if calls:
             yield {"role": "assistant", "content": None, "tool_calls": calls}
             calls = []
         if kind == "function_call_output":
-            yield {"role": "tool", "tool_call_id": item["call_id"], "content": _text(item["output"])}
+            yield {"role": "tool", "tool_call_id": string(item["call_id"]), "content": _text(item["output"])}
         elif kind == "message":
             yield {"role": item["role"], "content": _text(item["content"])}
         elif kind != "reasoning":
@@ -70,6 +71,8 @@ def _messages(items: Any) -> Iterator[dict[str, Any]]:
 def _text(content: Any) -> str:
     if isinstance(content, str):
         return content
+    if not isinstance(content, list):
+        raise TypeError
     for part in content:
         if part["type"] not in _TEXTS:
             raise Refused(400, f"input: parts of type {str(part['type'])[:40]} are not served", param="input")

@@ -38,33 +38,19 @@ class Router(Protocol):
 
 
 class Composed:
-    """A composition of experts as a router.
-
-    An expert's score is the probability of the categories that are his, so that a chat changes its expert for one
-    who is likelier to be right by more than the penalty (ours).
-    """
+    """A composition of experts as a router: its expected scores say what a chat would gain by another expert."""
 
     def __init__(self, name: str, composition: Any, catalog: Catalog, source: Path) -> None:
         self.name, self._composition = name, composition
-        self._experts: dict[str, str] = dict(composition.solution.expert)
-        for expert in self._experts.values():
-            if expert not in catalog:
-                raise ConfigError(f"{source}: its expert {expert!r} is no model of the catalog; add it, or fit again")
+        for expert in composition.experts:
+            if expert not in catalog or not catalog[expert].endpoint:
+                raise ConfigError(
+                    f"{source}: its expert {expert!r} has no endpoint in the catalog; add it, or fit again"
+                )
 
     def decide(self, prompt: str, *, session: str) -> Decision:
         found = self._composition.decide(prompt)
-        scores: dict[str, float] = {}
-        for category, probability in _pairs(found.probabilities, self._experts):
-            expert = self._experts[category]
-            scores[expert] = scores.get(expert, 0.0) + probability
-        return Decision(found.expert, found.category, float(found.confidence), bool(found.uncertain), scores)
-
-
-def _pairs(probabilities: Any, experts: Mapping[str, str]) -> list[tuple[str, float]]:
-    """(category, probability) of those that have an expert."""
-    if not isinstance(probabilities, Mapping):
-        return []
-    return [(category, float(p)) for category, p in probabilities.items() if category in experts]
+        return Decision(found.expert, found.category, found.confidence, found.uncertain, found.scores)
 
 
 def open_router(name: str, folder: Path, catalog: Catalog) -> Router:
