@@ -1,6 +1,6 @@
 """Models in and out of memory: `scripts/llm_residency.py FOLDER`, FOLDER of a seed from `scripts/llm_pool.py`.
 
-Measured: the engine holds the pool's nano runs and SmolLM2 under a cap that one of them exceeds together, and answers a
+Measured: the engine holds the pool's nano runs and SmolLM2 under a cap that all exceed together, and answers a
 drawn trace of requests one by one, under each policy in turn; loads are real, from a warm page cache. Simulated: 150
 experts of 7 B parameters in bf16 (14 GB each) on hosts that are not here, on Poisson arrivals whose models follow
 Zipf's law. Nothing of SambaNova's own software is in these figures. Writes results/llm-residency.json.

@@ -166,7 +166,7 @@ def test_members_are_trained_and_answer_over_http_as_in_process(tmp_path: Path) 
             for row in rows["test"][:2]:
                 right = ask(model.endpoint, name, row["prompt"]).split() == row["completion"].split()
                 assert right == found[name][row["task"]][0]
-        with pytest.raises(ConfigError, match=r"order at .* does not answer"):
+        with pytest.raises(ConfigError, match=r"lists at .* does not answer: HTTP Error 404"):
             ask(catalog["order"].endpoint, "lists", "4 1 up =")
     for endpoint in endpoints:
         with pytest.raises(ConfigError):

@@ -6,6 +6,7 @@ import asyncio
 import math
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -394,10 +395,14 @@ def test_real_models_take_what_their_files_say_and_take_turns(tmp_path: Path) ->
 
     async def run() -> dict[str, Any]:
         engine = Engine(sources, max(source.bytes for source in sources.values()) + 1000)
+        before: Any = lambda: None  # noqa: E731
         for name in sources:
             async with engine.use(name) as model:
                 assert held_bytes(model) == sources[name].bytes
+                assert before() is None, "one that left is out of memory before the next comes in"
+                before = weakref.ref(model.model)
                 assert (model.recipe.model if name != "nano" else model.kind) in ("nano", "causal")
+                del model
         return engine.figures()["memory"]
 
     found = asyncio.run(run())

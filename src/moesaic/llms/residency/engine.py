@@ -23,7 +23,7 @@ from moesaic.llms.residency.policy import Policy, Resident
 from moesaic.llms.residency.sources import Source
 
 
-@dataclass
+@dataclass(eq=False)
 class Level:
     """A memory: what it decides to hold, what is there, and what loading came to.
 
