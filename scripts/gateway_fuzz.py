@@ -1,7 +1,8 @@
 """Fuzz the gateway by its own document: `python scripts/gateway_fuzz.py [examples=100]`.
 
-It needs schemathesis, which no extra has. A mock backend and the gateway, each in a process of its own; every request names the model that there is. Any answer
-that is a 5xx, that its schema does not describe, or that takes what the schema forbids, is a failure.
+It needs schemathesis, which no extra has. A mock backend and the gateway run, each in a process of its own; every
+request names the model that there is. Any answer that is a 5xx, that its schema does not describe, or that takes what
+the schema forbids, is a failure.
 """
 
 from __future__ import annotations

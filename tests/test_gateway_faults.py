@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from openai import APIError, APIStatusError, InternalServerError, RateLimitError
 
-from moesaic.llms.gateway import policy
+from moesaic.llms.gateway import policy, relay
 from moesaic.llms.gateway.calls import PICO
 from moesaic.llms.gateway.keys import hash_of
 from moesaic.llms.gateway.policy import Breaker, Policy, retry_after, wait
@@ -364,3 +364,31 @@ def test_waits_double_and_are_drawn_below_their_bound() -> None:
 )  # fmt: skip
 def test_retry_after_is_a_number_or_a_date(text: str | None, seconds: float | None) -> None:
     assert retry_after(text, clock=lambda: 10.0) == seconds
+
+
+def test_a_client_that_takes_nothing_is_left_in_the_end(
+    mock: Mock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its backend goes on for ever, as fast as it is read."""
+    monkeypatch.setattr(relay, "LONGEST", 0.0)
+
+    async def endless(got: Got, out: asyncio.StreamWriter) -> None:
+        out.write(HEAD)
+        while True:
+            out.write(chunk(event(delta("word " * 10_000))))
+            await out.drain()
+
+    mock.behaviours["a"] = endless
+    more: dict[str, Any] = {"policy": {"retries": 0, "longest_wait": 0}}
+    with serving(write(tmp_path, [model("a", mock, total=1.0)], **more)) as server:
+        line = http.client.HTTPConnection("127.0.0.1", server.port(), timeout=10)
+        body = json.dumps({"model": "a", "messages": USER, "stream": True})
+        line.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
+        assert line.getresponse().status == 200
+        deadline = time.monotonic() + 15
+        while server.gateway.metrics.running and time.monotonic() < deadline:
+            time.sleep(0.05)
+        (row,) = server.rows()
+        line.close()
+    assert row["ended"] in ("partial", "broken")
+    assert row["cost"] > 0

@@ -9,7 +9,6 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,36 +147,39 @@ def _read(request: Request) -> tuple[Asked, Form | None]:
 
 
 async def _made(request: Request, call: Call, asked: Asked, models: Sequence[Model], form: Form | None) -> None:
-    """Make a call while watching whether its client stays."""
-    state, sink = request.state, request.sink
-    policy = state.config.settings.on_disconnect
-    work = asyncio.ensure_future(state.relay.answer(call, asked, models, sink, form))
+    """Make a call while watching whether its client stays; one that takes nothing for too long counts as gone."""
+    relay, sink, policy = request.state.relay, request.sink, request.state.config.settings.on_disconnect
+    loop, making = asyncio.get_running_loop(), asyncio.current_task()
+    assert making is not None
+    broken_off = False
+
+    def stop() -> None:
+        nonlocal broken_off
+        sink.gone = broken_off = True
+        making.cancel()
+
+    def left() -> None:
+        if policy != "drain":
+            stop()
+        else:
+            sink.gone, call.ended = True, "drained"
+
     watch = asyncio.ensure_future(request.receive())
+    watch.add_done_callback(lambda _: None if watch.cancelled() or sink.ended else left())
+    timer = loop.call_later(relay.longest(models), stop)
     try:
-        await asyncio.wait((work, watch), return_when=asyncio.FIRST_COMPLETED)
-        if not work.done() and not sink.ended:
-            sink.gone = True
-            if policy == "drain":
-                call.ended = "drained"
-            else:
-                await _broken_off(work, call, policy)
-                return
-        await work
+        await relay.answer(call, asked, models, sink, form)
     except Refused as refused:
         call.status, call.ended = refused.status, "failed"
         raise
-    except asyncio.CancelledError:  # the gateway stops, and has waited long enough
-        await _broken_off(work, call, policy)
-        raise
+    except asyncio.CancelledError:  # the client is gone, or the gateway stops and has waited long enough
+        call.status, call.ended = 499, "cancelled" if policy == "cancel" else "partial"
+        if not broken_off or making.uncancel():
+            raise
     finally:
+        sink.ended = True
+        timer.cancel()
         watch.cancel()
-
-
-async def _broken_off(work: asyncio.Future[None], call: Call, policy: str) -> None:
-    work.cancel()
-    with suppress(asyncio.CancelledError, Refused):
-        await work
-    call.status, call.ended = 499, "cancelled" if policy == "cancel" else "partial"
 
 
 async def _decided(call: Call, models: Sequence[Model], sink: Sink) -> None:

@@ -7,7 +7,7 @@ environment are used.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,13 +41,13 @@ class Reply:
 
     Attributes:
         kind: its Content-Type. wait: seconds of its Retry-After.
-        chunks: its bytes as they come; raises Failed. close: ends it, whole or not.
+        read: the bytes that have come, none at its end; raises Failed. close: ends it, whole or not.
     """
 
     status: int
     kind: str
     wait: float | None
-    chunks: AsyncGenerator[bytes]
+    read: Callable[[], Awaitable[bytes]]
     close: Callable[[], None]
 
 
@@ -86,19 +86,19 @@ class Endpoint:
             )
         except Exception as error:
             raise self._failed(error) from None
+
+        async def read() -> bytes:
+            try:
+                return bytes(await response.content.readany())
+            except Exception as error:
+                raise self._failed(error) from None
+
         headers = response.headers
         wait = retry_after(headers.get("Retry-After"))
-        return Reply(response.status, headers.get("Content-Type", ""), wait, self._chunks(response), response.close)
+        return Reply(response.status, headers.get("Content-Type", ""), wait, read, response.close)
 
     async def close(self) -> None:
         pass
-
-    async def _chunks(self, response: Any) -> AsyncGenerator[bytes]:
-        try:
-            async for chunk in response.content.iter_any():
-                yield chunk
-        except Exception as error:
-            raise self._failed(error) from None
 
     def _failed(self, error: Exception) -> Failed:
         """What went wrong, without a word that the endpoint chose."""

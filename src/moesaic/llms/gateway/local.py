@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from moesaic.llms.catalog import Model
 from moesaic.llms.gateway.backends import Failed, Reply
 from moesaic.llms.gateway.requests import CHAT, COMPLETIONS, EMBEDDINGS
 
-Stream = AsyncGenerator[bytes]
 _SLICE = 0.05
 """Seconds between two looks whether the last call of a mixture that is let go has ended."""
 
@@ -51,20 +51,27 @@ class Run:
         if head["type"] != "http.response.start":
             raise Failed("the mixture failed")
         kind = next((v.decode() for k, v in head["headers"] if k == b"content-type"), "")
-        return Reply(head["status"], kind, None, self._chunks(sent), close)
+        return Reply(head["status"], kind, None, self._reading(sent), close)
 
     async def close(self) -> None:
         while self._engine.running():
             await asyncio.sleep(_SLICE)
         self._engine.close()
 
-    async def _chunks(self, sent: asyncio.Queue[dict[str, Any]]) -> Stream:
-        end = asyncio.get_running_loop().time() + self._model.total
-        while (message := await _before(end, self._model, sent.get()))["type"] == "http.response.body":
-            yield message.get("body", b"")
-            if not message.get("more_body", False):
-                return
-        raise Failed("the mixture failed in the middle of an answer")
+    def _reading(self, sent: asyncio.Queue[dict[str, Any]]) -> Callable[[], Awaitable[bytes]]:
+        end, more = asyncio.get_running_loop().time() + self._model.total, True
+
+        async def read() -> bytes:
+            nonlocal more
+            part = b""
+            while more and not part:
+                message = await _before(end, self._model, sent.get())
+                if message["type"] != "http.response.body":
+                    raise Failed("the mixture failed in the middle of an answer")
+                more, part = message.get("more_body", False), message.get("body", b"")
+            return part
+
+        return read
 
 
 async def _before(end: float, model: Model, coming: Awaitable[Any]) -> Any:
@@ -136,28 +143,26 @@ class Litellm:
         except Exception as error:
             raise _failed(error) from None
         if given.get("stream"):
-            stream = self._events(found)
-            return Reply(200, "text/event-stream", None, stream, lambda: None)
-        return Reply(200, "application/json", None, _once(found.model_dump_json().encode()), lambda: None)
+            end = asyncio.get_running_loop().time() + self._model.total
+            return Reply(200, "text/event-stream", None, partial(self._next, aiter(found), end), lambda: None)
+        parts = [b"", found.model_dump_json().encode()]
+
+        async def read() -> bytes:
+            return parts.pop()
+
+        return Reply(200, "application/json", None, read, lambda: None)
 
     async def close(self) -> None:
         pass
 
-    async def _events(self, parts: Any) -> Stream:
-        end = asyncio.get_running_loop().time() + self._model.total
-        coming = aiter(parts)
+    async def _next(self, parts: AsyncIterator[Any], end: float) -> bytes:
         try:
-            while (part := await _before(end, self._model, anext(coming, None))) is not None:
-                yield b"data: " + part.model_dump_json().encode() + b"\n\n"
+            part = await _before(end, self._model, anext(parts, None))
         except Failed:
             raise
         except Exception as error:
             raise _failed(error) from None
-        yield b"data: [DONE]\n\n"
-
-
-async def _once(content: bytes) -> Stream:
-    yield content
+        return b"data: [DONE]\n\n" if part is None else b"data: " + part.model_dump_json().encode() + b"\n\n"
 
 
 def _failed(error: Exception) -> Failed:

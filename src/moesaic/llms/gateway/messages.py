@@ -48,6 +48,8 @@ def _messages(role: str, content: Any) -> Iterator[dict[str, Any]]:
         if block["type"] == "text":
             texts.append(block["text"])
         elif block["type"] == "tool_use":
+            if not isinstance(block["input"], dict):
+                raise TypeError
             function = {"name": string(block["name"]), "arguments": json.dumps(block["input"])}
             calls.append({"id": string(block["id"]), "type": "function", "function": function})
         elif block["type"] == "tool_result":

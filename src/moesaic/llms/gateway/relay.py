@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,10 +12,10 @@ from moesaic.llms.catalog import Model
 from moesaic.llms.gateway import trace
 from moesaic.llms.gateway.backends import Backend, Failed, Reply
 from moesaic.llms.gateway.calls import Call
-from moesaic.llms.gateway.policy import Breaker, wait
+from moesaic.llms.gateway.policy import LONGEST, Breaker, wait
 from moesaic.llms.gateway.refusals import SERVER, Refused, seconds
 from moesaic.llms.gateway.requests import EMBEDDINGS, Asked
-from moesaic.llms.gateway.stream import Seen, events
+from moesaic.llms.gateway.stream import Events, Seen
 from moesaic.llms.gateway.tokens import Counter
 
 Send = Callable[[dict[str, Any]], Awaitable[None]]
@@ -65,7 +65,7 @@ class Opened:
     seen: Seen
     first: bytes
     parsed: list[dict[str, Any]]
-    rest: AsyncGenerator[bytes] | None
+    rest: Events | None
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,12 @@ class Relay:
                 await self._streamed(call, opened, opened.rest, sink, form)
         finally:
             self._count(call, asked, opened.seen)
-            if opened.rest is not None:
-                await opened.rest.aclose()
-            await opened.reply.chunks.aclose()
             opened.reply.close()
+
+    def longest(self, models: Sequence[Model]) -> float:
+        """Seconds that a call of these models takes at most, waits between tries included."""
+        policies = [(model, self.breakers[model.name].policy) for model in models]
+        return sum((p.retries + 1) * (model.total + max(LONGEST, p.longest_wait)) for model, p in policies)
 
     async def _opened(self, call: Call, asked: Asked, models: Sequence[Model]) -> Opened:
         last, rest = None, []
@@ -144,20 +146,20 @@ class Relay:
                 return Opened(reply, seen, body, parsed, None)
             if not reply.kind.startswith("text/event-stream"):
                 raise Failed("it was asked for a stream, and sent none")
-            whole = events(reply.chunks, self.largest)
-            first = await anext(whole, b"")
+            events = Events(reply.read, self.largest)
+            first = await events.next()
             parsed = seen.feed(first)
             if not first or (seen.failed and not seen.texts):
                 raise Failed("its stream ended before it began" if not first else "its stream begins with an error")
             good = True
-            return Opened(reply, seen, first, parsed, whole)
+            return Opened(reply, seen, first, parsed, events)
         finally:
             if not good:
                 reply.close()
 
     async def _read(self, reply: Reply) -> bytes:
         parts, size = [], 0
-        async for chunk in reply.chunks:
+        while chunk := await reply.read():
             parts.append(chunk)
             size += len(chunk)
             if size > self.largest:
@@ -180,9 +182,7 @@ class Relay:
         await sink.start(reply.status, reply.kind or "application/json", [length, *trace.headers(call), *again])
         await sink.body(body, more=False)
 
-    async def _streamed(
-        self, call: Call, opened: Opened, rest: AsyncGenerator[bytes], sink: Sink, form: Form | None
-    ) -> None:
+    async def _streamed(self, call: Call, opened: Opened, rest: Events, sink: Sink, form: Form | None) -> None:
         call.status, seen = 200, opened.seen
         headers = [(b"cache-control", b"no-cache"), *trace.headers(call)]
         await sink.start(200, opened.reply.kind, headers)
@@ -192,7 +192,7 @@ class Relay:
                 if form is not None:
                     part = _formed(form, parsed, seen)
                 await sink.body(part, more=True)
-                part = await anext(rest, b"")
+                part = await rest.next()
                 parsed = seen.feed(part)
             if not (seen.done or seen.finished or seen.failed):
                 raise Failed("its stream broke off")

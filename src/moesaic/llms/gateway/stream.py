@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from moesaic.llms.gateway.backends import Failed
@@ -13,21 +13,30 @@ _END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
 _LINE = re.compile(rb"\r\n|\n|\r")
 
 
-async def events(chunks: AsyncIterator[bytes], largest: int) -> AsyncGenerator[bytes]:
-    """The same bytes, cut after whole events; a last one that is not ended is dropped.
+class Events:
+    """A stream's bytes, cut after whole events; a last one that is not ended is dropped.
 
-    Raises:
-        Failed: an event has more than `largest` bytes.
+    Args:
+        largest: bytes of an event.
     """
-    rest = b""
-    async for chunk in chunks:
-        rest = rest + chunk if rest else chunk
-        end = max(rest.rfind(b"\n\n") + 2, rest.rfind(b"\r\n\r\n") + 4 if b"\r" in rest else 0)
-        if end > 3 or rest[:2] == b"\n\n":
-            whole, rest = rest[:end], rest[end:]
-            yield whole
-        if len(rest) > largest:
-            raise Failed(f"an event of its stream has more than {largest:,} bytes")
+
+    def __init__(self, read: Callable[[], Awaitable[bytes]], largest: int) -> None:
+        self._read, self._largest, self._rest = read, largest, b""
+
+    async def next(self) -> bytes:
+        """One whole event or more; nothing at the end. Raises Failed."""
+        while chunk := await self._read():
+            rest = self._rest + chunk if self._rest else chunk
+            end = rest.rfind(b"\n\n") + 2
+            if b"\r" in rest:
+                end = max(end, rest.rfind(b"\r\n\r\n") + 4)
+            if end >= 4 or rest[:2] == b"\n\n":
+                self._rest = rest[end:]
+                return rest[:end]
+            if len(rest) > self._largest:
+                raise Failed(f"an event of its stream has more than {self._largest:,} bytes")
+            self._rest = rest
+        return b""
 
 
 class Seen:
@@ -47,8 +56,9 @@ class Seen:
     def feed(self, whole: bytes) -> list[dict[str, Any]]:
         """Read whole events; what their data hold. Raises Failed for data that are no JSON object."""
         found = []
-        for event in _END.split(whole):
-            if not event:
+        for event in _END.split(whole) if b"\r" in whole else whole.split(b"\n\n"):
+            if event.startswith(b"data: {") and b"\n" not in event:
+                found.append(self.read(event[6:]))
                 continue
             data = b"\n".join(line[5:].strip() for line in _LINE.split(event) if line.startswith(b"data:"))
             if data == b"[DONE]":
