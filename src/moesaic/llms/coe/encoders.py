@@ -71,16 +71,15 @@ def part(arrays: Mapping[str, NDArray[Any]], prefix: str) -> Arrays:
 
 
 def grams(prompt: str) -> list[str]:
-    """Words, pairs of words, and #-marked runs of 3 and 4 letters."""
+    """Runs of 3 and 4 letters, and words and pairs of words, which begin with a tab."""
     if len(prompt) > HEAD + TAIL:
         prompt = f"{prompt[:HEAD]} {prompt[-TAIL:]}"
     text = " ".join(prompt.lower().split())
-    words = _WORD.findall(text)
+    words = ["\t" + word for word in _WORD.findall(text)]
     marked = f" {text} "
-    found = [*words, *map(" ".join, pairwise(words))]
-    for n in (3, 4):
-        found += ["#" + marked[i : i + n] for i in range(len(marked) - n + 1)]
-    return found
+    found = [marked[i : i + 3] for i in range(len(marked) - 2)]
+    found += [marked[i : i + 4] for i in range(len(marked) - 3)]
+    return [*found, *words, *map("".join, pairwise(words))]
 
 
 class Tfidf:
@@ -131,8 +130,8 @@ class Tfidf:
 
     def _weights(self, prompt: str) -> tuple[NDArray[np.int64], Rows]:
         """The numbers of its n-grams, ascending, and their weights as a unit row."""
-        known = map(self._number.get, grams(prompt))
-        at, counts = np.unique(np.array([i for i in known if i is not None], np.int64), return_counts=True)
+        known = [i for i in map(self._number.get, grams(prompt)) if i is not None]
+        at, counts = np.unique(np.array(known, np.int64), return_counts=True)
         weights = ((1 + np.log(counts)) * self.rarity[at]).astype(np.float32)
         return at, weights / max(math.sqrt(weights @ weights), 1e-9)
 
