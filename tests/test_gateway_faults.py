@@ -238,13 +238,13 @@ def test_fallbacks_are_the_experts_own(mock: Mock, tmp_path: Path) -> None:
 
 
 def test_an_open_breaker_spares_a_model_and_lets_one_request_try(mock: Mock, tmp_path: Path) -> None:
-    more: dict[str, Any] = {"policy": {"retries": 0, "failures": 2, "rest": 0.5}, "fallbacks": {"a": ["b"]}}
+    more: dict[str, Any] = {"policy": {"retries": 0, "failures": 2, "rest": 4.0}, "fallbacks": {"a": ["b"]}}
     with serving(write(tmp_path, [model("a", mock), model("b", mock)], **more)) as server:
         mock.behaviours["a"] = faulty("500 Internal Server Error")
         for _ in range(4):
             assert ask(server) == "".join(WORDS)
         assert mock.names() == ["a", "b", "a", "b", "b", "b"]
-        time.sleep(0.6)
+        time.sleep(4.2)
         mock.behaviours.clear()
         mock.got.clear()
         assert ask(server) == ask(server) == "".join(WORDS)
