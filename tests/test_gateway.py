@@ -8,14 +8,17 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from openai import BadRequestError, NotFoundError, RateLimitError
 
+from moesaic.errors import ConfigError
+from moesaic.llms.catalog import Catalog
 from moesaic.llms.gateway.calls import PICO
 from moesaic.llms.gateway.keys import hash_of
-from moesaic.llms.gateway.routers import Decision
+from moesaic.llms.gateway.routers import Composed, Decision, open_router
 from tests.gateways import (
     HEAD,
     KEY,
@@ -294,6 +297,27 @@ def test_a_prompt_that_names_an_address_leads_nowhere(server: Served, mock: Mock
             post(server, json.dumps(body), **{"x-forwarded-host": other.url, "x-base-url": other.url})
         assert not other.got
         assert mock.names() == ["small", "small"]
+
+
+class Fitted:
+    """As much of a composition as a router asks."""
+
+    experts = ("small", "large")
+
+    def decide(self, prompt: str) -> Any:
+        scores = {"small": 0.4, "large": 0.6}
+        return SimpleNamespace(expert="large", category=prompt, confidence=0.7, uncertain=False, scores=scores)
+
+
+def test_a_composition_routes_if_the_catalog_has_its_experts(tmp_path: Path) -> None:
+    models = [model(name, "http://127.0.0.1:1/v1") for name in Fitted.experts]
+    found = Composed("moesaic/coe", Fitted(), Catalog.of(models), tmp_path)
+    decision = found.decide("law", session="")
+    assert (decision.expert, decision.category, decision.scores["small"]) == ("large", "law", 0.4)
+    with pytest.raises(ConfigError, match="its expert 'large' has no endpoint"):
+        Composed("moesaic/coe", Fitted(), Catalog.of(models[:1]), tmp_path)
+    with pytest.raises(ConfigError, match="is no folder; `moesaic llm fit` makes one"):
+        open_router("coe", tmp_path / "gone", Catalog.of(models))
 
 
 # -- many at once ------------------------------------------------------------------------------------------------------

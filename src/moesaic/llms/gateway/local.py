@@ -11,7 +11,7 @@ from typing import Any
 
 from moesaic.errors import ConfigError, MissingDependency
 from moesaic.llms.catalog import Model
-from moesaic.llms.gateway.backends import Failed, Reply
+from moesaic.llms.gateway.replies import Failed, Reply
 from moesaic.llms.gateway.requests import CHAT, COMPLETIONS, EMBEDDINGS
 
 _SLICE = 0.05
@@ -145,7 +145,7 @@ class Litellm:
         if given.get("stream"):
             end = asyncio.get_running_loop().time() + self._model.total
             return Reply(200, "text/event-stream", None, partial(self._next, aiter(found), end), lambda: None)
-        parts = [b"", found.model_dump_json().encode()]
+        parts: list[bytes] = [b"", found.model_dump_json().encode()]
 
         async def read() -> bytes:
             return parts.pop()
@@ -162,7 +162,8 @@ class Litellm:
             raise
         except Exception as error:
             raise _failed(error) from None
-        return b"data: [DONE]\n\n" if part is None else b"data: " + part.model_dump_json().encode() + b"\n\n"
+        told: str = "[DONE]" if part is None else part.model_dump_json()
+        return f"data: {told}\n\n".encode()
 
 
 def _failed(error: Exception) -> Failed:

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 
 from moesaic.llms.catalog import Model
 from moesaic.llms.gateway import trace
-from moesaic.llms.gateway.backends import Backend, Failed, Reply
 from moesaic.llms.gateway.calls import Call
 from moesaic.llms.gateway.policy import LONGEST, Breaker, wait
 from moesaic.llms.gateway.refusals import SERVER, Refused, seconds
+from moesaic.llms.gateway.replies import Backend, Failed, Reply
 from moesaic.llms.gateway.requests import EMBEDDINGS, Asked
 from moesaic.llms.gateway.stream import Events, Seen
 from moesaic.llms.gateway.tokens import Counter

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from moesaic.errors import ConfigError
 from moesaic.llms.catalog import OWN, Model
-from moesaic.llms.gateway.backends import Backend
 from moesaic.llms.gateway.config import Config, is_loopback
 from moesaic.llms.gateway.gate import LOOPBACK, Gate
 from moesaic.llms.gateway.keys import Guesses, Keys
 from moesaic.llms.gateway.policy import Breaker
 from moesaic.llms.gateway.refusals import Refused
 from moesaic.llms.gateway.relay import Relay
+from moesaic.llms.gateway.replies import Backend
 from moesaic.llms.gateway.requests import EMBEDDINGS, Asked
 from moesaic.llms.gateway.routers import Router, open_router
 from moesaic.llms.gateway.tokens import Counter
