@@ -296,7 +296,7 @@ def test_a_link_that_leads_nowhere_is_not_written_through(place: Path, tmp_path:
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for settings in ([], ["expert=up"]):
         assert main(["export", str(tmp_path / "out"), *settings, f"out={tmp_path / 'link'}"]) == 2
-        assert "is already there" in capsys.readouterr().err
+        assert "is a link to what is not there" in capsys.readouterr().err
 
 
 def test_what_was_trained_is_extended_and_what_was_not_is_named(

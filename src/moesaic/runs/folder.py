@@ -75,11 +75,16 @@ def settle(final: Path) -> None:
     old, staging = _old_of(final), _staging_of(final)
     if old.is_dir() and not final.exists():
         os.replace(staging if staging.is_dir() else old, final)
-    shutil.rmtree(old, ignore_errors=True)
+    for remains in (old, *_trash_of(final)):
+        shutil.rmtree(remains, ignore_errors=True)
 
 
 def _staging_of(final: Path) -> Path:
     return final.parent / STAGING / final.name
+
+
+def _trash_of(place: Path) -> Iterator[Path]:
+    return place.parent.glob(f".trash-{glob.escape(place.name)}-*")
 
 
 def _old_of(final: Path) -> Path:
@@ -185,9 +190,9 @@ def check_writable(place: Path, asked: str) -> None:
     try:
         if _is_device(place):
             raise ConfigError(f"{asked} is a device; name another")
+        place.resolve()  # refuses links that lead in a circle
         if place.is_symlink() and not place.exists():
             raise ConfigError(f"{asked} is a link to what is not there; name another")
-        place.resolve()  # refuses links that lead in a circle
         _part(place).exists()  # refuses a name that is too long
         near = next(p for p in (place, *place.parents) if p.exists())
         with TemporaryFile(dir=near if near.is_dir() or near != place else near.parent):
@@ -230,7 +235,7 @@ def discard(folder: Path) -> None:
             os.replace(entry, trash / entry.name)
     else:
         os.replace(place, trash)
-    for remains in (trash, *place.parent.glob(f".trash-{glob.escape(place.name)}-*")):  # an interrupted one's too
+    for remains in (trash, *_trash_of(place)):  # an interrupted one's too
         shutil.rmtree(remains, ignore_errors=True)
 
 
