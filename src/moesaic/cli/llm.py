@@ -52,8 +52,9 @@ def run(action: str, arguments: list[str], *, as_json: bool = False) -> None:
             raise ConfigError(f"{given[0]}: settings of a gateway stand in its file")
         _serve(places[0])
         return
-    settings = parse_settings(SETTINGS[action], given)
-    {"fit": _fit, "frontier": _frontier, "route": _route, "bench": _bench}[action](settings, *places, as_json=as_json)
+    settings: Any = parse_settings(SETTINGS[action], given)
+    actions: dict[str, Any] = {"fit": _fit, "frontier": _frontier, "route": _route, "bench": _bench}
+    actions[action](settings, *places, as_json=as_json)
 
 
 def _tell(line: str) -> None:
