@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,9 +16,20 @@ os.environ.setdefault("MKL_CBWR", "AVX2,STRICT")
 import torch
 from hypothesis import settings
 
+from moesaic.models import precision
+
 torch.set_num_threads(1)
 settings.register_profile("moesaic", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("moesaic")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def plain_numbers() -> Iterator[None]:
+    """Tests compare numbers: what asks for no precision has float32 on every processor."""
+    pays = precision.bf16_pays
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precision, "bf16_pays", lambda device: device.type != "cpu" and pays(device))
+        yield
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

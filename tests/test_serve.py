@@ -312,6 +312,25 @@ def test_a_server_on_loopback_is_called_by_its_own_names_alone(place: Path) -> N
     assert next(running, None) is None
 
 
+def test_a_model_loaded_for_training_answers_at_once(place: Path) -> None:
+    """Where bf16 pays, a CPU's model has plain attention, which is faster backwards."""
+    prepared = load_run(place / "mola")
+    prepared.model.get_base_model().set_attn_implementation("eager")
+
+    async def both() -> tuple[bool, list[int], list[int]]:
+        engine = await opened(prepared)
+        wish = Asked(tuple(prepared.base.tokenizer("1 2 up =")["input_ids"]), max_tokens=4)
+        try:
+            found = [token async for token in engine.tokens(wish)]
+            return engine.at_once, found, [token async for token in OneByOne(prepared).tokens(wish)]
+        finally:
+            engine.close()
+
+    at_once, found, wanted = asyncio.run(both())
+    assert at_once
+    assert found == wanted
+
+
 def post(server: Served, path: str, body: str | Iterator[bytes], **headers: str) -> tuple[int, dict[str, Any]]:
     connection = http.client.HTTPConnection("127.0.0.1", server.port(), timeout=60)
     content = body.encode("utf-8", "surrogatepass") if isinstance(body, str) else body

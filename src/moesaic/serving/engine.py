@@ -69,6 +69,7 @@ async def opened(prepared: Prepared, *, cache_tokens: int = 8192, at_once: bool 
         ConfigError: the model writes no answers.
     """
     check_answers(prepared)
+    _without_backward(prepared.model.get_base_model())
     if not at_once or (why := _unfit(prepared)):
         if at_once:
             logger.warning("answers come one after the other: %s", why)
@@ -88,6 +89,12 @@ async def opened(prepared: Prepared, *, cache_tokens: int = 8192, at_once: bool 
     return OneByOne(prepared)
 
 
+def _without_backward(model: Any) -> None:
+    """Plain attention is there for training (`numerics`): what only answers takes the fused kernel."""
+    if model.config._attn_implementation == "eager" and getattr(model, "_supports_sdpa", False):
+        model.set_attn_implementation("sdpa")
+
+
 def _unfit(prepared: Prepared) -> str:
     """Why requests cannot be answered at once; empty where they can."""
     from moesaic.host import find_host
@@ -96,6 +103,8 @@ def _unfit(prepared: Prepared) -> str:
         return f"{type(prepared.model.get_base_model()).__name__} has no continuous batching"
     if prepared.routed and find_host(prepared.model).asks("by_task"):
         return f"{prepared.recipe.method} is told each request's task"
+    if prepared.model.get_base_model().config._attn_implementation == "eager":
+        return "its attention cannot go over requests of several lengths and over one alike"
     return ""
 
 
