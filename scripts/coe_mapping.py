@@ -1,4 +1,4 @@
-"""Mappings with true categories on LLMRouter's table, *replayed*: results/coe-mapping.json and its frontiers.
+"""Mappings with true categories on LLMRouter's table, *replayed*: results/coe-mapping.json.
 
 `python scripts/coe_mapping.py`; the data as the tests find it (MOESAIC_DATA). Fitted to the train split as shipped and
 scored on the test split: 500 prompts, so a standard error of 0.02.
@@ -15,11 +15,11 @@ import numpy as np
 from rich.console import Console
 
 from moesaic.llms.catalog import Catalog
-from moesaic.llms.coe.frontier import frontier, grid, rows, svg
+from moesaic.llms.coe.frontier import frontier, grid, rows
 from moesaic.llms.coe.mapping import Budget, Problem, Solution, solve
 from moesaic.llms.tables import Table, llmrouter_catalog, read_table
 from moesaic.report.text import Grid, table
-from moesaic.runs.folder import write_json, write_text
+from moesaic.runs.folder import write_json
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "results" / "coe-mapping.json"
@@ -69,11 +69,6 @@ def main() -> None:
         points = frontier(problem, over)
         on_test = [scored(found, test, models) for _, found in points]
         frontiers[over] = [row | of for row, of in zip(rows(points, over), on_test, strict=True)]
-        curves = {
-            "train, expected": [(limit, found.score) for limit, found in points],
-            "test, replayed": [(limit, of["test"]) for (limit, _), of in zip(points, on_test, strict=True)],
-        }
-        write_text(OUT.with_name(f"coe-frontier-{over}.svg"), svg(curves, over))
         console.print(table(grid(points, over)))
     write_json(OUT, {
         "command": "python scripts/coe_mapping.py", "kind": "replayed", "rows": [len(train), len(test)], **beside,

@@ -2,29 +2,44 @@
 
 For each seed the members of `moesaic.llms.pool` are trained on the list tasks, and each answers all of the validation
 and of the test rows. By category: of each task the member that validation rows say, the smaller one of equals; the
-oracles choose on the test rows themselves, by task and by row. Of the first seed all members are served over HTTP, and
-some test rows are asked there too. What is in FOLDER already is not trained again; FOLDER/sN/validation.jsonl and
+oracles choose on the test rows themselves, by task and by row. Then a composition is fitted to the validation rows, all
+members are served over HTTP behind a gateway, and the test rows are asked of moesaic/coe there, sixteen at once.
+--larger is of the first seed alone. What is in FOLDER already is not trained again; FOLDER/sN/validation.jsonl and
 test.jsonl are tables of outcomes as `moesaic.llms.tables` reads them. Writes results/llm-pool.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
+import re
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from moesaic.llms.pool import LARGER, MEMBERS, TASKS, Member, ask, billions, correct, mixed, serving, train, write_rows
+from moesaic.llms.coe.fit import Fitting, fit
+from moesaic.llms.coe.observed import Observed
+from moesaic.llms.coe.problem import Budget
+from moesaic.llms.pool import LARGER, MEMBERS, TASKS, Member, billions, correct, mixed, serving, train, write_rows
 from moesaic.runs.folder import write_json, write_text
 from moesaic.runs.process import termination_interrupts
 from moesaic.runs.results import command_line, versions
 
 ROOT = Path(__file__).parents[1]
-ASKED = 4
-"""Test rows a task that are asked over HTTP."""
+AT_ONCE = 16
+GATEWAY = """catalog: catalog.yaml
+host: 127.0.0.1
+port: 0
+routers: {coe: composition}
+trace: {file: trace.jsonl}
+"""
 Correct = Mapping[str, Mapping[str, Sequence[bool]]]
 """By member and task."""
 
@@ -72,22 +87,58 @@ def figures(validation: Correct, test: Correct, sizes: Mapping[str, float]) -> d
     }
 
 
-def over_http(
-    members: Sequence[Member], runs: Mapping[str, Path], folder: Path, rows: Sequence[Any], test: Correct
-) -> Any:
-    """What members answer when they are asked over HTTP, beside what they answered in this process."""
-    begun = time.perf_counter()
-    with serving(members, runs, folder) as catalog:
-        started = time.perf_counter() - begun
-        same, seconds = [], []
-        for name, model in catalog.items():
-            for at, row in enumerate(rows[: ASKED * len(TASKS)]):
-                asked = time.perf_counter()
-                said = ask(model.endpoint, name, row["prompt"])
-                seconds.append(time.perf_counter() - asked)
+@contextmanager
+def gateway(place: Path) -> Iterator[str]:
+    """Its address for as long; its catalog, composition and log lie in a folder."""
+    write_text(place / "gateway.yaml", GATEWAY)
+    command = [sys.executable, "-m", "moesaic", "llm", "serve", str(place / "gateway.yaml")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            said = process.stderr.readline()
+            found = re.search(r"http://\S+/v1", said)
+            if found is None:
+                raise SystemExit(f"the gateway does not come up: {said}")
+            yield found[0]
+        finally:
+            process.terminate()
+
+
+async def asked(url: str, rows: Sequence[Mapping[str, str]]) -> list[tuple[bool, str, float]]:
+    """Of each row whether moesaic/coe answers it exactly, which expert did, and the seconds that the client waited."""
+    from openai import AsyncOpenAI
+
+    places = asyncio.Semaphore(AT_ONCE)
+    async with AsyncOpenAI(base_url=url, api_key="none", timeout=600, max_retries=0) as client:
+
+        async def one(row: Mapping[str, str]) -> tuple[bool, str, float]:
+            async with places:
+                begun = time.perf_counter()
+                raw = await client.chat.completions.with_raw_response.create(
+                    model="moesaic/coe", messages=[{"role": "user", "content": row["prompt"]}], max_tokens=16
+                )
+                said = raw.parse().choices[0].message.content or ""
                 right = said.split() == row["completion"].split()
-                same.append(right == test[name][row["task"]][at // len(TASKS)])
-    return {"asked": len(same), "as_in_process": sum(same), "seconds": statistics.median(seconds), "started": started}
+                return right, raw.headers["x-moesaic-model"], time.perf_counter() - begun
+
+        return await asyncio.gather(*map(one, rows))
+
+
+def routed(members: Sequence[Member], runs: Mapping[str, Path], place: Path, rows: Sequence[Mapping[str, str]]) -> Any:
+    """A composition of what the validation rows said, asked through the gateway: whom it asked, and how well it did."""
+    with serving(members, runs, place) as catalog:
+        recorded = Observed.read(place / "validation.jsonl")
+        made = fit(recorded, catalog, Budget(), Fitting(encoder="tfidf"), out=place / "composition", overwrite=True)
+        with gateway(place) as url:
+            begun = time.perf_counter()
+            found = asyncio.run(asked(url, rows))
+            seconds = time.perf_counter() - begun
+    return {
+        "expert": dict(made.solution.expert), "asked": len(found), "mean": mean([right for right, _, _ in found]),
+        "active": mean([catalog[name].active_size for _, name, _ in found]),
+        "used": dict(Counter(name for _, name, _ in found).most_common()),
+        "seconds": {"all": seconds, "median": statistics.median(waited for _, _, waited in found)},
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -96,9 +147,10 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--larger", action="store_true", help="SmolLM2 too, as it is and with two adapters")
     given = parser.parse_args()
-    members = [*MEMBERS, *(LARGER if given.larger else ())]
+    seeds = [int(seed) for seed in given.seeds.split(",")]
     found: dict[str, Any] = {"command": command_line(), "versions": versions(), "seeds": {}}
-    for seed in map(int, given.seeds.split(",")):
+    for seed in seeds:
+        members = [*MEMBERS, *(LARGER if given.larger and seed == seeds[0] else ())]
         place, rows = given.folder / f"s{seed}", mixed(seed)
         write_rows(place / "data", rows)
         runs = train(members, place / "data", place, seed)
@@ -107,8 +159,7 @@ def main() -> None:
         for split, by_member in scored.items():
             write_text(place / f"{split}.jsonl", outcomes(rows[split], by_member))
         found["seeds"][str(seed)] = figures(scored["validation"], scored["test"], sizes)
-        if "http" not in found:
-            found["http"] = over_http(members, runs, place, rows["test"], scored["test"])
+        found["seeds"][str(seed)]["through_gateway"] = routed(members, runs, place, rows["test"])
         write_json(ROOT / "results" / "llm-pool.json", found)
         print(json.dumps(found["seeds"][str(seed)]), flush=True)
 

@@ -10,17 +10,20 @@ from pathlib import Path
 
 import pytest
 
+from moesaic.cli.llm import ACTIONS as LLM_ACTIONS
 from moesaic.cli.skill import ACTIONS
 from moesaic.ffn.method import methods
+from moesaic.llms.running import SETTINGS
 from moesaic.runs.conversion import load_conversion
 from moesaic.runs.pretraining import load_pretraining
+from moesaic.runs.recipe import parse_settings
 from moesaic.skills.running import load_look
 from moesaic.skills.running import load_run as load_skill_run
 from moesaic.trees.comparison import load_comparison
 from moesaic.trees.running import load_run
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("smoe-dropout", "read-me", "rmoe", "driftmoe", "skillblender")
+PAGES = ("smoe-dropout", "read-me", "rmoe", "driftmoe", "skillblender", "coe")
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -35,6 +38,7 @@ def blocks(page: str, language: str) -> list[str]:
         ("read-me", r"round 2\ntensor\(\[\[0.*\n 1 4 8.*memory \d+ read \d+"),
         ("rmoe", r"tensor\(.*tensor\(.* 2\nMoesaicMixtralForCausalLM"),
         ("skillblender", r"\[\(4, 1\), \(4, 4\)\] \(4, 10, 2\) \(4, \d+\)\nSkillBlender \(\d+,\)"),
+        ("coe", r"\{'code': 'coder', 'verse': 'poet'.* 16\.0\ncoder poet"),
         ("driftmoe", r"Accuracy: 9\d\.\d+%\n\[.*\]\nTrue\nAccuracy: .*\n0\.\d+ 0\.\d+ \[0"),
     ],
 )
@@ -51,7 +55,9 @@ def commands() -> list[list[str]]:
     pages += re.findall(r"```sh\n(.*?)```", readme, flags=re.DOTALL)
     lines = [shlex.split(line, comments=True) for block in pages for line in block.splitlines()]
     ours = [line[1:] for line in lines if line[:1] == ["moesaic"]]
-    return [line for line in ours if line[0] in ("convert", "stream", "skill") or line[1].startswith("pretrain/")]
+    return [
+        line for line in ours if line[0] in ("convert", "stream", "skill", "llm") or line[1].startswith("pretrain/")
+    ]
 
 
 @pytest.mark.parametrize("line", commands(), ids=" ".join)
@@ -59,6 +65,10 @@ def test_a_command_is_one_that_is_understood(line: list[str]) -> None:
     verb, name, *settings = line
     if verb == "stream":
         assert {"run": load_run, "compare": load_comparison}[name](settings)
+    elif verb == "llm":
+        assert name in LLM_ACTIONS
+        if name in SETTINGS:
+            parse_settings(SETTINGS[name], [text for text in settings if "=" in text])
     elif verb == "skill" and name in ("train", "blend"):
         assert load_skill_run(settings, blends=name == "blend").steps > 0
     elif verb == "skill":

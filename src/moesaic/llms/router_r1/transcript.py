@@ -1,0 +1,209 @@
+"""What a policy wrote and what it was told: the grammar of Router-R1's transcripts, and what breaks it.
+
+    <think> … </think>  ( <search> NAME: QUERY </search>  <information> REPLY </information>  <think> … </think> )*
+    <answer> … </answer>
+
+A transcript is kept in pieces, the policy's own and replies apart. What is checked, scored and trained on is the
+policy's own: a reply is an opaque block there, whatever its text holds. To the policy replies are shown with the `<` of
+the grammar's tags written out, so that none can close its block.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from moesaic.errors import ConfigError
+from moesaic.llms.catalog import Catalog, Model
+
+TAGS = ("think", "search", "information", "answer")
+NOTHING = "None"
+"""The reply where nobody could be asked."""
+PLACEHOLDERS = ("llm-name", "your-query")
+_TAG = re.compile(rf"<(/?)({'|'.join(TAGS)})>")
+_ACTION = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Block:
+    """<tag>text</tag> at a place of a text: start, end."""
+
+    tag: str
+    text: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Search:
+    """A call that a policy asks for: the name as it wrote it, and the query."""
+
+    name: str
+    query: str
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of a transcript: the policy's own text, or a reply."""
+
+    text: str
+    reply: bool = False
+
+    def shown(self) -> str:
+        """As the policy reads it."""
+        return f"\n\n<information>{harmless(self.text)}</information>\n\n" if self.reply else self.text
+
+
+@dataclass
+class Transcript:
+    """Pieces in their order."""
+
+    pieces: list[Piece] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        """As the policy reads it."""
+        return "".join(piece.shown() for piece in self.pieces)
+
+    @property
+    def checked(self) -> str:
+        """What is scored: every reply is the same word, whatever it says; tags of replies that a policy wrote stay."""
+        return "".join((Piece(NOTHING, True) if piece.reply else piece).shown() for piece in self.pieces)
+
+    @property
+    def own(self) -> str:
+        """What the policy wrote."""
+        return "".join(piece.text for piece in self.pieces if not piece.reply)
+
+    @property
+    def answer(self) -> str:
+        """Of the last <answer> that the policy wrote; empty where there is none."""
+        found = [block.text for block in blocks(self.checked) if block.tag == "answer"]
+        return found[-1].strip() if found else ""
+
+    def fault(self, catalog: Catalog, *, strict: bool = False) -> str:
+        """What breaks the grammar; empty where nothing does. A reply that the policy wrote itself does."""
+        if any("information" in match[2] for piece in self.pieces if not piece.reply for match in tags(piece.text)):
+            return "the policy wrote a reply of its own"
+        return fault(self.checked, catalog, strict=strict)
+
+
+def tags(text: str) -> Iterator[re.Match[str]]:
+    """Opening and closing tags of the grammar."""
+    return _TAG.finditer(text)
+
+
+def harmless(text: str) -> str:
+    """A text without the grammar's tags: their `<` is written out."""
+    return _TAG.sub(lambda tag: "&lt;" + tag[0][1:], text)
+
+
+def blocks(text: str) -> list[Block]:
+    """Pairs of tags, each opening one with the next closing one of its kind; what lies within is text."""
+    found, at = [], 0
+    while opening := _TAG.search(text, at):
+        at = opening.end()
+        if opening[1]:
+            continue
+        close = text.find(f"</{opening[2]}>", at)
+        if close >= 0:
+            end = close + len(opening[2]) + 3
+            found.append(Block(opening[2], text[at:close], opening.start(), end))
+            at = end
+    return found
+
+
+def cut(text: str) -> str:
+    """What a generation counts up to: the first </search>, else the first </answer>."""
+    for close in ("</search>", "</answer>"):
+        before, found, _ = text.partition(close)
+        if found:
+            return before + found
+    return text
+
+
+def action(text: str) -> Search | str | None:
+    """The first thing that a generation does: a search, an answer's text, or None where it does neither properly.
+
+    A search without a colon, without a query, or with the prompt's placeholder in it is none.
+    """
+    found = _ACTION.search(text)
+    if found is None:
+        return None
+    if found[1] == "answer":
+        return found[2].strip()
+    name, colon, query = found[2].partition(":")
+    if not colon or not query.strip() or any(word in found[2].lower() for word in PLACEHOLDERS):
+        return None
+    return Search(name.strip(), query.strip())
+
+
+def resolve(name: str, catalog: Catalog) -> Model | None:
+    """The model of an exact name or alias."""
+    try:
+        return catalog.resolve(name.strip())
+    except ConfigError:
+        return None
+
+
+def fault(text: str, catalog: Catalog, *, strict: bool = False) -> str:
+    """What breaks the grammar in a whole text, in a few words; empty where nothing does.
+
+    The rules of the released format check, exact names instead of parts of names. `strict` holds the order of blocks
+    too, and allows nothing but white space between them.
+    """
+    found = blocks(text)
+    if not found:
+        return "no block"
+    for tag in TAGS:
+        if text.count(f"<{tag}>") != text.count(f"</{tag}>"):
+            return f"<{tag}> and </{tag}> do not pair"
+    for block in found:
+        if next(tags(block.text), None):
+            return f"a tag within <{block.tag}>"
+        if block.tag == "think" and block.text.strip() in ("", "..."):
+            return "an empty <think>"
+    count = {tag: sum(block.tag == tag for block in found) for tag in TAGS}
+    if count["answer"] != 1:
+        return f"{count['answer']} answers"
+    if not count["think"]:
+        return "no <think>"
+    if count["search"] != count["information"]:
+        return f"{count['search']} searches and {count['information']} replies"
+    if not text.strip().startswith("<think>") or not text.strip().endswith("</answer>"):
+        return "does not begin with <think> and end with </answer>"
+    for block in found:
+        if block.tag == "search" and (why := _search_fault(block.text, catalog)):
+            return why
+    return _order_fault(text, found) if strict else ""
+
+
+def _search_fault(body: str, catalog: Catalog) -> str:
+    if body.count(":") != 1:
+        return "a search needs one colon, between name and query"
+    name, query = (part.strip() for part in body.split(":"))
+    if not query:
+        return "a search without a query"
+    if any(word in body.lower() for word in PLACEHOLDERS):
+        return "a search with the prompt's placeholder"
+    if name and name in query:
+        return "the name stands in the query"
+    return "" if resolve(name, catalog) else f"no model {name[:40]!r}"
+
+
+_NEXT = {
+    "": ("think",), "think": ("search", "answer"), "search": ("information",), "information": ("think",), "answer": (),
+}  # fmt: skip
+
+
+def _order_fault(text: str, found: Sequence[Block]) -> str:
+    """start -> think -> (search -> information -> think)* -> answer, and nothing between."""
+    before, at = "", 0
+    for block in found:
+        if text[at : block.start].strip():
+            return "text between the blocks"
+        if block.tag not in _NEXT[before]:
+            return f"<{block.tag}> after {f'<{before}>' if before else 'the beginning'}"
+        before, at = block.tag, block.end
+    return ""
