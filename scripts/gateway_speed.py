@@ -1,17 +1,20 @@
-"""What the gateway costs a request: `python scripts/gateway_speed.py [rounds=5] [requests=160]`.
+"""What the gateway costs a request: `python scripts/gateway_speed.py [rounds=5] [requests=160] [peers=FOLDER]`.
 
 One mock backend, and in front of it, each in a process of its own: the gateway (a key, a budget and a trace on), the
 gateway with a router asked for each request, and bare relays that only read a body, post it and send back what comes,
-by aiohttp and by httpx. In every round each target is asked in turn, one request at a time and 16 at once, streamed
-and not. CPU is the server process's own, user and system; added latency is the median beside the backend asked
-directly in the same round. Writes results/gateway_speed.json.
+by aiohttp and by httpx; with a FOLDER from gateway_peers.py, other gateways too. In every round each target is asked in
+turn, one request at a time and 16 at once, streamed and not. CPU is that of the server process and its children, user
+and system; added latency is the median beside the backend asked directly in the same round. Writes
+results/gateway_speed.json.
 """
 
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import json
 import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -22,12 +25,14 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import gateway_peers
+
 ROOT = Path(__file__).parents[1]
 KEY = "a-key-of-the-speed-run"
 WORDS = 32
 TEXT = " ".join(["word"] * WORDS)
 QUESTION = {"messages": [{"role": "user", "content": "Which of these planets has the most moons, and why? " * 8}]}
-TARGETS = ("backend", "aiohttp", "httpx", "gateway", "routed")
+OURS = ("backend", "aiohttp", "httpx", "gateway")
 
 
 # -- servers -----------------------------------------------------------------------------------------------------------
@@ -67,7 +72,7 @@ async def send_all(send: Any, kind: bytes, parts: AsyncIterator[bytes]) -> None:
 
 
 async def mock(scope: Any, receive: Any, send: Any) -> None:
-    kind, parts = answer(json.loads(await body_of(receive)).get("stream", False))
+    kind, parts = answer(json.loads(await body_of(receive) or b"{}").get("stream", False))
 
     async def each() -> AsyncIterator[bytes]:
         for part in parts:
@@ -139,21 +144,32 @@ def serve(kind: str, port: int, backend: str) -> None:
 # -- load --------------------------------------------------------------------------------------------------------------
 
 
-async def load(url: str, body: bytes, requests: int, at_once: int) -> dict[str, float]:
-    """Ask so many times; requests a second and seconds of the median request."""
+def said(whole: bytes, stream: bool) -> str:
+    """The text of an answer."""
+    if not stream:
+        return json.loads(whole)["choices"][0]["message"]["content"]
+    parts = [json.loads(line[6:]) for line in whole.decode().splitlines() if line.startswith("data: {")]
+    return "".join(choice["delta"].get("content") or "" for part in parts for choice in part["choices"]).strip()
+
+
+async def load(
+    url: str, body: dict[str, Any], headers: dict[str, str], requests: int, at_once: int
+) -> dict[str, float]:
+    """Ask so many times; requests a second and seconds of the median request. The first answer is read."""
     import aiohttp
 
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
+    data = json.dumps(body).encode()
     times: list[float] = []
 
     async def client(session: Any, count: int) -> None:
         for _ in range(count):
             begun = time.perf_counter()
-            async with session.post(url, data=body, headers=headers) as found:
+            async with session.post(url, data=data, headers={"Content-Type": "application/json", **headers}) as found:
                 whole = await found.read()
-                if found.status != 200 or TEXT[:4].encode() not in whole:
+                times.append(time.perf_counter() - begun)
+                right = found.status == 200 and TEXT[:4].encode() in whole
+                if not right or (len(times) == 1 and said(whole, body["stream"]) != TEXT):
                     raise SystemExit(f"{url} answered {found.status}: {whole[:200]!r}")
-            times.append(time.perf_counter() - begun)
 
     async with aiohttp.ClientSession() as session:
         begun = time.perf_counter()
@@ -162,14 +178,18 @@ async def load(url: str, body: bytes, requests: int, at_once: int) -> dict[str, 
 
 
 def cpu(process: int) -> float:
-    """Milliseconds that the threads of a process have run, as Linux counts them, to the nanosecond."""
-    tasks = Path(f"/proc/{process}/task").glob("*/schedstat")
-    return sum(int(task.read_text().split()[0]) for task in tasks) / 1e6
+    """Milliseconds that a process and its children have run, as Linux counts them, to the nanosecond."""
+    clock = (~process << 3) | 2  # as clock_getcpuclockid(3) makes it; threads that have ended count
+    files = Path(f"/proc/{process}/task").glob("*/children")
+    children = [int(child) for file in files if file.exists() for child in file.read_text().split()]
+    return time.clock_gettime(clock) * 1e3 + sum(map(cpu, children))
 
 
-def measure(process: int, url: str, body: bytes, requests: int, at_once: int) -> dict[str, float]:
+def measure(
+    process: int, url: str, body: dict[str, Any], headers: dict[str, str], requests: int, at_once: int
+) -> dict[str, float]:
     before = cpu(process)
-    found = asyncio.run(load(url, body, requests, at_once))
+    found = asyncio.run(load(url, body, headers, requests, at_once))
     found["cpu_ms"] = (cpu(process) - before) / (requests // at_once * at_once)
     return found
 
@@ -179,45 +199,72 @@ def free_port() -> int:
         return int(place.getsockname()[1])
 
 
-def started(kind: str, port: int, backend: str) -> subprocess.Popen[bytes]:
-    process = subprocess.Popen([sys.executable, __file__, "serve", kind, str(port), backend])
-    for _ in range(1200):
+def bound_to_us() -> None:
+    """Linux ends this process when the one that started it ends, however it does."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def started(kind: str, port: int, backend: str, peers: str = "") -> subprocess.Popen[bytes]:
+    if kind in gateway_peers.PEERS:
+        command, environment = gateway_peers.command(Path(peers), kind, port)
+        log = (Path(peers) / f"{kind}.log").open("wb")
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, preexec_fn=bound_to_us)
+    else:
+        command = [sys.executable, __file__, "serve", kind, str(port), backend]
+        process = subprocess.Popen(command, preexec_fn=bound_to_us)
+    for _ in range(3000):
         try:
             socket.create_connection(("127.0.0.1", port)).close()
             return process
         except OSError:
+            if process.poll() is not None:
+                break
             time.sleep(0.1)
+    process.kill()
     raise SystemExit(f"{kind} did not start")
 
 
-def main(rounds: int = 5, requests: int = 160) -> None:
-    ports = {kind: free_port() for kind in TARGETS[:-1]}
+def main(rounds: int = 5, requests: int = 160, peers: str = "") -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    others = gateway_peers.PEERS if peers else ()
+    ports = {kind: free_port() for kind in (*OURS, *others)}
     path = "/v1/chat/completions"
     backend = f"http://127.0.0.1:{ports['backend']}{path}"
+    base = backend.removesuffix("/chat/completions")
+    if peers:
+        gateway_peers.configure(Path(peers), base)
+    ours = {"Authorization": f"Bearer {KEY}"}
+    targets = {kind: (kind, "mock", ours) for kind in OURS} | {"routed": ("gateway", "moesaic/stub", ours)}
+    targets |= {kind: (kind, "mock", gateway_peers.headers(kind, base)) for kind in others}
     processes: dict[str, subprocess.Popen[bytes]] = {}
     rows: list[dict[str, Any]] = []
     try:
         for kind, port in ports.items():
-            processes[kind] = started(kind, port, backend)
+            processes[kind] = started(kind, port, backend, peers)
         for i in range(-1, rounds):
             for stream in (False, True):
                 for at_once in (1, 16):
-                    for target in TARGETS:
-                        kind = "gateway" if target == "routed" else target
-                        model = "moesaic/stub" if target == "routed" else "mock"
-                        body = json.dumps({"model": model, "stream": stream, **QUESTION}).encode()
+                    for target, (kind, model, headers) in targets.items():
+                        body = {"model": model, "stream": stream, **QUESTION}
                         url = f"http://127.0.0.1:{ports[kind]}{path}"
                         told = {"round": i, "target": target, "stream": stream, "at_once": at_once}
-                        found = measure(processes[kind].pid, url, body, requests, at_once)
+                        found = measure(processes[kind].pid, url, body, headers, requests, at_once)
                         if i >= 0:
                             rows.append({**told, **found})
     finally:
         for process in processes.values():
             process.terminate()
+        for process in processes.values():
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
     table = summary(rows)
     print(*(json.dumps(row) for row in table), sep="\n")
-    content = {"command": f"python scripts/gateway_speed.py {rounds} {requests}", "cpus": os.cpu_count(),
-               "python": sys.version.split()[0], "table": table, "rounds": rows}  # fmt: skip
+    command = f"python scripts/gateway_speed.py {rounds} {requests}" + " peers=FOLDER" * bool(peers)
+    content = {"command": command, "cpus": os.cpu_count(), "python": sys.version.split()[0],
+               "versions": {kind: gateway_peers.version(Path(peers), kind) for kind in others},
+               "table": table, "rounds": rows}  # fmt: skip
     (ROOT / "results" / "gateway_speed.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
@@ -228,7 +275,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for at_once in (1, 16):
             of = {
                 t: [r for r in rows if (r["target"], r["stream"], r["at_once"]) == (t, stream, at_once)]
-                for t in TARGETS
+                for t in dict.fromkeys(row["target"] for row in rows)
             }
             for target, found in of.items():
                 added = [(row["p50"] - plain["p50"]) * 1e3 for row, plain in zip(found, of["backend"], strict=True)]
@@ -245,4 +292,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["serve"]:
         serve(sys.argv[2], int(sys.argv[3]), sys.argv[4])
     else:
-        main(*map(int, (argument.split("=")[-1] for argument in sys.argv[1:3])))
+        peers = [argument.removeprefix("peers=") for argument in sys.argv[1:] if argument.startswith("peers=")]
+        numbers = [int(argument.split("=")[-1]) for argument in sys.argv[1:] if not argument.startswith("peers=")]
+        main(*numbers, peers="".join(peers))
