@@ -181,9 +181,7 @@ def test_a_policy_cannot_reply_to_itself() -> None:
 
 def test_a_prompt_tells_what_is_known() -> None:
     qwen, small = CATALOG["Qwen2.5-7B-Instruct"], CATALOG["LLaMA-3.1-8B-Instruct"]
-    line = (
-        "7.6 billion parameters; $0.3 a million tokens of reply; 0.4 s to the first token; gsm8k 85%; Strong at it."
-    )
+    line = "7.6 billion parameters; $0.3 a million tokens of reply; 0.4 s to the first token; gsm8k 85%; Strong at it."
     assert described(qwen) == f"Qwen2.5-7B-Instruct: {line}"
     assert described(qwen, ["prose"]) == "Qwen2.5-7B-Instruct: Strong at it."
     assert described(small, ["prose"]) == "LLaMA-3.1-8B-Instruct"

@@ -1,0 +1,227 @@
+"""Questions answered in rounds: the policy writes, whom it names is asked, it reads the reply, and writes on.
+
+    GENERATE -> a search: the model is asked, INFORMATION is read, GENERATE again
+             -> a search that cannot be asked (no such model, a failure, no budget): INFORMATION says None
+             -> neither search nor answer: nothing is read, GENERATE again
+             -> an answer: the end
+    after `turns` generations one last, whose search is not asked
+
+As the released engine of arXiv 2506.09033; but a reply is cut before it is wrapped, so that it cannot lose its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from moesaic.errors import ConfigError
+from moesaic.llms.catalog import Catalog, Model
+from moesaic.llms.router_r1.prompt import FIELDS, prompt
+from moesaic.llms.router_r1.transcript import NOTHING, Piece, Search, Transcript, action, cut, resolve
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a policy wrote in one generation.
+
+    Attributes:
+        text: up to where it stopped. tokens: how many it took.
+        ids, logprobs: the tokens and their log probabilities, of a policy that tells them.
+    """
+
+    text: str
+    tokens: int
+    ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+
+
+class Rounds(Protocol):
+    """Conversations that go on side by side, each by its number."""
+
+    def write(self, who: Sequence[int]) -> list[Written]:
+        """Go on with these, in that order, each until `</search>`, `</answer>` or its most tokens."""
+        ...
+
+    def read(self, who: int, text: str) -> None:
+        """Take in what the environment says to one."""
+        ...
+
+    def clip(self, text: str, tokens: int) -> str:
+        """As much of a text as so many tokens hold."""
+        ...
+
+
+class Policy(Protocol):
+    """A language model that is asked to go on."""
+
+    def begin(self, prompts: Sequence[str]) -> Rounds: ...
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a model of the pool said: its text, its completion tokens, and how long it took; `failure` says why not."""
+
+    text: str
+    tokens: int = 0
+    seconds: float = 0.0
+    failure: str = ""
+
+
+class Pool(Protocol):
+    """Models that can be asked, several at once."""
+
+    def ask(self, calls: Sequence[tuple[Model, str]]) -> list[Reply]:
+        """A reply to each (model, query); one that failed has no text."""
+        ...
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How far a rollout goes.
+
+    Attributes:
+        turns: generations whose searches are asked; one more may answer. reply_tokens: of a reply that are read.
+        budget: USD for the calls of one question; a call that could go beyond it is not made. None for no end.
+        longest: tokens that a reply is taken to have at most, before it is known (for the budget).
+    """
+
+    turns: int = 4
+    reply_tokens: int = 600
+    budget: float | None = None
+    longest: int = 512
+
+    def __post_init__(self) -> None:
+        if self.turns < 0 or self.reply_tokens < 1 or self.longest < 1 or (self.budget is not None and self.budget < 0):
+            raise ConfigError("turns from 0 on, reply_tokens and longest from 1 on, a budget from 0 on")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One search, asked or not.
+
+    Attributes:
+        name: as the policy wrote it. model: whom that means; empty where it means none. query, reply: as they were.
+        cost: micro-dollars, the completion tokens times the price of a million. failure: why there is no reply.
+    """
+
+    name: str
+    model: str
+    query: str
+    reply: str
+    tokens: int = 0
+    cost: float = 0.0
+    seconds: float = 0.0
+    failure: str = ""
+
+
+@dataclass
+class Rollout:
+    """One question, whole: what was written and read, who was asked, what it cost."""
+
+    question: str
+    transcript: Transcript = field(default_factory=Transcript)
+    calls: list[Call] = field(default_factory=list)
+    written: list[Written] = field(default_factory=list)
+
+    @property
+    def cost(self) -> float:
+        """Micro-dollars of all calls."""
+        return sum(call.cost for call in self.calls)
+
+    @property
+    def answer(self) -> str:
+        return self.transcript.answer
+
+    @property
+    def policy_tokens(self) -> int:
+        return sum(written.tokens for written in self.written)
+
+    def trace(self) -> dict[str, Any]:
+        """For a JSON file."""
+        return {
+            "question": self.question, "answer": self.answer, "transcript": self.transcript.text,
+            "calls": [vars(call) for call in self.calls], "cost": self.cost, "policy_tokens": self.policy_tokens,
+            "generations": len(self.written),
+        }  # fmt: skip
+
+
+def roll(
+    policy: Policy,
+    pool: Pool,
+    catalog: Catalog,
+    questions: Sequence[str],
+    limits: Limits | None = None,
+    *,
+    tell: Sequence[str] = FIELDS,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[Rollout]:
+    """Answer questions side by side, whatever becomes of single calls.
+
+    Args:
+        tell: of `prompt.FIELDS`, what the prompt tells of models. progress: is told how many have ended, each round.
+    """
+    limits = limits or Limits()
+    found = [Rollout(question) for question in questions]
+    rounds = policy.begin([prompt(question, catalog.values(), tell) for question in questions])
+    active = list(range(len(found)))
+    for turn in range(limits.turns + 1):
+        if not active:
+            break
+        searching: list[tuple[int, Search]] = []
+        going = []
+        for i, written in zip(active, rounds.write(active), strict=True):
+            text = cut(written.text)
+            found[i].written.append(written)
+            found[i].transcript.pieces.append(Piece(text))
+            done = action(text)
+            if isinstance(done, str):
+                continue
+            going.append(i)
+            if done is not None:
+                searching.append((i, done))
+        active = going
+        if turn < limits.turns:
+            _ask(found, rounds, pool, catalog, limits, searching)
+        progress(len(found) - len(active))
+    return found
+
+
+def _ask(
+    found: Sequence[Rollout],
+    rounds: Rounds,
+    pool: Pool,
+    catalog: Catalog,
+    limits: Limits,
+    searching: Sequence[tuple[int, Search]],
+) -> None:
+    """Ask whom searches name, all at once, and let each be read."""
+    models = [resolve(search.name, catalog) for _, search in searching]
+    why = [_refused(model, search, found[i].cost, limits) for (i, search), model in zip(searching, models, strict=True)]
+    asked = [at for at, refusal in enumerate(why) if not refusal]
+    replies = dict(zip(asked, pool.ask([_call(models[at], searching[at][1]) for at in asked]), strict=True))
+    for at, (i, search) in enumerate(searching):
+        model, reply = models[at], replies.get(at, Reply("", failure=why[at]))
+        text = NOTHING if reply.failure else rounds.clip(reply.text, limits.reply_tokens)
+        price = 0.0 if model is None or reply.failure else model.cost(0, reply.tokens) * 1e6
+        name = "" if model is None else model.name
+        found[i].calls.append(
+            Call(search.name, name, search.query, text, reply.tokens, price, reply.seconds, reply.failure)
+        )
+        piece = Piece(text, reply=True)
+        found[i].transcript.pieces.append(piece)
+        rounds.read(i, piece.shown())
+
+
+def _call(model: Model | None, search: Search) -> tuple[Model, str]:
+    assert model is not None
+    return model, search.query
+
+
+def _refused(model: Model | None, search: Search, spent: float, limits: Limits) -> str:
+    """Why a search is not asked; empty where it is."""
+    if model is None:
+        return f"no model {search.name[:80]!r}"
+    if limits.budget is not None and spent / 1e6 + model.cost(0, limits.longest) > limits.budget * (1 + 1e-12):
+        return "no budget is left for it"
+    return ""
