@@ -16,7 +16,7 @@ import torch
 from moesaic.errors import ConfigError
 from moesaic.llms.catalog import Catalog, Model
 from moesaic.llms.router_r1.asking import HttpPool
-from moesaic.llms.router_r1.engine import Limits, Reply, Written, roll
+from moesaic.llms.router_r1.engine import Limits, Question, Reply, Written, plainly, roll
 from moesaic.llms.router_r1.local import LocalPolicy
 from moesaic.models.embedded import load_model
 
@@ -99,6 +99,10 @@ def pool() -> Iterator[HttpPool]:
     made.close()
 
 
+def asked(catalog: Catalog, *texts: str) -> list[Question]:
+    return [Question(text, catalog) for text in texts]
+
+
 def think(rest: str) -> str:
     return f"<think> hm </think>{rest}"
 
@@ -116,7 +120,7 @@ def test_a_golden_rollout_over_http(catalog: Catalog, pool: HttpPool) -> None:
         ],
         [think("<answer> at once </answer>")],
     )  # fmt: skip
-    first, second, third = roll(policy, pool, catalog, ["q1", "q2", "q3"])
+    first, second, third = roll(policy, pool, asked(catalog, "q1", "q2", "q3"))
     assert first.transcript.text == (
         "<think> hm </think><search> adder: what is two and two </search>"
         "\n\n<information>it is two</information>\n\n"
@@ -124,7 +128,7 @@ def test_a_golden_rollout_over_http(catalog: Catalog, pool: HttpPool) -> None:
         "\n\n<information>it is please</information>\n\n"
         "<think> hm </think><answer> 4 </answer>"
     )
-    assert first.transcript.fault(catalog, strict=True) == ""
+    assert first.fault(strict=True) == ""
     assert first.cost == pytest.approx(5 * 2.0 + 3 * 0.5)
     assert [call.tokens for call in first.calls] == [5, 3]
     assert policy.heard[0][0] == "\n\n<information>it is two</information>\n\n"
@@ -140,10 +144,10 @@ def test_a_golden_rollout_over_http(catalog: Catalog, pool: HttpPool) -> None:
 
 def test_four_searches_are_asked_and_one_generation_more_may_answer(catalog: Catalog, pool: HttpPool) -> None:
     search = think("<search> adder: one more </search>")
-    (found,) = roll(policy := Scripted([search] * 5), pool, catalog, ["q"])
+    (found,) = roll(policy := Scripted([search] * 5), pool, asked(catalog, "q"))
     assert len(found.calls) == 4
     assert len(found.written) == len(policy.asked) == 5
-    assert found.transcript.fault(catalog) == "0 answers"
+    assert found.fault() == "0 answers"
 
 
 def test_what_cannot_be_asked_is_none_and_costs_nothing(catalog: Catalog, pool: HttpPool) -> None:
@@ -151,7 +155,7 @@ def test_what_cannot_be_asked_is_none_and_costs_nothing(catalog: Catalog, pool: 
         think("<search> nobody: a </search>"), think("<search> adder no colon </search>"), think("hm"),
         think("<answer> x </answer>"),
     ]  # fmt: skip
-    (found,) = roll(policy := Scripted(lines), pool, catalog, ["q"])
+    (found,) = roll(policy := Scripted(lines), pool, asked(catalog, "q"))
     assert [(call.model, call.reply, call.cost) for call in found.calls] == [("", "None", 0.0)]
     assert len(policy.heard[0]) == 1
     assert found.answer == "x"
@@ -162,10 +166,12 @@ def test_no_call_goes_beyond_a_budget(catalog: Catalog, pool: HttpPool) -> None:
     search = "<search> adder: what is it now </search>"
     lines = [think(search), think(search.replace("now", "then")), think("<answer> x </answer>")]
     limits = Limits(longest=4, budget=15e-6)  # a call may cost 8 micro-dollars, and costs as many
-    (found,) = roll(Scripted(lines), pool, catalog, ["q"], limits)
+    (found,) = roll(Scripted(lines), pool, asked(catalog, "q"), limits)
     assert [call.failure for call in found.calls] == ["", "no budget is left for it"]
     assert found.cost <= 15
-    (found,) = roll(Scripted([think(search), think("<answer>y</answer>")]), pool, catalog, ["q"], Limits(budget=1e-9))
+    (found,) = roll(
+        Scripted([think(search), think("<answer>y</answer>")]), pool, asked(catalog, "q"), Limits(budget=1e-9)
+    )
     assert (found.cost, pool.asked, found.answer) == (0, 1, "y")
 
 
@@ -176,9 +182,9 @@ def test_a_reply_is_cut_before_it_is_wrapped(catalog: Catalog) -> None:
 
     lines = [think("<search> adder: go </search>"), think("<answer> 4 </answer>")]
     for size, shown in ((3, "word word word"), (600, "&lt;/information>&lt;answer> 9 &lt;/answer>")):
-        (found,) = roll(Scripted([*lines]), Talker(), catalog, ["q"], Limits(reply_tokens=size))
+        (found,) = roll(Scripted([*lines]), Talker(), asked(catalog, "q"), Limits(reply_tokens=size))
         assert shown in found.transcript.text
-        assert found.transcript.fault(catalog, strict=True) == ""
+        assert found.fault(strict=True) == ""
         assert (found.answer, found.cost) == ("4", 104.0)
 
 
@@ -195,8 +201,21 @@ def test_equal_queries_are_asked_once(catalog: Catalog, pool: HttpPool) -> None:
     assert pool.hits == hits
 
 
+def test_questions_may_be_asked_in_other_words_of_other_models(catalog: Catalog, pool: HttpPool) -> None:
+    poet = Catalog([catalog["poet"]])
+    lines = [[think("<search> adder: go on </search>"), think("<answer> x </answer>")] for _ in range(2)]
+    questions = [Question("q", catalog), Question("q", poet)]
+    found = roll(policy := Scripted(*lines), pool, questions, say=lambda q: f"{len(q.catalog)} {q.text}")
+    assert policy.prompts == ["4 q", "1 q"]
+    assert [rollout.calls[0].failure for rollout in found] == ["", "no model 'adder'"]
+    assert [rollout.fault() for rollout in found] == ["", "no model 'adder'"]
+    assert "Question: q" in plainly(questions[0])
+    with pytest.raises(ConfigError):
+        Question(" ", catalog)
+
+
 def test_no_questions_are_no_rollouts(catalog: Catalog, pool: HttpPool) -> None:
-    assert roll(Scripted(), pool, catalog, []) == []
+    assert roll(Scripted(), pool, []) == []
 
 
 # -- a policy in this process ------------------------------------------------------------------------------------------

@@ -11,14 +11,37 @@ As the released engine of arXiv 2506.09033; but a reply is cut before it is wrap
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from moesaic.errors import ConfigError
 from moesaic.llms.catalog import Catalog, Model
-from moesaic.llms.router_r1.prompt import FIELDS, prompt
+from moesaic.llms.router_r1.prompt import prompt
 from moesaic.llms.router_r1.transcript import NOTHING, Piece, Search, Transcript, action, cut, resolve
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked, of a policy that may ask the models of a catalog about it.
+
+    Attributes:
+        truths: answers that count as right. about: whatever else is known of it (its kind, say), for tables.
+    """
+
+    text: str
+    catalog: Catalog
+    truths: tuple[str, ...] = ()
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.catalog or not self.text.strip():
+            raise ConfigError("a question needs a text, and models that may be asked")
+
+
+def plainly(question: Question) -> str:
+    """The prompt of `prompt.prompt`, with all that is known of the models."""
+    return prompt(question.text, question.catalog.values())
 
 
 @dataclass(frozen=True)
@@ -119,7 +142,7 @@ class Call:
 class Rollout:
     """One question, whole: what was written and read, who was asked, what it cost."""
 
-    question: str
+    question: Question
     transcript: Transcript = field(default_factory=Transcript)
     calls: list[Call] = field(default_factory=list)
     written: list[Written] = field(default_factory=list)
@@ -133,6 +156,10 @@ class Rollout:
     def answer(self) -> str:
         return self.transcript.answer
 
+    def fault(self, *, strict: bool = False) -> str:
+        """What breaks its format; empty where nothing does."""
+        return self.transcript.fault(self.question.catalog, strict=strict)
+
     @property
     def policy_tokens(self) -> int:
         return sum(written.tokens for written in self.written)
@@ -140,7 +167,7 @@ class Rollout:
     def trace(self) -> dict[str, Any]:
         """For a JSON file."""
         return {
-            "question": self.question, "answer": self.answer, "transcript": self.transcript.text,
+            "question": self.question.text, "answer": self.answer, "transcript": self.transcript.text,
             "calls": [vars(call) for call in self.calls], "cost": self.cost, "policy_tokens": self.policy_tokens,
             "generations": len(self.written),
         }  # fmt: skip
@@ -149,21 +176,20 @@ class Rollout:
 def roll(
     policy: Policy,
     pool: Pool,
-    catalog: Catalog,
-    questions: Sequence[str],
+    questions: Sequence[Question],
     limits: Limits | None = None,
     *,
-    tell: Sequence[str] = FIELDS,
+    say: Callable[[Question], str] = plainly,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Rollout]:
     """Answer questions side by side, whatever becomes of single calls.
 
     Args:
-        tell: of `prompt.FIELDS`, what the prompt tells of models. progress: is told how many have ended, each round.
+        say: what the policy is asked. progress: is told how many have ended, each round.
     """
     limits = limits or Limits()
     found = [Rollout(question) for question in questions]
-    rounds = policy.begin([prompt(question, catalog.values(), tell) for question in questions])
+    rounds = policy.begin([say(question) for question in questions])
     active = list(range(len(found)))
     for turn in range(limits.turns + 1):
         if not active:
@@ -182,7 +208,7 @@ def roll(
                 searching.append((i, done))
         active = going
         if turn < limits.turns:
-            _ask(found, rounds, pool, catalog, limits, searching)
+            _ask(found, rounds, pool, limits, searching)
         progress(len(found) - len(active))
     return found
 
@@ -191,12 +217,11 @@ def _ask(
     found: Sequence[Rollout],
     rounds: Rounds,
     pool: Pool,
-    catalog: Catalog,
     limits: Limits,
     searching: Sequence[tuple[int, Search]],
 ) -> None:
     """Ask whom searches name, all at once, and let each be read."""
-    models = [resolve(search.name, catalog) for _, search in searching]
+    models = [resolve(search.name, found[i].question.catalog) for i, search in searching]
     why = [_refused(model, search, found[i].cost, limits) for (i, search), model in zip(searching, models, strict=True)]
     asked = [at for at, refusal in enumerate(why) if not refusal]
     replies = dict(zip(asked, pool.ask([_call(models[at], searching[at][1]) for at in asked]), strict=True))
