@@ -297,7 +297,7 @@ def test_a_bench_is_what_python_says_and_its_tables_show_it(capsys: pytest.Captu
         assert all(row in shown for row in grid.rows)
     (row,) = [row for row in shown if row[0] == "composition"]
     arm = told["arms"]["composition"]
-    assert row[1] == f"{100 * arm['score']:.1f}"
+    assert row[1:3] == [f"{100 * arm['score']:.1f}", f"{100 * arm['low']:.1f} to {100 * arm['high']:.1f}"]
     assert row[3].startswith(f"{100 * arm['ahead']:+.1f} (".replace("-", "−"))
 
 
