@@ -147,7 +147,8 @@ def _route(wanted: LlmRoute, folder: str, *, as_json: bool) -> None:
     if wanted.file:
         prompts = _lines(wanted.file)
     else:
-        prompts = [encodable(standard_input() if wanted.prompt == "-" else wanted.prompt, "prompt", "llm route")]
+        text = standard_input() if wanted.prompt == "-" else wanted.prompt or ""
+        prompts = [encodable(text, "prompt", "llm route")]
     if not any(prompt.strip() for prompt in prompts):
         raise ConfigError(f"{f'file={wanted.file}' if wanted.file else 'prompt'} is empty: there is nothing to answer")
     found = Composition.load(folder).decide_many(prompts)
