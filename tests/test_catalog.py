@@ -25,6 +25,15 @@ def test_models_are_found_by_name_and_alias_alone(tmp_path: Path) -> None:
         catalog.resolve("A")
 
 
+def test_a_model_that_a_table_scores_and_a_catalog_lacks_is_named_with_both() -> None:
+    held = Catalog.of([{**SMALL, "name": "a", "aliases": ["x/a"]}], "models.yaml")
+    assert [model.name for model in held.scored(["x/a", "a"], "t.jsonl")] == ["a", "a"]
+    with pytest.raises(
+        ConfigError, match=r"models.yaml has no model 'b', of which t.jsonl has scores: add it; known: "
+    ):
+        held.scored(["a", "b"], "t.jsonl")
+
+
 def test_costs_and_sizes() -> None:
     small, large = Catalog.of([SMALL, LARGE]).values()
     assert large.cost(1_000_000, 2_000_000) == pytest.approx(6.0)

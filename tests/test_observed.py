@@ -46,6 +46,20 @@ def test_logs_are_means_by_prompt_and_model(tmp_path: Path) -> None:
     assert not found.complete
 
 
+def test_prompts_without_a_category_are_of_general_where_others_have_one(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "a", "model": "all-9b", "score": 1, "category": "k"},
+        {"prompt": "a", "model": "bird-1b", "score": 0}, {"prompt": "b", "model": "all-9b", "score": 1},
+        {"prompt": "c", "model": "bird-1b", "score": 1, "category": ""},
+    ]  # fmt: skip
+    found = Observed.read(written(tmp_path / "log.jsonl", rows))
+    assert found.categories == ("k", "", "")
+    problem = found.by_category(catalog())
+    assert (problem.categories, problem.shares.tolist()) == ((GENERAL, "k"), pytest.approx([2 / 3, 1 / 3]))
+    with pytest.raises(DataError, match="has no categories: `moesaic llm fit` finds some"):
+        Observed.read(written(tmp_path / "log.jsonl", [rows[2]])).by_category(catalog())
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [

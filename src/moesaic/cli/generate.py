@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from moesaic.cli.inspect import show_routed, with_prompt
 from moesaic.cli.show import print_json
 from moesaic.cli.verbs import Section, verb
 from moesaic.errors import ConfigError, DataError, path_of
+from moesaic.runs.process import standard_input
 
 if TYPE_CHECKING:
     from moesaic.data.examples import Example
@@ -117,10 +117,7 @@ def _given(settings: GenerateSettings) -> str:
         raise ConfigError("prompt='…' is what is answered, or messages='[{\"role\": …}]' a chat: give one of them")
     text = settings.prompt or settings.messages
     if text == "-":
-        try:
-            text = sys.stdin.read() if sys.stdin is not None else ""
-        except UnicodeDecodeError:
-            raise DataError("standard input is no text in UTF-8") from None
+        text = standard_input()
     elif settings.messages and not text.lstrip().startswith(("[", "{")):
         try:
             text = path_of(text).read_text(encoding="utf-8")

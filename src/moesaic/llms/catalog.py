@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ class Model:
 
 
 class Catalog(Mapping[str, Model]):
-    """Models by exact name, in the order of the file; `resolve` takes aliases too.
+    """Models by exact name, in the order of the file; `resolve` takes aliases too. `source` is the file.
 
     Raises:
         ConfigError: no model, a name that two could mean, a price or a size that is missing or no number, an endpoint
@@ -90,7 +90,7 @@ class Catalog(Mapping[str, Model]):
     """
 
     def __init__(self, models: list[Model], source: str = "the catalog") -> None:
-        self._models = {model.name: model for model in models}
+        self.source, self._models = source, {model.name: model for model in models}
         self._by_any = dict(self._models)
         if not models:
             raise ConfigError(f"{source} names no model: models: [{{name: …, input_price: …}}, …]")
@@ -131,6 +131,14 @@ class Catalog(Mapping[str, Model]):
         if name not in self._by_any:
             raise ConfigError(f"no model {name[:80]!r}; {suggest(name[:80], self._by_any)}")
         return self._by_any[name]
+
+    def scored(self, names: Iterable[str], by: str) -> list[Model]:
+        """The models that a table has scores of. Raises ConfigError, which names `by`, its file, for one it lacks."""
+        names = list(names)
+        if lacking := [name for name in names if name not in self._by_any]:
+            shown = f"no model {lacking[0][:80]!r}, of which {by or 'the table'} has scores: add it"
+            raise ConfigError(f"{self.source} has {shown}; {suggest(lacking[0][:80], self._by_any)}")
+        return [self._by_any[name] for name in names]
 
     def __getitem__(self, name: str) -> Model:
         return self._models[name]

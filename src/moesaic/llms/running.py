@@ -34,7 +34,7 @@ class LlmFit(Limits, Fitting):
     data: str = field(default="", metadata=_DATA)
     catalog: str = field(default="", metadata=_CATALOG)
     format: str = field(default="", metadata={"help": "of data, where its first row does not tell"})
-    out: str = field(default="composition", metadata={"help": "folder"})
+    out: str = field(default="composition", metadata={"help": "folder of the composition"})
     overwrite: bool = field(default=False, metadata={"help": "replace a composition that is there"})
 
 
@@ -55,19 +55,26 @@ class LlmFrontier(Limits):
 class LlmRoute:
     """Settings of `moesaic llm route`."""
 
-    prompt: str = field(default="", metadata={"help": "who is to answer it; - reads it from stdin"})
-    file: str = field(default="", metadata={"help": "prompts, one a line"})
+    prompt: str | None = field(default="", metadata={"help": "who is to answer it; - reads it from standard input"})
+    file: str = field(default="", metadata={"help": "prompts instead, one a line"})
 
 
 @dataclass
 class LlmBench:
     """Settings of `moesaic llm bench`."""
 
-    data: str = field(default="", metadata={"help": "recorded outcomes, of other prompts than it was fitted to"})
+    data: str = field(
+        default="", metadata={"help": "recorded outcomes, of other prompts than it was fitted to; no logs"}
+    )
     catalog: str = field(default="", metadata=_CATALOG)
     format: str = field(default="", metadata={"help": "of data, where its first row does not tell"})
     rounds: int = field(default=200, metadata={"help": "decisions that are timed, one by one"})
     seed: int = field(default=0, metadata={"help": "of the bootstrap, and of who answers at random"})
+
+
+@dataclass
+class LlmServe:
+    """None: all that a gateway is told stands in its file."""
 
 
 SETTINGS: dict[str, type] = {"fit": LlmFit, "frontier": LlmFrontier, "route": LlmRoute, "bench": LlmBench}

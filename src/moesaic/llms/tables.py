@@ -172,7 +172,9 @@ def _told(file: Path) -> str:
     for name, keys in marks.items():
         if keys <= first.keys():
             return name
-    raise DataError(f'{where}: neither {{"prompt", "scores"}} nor a row of {", ".join(marks)}: say its format')
+    if {"prompt", "model", "score"} <= first.keys():
+        raise DataError(f"{where}: a log, where not every model saw every prompt; a table of all scores is needed")
+    raise DataError(f'{where}: neither {{"prompt", "scores"}} nor a row of llmrouter, routerarena: say its format')
 
 
 def _jsonl(file: Path) -> Table:
@@ -278,7 +280,7 @@ def llmrouter_catalog(path: str | Path) -> Catalog:
     try:
         text = file.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {file}: {first_line(error)}") from None
+        raise DataError(f"cannot read {file}: {getattr(error, 'strerror', None) or first_line(error)}") from None
     stored = decode(text, str(file))
     if not isinstance(stored, dict) or not all(isinstance(of, dict) for of in stored.values()):
         raise DataError(f"{file}: it is no object with an object for each model")

@@ -6,7 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moesaic.report.tables import number
-from moesaic.report.text import Grid, percent
+from moesaic.report.text import Grid, percent, points
+
+ARMS = {
+    "composition": "composition", "best_single": "best single, known afterwards", "largest": "largest",
+    "random_expert": "one of its experts at random", "oracle": "oracle",
+}  # fmt: skip
+"""What `replayed` compares, in words."""
 
 
 def fitted(made: Any) -> list[Grid]:
@@ -16,8 +22,9 @@ def fitted(made: Any) -> list[Grid]:
         "Who answers what", ["category", "expert"], [[category, of[category]] for category in sorted(of)], []
     )
     held = made.about["held_out"]
+    seen = "" if held["seen"] == 1 else f"the {percent(held['seen'])} % that their expert saw of "
     rows = [
-        ["score, %", percent(held["score"]), "of held-out prompts, each routed by fits without it (replayed)"],
+        ["score, %", percent(held["score"]), f"of {seen}held-out prompts, each routed by fits without it (replayed)"],
         ["right category, %", percent(held["category_accuracy"]), "of held-out prompts"],
         ["to general, %", percent(held["general"]), "of held-out prompts: not sure of their category"],
         ["average active, B", number(held["average_active"], "{:.1f}"), "billions of parameters a prompt"],
@@ -25,13 +32,13 @@ def fitted(made: Any) -> list[Grid]:
     ]
     if held["average_cost"] is not None:
         rows.append(["USD a million prompts", number(1e6 * held["average_cost"], "{:,.2f}"), "as recorded"])
-    return [experts, Grid("How well, and at what", ["", "", "of what"], rows, [])]
+    return [experts, Grid("How well, at what cost", ["", "", "of what"], rows, [])]
 
 
 def decided(prompts: Sequence[str], found: Sequence[Any]) -> list[Grid]:
     """Who answers each prompt; of one prompt, also what else there was."""
     rows = [
-        [_short(prompt), decision.expert, decision.category, percent(decision.confidence)]
+        [_short(prompt), decision.expert, _about(decision), percent(decision.confidence)]
         for prompt, decision in zip(prompts, found, strict=True)
     ]
     shown = [Grid("Who answers", ["prompt", "expert", "category", "sure, %"], rows, [])]
@@ -47,27 +54,40 @@ def decided(prompts: Sequence[str], found: Sequence[Any]) -> list[Grid]:
 def benched(found: Mapping[str, Any]) -> list[Grid]:
     """What `replayed` found, and how long a decision takes."""
     costs = any(arm["average_cost"] is not None for arm in found["arms"].values())
-    header = ["", "score, %", "95 %", "ahead of the best single", "active, B", *(["USD a million"] if costs else [])]
+    header = ["", "score, %", "95 %", "ahead of the best single", "active, B"]
+    header += ["USD a million prompts"] if costs else []
     rows = []
     for name, arm in found["arms"].items():
-        ahead = f"{100 * arm['ahead']:+.1f} ({100 * arm['ahead_low']:+.1f} to {100 * arm['ahead_high']:+.1f})"
+        low, ahead, high = (points(arm[key]) for key in ("ahead_low", "ahead", "ahead_high"))
         cost = [number(1e6 * arm["average_cost"], "{:,.2f}")] if costs else []
         span = f"{percent(arm['low'])} to {percent(arm['high'])}"
-        rows.append([name, percent(arm["score"]), span, ahead, number(arm["average_active"], "{:.1f}"), *cost])
-    legend = [("95 %", "of the bootstrap over prompts; that of the differences is paired")]
+        rows.append(
+            [ARMS[name] + (f" ({arm['model']})" if arm["model"] else ""), percent(arm["score"]), span,
+             "" if name == "best_single" else f"{ahead} ({low} to {high})", number(arm["average_active"], "{:.1f}"),
+             *cost]
+        )  # fmt: skip
+    legend = [
+        ("95 %", "of the bootstrap over prompts, in brackets of the difference, paired"),
+        ("oracle", "who scored best on each prompt, the smaller of equals"),
+    ]
     shares = [[expert, percent(share)] for expert, share in found["experts"].items()]
     shares += [["(uncertain: to general)", percent(found["general"])]]
     if found["category_accuracy"] is not None:
         shares.append(["(category right)", percent(found["category_accuracy"])])
     took = found["milliseconds"]
     times = [["median", f"{took['median']:.2f}"], ["95th percentile", f"{took['p95']:.2f}"]]
+    count = found["prompts"]
     return [
-        Grid(f"Replayed on {found['prompts']:,} prompts", header, rows, legend),
+        Grid(f"Replayed on {count:,} prompt{'s' * (count != 1)}", header, rows, legend),
         Grid("Who was chosen", ["expert", "% of prompts"], shares, []),
         Grid("A decision takes", ["", "ms"], times, []),
     ]
 
 
 def _short(text: str) -> str:
-    line = " ".join(text.split())
+    line = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in " ".join(text.split()))
     return line if len(line) <= 60 else f"{line[:59]}…"
+
+
+def _about(decision: Any) -> str:
+    return f"{decision.category} (not sure)" if decision.uncertain else str(decision.category)

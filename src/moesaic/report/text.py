@@ -7,7 +7,7 @@ import io
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from moesaic.report.tables import ROUTING, number
+from moesaic.report.tables import MINUS, ROUTING, number
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -103,14 +103,16 @@ def rich_table(summary: dict[str, Any]) -> RenderableType:
     return Group(*parts, *[Text(line) for line in (*conclusions(summary), *missing(summary))])
 
 
-def table(grid: Grid) -> RenderableType:
-    """A grid for a terminal, without its legend."""
+def table(grid: Grid, *, legend: bool = False) -> RenderableType:
+    """A grid for a terminal, with its legend where that is asked for. Columns without a figure are to the left."""
     from rich.table import Table
     from rich.text import Text
 
-    made = Table(title=grid.title, title_justify="left")
+    told = "\n".join(f"{sign}: {meaning}" for sign, meaning in grid.legend) if legend else ""
+    made = Table(title=Text(grid.title), title_justify="left", caption=Text(told) or None, caption_justify="left")
     for i, name in enumerate(grid.header):
-        made.add_column(Text(name), justify="right" if i else "left")
+        figures = any(row[i].lstrip(f"+-{MINUS}")[:1].isdigit() for row in grid.rows)
+        made.add_column(Text(name), justify="right" if i and figures else "left")
     for row in grid.rows:
         made.add_row(*[Text(cell) for cell in row])
     return made

@@ -107,11 +107,12 @@ def write_json(file: Path, content: Any) -> None:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
+    """Write a text file whole or not at all, and the folders that it is to be in."""
     part = _part(file)
     if _is_device(file):
         raise ConfigError(f"{file} is no file; name another")
     with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
         try:
             part.write_text(text, encoding="utf-8")
             _sync(part)

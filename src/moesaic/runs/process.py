@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from moesaic.errors import MoesaicError, first_line
+from moesaic.errors import DataError, MoesaicError, first_line
 
 
 def exit_code(command: Callable[[], int | None], *, verbose: bool = False) -> int:
@@ -31,6 +31,16 @@ def exit_code(command: Callable[[], int | None], *, verbose: bool = False) -> in
         if not _is_memory(error):
             raise
         return _told(f"out of memory: make what was asked for smaller ({first_line(error)})", 2)
+
+
+def standard_input() -> str:
+    """All of it. Raises DataError where it is no text."""
+    try:
+        text = "" if sys.stdin is None else sys.stdin.read()
+        text.encode()  # in some locales Python takes any byte for a text
+    except UnicodeError:
+        raise DataError("standard input is no text in UTF-8") from None
+    return text
 
 
 @contextmanager

@@ -28,7 +28,9 @@ def read_yaml(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{where}: this is not YAML: {error.problem or error.context}") from None
     except OmegaConfBaseException as error:
         raise ConfigError(f"{file}: {_refused(error)}") from None
-    except (YAMLError, OSError, UnicodeDecodeError, RecursionError) as error:
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror or first_line(error)}") from None
+    except (YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{file} is not a YAML file that can be read: {first_line(error)}") from None
     if not isinstance(stored, dict) or not stored:
         raise ConfigError(f"{file} must hold `key: value` lines")
@@ -167,7 +169,7 @@ def check_keys(
         if key not in valid:
             if key in of_adapters():
                 raise ConfigError(f"{source}: {key} is a setting of the method: write adapter.{key}")
-            hint = "settings of the method go under adapter.; " if "." in str(key) else ""
+            hint = "settings of the method go under adapter.; " if "." in str(key) and "adapter" in valid else ""
             raise UnknownSetting(f"{source}: unknown key '{key}'; {hint}{suggest(str(key), valid)}", str(key))
     if not isinstance(values.get("adapter") or {}, dict):
         raise ConfigError(f"{source}: adapter must hold settings, such as adapter.r=8")
@@ -188,6 +190,10 @@ def texts(cls: Any) -> list[str]:
     return [f.name for f in fields(cls) if f.type in (str, "str") or str(f.type) == "str | None"]
 
 
+def _mappings(cls: Any) -> list[str]:
+    return [f.name for f in fields(cls) if str(f.type) in _KINDS and "dict[" in str(f.type)]
+
+
 def build(cls: type[T], *layers: dict[str, Any]) -> T:
     """A dataclass from its defaults and layers of settings, the last on top. Raises ConfigError for a wrong kind."""
     from omegaconf import OmegaConf
@@ -206,7 +212,7 @@ def build(cls: type[T], *layers: dict[str, Any]) -> T:
     except (OmegaConfBaseException, TypeError, ValueError) as error:
         key = str(getattr(error, "full_key", None) or "")
         name = re.split(r"[.\[]", key)[0]
-        if name in given and (key == name or name in lists(cls)) and "$" not in str(given[name]):
+        if name in given and (key == name or name in (*lists(cls), *_mappings(cls))) and "$" not in str(given[name]):
             raise ConfigError(_wrong_kind(cls, name, given[name])) from None
         raise ConfigError(_refused(error)) from None
     assert isinstance(settings, cls)
@@ -232,6 +238,7 @@ _KINDS = {
     "list[str]": "a list of texts, such as a,b",
     "list[int]": "a list of whole numbers, such as 0,1",
     "list[float]": "a list of numbers, such as 0.1,0.2",
+    "dict[str, dict[str, bool]]": "true or false by two names, such as {A: {B: true}}",
 }
 
 

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from moesaic.errors import ConfigError, DataError, MissingDependency, first_line
+from moesaic.errors import ConfigError, DataError, MissingDependency, first_line, suggest
 
 Rows = NDArray[np.float32]
 Arrays = dict[str, NDArray[Any]]
@@ -33,6 +33,7 @@ MAX_TOKENS = 64
 """Of a prompt, for MiniLM: what it is about shows early, and time grows with length."""
 BATCH = 16
 PROBE = "A short text, to tell one encoder from another."
+_KNOWN = "known: tfidf, minilm, or a folder or hub id of a sentence-transformers model"
 _WORD = re.compile(r"\w+|[^\w\s]")
 
 
@@ -48,6 +49,8 @@ class Encoder(Protocol):
 
 def fitted(name: str, prompts: Sequence[str], seed: int = 0) -> Encoder:
     """An encoder by name, made ready for prompts. Raises ConfigError or MissingDependency where there is none."""
+    if not all(one.strip() for one in name.split("+")):
+        raise ConfigError(f"encoder={name} names none; {_KNOWN}")
     if "+" in name:
         return Joined([fitted(one.strip(), prompts, seed) for one in name.split("+")])
     return Tfidf.fit(prompts, seed=seed) if name == "tfidf" else Sentences(name)
@@ -214,8 +217,8 @@ def _sentence_transformer(name: str) -> Any:
     try:
         model = SentenceTransformer(place, local_files_only=fetched_only(place), trust_remote_code=False)
     except Exception as error:  # whatever the hub, configurations and weights make of it
-        known = "known: tfidf, minilm, or a folder or hub id of a sentence-transformers model"
-        raise ConfigError(f"encoder={name} cannot be loaded; {known}: {first_line(error)}") from None
+        near = suggest(name, ("tfidf", "minilm")).partition("known:")[0]
+        raise ConfigError(f"encoder={name} cannot be loaded; {near}{_KNOWN}: {first_line(error)}") from None
 
     def rows(prompts: list[str]) -> Rows:
         return np.asarray(model.encode(prompts, normalize_embeddings=True, show_progress_bar=False), np.float32)

@@ -13,8 +13,8 @@ import numpy as np
 from moesaic.errors import ConfigError, suggest
 from moesaic.llms.catalog import Catalog
 from moesaic.llms.coe import encoders
-from moesaic.llms.coe.calibration import calibration_error
-from moesaic.llms.coe.category import CategoryRouter
+from moesaic.llms.coe.calibration import CALIBRATIONS, calibration_error
+from moesaic.llms.coe.category import SETTINGS, CategoryRouter
 from moesaic.llms.coe.composition import MAPS, Composition, check_free
 from moesaic.llms.coe.estimates import Estimates
 from moesaic.llms.coe.fitting import Fitting
@@ -25,6 +25,7 @@ from moesaic.llms.coe.problem import GENERAL, Budget, Problem
 from moesaic.llms.coe.taxonomy import OURS, Taxonomy
 from moesaic.llms.coe.uncertainty import Rule
 from moesaic.llms.tables import Floats, Table
+from moesaic.runs.settings import check_within
 
 logger = logging.getLogger(__name__)
 
@@ -58,26 +59,20 @@ def fit(
             be; a model the catalog lacks; a folder that is taken. InfeasibleBudget: no mapping fits.
     """
     settings, budget = settings or Fitting(), budget or Budget()
-    if settings.map not in MAPS:
-        raise ConfigError(f"map={settings.map}: {suggest(settings.map, MAPS)}")
+    _check(settings)
     if out:
         check_free(out, overwrite=overwrite)
     observed = data if isinstance(data, Observed) else Observed.of_table(data)
-    for model in observed.models:
-        catalog.resolve(model)
+    catalog.scored(observed.models, observed.source)
     categories, labelled = _categories(observed, settings, progress)
-    solve(
-        observed.problem(catalog, np.ones((len(observed), 1)), [GENERAL]),
-        replace(budget, active=None, cost=None, pins={}),
-    )
+    names, labels = np.unique(np.array(categories, str), return_inverse=True)
+    _check_budget(observed, catalog, budget, settings, names.tolist(), labels)
     if router is None:
         progress(f"fitting the category router: {len(observed)} prompts, {len({*categories})} categories")
         router = CategoryRouter.fit(
             observed.prompts, categories, encoder=settings.encoder, classifier=settings.classifier,
             calibration=settings.calibration, seed=settings.seed,
         )  # fmt: skip
-    number = {name: k for k, name in enumerate(router.categories)}
-    labels = np.array([number[category] for category in categories])
     progress("solving the mapping, estimating scores")
     made, figures = _composed(observed, catalog, budget, settings, router, labels)
     used = {**asdict(settings), "encoder": router.encoder.name, "classifier": router.classifier}
@@ -88,6 +83,30 @@ def fit(
     if out:
         made.save(out, overwrite=overwrite)
     return made
+
+
+def _check(settings: Fitting) -> None:
+    """Raise ConfigError for a setting that cannot be, before anything takes time."""
+    for name, known in (("map", MAPS), ("classifier", SETTINGS), ("calibration", CALIBRATIONS)):
+        value = getattr(settings, name)
+        if value not in known and not (name == "calibration" and value is None):
+            raise ConfigError(f"{name}={value}: {suggest(value, known)}")
+    Rule.check(settings.uncertainty, settings.accuracy)
+    check_within(settings, {"seed": (0, 2**32 - 1)})
+
+
+def _check_budget(
+    observed: Observed, catalog: Catalog, budget: Budget, settings: Fitting, names: list[str], labels: Labels
+) -> None:
+    """Raise ConfigError for pins or limits that no router can make possible."""
+    general = 0.0 if settings.uncertainty == "none" else 1 / len(observed)
+    observed.problem(catalog, _one_hot(labels), names, general).allowed(budget)
+    one = observed.problem(catalog, np.ones((len(observed), 1)), [GENERAL])
+    solve(
+        one,
+        replace(budget, active=None, cost=None if observed.costs is not None else budget.cost, pins={}),
+        z=settings.z,
+    )
 
 
 def _composed(

@@ -51,6 +51,8 @@ def frontier(
     """
     if over not in UNITS:
         raise ConfigError(f"over={over}: {suggest(over, UNITS)}")
+    if over == "cost" and problem.costs is None:
+        raise ConfigError("over=cost needs a table with costs: this one has none")
     if step is not None and not 0 <= step < math.inf:
         raise ConfigError(f"step={step} must be a number from 0 on")
     limits, found = budget or Budget(), list[tuple[float, Solution]]()
@@ -94,10 +96,11 @@ def grid(points: Points, over: str = "resident") -> Grid:
         for value, solution in points
     ]  # fmt: skip
     legend = [
-        (_COLUMNS[over], f"{UNITS[over]}: from this limit on the mapping is the best"),
+        (_COLUMNS[over], "from this limit on the mapping is the best"),
         ("score, %", "expected: means of what was recorded, by category (replayed)"),
-        ("gap", "how much better an unknown mapping could be, where time ran out"),
     ]
+    if any(solution.status != "optimal" for _, solution in points):
+        legend.append(("gap", "how much better an unknown mapping could be, where time ran out"))
     header = [_COLUMNS[over], "score, %", *(_COLUMNS[name] for name in others), "models"]
     return Grid(f"Quality by {UNITS[over]}", header, held, legend)
 

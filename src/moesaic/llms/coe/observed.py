@@ -20,10 +20,10 @@ import numpy as np
 
 from moesaic.data.files import read_rows
 from moesaic.data.jsonl import decode, encodable
-from moesaic.errors import DataError, path_of
+from moesaic.errors import DataError, path_of, suggest
 from moesaic.llms.catalog import Catalog
 from moesaic.llms.coe.problem import GENERAL, Problem
-from moesaic.llms.tables import Floats, Table, read_table
+from moesaic.llms.tables import FORMATS, Floats, Table, read_table
 
 PRIOR = 5.0
 """Prompts that the guess of a cell counts as."""
@@ -53,6 +53,8 @@ class Observed:
         file = path_of(path)
         if not file.is_file():
             raise DataError(f"no such file: {file}")
+        if format not in (None, "log", *FORMATS):
+            raise DataError(f"no format '{format}' of outcomes; {suggest(str(format), ('log', *FORMATS))}")
         if format == "log" or (format is None and _is_log(file)):
             return _log(file)
         return cls.of_table(read_table(file, format))
@@ -64,6 +66,13 @@ class Observed:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    def by_category(self, catalog: Catalog) -> Problem:
+        """Of its own categories; prompts of none are of `general`. Raises DataError where it has none at all."""
+        if not any(self.categories):
+            raise DataError(f"{self.source} has no categories: `moesaic llm fit` finds some, a mapping at a time")
+        names, labels = np.unique([name or GENERAL for name in self.categories], return_inverse=True)
+        return self.problem(catalog, np.eye(len(names))[labels], names.tolist())
+
     def problem(self, catalog: Catalog, weights: Floats, categories: Sequence[str], general: float = 0.0) -> Problem:
         """As `Problem.of_table`, of which it is the same where nothing is missing."""
         if self.complete:
@@ -74,7 +83,7 @@ class Observed:
             if GENERAL not in names:
                 names, held = [*names, GENERAL], np.column_stack([held, np.zeros(len(self))])
             held[:, names.index(GENERAL)] += general
-        found = [catalog.resolve(model) for model in self.models]
+        found = catalog.scored(self.models, self.source)
         scores, errors = cells(held, self.scores)
         costs = None if self.costs is None else cells(held, self.costs)[0]
         shares = held.sum(axis=0) / held.sum()
@@ -144,10 +153,9 @@ def _log(file: Path) -> Observed:
     order = sorted(models)
     columns = np.array([order.index(name) for name in models])[columns.astype(int)]
     shape, flat = (len(places), len(models)), rows.astype(int) * len(models) + columns
-    names = tuple(categories) if all(categories) else ("",) * len(categories)
     known = np.isfinite(costs)
     return Observed(
-        tuple(places), names, tuple(order), _means(flat, scores, shape),
+        tuple(places), tuple(categories), tuple(order), _means(flat, scores, shape),
         _means(flat[known], costs[known], shape) if known.any() else None, str(file),
     )  # fmt: skip
 

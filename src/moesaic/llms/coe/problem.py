@@ -175,7 +175,7 @@ class Problem:
         scores = each.T @ table.scores
         count = 1 / np.square(each).sum(axis=0)[:, None]
         spread = each.T @ np.square(table.scores) - np.square(scores)
-        found = [catalog.resolve(model) for model in table.models]
+        found = catalog.scored(table.models, table.source)
         return cls(
             tuple(known), tuple(model.name for model in found), total / total.sum(), scores,
             np.array([model.size for model in found]), np.array([model.active_size for model in found]),

@@ -22,52 +22,51 @@ def replayed(made: Composition, table: Table, catalog: Catalog, *, seed: int = 0
     """Figures of a composition and of others on the same prompts.
 
     Returns:
-        `arms`: by name {"score", "low", "high": 95 % of the bootstrap over prompts, "ahead": of the best single model,
-        with its own "ahead_low", "ahead_high", "average_active" (billions), "average_cost" (USD; None where costs are
-        not recorded)}; `experts`: each one's share of prompts; `general`: the share that was uncertain;
-        `category_accuracy`: None where the table has no categories.
+        `arms`: composition, best_single (known afterwards only), largest, random_expert (of the composition's), oracle;
+        each {"model": where it is one, "score", "low", "high": 95 % of the bootstrap over prompts, "ahead": of the best
+        single model, with its own "ahead_low", "ahead_high", "average_active" (billions), "average_cost" (USD; None
+        where costs are not recorded)}; `experts`: each one's share of prompts; `general`: the share that was uncertain;
+        `category_accuracy`: of prompts whose category the router knows; None where there are none.
 
     Raises:
-        ConfigError: an expert that the table has no scores of.
+        ConfigError: an expert that the table has no scores of, or a model of its that the catalog lacks.
     """
-    for expert in made.experts:
-        if expert not in table.models:
-            raise ConfigError(
-                f"{table.source or 'the table'} has no scores of {expert}; {suggest(expert, table.models)}"
-            )
+    models = catalog.scored(table.models, table.source)
+    names, active = [model.name for model in models], np.array([model.active_size for model in models])
+    if missing := [expert for expert in made.experts if expert not in names]:
+        raise ConfigError(f"{table.source or 'the table'} has no scores of {missing[0]}; {suggest(missing[0], names)}")
     decisions = made.decide_many(table.prompts)
-    chosen = np.array([table.models.index(decision.expert) for decision in decisions])
-    active = np.array([catalog.resolve(model).active_size for model in table.models])
-    chance, n = np.random.default_rng(seed), len(table)
-    best = int(table.scores.mean(axis=0).argmax())
+    chosen = np.array([names.index(decision.expert) for decision in decisions])
+    chance, every = np.random.default_rng(seed), np.arange(len(table))
+    best, largest = int(table.scores.mean(axis=0).argmax()), int(active.argmax())
     arms: dict[str, NDArray[np.int64]] = {
-        "composition": chosen,
-        f"best single, known afterwards ({table.models[best]})": np.full(n, best),
-        f"largest ({table.models[int(active.argmax())]})": np.full(n, int(active.argmax())),
-        "random expert": chance.choice([table.models.index(expert) for expert in made.experts], n),
+        "composition": chosen, "best_single": np.full(len(table), best), "largest": np.full(len(table), largest),
+        "random_expert": chance.choice([names.index(expert) for expert in made.experts], len(table)),
         "oracle": _oracle(table.scores, active),
-    }
-    drawn = chance.integers(0, n, (DRAWS, n))
-    single = table.scores[:, best]
-    found = {}
-    for name, picks in arms.items():
-        scores = table.scores[np.arange(n), picks]
-        low, high = np.quantile(scores[drawn].mean(axis=1), (0.025, 0.975))
-        ahead_low, ahead_high = np.quantile((scores - single)[drawn].mean(axis=1), (0.025, 0.975))
-        found[name] = {
-            "score": float(scores.mean()), "low": float(low), "high": float(high),
-            "ahead": float((scores - single).mean()), "ahead_low": float(ahead_low), "ahead_high": float(ahead_high),
+    }  # fmt: skip
+    scores = np.column_stack([table.scores[every, picks] for picks in arms.values()])
+    ahead = scores - table.scores[:, [best]]
+    spans, of_ahead = np.split(_intervals(np.hstack([scores, ahead]), chance), 2, axis=1)
+    one = {"best_single": names[best], "largest": names[largest]}
+    found = {
+        name: {
+            "model": one.get(name), "score": float(scores[:, i].mean()), **_span(spans[:, i], "low", "high"),
+            "ahead": float(ahead[:, i].mean()), **_span(of_ahead[:, i], "ahead_low", "ahead_high"),
             "average_active": float(active[picks].mean()),
-            "average_cost": None if table.costs is None else float(table.costs[np.arange(n), picks].mean()),
-        }  # fmt: skip
-    known = [decision for decision, category in zip(decisions, table.categories, strict=True) if category]
-    right = [max(d.probabilities, key=d.probabilities.__getitem__) for d in known]
-    labels = [category for category in table.categories if category]
+            "average_cost": None if table.costs is None else float(table.costs[every, picks].mean()),
+        }
+        for i, (name, picks) in enumerate(arms.items())
+    }  # fmt: skip
+    right = [
+        max(decision.probabilities, key=decision.probabilities.__getitem__) == category
+        for decision, category in zip(decisions, table.categories, strict=True)
+        if category in made.router.categories
+    ]
     return {
-        "source": table.source, "prompts": n, "replayed": True, "arms": found,
-        "experts": {expert: float((chosen == table.models.index(expert)).mean()) for expert in made.experts},
+        "source": table.source, "prompts": len(table), "replayed": True, "arms": found,
+        "experts": {expert: float((chosen == names.index(expert)).mean()) for expert in made.experts},
         "general": float(np.mean([decision.uncertain for decision in decisions])),
-        "category_accuracy": float(np.mean([a == b for a, b in zip(right, labels, strict=True)])) if labels else None,
+        "category_accuracy": float(np.mean(right)) if right else None,
     }  # fmt: skip
 
 
@@ -80,6 +79,17 @@ def timed(made: Composition, prompts: Sequence[str], rounds: int) -> dict[str, f
         taken.append(1e3 * (time.perf_counter() - began))
     median, late = np.quantile(taken[3:], (0.5, 0.95))
     return {"median": float(median), "p95": float(late)}
+
+
+def _intervals(values: Floats, chance: np.random.Generator) -> Floats:
+    """95 % of the means of columns of (N, C) by the bootstrap over rows, the same rows for all columns: (2, C)."""
+    n = len(values)
+    means = [values[chance.integers(0, n, n)].mean(axis=0) for _ in range(DRAWS)]
+    return np.asarray(np.quantile(means, (0.025, 0.975), axis=0), float)
+
+
+def _span(found: Floats, *names: str) -> dict[str, float]:
+    return dict(zip(names, found.tolist(), strict=True))
 
 
 def _oracle(scores: Floats, active: Floats) -> NDArray[np.int64]:

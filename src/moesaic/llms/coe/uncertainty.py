@@ -52,16 +52,22 @@ class Rule:
         Raises:
             ConfigError: no such kind; an accuracy that is no share, or that no τ reaches.
         """
-        if not 0 < accuracy < 1:
-            raise ConfigError(f"accuracy={accuracy} must be above 0 and below 1")
+        cls.check(kind, accuracy)
         if kind in ("none", "conformal"):
             level = conformal_level(router.held_out, labels, 1 - accuracy) if kind == "conformal" else 0.0
             return cls(kind, 0.0 if kind == "conformal" else 1.0, level)
         u = cls(kind).held_out(router)
         tau = threshold(u, router.held_out.argmax(axis=1) == labels, accuracy)
         if tau < 0:
-            raise ConfigError(f"accuracy={accuracy} is reached by no share of the prompts: ask for less")
+            raise ConfigError(f"accuracy={accuracy} is reached by no share of the prompts: less, or uncertainty=none")
         return cls(kind, tau)
+
+    @classmethod
+    def check(cls, kind: str, accuracy: float) -> None:
+        """Raise ConfigError for a kind or an accuracy that `fit` refuses."""
+        cls(kind)
+        if not 0 < accuracy < 1:
+            raise ConfigError(f"accuracy={accuracy} must be above 0 and below 1")
 
     def held_out(self, router: CategoryRouter) -> Floats:
         """u of each prompt the router was just fitted to, by what does not have its fold: (N,)."""
