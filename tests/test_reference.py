@@ -13,6 +13,7 @@ from trl import DPOConfig, DPOTrainer
 
 import moesaic
 from moesaic.host import find_host
+from moesaic.lora import METHODS
 from tests import tiny
 from tests.tiny_folders import tokenizer
 
@@ -60,6 +61,10 @@ def test_a_config_object_that_is_used_again_leaves_its_first_adapter_alone(metho
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", [
+    name if name in ("hotmoe", "mola", "retrieval") else pytest.param(name, marks=pytest.mark.slow)
+    for name in sorted(METHODS)
+])  # fmt: skip
 def test_preferences_start_at_ln_2(method: str, tmp_path: Path) -> None:
     model = tiny.wrap(tiny.llama(), tiny.small(method))
     args = DPOConfig(str(tmp_path), max_steps=1, report_to=[], use_cpu=True, bf16=False, logging_steps=1)

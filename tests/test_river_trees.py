@@ -66,7 +66,7 @@ CLASSIFIERS: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_what_is_read_predicts_and_learns_on_bit_for_bit(name: str) -> None:
     classes = 2 if name == "logistic" else 4
-    stream = rows(1000 if name == "exhaustive" else 3000, classes=classes)
+    stream = rows(1000 if name in ("exhaustive", "fast_decision") else 3000, classes=classes)
     early = len(stream) * 3 // 5
     bank = RiverTrees(2, expert=CLASSIFIERS[name]())
     weights = np.random.default_rng(1).poisson(1.0, (len(stream), 2)).astype(float)

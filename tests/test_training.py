@@ -88,7 +88,7 @@ def test_accumulating_copies_of_a_batch_changes_nothing_but_the_count(world, tmp
 def test_a_killed_run_resumes_to_the_same_losses_bit_for_bit(world, tmp_path):
     recipe, kind = "hotmoe", "causal"
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    run(recipe, world, kind, whole)
+    run(recipe, world, kind, whole, "precision=fp32")
     script = (
         "import sys, time, torch; torch.set_num_threads(1)\n"
         "from moesaic.training.trainer import RunMixin\n"
@@ -101,7 +101,8 @@ def test_a_killed_run_resumes_to_the_same_losses_bit_for_bit(world, tmp_path):
         "main(['train', *sys.argv[1:]])\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", script, recipe, *settings(world, kind, killed)], stderr=subprocess.DEVNULL
+        [sys.executable, "-c", script, recipe, *settings(world, kind, killed, "precision=fp32")],
+        stderr=subprocess.DEVNULL,
     )
     try:
         deadline = time.monotonic() + 60
@@ -117,7 +118,7 @@ def test_a_killed_run_resumes_to_the_same_losses_bit_for_bit(world, tmp_path):
     (half / "trainer_state.json").write_text("{")
     with (killed / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')
-    results = run(recipe, world, kind, killed)
+    results = run(recipe, world, kind, killed, "precision=fp32")
     assert results["resumed_from_step"] == 4
     assert metrics_of(killed) == metrics_of(whole)
     first, second = ((folder / "adapter" / "adapter_model.safetensors").read_bytes() for folder in (whole, killed))
