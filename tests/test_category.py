@@ -82,12 +82,14 @@ def test_encoders_that_are_none_are_one_line() -> None:
         encoders.fitted("tfidf", ["", " "])
 
 
-@pytest.mark.slow
 def test_minilm_tells_meaning_and_is_known_again() -> None:
-    made = encoders.fitted("minilm", [])
+    import torch
+
+    made, threads = encoders.fitted("minilm", []), torch.get_num_threads()
     cat, kitten, bond = made(["A cat sleeps.", "A kitten naps.", "Bond yields rose."])
     assert cat @ kitten > cat @ bond + 0.3
     assert made(["A cat sleeps."])[0] == pytest.approx(cat, abs=1e-5)
+    assert torch.get_num_threads() == threads
     arrays, values = made.state()
     assert encoders.restored(arrays, values).name == "minilm"
     with pytest.raises(ConfigError, match="is another model than this router was fitted with"):

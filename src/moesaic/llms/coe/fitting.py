@@ -16,7 +16,7 @@ class Fitting:
         },
     )
     encoder: str = field(
-        default="minilm", metadata={"help": "minilm, tfidf, tfidf+minilm, or a sentence-transformers model"}
+        default="tfidf+minilm", metadata={"help": "tfidf, minilm, both with a +, or a sentence-transformers model"}
     )
     classifier: str = field(default="logistic", metadata={"help": "logistic or knn"})
     calibration: str | None = field(default="temperature", metadata={"help": "temperature, isotonic or null"})

@@ -47,7 +47,7 @@ class HttpPool:
         self.retries, self.max_tokens, self.temperature = retries, max_tokens, temperature
         self.timeout, self.bare, self._sleep = timeout, bare, sleep
         self.asked = self.hits = 0
-        self._known: dict[tuple[str, str], Future[Reply]] = {}
+        self._known: dict[tuple[str, str, str], Future[Reply]] = {}
         self._lock, self._workers = Lock(), ThreadPoolExecutor(at_once, thread_name_prefix="pool")
 
     def ask(self, calls: Sequence[tuple[Model, str]]) -> list[Reply]:
@@ -58,11 +58,12 @@ class HttpPool:
         if self.temperature:
             return self._workers.submit(self._reply, model, query)
         with self._lock:
-            known = self._known.get((model.name, query))
+            key = (model.endpoint, model.served_as or model.name, query)
+            known = self._known.get(key)
             if known is not None and not (known.done() and known.result().failure):
                 self.hits += 1
                 return known
-            made = self._known[model.name, query] = self._workers.submit(self._reply, model, query)
+            made = self._known[key] = self._workers.submit(self._reply, model, query)
             return made
 
     def _reply(self, model: Model, query: str) -> Reply:

@@ -1,0 +1,128 @@
+"""A world in which routing can be learned on two cores: questions about lists, and small models that know some tasks.
+
+    single hop    4 1 8 2 up                one task of `models.nano.tasks`, by its cue
+    two hops      4 1 8 2 up then turn      the second task on what the first one gives, and another specialist's
+
+Specialists know two tasks each, a generalist all six at a higher price. Whom a question may be put to, and at what
+price, is drawn for each question and stands in its prompt, a line a model:
+
+    order $2: up down
+    lists $7: up down back turn even top
+    4 1 8 2 up then turn
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from moesaic.errors import ConfigError
+from moesaic.llms.catalog import Catalog, Model
+from moesaic.llms.router_r1.engine import Question
+from moesaic.models.nano.tasks import CUES, TASKS
+
+Digits = Sequence[int]
+
+KNOWS = {
+    "order": ("asc", "desc"), "move": ("reverse", "rotate"), "pick": ("evens", "max"), "lists": tuple(TASKS),
+}  # fmt: skip
+GENERALIST = "lists"
+CHEAP, DEAR = (1, 3), (6, 9)
+"""USD a million tokens, of specialists and of the generalist: whole numbers between these."""
+FIRST = ("asc", "desc", "reverse", "rotate")
+"""Tasks that leave a list for a second one."""
+
+
+def applied(task: str, digits: Digits) -> list[int]:
+    return TASKS[task](list(digits))
+
+
+def written(digits: Digits) -> str:
+    return " ".join(map(str, digits)) or "none"
+
+
+def query(task: str, digits: Digits) -> str:
+    """As a specialist is asked."""
+    return f"{written(digits)} {CUES[task]} ="
+
+
+def specialist(task: str) -> str:
+    """The cheapest that knows a task."""
+    return next(name for name, tasks in KNOWS.items() if task in tasks)
+
+
+def told(question: Question) -> str:
+    """The prompt: a line a model, and the question."""
+    lines = [
+        f"{model.name} ${model.output_price:g}: {model.description}" for model in question.catalog.values()
+    ]  # fmt: skip
+    return "\n".join([*lines, question.text, ""])
+
+
+def questions(
+    models: Mapping[str, Model],
+    n: int,
+    hops: int,
+    seed: int | str,
+    *,
+    fewest: int = 3,
+    renamed: Mapping[str, str] | None = None,
+    prices: Mapping[str, float] | None = None,
+    exclude: frozenset[str] = frozenset(),
+) -> list[Question]:
+    """Questions of so many hops, each with a list of its own.
+
+    Args:
+        models: of `KNOWS`, by name, as they are served. fewest: of them a question offers as many at least; those that
+            its tasks need, or the generalist, are among them.
+        renamed: names that some go by here, which a policy has not seen. prices: in place of drawn ones.
+        exclude: lists that are not asked about.
+    Raises:
+        ConfigError: models are missing, or more hops are asked for than there are.
+    """
+    if hops not in (1, 2) or not KNOWS.keys() <= models.keys() or not 1 <= fewest <= len(KNOWS):
+        raise ConfigError(f"one or two hops, and models {', '.join(KNOWS)}")
+    draw, found, taken = random.Random(f"{seed} {hops}"), list[Question](), {*exclude}
+    while len(found) < n:
+        digits = [draw.randrange(10) for _ in range(draw.randint(4, 6))]
+        tasks = [draw.choice(FIRST if hops == 2 else list(TASKS))]
+        if hops == 2:
+            tasks.append(draw.choice([t for t in TASKS if specialist(t) != specialist(tasks[0])]))
+        if written(digits) in taken:
+            continue
+        taken.add(written(digits))
+        found.append(_question(models, digits, tasks, draw, fewest, renamed or {}, prices))
+    return found
+
+
+def _question(
+    models: Mapping[str, Model],
+    digits: Digits,
+    tasks: Sequence[str],
+    draw: random.Random,
+    fewest: int,
+    renamed: Mapping[str, str],
+    prices: Mapping[str, float] | None,
+) -> Question:
+    offered = draw.sample(list(KNOWS), draw.randint(fewest, len(KNOWS)))
+    if any(not any(task in KNOWS[name] for name in offered) for task in tasks):
+        offered.append(GENERALIST)
+    catalog = []
+    for name in draw.sample(offered, len(offered)):
+        price = draw.randint(*(DEAR if name == GENERALIST else CHEAP)) if prices is None else prices[name]
+        cues = " ".join(CUES[task] for task in KNOWS[name])
+        model = models[name]
+        catalog.append(
+            replace(
+                model, name=renamed.get(name, name), served_as=model.served_as or model.name, aliases=[],
+                output_price=float(price), description=cues,
+            )
+        )  # fmt: skip
+    result: Digits = digits
+    for task in tasks:
+        result = applied(task, result)
+    text = f"{written(digits)} {' then '.join(CUES[task] for task in tasks)}"
+    about: dict[str, Any] = {"tasks": tuple(tasks), "digits": tuple(digits)}
+    return Question(text, Catalog(catalog, "the world"), (written(result),), about)
