@@ -198,4 +198,7 @@ def _bench(wanted: LlmBench, folder: str, *, as_json: bool) -> None:
 def _serve(file: str) -> None:
     from moesaic.llms.gateway.serve import serve
 
-    serve(Path(file), say=lambda url: _tell(f"{url}: Ctrl-C stops"))
+    try:
+        serve(Path(file), say=lambda url: _tell(f"{url}: Ctrl-C stops"))
+    except KeyboardInterrupt:  # how a gateway ends
+        _tell("stopped")

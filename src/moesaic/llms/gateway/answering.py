@@ -105,7 +105,7 @@ class Answering:
             logger.error("router %s failed: %s %s", router.name, type(error).__name__, said)
             raise Refused(500, f"router {router.name} did not decide", SERVER, code="router_failed") from None
         call.router, call.category, call.expert = router.name, decision.category, expert
-        call.confidence, call.uncertain = decision.confidence, decision.uncertain
+        call.confidence, call.uncertain, call.scores = decision.confidence, decision.uncertain, decision.scores
         call.kept = expert != decision.expert
         if config.trace.prompts:
             call.prompt = prompt
@@ -188,7 +188,8 @@ async def _decided(call: Call, models: Sequence[Model], sink: Sink) -> None:
     told = {
         "object": "moesaic.decision", "model": call.asked, "router": call.router or None,
         "category": call.category or None, "confidence": call.confidence, "uncertain": call.uncertain,
-        "expert": models[0].name, "kept": call.kept, "fallbacks": [model.name for model in models[1:]],
+        "expert": models[0].name, "kept": call.kept, "scores": trace.scores(call),
+        "fallbacks": [model.name for model in models[1:]],
         "input_tokens": call.own_input, "price": {"input": models[0].input_price, "output": models[0].output_price},
     }  # fmt: skip
     await whole(sink, 200, told, headers=trace.headers(call))

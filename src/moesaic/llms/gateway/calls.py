@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +22,7 @@ class Call:
 
     Attributes:
         id: the ledger's number of it. key: the id of the key. path: what was asked of which endpoint of ours.
-        asked: the model that the request named. router, category, confidence, expert: the decision, if there was one.
+        asked: the model that the request named. router, category, confidence, expert, scores: the decision, if any.
         served: the model that answered. served_id: what its endpoint called itself.
         attempts: each try: model, milliseconds, and "ok" or what went wrong.
         own_input, own_output: tokens by our count. backend_input, backend_output: by the backend's; None unless told.
@@ -41,6 +42,7 @@ class Call:
     confidence: float | None = None
     uncertain: bool = False
     expert: str = ""
+    scores: Mapping[str, float] = field(default_factory=dict)
     kept: bool = False
     served: Model | None = None
     served_id: str = ""

@@ -38,9 +38,14 @@ def _plain(text: str) -> bytes:
     return _UNFIT.sub("?", text)[:200].encode("ascii")
 
 
+def scores(call: Call) -> dict[str, float]:
+    """What each expert was expected to score."""
+    return {name: round(score, 4) for name, score in call.scores.items()}
+
+
 def line(call: Call) -> dict[str, Any]:
     """A call as the log has it. Prompts only where `call.prompt` is set."""
-    told = {
+    told: dict[str, Any] = {
         "time": datetime.fromtimestamp(call.started, UTC).isoformat(timespec="milliseconds"),
         "request": f"{call.id:x}", "key": call.key, "path": call.path, "asked": call.asked[:200],
         "model": call.served.name if call.served else None, "served_id": call.served_id or None,
@@ -50,7 +55,10 @@ def line(call: Call) -> dict[str, Any]:
     }  # fmt: skip
     if call.router:
         told |= {"router": call.router, "category": call.category, "confidence": call.confidence,
-                 "uncertain": call.uncertain, "expert": call.expert, "kept": call.kept}  # fmt: skip
+                 "uncertain": call.uncertain, "expert": call.expert, "kept": call.kept,
+                 "scores": scores(call)}  # fmt: skip
+    if call.served is not None:
+        told["price"] = {"input": call.served.input_price, "output": call.served.output_price}
     if call.prompt is not None:
         told["prompt"] = call.prompt
     return told
