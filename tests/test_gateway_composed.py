@@ -75,7 +75,7 @@ def test_outcomes_become_an_endpoint(place: Path, mock: Mock, monkeypatch: pytes
             said = process.stderr.read()
     assert (process.returncode, said) == (0, "stopped\n")
     rows = read_rows(place)
-    assert [row["model"] for row in rows[: len(NEW)]] == [decision.expert for decision in wanted]
+    assert [row["served"] for row in rows[: len(NEW)]] == [decision.expert for decision in wanted]
     lines = [json.loads(line) for line in (place / "trace.jsonl").read_text().splitlines()]
     for line, decision in zip(lines, wanted, strict=False):
         assert line["scores"] == pytest.approx(decision.scores, abs=1e-4)
