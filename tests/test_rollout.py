@@ -39,8 +39,9 @@ class Scripted:
         self.asked.append(list(who))
         return [Written(text := self.lines[i].pop(0), len(text.split())) for i in who]
 
-    def read(self, who: int, text: str) -> None:
+    def read(self, who: int, text: str) -> tuple[int, ...]:
         self.heard.setdefault(who, []).append(text)
+        return ()
 
     def clip(self, text: str, tokens: int) -> str:
         return " ".join(text.split()[:tokens])

@@ -66,8 +66,8 @@ class Rounds(Protocol):
         """Go on with these, in that order, each until `</search>`, `</answer>` or its most tokens."""
         ...
 
-    def read(self, who: int, text: str) -> None:
-        """Take in what the environment says to one."""
+    def read(self, who: int, text: str) -> tuple[int, ...]:
+        """Take in what the environment says to one: its tokens, where they are known."""
         ...
 
     def clip(self, text: str, tokens: int) -> str:
@@ -199,7 +199,7 @@ def roll(
         for i, written in zip(active, rounds.write(active), strict=True):
             text = cut(written.text)
             found[i].written.append(written)
-            found[i].transcript.pieces.append(Piece(text))
+            found[i].transcript.pieces.append(Piece(text, ids=written.ids))
             done = action(text)
             if isinstance(done, str):
                 continue
@@ -233,9 +233,8 @@ def _ask(
         found[i].calls.append(
             Call(search.name, name, search.query, text, reply.tokens, price, reply.seconds, reply.failure)
         )
-        piece = Piece(text, reply=True)
-        found[i].transcript.pieces.append(piece)
-        rounds.read(i, piece.shown())
+        ids = rounds.read(i, Piece(text, reply=True).shown())
+        found[i].transcript.pieces.append(Piece(text, reply=True, ids=ids))
 
 
 def _call(model: Model | None, search: Search) -> tuple[Model, str]:

@@ -86,8 +86,10 @@ class _Rounds:
         self._cache: Any = None
         self._mask = torch.empty(len(prompts), 0, dtype=torch.long, device=policy.model.device)
 
-    def read(self, who: int, text: str) -> None:
-        self._pending[who] += self.policy.tokenizer(text, add_special_tokens=False)["input_ids"]
+    def read(self, who: int, text: str) -> tuple[int, ...]:
+        ids = self.policy.tokenizer(text, add_special_tokens=False)["input_ids"]
+        self._pending[who] += ids
+        return tuple(ids)
 
     def clip(self, text: str, tokens: int) -> str:
         tokenizer = self.policy.tokenizer

@@ -45,10 +45,11 @@ class Search:
 
 @dataclass(frozen=True)
 class Piece:
-    """A piece of a transcript: the policy's own text, or a reply."""
+    """A piece of a transcript: the policy's own text, or a reply; and its tokens, where the policy tells them."""
 
     text: str
     reply: bool = False
+    ids: tuple[int, ...] = ()
 
     def shown(self) -> str:
         """As the policy reads it."""

@@ -1,0 +1,82 @@
+"""Policies that follow a script in the world of lists: what a warm start imitates, and what a table compares with.
+
+A script knows how a question is taken apart, hop by hop, and copies replies; whom it asks is a rule of its own.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from moesaic.llms.router_r1.engine import Question, Written
+from moesaic.llms.router_r1.world import KNOWS, written
+from moesaic.models.nano.tasks import CUES
+
+Choose = Callable[[Question, int], str]
+"""From a question and a hop to the name of a model that the question offers."""
+_CUE = {cue: task for task, cue in CUES.items()}
+
+
+def at_random(seed: int | str) -> Choose:
+    draw = random.Random(f"script {seed}")
+    return lambda question, hop: draw.choice(list(question.catalog))
+
+
+def always(name: str, otherwise: str = "lists") -> Choose:
+    """One model where it is offered, and else another."""
+    return lambda question, hop: name if name in question.catalog else otherwise
+
+
+def cheapest(question: Question, hop: int) -> str:
+    """Of those that the prompt says know the hop's task, the cheapest: as good as it gets."""
+    cue = CUES[question.about["tasks"][hop]]
+    able = [model for model in question.catalog.values() if cue in model.description.split()]
+    return min(able, key=lambda model: (model.output_price, model.name)).name
+
+
+@dataclass
+class Script:
+    """A policy for these questions, in their order.
+
+    Attributes:
+        choose: whom to ask. whole: ask once, with the whole question, and answer with the reply.
+    """
+
+    questions: Sequence[Question]
+    choose: Choose
+    whole: bool = False
+
+    def begin(self, prompts: Sequence[str]) -> Script:
+        self._hop = [0] * len(prompts)
+        self._held = [written(question.about["digits"]) for question in self.questions]
+        return self
+
+    def write(self, who: Sequence[int]) -> list[Written]:
+        return [Written(text := self._line(i), len(text.split())) for i in who]
+
+    def _line(self, i: int) -> str:
+        question, hop = self.questions[i], self._hop[i]
+        cues = [CUES[task] for task in question.about["tasks"]]
+        if self.whole:
+            cues = [" then ".join(cues)]
+        self._hop[i] += 1
+        if hop == len(cues):
+            return f"<think> done </think><answer> {self._held[i]} </answer>"
+        name = self.choose(question, hop)
+        return f"<think> {cues[hop]} </think><search> {name}: {self._held[i]} {cues[hop]} = </search>"
+
+    def read(self, who: int, text: str) -> tuple[int, ...]:
+        said = re.sub(r"</?information>", " ", text)
+        self._held[who] = " ".join(said.split()) or "none"
+        return ()
+
+    def clip(self, text: str, tokens: int) -> str:
+        return " ".join(text.split()[:tokens])
+
+
+def routed_to(question: Question, name: str) -> str:
+    """The specialist of `world.KNOWS` that a name of the question's catalog stands for."""
+    served = question.catalog[name].served_as or name
+    return served if served in KNOWS else name

@@ -1,0 +1,73 @@
+"""A warm start: a policy learns to write transcripts by imitating a script, replies left out of the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moesaic.llms.router_r1.engine import Rollout
+from moesaic.llms.router_r1.local import LocalPolicy
+from moesaic.llms.router_r1.transcript import TAGS
+
+IGNORED = -100
+
+
+def with_tags(model: Any, tokenizer: Any, seed: int = 0) -> None:
+    """Give each tag of the grammar a token of its own, where a tokenizer would take it apart; in place."""
+    import torch
+
+    tags = [f"<{mark}{tag}>" for tag in TAGS for mark in ("", "/")]
+    new = [tag for tag in tags if len(tokenizer(tag, add_special_tokens=False)["input_ids"]) > 1]
+    if not new:
+        return
+    tokenizer.add_tokens(new)
+    torch.manual_seed(seed)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+
+
+def rows(policy: LocalPolicy, rollouts: Sequence[Rollout], prompts: Sequence[str]) -> list[dict[str, list[int]]]:
+    """Tokens and labels of transcripts; prompts and replies have no labels."""
+    found = []
+    for rollout, prompt in zip(rollouts, prompts, strict=True):
+        ids = policy.encode(prompt)
+        labels = [IGNORED] * len(ids)
+        for piece in rollout.transcript.pieces:
+            own = policy.tokenizer(piece.shown(), add_special_tokens=False)["input_ids"]
+            ids, labels = ids + own, labels + ([IGNORED] * len(own) if piece.reply else own)
+        found.append({"input_ids": ids, "labels": labels})
+    return found
+
+
+def imitate(
+    policy: LocalPolicy,
+    given: Sequence[dict[str, list[int]]],
+    out: str | Path,
+    *,
+    steps: int,
+    batch_size: int = 32,
+    lr: float = 1e-3,
+    seed: int = 0,
+) -> float:
+    """Train a policy on rows with Transformers' Trainer, which goes on from its last checkpoint in `out`.
+
+    Returns:
+        The mean loss of the last tenth.
+    """
+    from datasets import Dataset
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+    from transformers.trainer_utils import get_last_checkpoint
+
+    arguments = TrainingArguments(
+        str(out), max_steps=steps, per_device_train_batch_size=batch_size, learning_rate=lr, warmup_steps=steps // 20,
+        lr_scheduler_type="cosine", seed=seed, save_steps=max(1, steps // 4), save_total_limit=1, report_to=[],
+        logging_steps=max(1, steps // 10), use_cpu=policy.model.device.type == "cpu", disable_tqdm=None,
+    )  # fmt: skip
+    trainer = Trainer(
+        policy.model, arguments, train_dataset=Dataset.from_list(list(given)),
+        data_collator=DataCollatorForSeq2Seq(policy.tokenizer, label_pad_token_id=IGNORED),
+    )  # fmt: skip
+    place = Path(out)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(place)) if place.is_dir() else None)
+    policy.model.eval()
+    return float([entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-1])
