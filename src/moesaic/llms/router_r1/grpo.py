@@ -4,8 +4,8 @@
     L = - mean_i  1/|own_i| sum_(t in own_i)  min(r_t A_i, clip(r_t, 1 - ε, 1 + ε) A_i)  +  β KL_t
     r_t = π(t) / π_old(t),   KL_t = π_ref(t) / π(t) - log(π_ref(t) / π(t)) - 1
 
-own_i are the tokens that the policy wrote: those of replies are read, and nothing else. This is the loop that adapters to
-TRL are held against; Router-R1 itself was trained by PPO.
+own_i are the tokens that the policy wrote: those of replies are read, and nothing else. What adapters to TRL give is
+held against this loss; Router-R1 itself was trained by PPO.
 """
 
 from __future__ import annotations
