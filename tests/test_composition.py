@@ -91,6 +91,33 @@ def test_caps_on_averages_hold_on_what_was_fitted_to(router: CategoryRouter, map
     assert 0.6 * free["score"] < capped["score"] < free["score"]
 
 
+def test_a_few_prompts_of_no_category_are_left_out(router: CategoryRouter) -> None:
+    t, told = table(), list[str]()
+    held = table(categories=("", "general", *t.categories[2:]))
+    how = Fitting(encoder="tfidf", uncertainty="none")
+    found = fit(held, catalog(), settings=how, progress=told.append)
+    assert any(line.startswith("left out: 2 prompts of no category") for line in told)
+    assert found.router.categories == tuple(WORDS)
+    rest = fit(t.rows(np.arange(2, len(t))), catalog(), settings=how)
+    assert [d.expert for d in found.decide_many(NEW)] == [d.expert for d in rest.decide_many(NEW)]
+
+
+@pytest.mark.parametrize("map", MAPS)
+@pytest.mark.parametrize("mixed", [0.0, 0.15])
+def test_caps_on_averages_hold_as_prompts_are_decided(map: str, mixed: float) -> None:
+    """Where categories are told apart for sure, all prompts of one go over to another expert at one price."""
+    texts, kinds = prompts(180, mixed=mixed)
+    held = table(prompts=tuple(texts), categories=tuple(kinds))
+    own = CategoryRouter.fit(held.prompts, held.categories)
+    takes = {"active": {"all-9b": 9, "bird-1b": 1, "metal-2b": 2, "sums-3b": 3}}
+    takes["cost"] = {name: 1e-3 * size for name, size in takes["active"].items()}
+    for name, limit in (("active", 1.7), ("active", 2.6), ("active", 5.0), ("cost", 1.7e-3), ("cost", 4e-3)):
+        chosen = Fitting(encoder="tfidf", uncertainty="entropy", map=map)
+        found = fit(held, catalog(), Budget(**{name: limit}), chosen, router=own)  # type: ignore[arg-type]
+        spent = np.mean([takes[name][d.expert] for d in found.decide_many(held.prompts)])
+        assert spent <= limit * (1 + 1e-9), (name, limit)
+
+
 def test_prices_are_the_least_with_which_caps_hold() -> None:
     rng = np.random.default_rng(0)
     scores = rng.random((400, 3))
@@ -100,12 +127,12 @@ def test_prices_are_the_least_with_which_caps_hold() -> None:
         best = (scores - sum(p * t for p, t in zip(found, takes, strict=True))).argmax(axis=1)
         return [float(t[np.arange(400), best].mean()) for t in takes]
 
-    assert prices(scores, [first], [9.0]) == [0.0]
-    (found,) = prices(scores, [first], [3.0])
+    assert prices([(scores, [first])], [9.0]) == [0.0]
+    (found,) = prices([(scores, [first])], [3.0])
     assert means([found], [first])[0] <= 3.0 < means([0.999 * found], [first])[0] + 0.05
-    both = prices(scores, [first, second], [3.0, 2.5])
+    both = prices([(scores, [first, second])], [3.0, 2.5])
     assert all(mean <= limit for mean, limit in zip(means(both, [first, second]), (3.0, 2.5), strict=True))
-    assert prices(scores, [first], [1.0])[0] >= 0.4  # only the first expert is left
+    assert prices([(scores, [first])], [1.0])[0] >= 0.4  # only the first expert is left
 
 
 # -- estimates -----------------------------------------------------------------------------------------------------

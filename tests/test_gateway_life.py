@@ -16,6 +16,8 @@ import pytest
 from openai import APIConnectionError, APIError, AsyncOpenAI, NotFoundError, OpenAI
 
 from moesaic.errors import ConfigError
+from moesaic.llms.coe.fit import Fitting, fit
+from moesaic.llms.coe.problem import Budget
 from moesaic.llms.gateway import serve as serving_
 from moesaic.llms.gateway.calls import PICO
 from moesaic.llms.gateway.keys import hash_of
@@ -37,6 +39,9 @@ from tests.gateways import (
     whole,
     write,
 )
+from tests.toy_prompts import MODELS, table
+from tests.toy_prompts import WORDS as WORDS_OF
+from tests.toy_prompts import catalog as of_toy
 
 USER: Any = [{"role": "user", "content": "hi there"}]
 MAIN = """import logging, sys
@@ -132,6 +137,41 @@ def test_a_file_that_changes_is_gone_by_and_a_broken_one_is_not(
         with pytest.raises(NotFoundError):
             ask(server.url, "b")
         assert [row["key"] for row in server.rows()] == ["anybody"] * 5
+        watching.cancel()
+
+
+def test_a_catalog_and_a_router_that_change_are_gone_by_too(
+    mock: Mock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving_, "EVERY", 0.02)
+    catalog, made = tmp_path / "models.yaml", tmp_path / "made"
+    catalog.write_text(json.dumps({"models": [model(name, mock) for name in MODELS]}))
+    file, told = tmp_path / "gateway.yaml", list[str]()
+    file.write_text(json.dumps({"catalog": "models.yaml", "routers": {"coe": "made"}}))
+    pins = [{kind: {name: True} for kind in WORDS_OF} for name in MODELS[:2]]
+    how = Fitting(encoder="tfidf", uncertainty="none")
+    fit(table(), of_toy(), Budget(pins=pins[0]), how, out=made)
+
+    def next_said(count: int) -> None:
+        deadline = time.monotonic() + 30
+        while len(told) < count:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    def model_of(router: str) -> str:
+        client = OpenAI(base_url=server.url, api_key=KEY, max_retries=0)
+        return client.chat.completions.create(model=router, messages=USER).model
+
+    with serving(file) as server:
+        watching = asyncio.run_coroutine_threadsafe(watch(server.gateway, file, told.append), server.loop)
+        time.sleep(0.1)
+        assert model_of("moesaic/coe") == MODELS[0]
+        fit(table(), of_toy(), Budget(pins=pins[1]), how, out=made, overwrite=True)
+        next_said(1)
+        assert model_of("moesaic/coe") == MODELS[1]
+        catalog.write_text(json.dumps({"models": [model(name, mock) for name in (*MODELS, "another")]}))
+        next_said(2)
+        assert model_of("another") == "another"
         watching.cancel()
 
 

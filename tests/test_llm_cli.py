@@ -288,6 +288,13 @@ def test_figures_of_a_bench_are_those_of_the_table(capsys: pytest.CaptureFixture
     assert 0 < found["milliseconds"]["median"] <= found["milliseconds"]["p95"]
 
 
+def test_a_composition_with_a_budget_is_held_against_the_best_that_fits_it() -> None:
+    made = fit(table(), catalog(), Budget(resident=6), Fitting(encoder="tfidf", uncertainty="none"))
+    within = max(range(1, 4), key=lambda m: TEST.scores[:, m].mean())  # the largest exceeds the budget by itself
+    arm = replayed(made, TEST, catalog())["arms"]["best_within"]
+    assert (arm["model"], arm["score"]) == (MODELS[within], pytest.approx(TEST.scores[:, within].mean()))
+
+
 def test_a_bench_is_what_python_says_and_its_tables_show_it(capsys: pytest.CaptureFixture[str], place: Path) -> None:
     told = json.loads(said(capsys, *BENCH, "seed=3", "--json"))
     ours = replayed(Composition.load(place / "coe"), table(90, 1, source="test.jsonl"), catalog(), seed=3)

@@ -6,13 +6,19 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
+import yaml
 
 from moesaic.cli.llm import ACTIONS as LLM_ACTIONS
 from moesaic.cli.skill import ACTIONS
 from moesaic.ffn.method import methods
+from moesaic.llms.catalog import Catalog
+from moesaic.llms.gateway.config import _SECTIONS, Settings, Trace
+from moesaic.llms.gateway.keys import Key
+from moesaic.llms.gateway.policy import Policy
 from moesaic.llms.running import SETTINGS
 from moesaic.runs.conversion import load_conversion
 from moesaic.runs.pretraining import load_pretraining
@@ -79,3 +85,16 @@ def test_a_command_is_one_that_is_understood(line: list[str]) -> None:
         assert load_conversion(name, settings).method == name
     else:
         assert load_pretraining(name, settings).steps > 0
+
+
+def test_the_page_has_every_setting_of_a_gateway_and_its_default(tmp_path: Path) -> None:
+    stored = yaml.safe_load(blocks("coe", "yaml")[1])
+    given = {name: stored[name] for name in (f.name for f in fields(Settings))}
+    assert given == asdict(Settings())
+    assert stored["policy"] == asdict(Policy())
+    assert {**stored["trace"], "file": ""} == asdict(Trace())
+    assert stored["keys"][0].keys() | {"hash"} == {f.name for f in fields(Key)}
+    assert stored.keys() == {*given, *_SECTIONS} - {"models", "policies"}
+    models = tmp_path / "models.yaml"
+    models.write_text(blocks("coe", "yaml")[0])
+    assert [*Catalog.read(models)] == ["qwen-7b", "big", "lists"]

@@ -10,6 +10,7 @@ from moesaic.report.text import Grid, percent, points
 
 ARMS = {
     "composition": "composition", "best_single": "best single, known afterwards", "largest": "largest",
+    "best_within": "best single within its budget",
     "random_expert": "one of its experts at random", "oracle": "oracle",
 }  # fmt: skip
 """What `replayed` compares, in words."""
@@ -41,7 +42,7 @@ def decided(prompts: Sequence[str], found: Sequence[Any]) -> list[Grid]:
         [_short(prompt), decision.expert, _about(decision), percent(decision.confidence)]
         for prompt, decision in zip(prompts, found, strict=True)
     ]
-    shown = [Grid("Who answers", ["prompt", "expert", "category", "sure, %"], rows, [])]
+    shown = [Grid("Who answers", ["prompt", "expert", "category", "likeliest, %"], rows, [])]
     if len(found) == 1:
         (decision,) = found
         likely = sorted(decision.probabilities.items(), key=lambda pair: -pair[1])[:5]

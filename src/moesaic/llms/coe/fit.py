@@ -65,6 +65,10 @@ def fit(
     observed = data if isinstance(data, Observed) else Observed.of_table(data)
     catalog.scored(observed.models, observed.source)
     categories, labelled = _categories(observed, settings, progress)
+    if 0 < (few := categories.count(GENERAL)) < FOLDS < len(observed):
+        progress(f"left out: {few} prompt{'s' * (few > 1)} of no category, which are too few for one of their own")
+        observed = observed.rows([i for i, category in enumerate(categories) if category != GENERAL])
+        categories = [category for category in categories if category != GENERAL]
     names, labels = np.unique(np.array(categories, str), return_inverse=True)
     _check_budget(observed, catalog, budget, settings, names.tolist(), labels)
     if router is None:
@@ -123,15 +127,22 @@ def _composed(
     columns = sorted((problem.models.index(name) for name in solution.resident), key=lambda e: _rank(problem, e))
     names, active, known = [problem.models[e] for e in columns], problem.active[columns], known[:, columns]
     allowed = problem.allowed(budget)[: len(router.categories), columns]
-    price = np.zeros(allowed.shape)
-    if not hard:
-        may = allowed[posterior.argmax(axis=1)]
-        if rule.kind != "none":
-            may[uncertain] = np.array(names) == solution.expert[GENERAL]
+    price, mine = np.zeros(allowed.shape), estimates.of(columns)
+    if not hard and {"active", "cost"} & budget.limits().keys():
+        p = router.of_rows(router.rows)
+        sure = rule.uncertain(rule.of(router, router.rows, p))
+        samples = []
+        for scores, shares, unsure in (
+            (known, posterior, uncertain), (mine(router.bank, observed.prompts, router.rows, p), p, sure)
+        ):  # fmt: skip
+            may = allowed[shares.argmax(axis=1)]
+            if rule.kind != "none":
+                may[unsure] = np.array(names) == solution.expert[GENERAL]
+            samples.append((np.where(may, scores, _NEVER), shares))
         costs = None if observed.costs is None else cells(_one_hot(labels), observed.costs)[0].clip(0)[:, columns]
-        price = _price(np.where(may, known, _NEVER), posterior, active, costs, budget)
+        price = _price(samples, active, costs, budget)
     arrays = {"active": active, "allowed": allowed, "price": price}
-    made = Composition(router, solution, rule, settings.map, names, estimates.of(columns), arrays)
+    made = Composition(router, solution, rule, settings.map, names, mine, arrays)
     chosen = made.choose(known, posterior, uncertain)
     return made, {
         **_figures(observed, chosen, columns, active), "general": float(uncertain.mean()),
@@ -140,25 +151,31 @@ def _composed(
     }  # fmt: skip
 
 
-def prices(scores: Floats, takes: Sequence[Floats], limits: Sequence[float]) -> list[float]:
-    """The least λ with which the mean of each take (N, R), where score less Σ λ · take is best, is within its limit.
+def prices(samples: Sequence[tuple[Floats, Sequence[Floats]]], limits: Sequence[float]) -> list[float]:
+    """The least λ with which the mean of each take, where score less Σ λ · take is best, is within its limit.
 
     By bisection, the last constraint outermost; within a constraint the mean falls as its λ rises.
+
+    Args:
+        samples: scores (N, R) of some prompts, and a take (N, R) for each limit; the limits hold in each of them.
     """
-    if not takes:
+    if not limits:
         return []
 
     def mean(price: float) -> tuple[float, list[float]]:
-        inner = prices(scores - price * takes[-1], takes[:-1], limits[:-1])
-        worth = scores - price * takes[-1] - sum(p * take for p, take in zip(inner, takes[:-1], strict=True))
-        best = worth.round(9).argmax(axis=1)
-        return float(takes[-1][np.arange(len(best)), best].mean()), [*inner, price]
+        inner = prices([(scores - price * takes[-1], takes[:-1]) for scores, takes in samples], limits[:-1])
+        means = []
+        for scores, takes in samples:
+            worth = scores - sum(p * take for p, take in zip([*inner, price], takes, strict=True))
+            best = worth.round(9).argmax(axis=1)
+            means.append(float(takes[-1][np.arange(len(best)), best].mean()))
+        return max(means), [*inner, price]
 
     limit = limits[-1] * (1 + 1e-9)
     taken, found = mean(0.0)
     if taken <= limit:
         return found
-    low, high = 0.0, 1e-3 / max(float(takes[-1].max()), 1e-12)
+    low, high = 0.0, 1e-3 / max(*(float(takes[-1].max()) for _, takes in samples), 1e-12)
     taken, found = mean(high)
     for _ in range(_HALVINGS):
         if taken <= limit:
@@ -174,13 +191,17 @@ def prices(scores: Floats, takes: Sequence[Floats], limits: Sequence[float]) -> 
     return found
 
 
-def _price(known: Floats, posterior: Floats, active: Floats, costs: Floats | None, budget: Budget) -> Floats:
-    """(K, R) what is taken off scores so that the caps on averages hold."""
-    each = {"active": np.tile(active, (posterior.shape[1], 1)), "cost": costs}
+def _price(samples: Sequence[tuple[Floats, Floats]], active: Floats, costs: Floats | None, budget: Budget) -> Floats:
+    """(K, R) what is taken off scores so that the caps on averages hold: for held-out prompts, whose shares of
+    categories are as unsure as those of new ones, and for the prompts themselves, which are decided as here.
+    """
+    shape = samples[0][1].shape[1], len(active)
+    each = {"active": np.tile(active, (shape[0], 1)), "cost": costs}
     capped = [(each[name], limit) for name, limit in budget.limits().items() if name in each]
     takes = [held for held, _ in capped if held is not None]
-    found = prices(known, [posterior @ held for held in takes], [limit for _, limit in capped])
-    price = np.zeros((posterior.shape[1], len(active)))
+    known = [(scores, [shares @ held for held in takes]) for scores, shares in samples]
+    found = prices(known, [limit for held, limit in capped if held is not None])
+    price = np.zeros(shape)
     for value, held in zip(found, takes, strict=True):
         price += value * held
     return price

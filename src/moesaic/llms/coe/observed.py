@@ -66,6 +66,13 @@ class Observed:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    def rows(self, at: Sequence[int]) -> Observed:
+        """Some of its prompts."""
+        return Observed(
+            tuple(self.prompts[i] for i in at), tuple(self.categories[i] for i in at), self.models,
+            self.scores[list(at)], None if self.costs is None else self.costs[list(at)], self.source,
+        )  # fmt: skip
+
     def by_category(self, catalog: Catalog) -> Problem:
         """Of its own categories; prompts of none are of `general`. Raises DataError where it has none at all."""
         if not any(self.categories):

@@ -22,8 +22,9 @@ def replayed(made: Composition, table: Table, catalog: Catalog, *, seed: int = 0
     """Figures of a composition and of others on the same prompts.
 
     Returns:
-        `arms`: composition, best_single (known afterwards only), largest, random_expert (of the composition's), oracle;
-        each {"model": where it is one, "score", "low", "high": 95 % of the bootstrap over prompts, "ahead": of the best
+        `arms`: composition, best_single (known afterwards only), best_within (likewise, of those that fit the budget of
+        resident parameters, where there was one), largest, random_expert (of the composition's), oracle; each
+        {"model": where it is one, "score", "low", "high": 95 % of the bootstrap over prompts, "ahead": of the best
         single model, with its own "ahead_low", "ahead_high", "average_active" (billions), "average_cost" (USD; None
         where costs are not recorded)}; `experts`: each one's share of prompts; `general`: the share that was uncertain;
         `category_accuracy`: of prompts whose category the router knows; None where there are none.
@@ -39,15 +40,19 @@ def replayed(made: Composition, table: Table, catalog: Catalog, *, seed: int = 0
     chosen = np.array([names.index(decision.expert) for decision in decisions])
     chance, every = np.random.default_rng(seed), np.arange(len(table))
     best, largest = int(table.scores.mean(axis=0).argmax()), int(active.argmax())
+    limit = made.about.get("budget", {}).get("resident")
+    fits = np.array([limit is None or model.size <= limit for model in models])
+    within = int(np.where(fits, table.scores.mean(axis=0), -1).argmax())
     arms: dict[str, NDArray[np.int64]] = {
-        "composition": chosen, "best_single": np.full(len(table), best), "largest": np.full(len(table), largest),
+        "composition": chosen, "best_single": np.full(len(table), best),
+        **({"best_within": np.full(len(table), within)} if limit else {}), "largest": np.full(len(table), largest),
         "random_expert": chance.choice([names.index(expert) for expert in made.experts], len(table)),
         "oracle": _oracle(table.scores, active),
     }  # fmt: skip
     scores = np.column_stack([table.scores[every, picks] for picks in arms.values()])
     ahead = scores - table.scores[:, [best]]
     spans, of_ahead = np.split(_intervals(np.hstack([scores, ahead]), chance), 2, axis=1)
-    one = {"best_single": names[best], "largest": names[largest]}
+    one = {"best_single": names[best], "largest": names[largest], **({"best_within": names[within]} if limit else {})}
     found = {
         name: {
             "model": one.get(name), "score": float(scores[:, i].mean()), **_span(spans[:, i], "low", "high"),

@@ -14,6 +14,7 @@ from moesaic.llms.catalog import OWN, Catalog
 from moesaic.llms.gateway.keys import Key, Keys
 from moesaic.llms.gateway.policy import Policy
 from moesaic.runs.settings import build, check_keys, check_within, read_yaml
+from moesaic.runs.states import VALUES
 
 DISCONNECT = ("cancel", "drain", "partial")
 
@@ -70,6 +71,7 @@ class Config:
         source: the file; its folder is where relative paths begin. routers: folders by name, without moesaic/.
         fallbacks: by model, the models that are asked after it.
         policies: of every model. tokenizers: tokenizer.json by model.
+        beside: what it read, or will, beside the file itself: a catalog, and what routers are kept in.
     """
 
     source: Path
@@ -81,6 +83,7 @@ class Config:
     policies: Mapping[str, Policy] = field(default_factory=dict)
     tokenizers: Mapping[str, Path] = field(default_factory=dict)
     trace: Trace = Trace()
+    beside: tuple[Path, ...] = ()
 
     def path(self, text: str) -> Path:
         """A path as the file means it."""
@@ -132,12 +135,14 @@ def _config(path: Path, settings: Settings, stored: Mapping[str, Any]) -> Config
         catalog = Catalog.read(here / path_of(str(stored["catalog"])))
     else:
         catalog = Catalog.of(stored["models"], str(path))
+    routers = {name: here / path_of(str(folder)) for name, folder in _mapping(stored, "routers").items()}
+    catalogs = [here / path_of(str(stored["catalog"]))] if "catalog" in stored else []
     return Config(
         source=path,
         settings=settings,
         catalog=catalog,
         keys=tuple(_of(Key, entry, "keys") for entry in _list(stored, "keys")),
-        routers={name: here / path_of(str(folder)) for name, folder in _mapping(stored, "routers").items()},
+        routers=routers,
         fallbacks=_fallbacks(_mapping(stored, "fallbacks"), catalog),
         policies=_policies(stored, catalog),
         tokenizers={
@@ -145,6 +150,7 @@ def _config(path: Path, settings: Settings, stored: Mapping[str, Any]) -> Config
             for name, file in _mapping(stored, "tokenizers").items()
         },
         trace=_of(Trace, _mapping(stored, "trace"), "trace"),
+        beside=(*catalogs, *(folder / VALUES for folder in routers.values())),
     )
 
 

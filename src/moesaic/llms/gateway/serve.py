@@ -56,7 +56,7 @@ async def _serve(gateway: Gateway, config: Config, place: socket.socket, say: Ca
         proxy_headers=False,
         timeout_graceful_shutdown=round(config.settings.drain_seconds),
     )  # fmt: skip
-    watching = asyncio.create_task(watch(gateway, config.source))
+    watching = asyncio.create_task(watch(gateway, config.source, say))
     host, port = place.getsockname()[:2]
     say(f"http://{f'[{host}]' if ':' in host else host}:{port}/v1")
     try:
@@ -65,23 +65,31 @@ async def _serve(gateway: Gateway, config: Config, place: socket.socket, say: Ca
         watching.cancel()
 
 
-async def watch(gateway: Gateway, file: Path) -> None:
-    """Reload a file on SIGHUP and whenever it has changed; one that is broken leaves the old one in force."""
+async def watch(gateway: Gateway, file: Path, say: Callable[[str], None] = logger.info) -> None:
+    """Reload a file on SIGHUP and whenever it, its catalog or a router's folder has changed.
+
+    One that is broken leaves the old one in force. `say` is told of one that is not.
+    """
     asked = asyncio.Event()
     with suppress(NotImplementedError, RuntimeError, AttributeError):  # Windows, or not the main thread
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, asked.set)
-    seen = _stamp(file)
+
+    def stamps() -> list[tuple[int, ...]]:
+        return [_stamp(place) for place in (file, *gateway.state.config.beside)]
+
+    seen = stamps()
     while True:
         with suppress(TimeoutError):
             await asyncio.wait_for(asked.wait(), EVERY)
-        now = _stamp(file)
+        now = stamps()
         if not asked.is_set() and now == seen:
             continue
         seen = now
         asked.clear()
         try:
             await gateway.reload(await asyncio.to_thread(read_config, file))
-            logger.info("%s has changed, and is in force", file)
+            seen = stamps()  # it may name others now
+            say(f"{file} has changed, and is in force")
         except Exception as error:
             said = first_line(error) if isinstance(error, MoesaicError) else type(error).__name__
             logger.warning("%s; the configuration before it stays in force", said)
