@@ -1,15 +1,17 @@
 """`moesaic methods`: what is told of every method is what its config, docstring and recipes hold."""
 
 import json
+import subprocess
+import sys
 from dataclasses import fields
 
 import pytest
 
 import moesaic
 from moesaic.cli.main import main
-from moesaic.cli.methods import describe
+from moesaic.cli.methods import describe, ffn_methods, overview
 from moesaic.lora import METHODS
-from moesaic.runs.method import PLAIN
+from moesaic.runs.method import PLAIN, methods
 from moesaic.runs.recipe import load_recipe
 
 
@@ -28,6 +30,17 @@ def test_every_setting_has_its_default_and_a_line(name):
         }
         assert len(told) > 10
         assert about["about"] in __import__(METHODS[name].__module__, fromlist=["x"]).__doc__
+
+
+def test_what_is_listed_is_what_the_methods_say_themselves():
+    known = {name: PLAIN.get(name) or kind for name, kind in methods().items()}
+    known |= {f"convert/{name}": kind for name, kind in ffn_methods().items()}
+    assert {row["method"]: (row["summary"], row["paper"]) for row in overview()} == {
+        name: (about.summary, about.paper) for name, about in known.items()
+    }
+    code = "import sys; from moesaic.cli.methods import overview; overview(); print({'torch', 'peft'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 def test_a_methods_own_settings_come_before_those_of_all():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
 from dataclasses import MISSING, Field, fields
 from inspect import get_annotations
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moesaic.cli.show import print_json, show
@@ -47,12 +49,32 @@ def run(name: str | None, *, as_json: bool = False) -> None:
 def overview() -> list[dict[str, Any]]:
     """Every method in a line: {"method", "summary", "paper", "recipe"}, the last None where none comes along."""
     known = packaged()
-    rows = [(name, _about(name), name if name in known else None) for name in sorted(methods())]
-    rows += [(f"{_CONVERT}{name}", kind, None) for name, kind in ffn_methods().items()]
+    mixtures = {name: (plain.summary, plain.paper) for name, plain in PLAIN.items()}
+    mixtures |= _declared("method", "lora/methods", "adapters")
+    rows = [(name, *mixtures[name], name if name in known else None) for name in sorted(mixtures)]
+    rows += [(f"{_CONVERT}{name}", *about, None) for name, about in sorted(_declared("name", "ffn").items())]
     return [
-        {"method": name, "summary": about.summary, "paper": about.paper, "recipe": recipe}
-        for name, about, recipe in rows
+        {"method": name, "summary": summary, "paper": paper, "recipe": recipe} for name, summary, paper, recipe in rows
     ]
+
+
+def _declared(key: str, *packages: str) -> dict[str, tuple[str, str]]:
+    """Summary and paper of methods by name, read out of their source: to import them takes seconds."""
+    found: dict[str, tuple[str, str]] = {}
+    for package in packages:
+        for file in (Path(__file__).parents[1] / package).glob("*.py"):
+            for node in ast.parse(file.read_bytes()).body:
+                if isinstance(node, ast.ClassDef):
+                    said = {
+                        part.target.id: str(part.value.value)
+                        for part in node.body
+                        if isinstance(part, ast.AnnAssign)
+                        and isinstance(part.target, ast.Name)
+                        and isinstance(part.value, ast.Constant)
+                    }
+                    if {key, "summary", "paper"} <= said.keys():
+                        found[said[key]] = said["summary"], said["paper"]
+    return found
 
 
 def describe(name: str) -> dict[str, Any]:
