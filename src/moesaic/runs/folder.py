@@ -133,9 +133,9 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{file} is missing or damaged: {first_line(error)}; restore it, or train again") from None
+        raise ConfigError(f"{file} is missing or damaged: {first_line(error)}; restore it, or make it again") from None
     if not isinstance(content, dict):
-        raise ConfigError(f"{file} is damaged: it holds no object; restore it, or train again")
+        raise ConfigError(f"{file} is damaged: it holds no object; restore it, or make it again")
     return content
 
 
