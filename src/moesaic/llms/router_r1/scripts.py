@@ -24,9 +24,9 @@ def at_random(seed: int | str) -> Choose:
     return lambda question, hop: draw.choice(list(question.catalog))
 
 
-def always(name: str, otherwise: str = "lists") -> Choose:
-    """One model where it is offered, and else another."""
-    return lambda question, hop: name if name in question.catalog else otherwise
+def always(name: str) -> Choose:
+    """One model where it is offered, and else the first that is."""
+    return lambda question, hop: name if name in question.catalog else next(iter(question.catalog))
 
 
 def cheapest(question: Question, hop: int) -> str:
