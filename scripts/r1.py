@@ -61,9 +61,9 @@ def measured(policy: Policy, pool: HttpPool, asked: Sequence[Question]) -> dict[
     """Exact match, cost, calls, faults, and whom a policy asks."""
     found = roll(policy, pool, asked, LIMITS, say=world.told)
     named = Counter(call.model for r in found for call in r.calls if call.model)
-    unseen = [
-        r for r in found if "sorter" in r.question.catalog and world.KNOWS["order"][0] in r.question.about["tasks"]
-    ]
+    theirs = {*world.KNOWS["order"]}
+    unseen = [r for r in found if "sorter" in r.question.catalog and theirs & {*r.question.about["tasks"]}]
+    asks = [any(call.model == "sorter" for call in r.calls) for r in unseen]
     return {
         "em": statistics.fmean(exact_match(r.answer, r.question.truths) for r in found),
         "broken": statistics.fmean(bool(r.fault()) for r in found),
