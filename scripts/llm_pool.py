@@ -2,8 +2,9 @@
 
 For each seed the members of `moesaic.llms.pool` are trained on the list tasks, and each answers all of the validation
 and of the test rows. By category: of each task the member that validation rows say, the smaller one of equals; the
-oracles choose on the test rows themselves, by task and by row. Then a composition is fitted to the validation rows, all
-members are served over HTTP behind a gateway, and the test rows are asked of moesaic/coe there, sixteen at once.
+oracles choose on the test rows themselves, by task and by row. Then a composition is fitted to the validation rows,
+with no more active parameters on average than the best single member there has; all members are served over HTTP behind
+a gateway, and the test rows are asked of moesaic/coe, sixteen at once.
 --larger is of the first seed alone. What is in FOLDER already is not trained again; FOLDER/sN/validation.jsonl and
 test.jsonl are tables of outcomes as `moesaic.llms.tables` reads them. Writes results/llm-pool.json.
 """
@@ -58,6 +59,21 @@ def outcomes(rows: Sequence[Mapping[str, str]], found: Correct) -> str:
         lines.append(json.dumps({"prompt": row["prompt"], "category": task, "scores": scores}) + "\n")
         seen[task] += 1
     return "".join(lines)
+
+
+def kept(file: Path, members: Sequence[Member]) -> Correct | None:
+    """What a table of outcomes says, if it is there and of these members."""
+    if not file.is_file():
+        return None
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    if {*rows[0]["scores"]} != {member.name for member in members}:
+        return None
+    return {
+        member.name: {
+            task: [bool(row["scores"][member.name]) for row in rows if row["category"] == task] for task in TASKS
+        }
+        for member in members
+    }
 
 
 def figures(validation: Correct, test: Correct, sizes: Mapping[str, float]) -> dict[str, Any]:
@@ -124,11 +140,13 @@ async def asked(url: str, rows: Sequence[Mapping[str, str]]) -> list[tuple[bool,
         return await asyncio.gather(*map(one, rows))
 
 
-def routed(members: Sequence[Member], runs: Mapping[str, Path], place: Path, rows: Sequence[Mapping[str, str]]) -> Any:
+def routed(
+    members: Sequence[Member], runs: Mapping[str, Path], place: Path, rows: Sequence[Mapping[str, str]], budget: Budget
+) -> Any:
     """A composition of what the validation rows said, asked through the gateway: whom it asked, and how well it did."""
     with serving(members, runs, place) as catalog:
         recorded = Observed.read(place / "validation.jsonl")
-        made = fit(recorded, catalog, Budget(), Fitting(encoder="tfidf"), out=place / "composition", overwrite=True)
+        made = fit(recorded, catalog, budget, Fitting(encoder="tfidf"), out=place / "composition", overwrite=True)
         with gateway(place) as url:
             begun = time.perf_counter()
             found = asyncio.run(asked(url, rows))
@@ -155,11 +173,15 @@ def main() -> None:
         write_rows(place / "data", rows)
         runs = train(members, place / "data", place, seed)
         sizes = {member.name: billions(member, runs[member.name]) for member in members}
-        scored = {split: correct(members, runs, place / "data", split) for split in ("validation", "test")}
-        for split, by_member in scored.items():
-            write_text(place / f"{split}.jsonl", outcomes(rows[split], by_member))
+        scored = {}
+        for split in ("validation", "test"):
+            known = kept(place / f"{split}.jsonl", members)
+            scored[split] = known or correct(members, runs, place / "data", split)
+            write_text(place / f"{split}.jsonl", outcomes(rows[split], scored[split]))
         found["seeds"][str(seed)] = figures(scored["validation"], scored["test"], sizes)
-        found["seeds"][str(seed)]["through_gateway"] = routed(members, runs, place, rows["test"])
+        single = max(members, key=lambda m: mean([mean(scored["validation"][m.name][task]) for task in TASKS]))
+        budget = Budget(active=sizes[single.name])
+        found["seeds"][str(seed)]["through_gateway"] = routed(members, runs, place, rows["test"], budget)
         write_json(ROOT / "results" / "llm-pool.json", found)
         print(json.dumps(found["seeds"][str(seed)]), flush=True)
 
