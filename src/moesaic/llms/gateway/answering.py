@@ -15,7 +15,7 @@ from typing import Any
 from moesaic.errors import first_line
 from moesaic.llms.catalog import OWN, Model
 from moesaic.llms.gateway import dialects, trace
-from moesaic.llms.gateway.calls import Call, price
+from moesaic.llms.gateway.calls import LARGEST, Call, price, valid
 from moesaic.llms.gateway.keys import Key
 from moesaic.llms.gateway.metrics import Metrics
 from moesaic.llms.gateway.refusals import SERVER, Headers, Refused, seconds
@@ -104,7 +104,7 @@ class Answering:
             said = first_line(error)[:200] if config.trace.prompts else ""  # it may quote the prompt
             logger.error("router %s failed: %s %s", router.name, type(error).__name__, said)
             raise Refused(500, f"router {router.name} did not decide", SERVER, code="router_failed") from None
-        call.router, call.category, call.expert = router.name, decision.category, expert
+        call.router, call.category, call.expert = router.name, valid(decision.category), expert
         call.confidence, call.uncertain, call.scores = decision.confidence, decision.uncertain, decision.scores
         call.kept = expert != decision.expert
         if config.trace.prompts:
@@ -121,6 +121,8 @@ class Answering:
             outputs = [state.reserved_output(asked, model) for model in models]
             tokens = call.own_input + max(outputs)
             call.reserved = max(map(price, models, [call.own_input] * len(models), outputs))
+            if call.reserved > LARGEST:
+                raise Refused(400, "this request may cost more than the books can hold: ask for fewer tokens")
         refusal = await self._writer.reserve(call, request.key, tokens)
         if refusal is None:
             return
@@ -199,6 +201,6 @@ async def whole(
     sink: Sink, status: int, body: bytes | dict[str, Any], kind: str = "application/json", headers: Headers = ()
 ) -> None:
     """An answer of ours."""
-    content = body if isinstance(body, bytes) else json.dumps(body, ensure_ascii=False).encode()
+    content = body if isinstance(body, bytes) else json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
     await sink.start(status, kind, [(b"content-length", b"%d" % len(content)), *headers])
     await sink.body(content, more=False)

@@ -12,6 +12,9 @@ from moesaic.llms.catalog import Model
 PICO = 10**12
 """Money is counted in whole millionths of a millionth of a USD, so that balances are exact."""
 
+LARGEST = 2**63 - 1
+"""Of what a column of the books holds."""
+
 BILLED = ("whole", "drained", "partial", "broken")
 """Ends of a call that cost what came; any other costs nothing."""
 
@@ -72,8 +75,14 @@ class Call:
     def end(self) -> None:
         """Set what it took and cost."""
         self.latency = self.elapsed()
+        self.cost = 0
         if self.served is not None and self.ended in BILLED:
-            self.cost = price(self.served, *self.tokens())
+            self.cost = min(price(self.served, *self.tokens()), LARGEST)
+
+
+def valid(text: str) -> str:
+    """A text that UTF-8 can hold: half surrogates become question marks."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def price(model: Model, input_tokens: int, output_tokens: int) -> int:

@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from moesaic.llms.gateway.calls import PICO, Call
+from moesaic.llms.gateway.calls import PICO, Call, valid
 from moesaic.llms.gateway.policy import Breaker
 
 CONTENT = "text/plain; version=0.0.4; charset=utf-8"
@@ -95,4 +95,4 @@ def _sample(name: str, labels: Labels, value: float) -> str:
 
 
 def _escaped(text: str) -> str:
-    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+    return valid(text).replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")

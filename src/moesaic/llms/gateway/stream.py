@@ -7,6 +7,7 @@ import re
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
+from moesaic.llms.gateway.calls import valid
 from moesaic.llms.gateway.replies import Failed
 
 _END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
@@ -81,7 +82,7 @@ class Seen:
     def _take(self, content: Mapping[str, Any]) -> None:
         self.failed = self.failed or bool(content.get("error"))
         if not self.model and isinstance(name := content.get("model"), str):
-            self.model = name[:200]
+            self.model = valid(name[:200])
         self.usage = _usage(content.get("usage")) or self.usage
         choices = content.get("choices")
         for choice in choices if isinstance(choices, list) else ():
