@@ -99,6 +99,8 @@ class Answering:
                 self._deciding, lambda: router.decide(prompt, session=session)
             )
             expert = self._sessions.choose(chat, decision, config.settings.switching_penalty)
+            if not state.answers(expert):
+                expert = decision.expert
             models = state.candidates(state.model(expert), routed=True)
         except Exception as error:
             said = first_line(error)[:200] if config.trace.prompts else ""  # it may quote the prompt

@@ -22,8 +22,11 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 AGAIN = frozenset([408, 409, 425, 429])
 """Statuses below 500 after which the same model may be asked again."""
-AMISS = frozenset([401, 403, 404, 405, 407])
-"""Statuses that say that the catalog's entry is wrong, not the request."""
+AMISS = frozenset([401, 403, 404, 405, 407, 501])
+"""Statuses that say that the catalog's entry is wrong, or does not serve this path: nobody asks again."""
+UNWELL = frozenset([401, 407, 408])
+"""Statuses below 500 that breakers are told. What a client can bring about by what it asks is none of them: a path that
+the model does not serve (404, 405, 501, a redirection), words that it will not hear (403)."""
 
 
 class Form(Protocol):
@@ -163,7 +166,7 @@ class Relay:
             parts.append(chunk)
             size += len(chunk)
             if size > self.largest:
-                raise Failed(f"its answer has more than {self.largest:,} bytes", again=False)
+                raise Failed(f"its answer has more than {self.largest:,} bytes", again=False, counts=False)
         return b"".join(parts)
 
     async def _whole(self, call: Call, asked: Asked, opened: Opened, sink: Sink, form: Form | None) -> None:
@@ -199,7 +202,8 @@ class Relay:
         except Failed as failed:
             call.ended = "broken"
             call.attempts[-1]["said"] = str(failed)
-            self.breakers[opened_model(call)].failed()
+            if failed.counts:
+                self.breakers[opened_model(call)].failed()
             refused = Refused(502, f"model {opened_model(call)}: {failed}", SERVER, code="upstream_error")
             wrong = b"data: " + refused.body() + b"\n\n" if form is None else form.error(refused)
             await sink.body(wrong, more=False)
@@ -244,10 +248,11 @@ def _check_status(reply: Reply) -> None:
     status = reply.status
     if status == 429:
         raise Failed("it is busy (429)", status=429, counts=False, wait=reply.wait)
-    if status >= 500 or status in AGAIN:
-        raise Failed(f"it answered {status}", wait=reply.wait)
     if status in AMISS or 300 <= status < 400:
-        raise Failed(f"it answered {status}: its endpoint, name or key in the catalog is wrong", again=False)
+        told = f"it answered {status}: its endpoint, name or key in the catalog is wrong, or it does not serve this"
+        raise Failed(told, again=False, counts=status in UNWELL)
+    if status >= 500 or status in AGAIN:
+        raise Failed(f"it answered {status}", counts=status >= 500 or status in UNWELL, wait=reply.wait)
 
 
 def _nobody(models: Sequence[Model], last: Failed | None, rest: Sequence[float]) -> Refused:

@@ -71,7 +71,8 @@ class Asked:
     Attributes:
         text: as it came. at: where the value of `model` stands in it.
         body: parsed. texts: what a model is given to read, of which tokens are counted; overhead: tokens beside them.
-        most: tokens of a choice at most; None where the request does not say. choices: how many it wants.
+        prompts: how many are answered, each by itself. most: tokens of a choice at most; None where the request does
+            not say. choices: how many each prompt wants.
     """
 
     path: str
@@ -82,6 +83,7 @@ class Asked:
     stream: bool
     texts: list[str]
     overhead: int
+    prompts: int
     most: int | None
     choices: int
 
@@ -142,8 +144,7 @@ def of_body(path: str, text: str, body: dict[str, Any], at: tuple[int, int]) -> 
         raise _invalid("model: the name of a model is wanted", "model")
     if stream is not None and not isinstance(stream, bool):
         raise _invalid("stream: true or false", "stream")
-    texts, overhead = _READ[path](body)
-    return Asked(path, text, at, body, model, bool(stream), texts, overhead, *_most(body))
+    return Asked(path, text, at, body, model, bool(stream), *_READ[path](body), *_most(body))
 
 
 def _members(text: str) -> dict[str, tuple[Any, int, int]]:
@@ -218,7 +219,7 @@ def _is_integer(value: Any) -> bool:
     return type(value) is int or (type(value) is float and value.is_integer())
 
 
-def _chat(body: Mapping[str, Any]) -> tuple[list[str], int]:
+def _chat(body: Mapping[str, Any]) -> tuple[list[str], int, int]:
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise _invalid("messages: a list of messages, one at least", "messages")
@@ -233,7 +234,7 @@ def _chat(body: Mapping[str, Any]) -> tuple[list[str], int]:
     for name in ("tools", "functions"):
         if body.get(name):
             texts.append(json.dumps(body[name], ensure_ascii=False))
-    return texts, MESSAGE * len(messages)
+    return texts, MESSAGE * len(messages), 1
 
 
 def _is_parts(content: Any) -> bool:
@@ -253,28 +254,28 @@ def _texts(message: Mapping[str, Any]) -> Iterator[str]:
         yield json.dumps(message["tool_calls"], ensure_ascii=False)
 
 
-def _completion(body: Mapping[str, Any]) -> tuple[list[str], int]:
+def _completion(body: Mapping[str, Any]) -> tuple[list[str], int, int]:
     return _inputs(body, "prompt")
 
 
-def _embedding(body: Mapping[str, Any]) -> tuple[list[str], int]:
+def _embedding(body: Mapping[str, Any]) -> tuple[list[str], int, int]:
     if body.get("stream"):
         raise _invalid("stream: embeddings come whole", "stream")
     return _inputs(body, "input")
 
 
-def _inputs(body: Mapping[str, Any], name: str) -> tuple[list[str], int]:
-    """Texts, and how many tokens beside them, of what is a text, tokens, or a list of texts or of tokens."""
+def _inputs(body: Mapping[str, Any], name: str) -> tuple[list[str], int, int]:
+    """Texts, tokens beside them and how many inputs, of what is a text, tokens, or a list of texts or of tokens."""
     given = body.get(name)
     if isinstance(given, str):
-        return [given], 0
+        return [given], 0, 1
     if isinstance(given, list) and given:
         if all(isinstance(part, str) for part in given):
-            return list(given), 0
+            return list(given), 0, len(given)
         if all(map(_is_token, given)):
-            return [], len(given)
+            return [], len(given), 1
         if all(isinstance(part, list) and part and all(map(_is_token, part)) for part in given):
-            return [], sum(map(len, given))
+            return [], sum(map(len, given)), len(given)
     raise _invalid(f"{name}: a text, tokens, or a list of texts or of tokens", name)
 
 

@@ -43,6 +43,10 @@ class State:
             raise self.unknown(name)
         return model
 
+    def answers(self, model: str) -> bool:
+        """Whether there is such a model, which answers."""
+        return model in self.config.catalog and bool(self.config.catalog[model].endpoint)
+
     def router(self, name: str) -> Router:
         if name not in self.routers:
             raise self.unknown(name)
@@ -71,7 +75,7 @@ class State:
         if asked.path == EMBEDDINGS:
             return 0
         most = self.config.settings.reserve_output if asked.most is None else asked.most
-        return asked.choices * (most if model.context is None else min(most, model.context))
+        return asked.prompts * asked.choices * (most if model.context is None else min(most, model.context))
 
 
 def make_state(

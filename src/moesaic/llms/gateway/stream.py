@@ -35,7 +35,7 @@ class Events:
                 self._rest = rest[end:]
                 return rest[:end]
             if len(rest) > self._largest:
-                raise Failed(f"an event of its stream has more than {self._largest:,} bytes")
+                raise Failed(f"an event of its stream has more than {self._largest:,} bytes", counts=False)
             self._rest = rest
         return b""
 
