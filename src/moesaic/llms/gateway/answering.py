@@ -79,6 +79,8 @@ class Answering:
                     await _made(request, call, asked, models, form)
             finally:
                 call.end()
+                if call.is_lied_to():
+                    logger.warning("call %x: %s counts more tokens than there can be", call.id, call.served_id[:80])
                 self._metrics.ended(call)
                 self._writer.settle(call)
         finally:
@@ -120,9 +122,9 @@ class Answering:
         state, tokens = request.state, 0
         call.own_input = state.count(models[0], asked)
         if not free:
-            outputs = [state.reserved_output(asked, model) for model in models]
-            tokens = call.own_input + max(outputs)
-            call.reserved = max(map(price, models, [call.own_input] * len(models), outputs))
+            outputs = {model.name: state.reserved_output(asked, model) for model in models}
+            tokens, call.reserved_output = call.own_input + max(outputs.values()), outputs
+            call.reserved = max(price(model, call.own_input, outputs[model.name]) for model in models)
             if call.reserved > LARGEST:
                 raise Refused(400, "this request may cost more than the books can hold: ask for fewer tokens")
         refusal = await self._writer.reserve(call, request.key, tokens)
@@ -175,6 +177,10 @@ async def _made(request: Request, call: Call, asked: Asked, models: Sequence[Mod
         await relay.answer(call, asked, models, sink, form)
     except Refused as refused:
         call.status, call.ended = refused.status, "failed"
+        raise
+    except Exception:
+        if not sink.begun:
+            call.status, call.ended = 500, "failed"
         raise
     except asyncio.CancelledError:  # the client is gone, or the gateway stops and has waited long enough
         call.status, call.ended = 499, "cancelled" if policy == "cancel" else "partial"

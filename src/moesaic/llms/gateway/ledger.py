@@ -221,8 +221,8 @@ class Ledger:
         account.open = {number: (started, reserved) for number, started, reserved in rows}
         account.reserved = sum(reserved for _, reserved in account.open.values())
         last = self._base.execute(
-            "SELECT started, id, CASE state WHEN 'settled' THEN coalesce(backend_input + backend_output, "
-            "own_input + own_output) ELSE reserved_tokens END FROM calls WHERE key = ? AND started > ? "
+            "SELECT started, id, CASE state WHEN 'settled' THEN coalesce(backend_input, own_input) + "
+            "coalesce(backend_output, own_output) ELSE reserved_tokens END FROM calls WHERE key = ? AND started > ? "
             "AND started <= ? ORDER BY started",
             (key, now - MINUTE, now),
         )
