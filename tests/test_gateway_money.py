@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -376,3 +378,27 @@ def test_a_stream_that_must_be_kept_whole_has_an_end(mock: Mock, tmp_path: Path)
         assert "more than 3,000 bytes" in ask(server, RESPONSES, stream=True)[1]
         assert "message_stop" in ask(server, MESSAGES, stream=True)[1]
         assert [row["ended"] for row in server.rows()] == ["broken", "whole"]
+
+
+def test_a_prompt_that_was_never_sent_is_not_billed(tmp_path: Path) -> None:
+    """Its backend takes no connection, as others wait for it."""
+    place, waiting = socket.create_server(("127.0.0.1", 0), backlog=0), []
+    for _ in range(3):
+        other = socket.socket()
+        other.setblocking(False)
+        other.connect_ex(place.getsockname())
+        waiting.append(other)
+    url = f"http://127.0.0.1:{place.getsockname()[1]}/v1"
+    with serving(write(tmp_path, [model("a", url)], on_disconnect="partial")) as server:
+        line = http.client.HTTPConnection("127.0.0.1", server.port(), timeout=10)
+        line.request("POST", CHAT, json.dumps({"model": "a", "messages": USER}), {"Content-Type": "application/json"})
+        while not server.gateway.metrics.running:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        line.close()
+        deadline = time.monotonic() + 10
+        while not (rows := server.rows()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert [(row["ended"], row["cost"], row["served"]) for row in rows] == [("partial", 0, None)]
+    for other in (place, *waiting):
+        other.close()

@@ -13,7 +13,7 @@ from moesaic.llms.gateway.calls import Call
 from moesaic.llms.gateway.forms import dumped
 from moesaic.llms.gateway.policy import LONGEST, Breaker, wait
 from moesaic.llms.gateway.refusals import SERVER, Refused, seconds
-from moesaic.llms.gateway.replies import Backend, Failed, Reply
+from moesaic.llms.gateway.replies import SENDING, Backend, Failed, Reply, Sending
 from moesaic.llms.gateway.requests import EMBEDDINGS, Asked
 from moesaic.llms.gateway.stream import Events, Seen
 from moesaic.llms.gateway.tokens import Counter
@@ -114,7 +114,8 @@ class Relay:
                     break
                 tries += 1
                 call.served = model
-                begun = call.elapsed()
+                begun, sending = call.elapsed(), Sending()
+                SENDING.set(sending)
                 try:
                     opened = await self._tried(asked, model, call.stream)
                 except Failed as failed:
@@ -128,6 +129,8 @@ class Relay:
                     await asyncio.sleep(delay)
                 except BaseException:
                     breaker.left()
+                    if not sending.done:
+                        call.served = None
                     self._note(call, model, begun, "left")
                     raise
                 else:
