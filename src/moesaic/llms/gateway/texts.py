@@ -19,6 +19,9 @@ UNREAD = frozenset(
 SEALED = frozenset(["data", "signature", "encrypted_content"])
 """Members of an answer that are bytes, or that repeat what stands beside them."""
 
+_PLAIN = frozenset(["role", "content"])
+"""All that most events of most streams have."""
+
 
 def said(value: Any, but: frozenset[str] = frozenset()) -> tuple[list[str], int]:
     """Texts of a message or a part of one, and how many pictures, sounds and files it holds.
@@ -35,11 +38,15 @@ def said(value: Any, but: frozenset[str] = frozenset()) -> tuple[list[str], int]
         elif isinstance(value, list):
             left.extend(reversed(value))
         elif isinstance(value, dict):
-            for name, inner in reversed(value.items()):
-                if name in MEDIA and inner:
+            for name, inner in value.items():
+                if not inner or name in but:
+                    continue
+                if name in MEDIA:
                     parts += 1
-                elif name not in but and not (name in FRAME and isinstance(inner, str) and len(inner) <= SHORT):
+                elif not isinstance(inner, str):
                     left.append(inner)
+                elif name not in FRAME or len(inner) > SHORT:
+                    texts.append(inner)
     return texts, parts
 
 
@@ -55,6 +62,11 @@ def beside(body: Mapping[str, Any], name: str) -> Iterator[str]:
 
 def written(choice: Mapping[str, Any]) -> tuple[list[str], int]:
     """What a choice or a part of one adds to an answer. A text that servers say twice counts once."""
+    delta = choice.get("delta")
+    if isinstance(delta, dict) and delta.keys() <= _PLAIN and not ("text" in choice or "message" in choice):
+        text = delta.get("content")
+        if isinstance(text, str):
+            return [text], 0
     found, parts = [], 0
     for name in ("text", "delta", "message"):
         value = choice.get(name)

@@ -52,7 +52,7 @@ class Tally:
     def add(self, text: str) -> None:
         """The next piece."""
         if self._tokenizer is None:
-            self._bytes += len(text.encode("utf-8", "replace"))
+            self._bytes += len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
             return
         for at in range(0, len(text), HELD):
             self._held.append(text[at : at + HELD])
