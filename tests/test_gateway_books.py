@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 from moesaic.errors import ConfigError
 from moesaic.llms.catalog import Model
-from moesaic.llms.gateway.calls import PICO, Call, price
+from moesaic.llms.gateway import writer as writer_
+from moesaic.llms.gateway.calls import LARGEST, PICO, Call, price
 from moesaic.llms.gateway.keys import Key
 from moesaic.llms.gateway.ledger import MINUTE, Ledger, Window
 from moesaic.llms.gateway.trace import TraceLog
-from moesaic.llms.gateway.writer import Writer
+from moesaic.llms.gateway.writer import UNBOOKED, Writer
 
 MODEL = Model("m", input_price=0.1, output_price=0.3, parameters=1)
 
@@ -182,6 +183,22 @@ def test_a_window_admits_what_a_naive_count_of_the_last_minute_admits(
             assert sum(n for at, n in taken if at > later - MINUTE) + amount <= most
 
 
+def test_a_clock_that_was_set_back_shuts_nobody_out(books: Books) -> None:
+    key = Key(id="k", requests_per_minute=2)
+    assert [isinstance(books.reserve(key), Call) for _ in range(3)] == [True, True, False]
+    books.now -= 3600
+    assert isinstance(books.reserve(key), Call)
+    after = books.reopened()
+    assert isinstance(after.reserve(key), Call)
+    assert isinstance(after.reserve(key), str)
+
+
+def test_balances_outgrow_what_a_column_holds(books: Books) -> None:
+    for _ in range(3):
+        books.settle(books.reserve(Key(id="k")), LARGEST)
+    assert books.reopened().ledger._account(Key(id="k"), books.now).spent == 3 * LARGEST
+
+
 class Broken(Ledger):
     """A ledger whose disk is full for some of its transactions."""
 
@@ -219,6 +236,49 @@ def test_while_nothing_can_be_written_nobody_is_admitted_and_nothing_is_lost(tmp
     assert base.execute("SELECT id, state, cost FROM calls ORDER BY id").fetchall() == [
         (1, "settled", 1_000_000), (3, "reserved", 0),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("field", ["category", "own_input"])
+def test_a_settlement_that_cannot_be_holds_up_nobody(
+    tmp_path: Path, field: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    key = Key(id="k", budget=1.0, at_once=1)
+
+    async def run() -> None:
+        writer = Writer(Ledger(tmp_path / "ledger.sqlite"), TraceLog(None, 0, 0))
+        call = Call(1, "k", "/", "m")
+        call.reserved = 500
+        assert await writer.reserve(call, key, 1) is None
+        setattr(call, field, {"category": "x\ud800", "own_input": 2**70}[field])
+        writer.settle(call)
+        await writer.written()
+        assert writer.ledger.balance(key) == (500 / PICO, 0)
+        assert await writer.reserve(Call(2, "k", "/", "\ud800"), key, 1) is UNBOOKED
+        assert await writer.reserve(Call(3, "k", "/", "m"), key, 1) is None
+        await writer.close()
+
+    asyncio.run(run())
+    base = sqlite3.connect(tmp_path / "ledger.sqlite")
+    assert base.execute("SELECT id, state, cost FROM calls ORDER BY id").fetchall() == [
+        (1, "abandoned", 500), (3, "reserved", 0),
+    ]  # fmt: skip
+    assert sum("booked" in line for line in caplog.messages) == 2
+
+
+def test_a_gateway_stops_though_its_books_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer_, "CLOSING", 0.2)
+
+    async def run() -> None:
+        ledger = Broken(tmp_path / "ledger.sqlite")
+        writer = Writer(ledger, TraceLog(None, 0, 0))
+        call = Call(1, "k", "/", "m")
+        assert await writer.reserve(call, Key(id="k"), 1) is None
+        ledger.full = 10**9
+        writer.settle(call)
+        await asyncio.wait_for(writer.close(), 5)
+
+    asyncio.run(run())
+    assert Ledger(tmp_path / "ledger.sqlite").abandoned == 1
 
 
 def test_a_caller_who_leaves_while_it_is_admitted_reserves_nothing(tmp_path: Path) -> None:

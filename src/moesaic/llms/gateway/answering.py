@@ -15,7 +15,7 @@ from typing import Any
 from moesaic.errors import first_line
 from moesaic.llms.catalog import OWN, Model
 from moesaic.llms.gateway import dialects, trace
-from moesaic.llms.gateway.calls import Call, price
+from moesaic.llms.gateway.calls import LARGEST, Call, price, valid
 from moesaic.llms.gateway.keys import Key
 from moesaic.llms.gateway.metrics import Metrics
 from moesaic.llms.gateway.refusals import SERVER, Headers, Refused, seconds
@@ -79,6 +79,8 @@ class Answering:
                     await _made(request, call, asked, models, form)
             finally:
                 call.end()
+                if call.is_lied_to():
+                    logger.warning("call %x: %s counts more tokens than there can be", call.id, call.served_id[:80])
                 self._metrics.ended(call)
                 self._writer.settle(call)
         finally:
@@ -99,12 +101,14 @@ class Answering:
                 self._deciding, lambda: router.decide(prompt, session=session)
             )
             expert = self._sessions.choose(chat, decision, config.settings.switching_penalty)
+            if not state.answers(expert):
+                expert = decision.expert
             models = state.candidates(state.model(expert), routed=True)
         except Exception as error:
             said = first_line(error)[:200] if config.trace.prompts else ""  # it may quote the prompt
             logger.error("router %s failed: %s %s", router.name, type(error).__name__, said)
             raise Refused(500, f"router {router.name} did not decide", SERVER, code="router_failed") from None
-        call.router, call.category, call.expert = router.name, decision.category, expert
+        call.router, call.category, call.expert = router.name, valid(decision.category), expert
         call.confidence, call.uncertain, call.scores = decision.confidence, decision.uncertain, decision.scores
         call.kept = expert != decision.expert
         if config.trace.prompts:
@@ -118,9 +122,11 @@ class Answering:
         state, tokens = request.state, 0
         call.own_input = state.count(models[0], asked)
         if not free:
-            outputs = [state.reserved_output(asked, model) for model in models]
-            tokens = call.own_input + max(outputs)
-            call.reserved = max(map(price, models, [call.own_input] * len(models), outputs))
+            outputs = {model.name: state.reserved_output(asked, model) for model in models}
+            tokens, call.reserved_output = call.own_input + max(outputs.values()), outputs
+            call.reserved = max(price(model, call.own_input, outputs[model.name]) for model in models)
+            if call.reserved > LARGEST:
+                raise Refused(400, "this request may cost more than the books can hold: ask for fewer tokens")
         refusal = await self._writer.reserve(call, request.key, tokens)
         if refusal is None:
             return
@@ -172,6 +178,10 @@ async def _made(request: Request, call: Call, asked: Asked, models: Sequence[Mod
     except Refused as refused:
         call.status, call.ended = refused.status, "failed"
         raise
+    except Exception:
+        if not sink.begun:
+            call.status, call.ended = 500, "failed"
+        raise
     except asyncio.CancelledError:  # the client is gone, or the gateway stops and has waited long enough
         call.status, call.ended = 499, "cancelled" if policy == "cancel" else "partial"
         if not broken_off or making.uncancel():
@@ -199,6 +209,6 @@ async def whole(
     sink: Sink, status: int, body: bytes | dict[str, Any], kind: str = "application/json", headers: Headers = ()
 ) -> None:
     """An answer of ours."""
-    content = body if isinstance(body, bytes) else json.dumps(body, ensure_ascii=False).encode()
+    content = body if isinstance(body, bytes) else json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
     await sink.start(status, kind, [(b"content-length", b"%d" % len(content)), *headers])
     await sink.body(content, more=False)

@@ -13,7 +13,7 @@ from typing import Any
 from moesaic.errors import MissingDependency, first_line, path_of
 from moesaic.llms.catalog import Catalog, Model
 from moesaic.llms.gateway.policy import retry_after
-from moesaic.llms.gateway.replies import Backend, Failed, Reply
+from moesaic.llms.gateway.replies import SENDING, Backend, Failed, Reply
 
 PREFIX = "/v1"
 
@@ -37,6 +37,7 @@ class Endpoint:
     async def open(self, path: str, body: bytes) -> Reply:
         if path not in self._urls:
             self._urls[path] = self._url(self._base + path.removeprefix(PREFIX))
+        SENDING.get().done = False
         try:
             response = await self._session.post(
                 self._urls[path], data=body, headers=self._headers, timeout=self._timeout, allow_redirects=False
@@ -136,16 +137,23 @@ class Backends:
     def _connected(self) -> Any:
         if self._session is None:
             try:
-                from aiohttp import ClientSession, DummyCookieJar, TCPConnector
+                from aiohttp import ClientSession, DummyCookieJar, TCPConnector, TraceConfig
             except ImportError:
                 raise MissingDependency("aiohttp", "llms") from None
+            sending = TraceConfig()
+            sending.on_request_headers_sent.append(_sent)
             self._session = ClientSession(
                 connector=TCPConnector(limit=0, keepalive_timeout=30),
                 cookie_jar=DummyCookieJar(),
                 auto_decompress=False,
                 skip_auto_headers=["User-Agent"],
+                trace_configs=[sending],
             )
         return self._session
+
+
+async def _sent(*_: Any) -> None:
+    SENDING.get().done = True
 
 
 async def _closed(backends: list[Backend]) -> None:

@@ -30,13 +30,16 @@ def translated(path: str, raw: bytes) -> tuple[Asked, Form]:
     chat_of, form = FORMS[path]
     try:
         chat = {"model": body["model"], **chat_of(body)}
-    except (LookupError, TypeError, AttributeError, ValueError):
+    except (LookupError, TypeError, AttributeError, ValueError, RecursionError):
         raise Refused(400, f"the body is not what {path} takes") from None
     if body.get("stream") is not None:
         chat["stream"] = body["stream"]
     if body.get("stream") is True:
         chat["stream_options"] = {"include_usage": True}
-    text = json.dumps(chat)
+    try:
+        text = json.dumps(chat)
+    except RecursionError:
+        raise Refused(400, "the body is nested too deep") from None
     begin = len('{"model": ')
     asked = of_body(CHAT, text, chat, (begin, begin + len(json.dumps(chat["model"]))))
     return asked, form(asked.model)

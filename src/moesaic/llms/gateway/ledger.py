@@ -45,6 +45,14 @@ _SETTLE = (
     "own_input = ?, own_output = ?, backend_input = ?, backend_output = ?, latency = ?, attempts = ?, status = ?, "
     "ended = ? WHERE id = ? AND state = 'reserved'"
 )
+_ABANDON = "UPDATE calls SET state = 'abandoned', cost = reserved, ended = 'abandoned' WHERE state = 'reserved'"
+
+
+UNBOOKABLE = (
+    ValueError, OverflowError, TypeError,
+    sqlite3.IntegrityError, sqlite3.DataError, sqlite3.InterfaceError, sqlite3.ProgrammingError,
+)  # fmt: skip
+"""What one row may raise by itself; a lock, a full disk and a damaged file raise others."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,10 @@ class Refusal:
 
 @dataclass
 class Window:
-    """What was used in the last 60 seconds: (time, call, amount), oldest first."""
+    """What was used in the last 60 seconds: (time, call, amount), oldest first.
+
+    What a clock that was set back leaves ahead of now counts no longer: it could shut a key out for hours.
+    """
 
     entries: deque[list[Any]] = field(default_factory=deque)
     total: int = 0
@@ -71,6 +82,8 @@ class Window:
         """Seconds until `amount` more fit under `most`; None where they never will."""
         while self.entries and self.entries[0][0] <= now - MINUTE:
             self.total -= self.entries.popleft()[2]
+        while self.entries and self.entries[-1][0] > now:
+            self.total -= self.entries.pop()[2]
         if amount > most:
             return None
         excess, until = self.total + amount - most, now
@@ -118,9 +131,7 @@ class Ledger:
             self._lock = _locked(file)
             self._base = sqlite3.connect(file, isolation_level=None, check_same_thread=False)
             self._base.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL;" + _TABLE)
-            self.abandoned = self._base.execute(
-                "UPDATE calls SET state = 'abandoned', cost = reserved, ended = 'abandoned' WHERE state = 'reserved'"
-            ).rowcount
+            self.abandoned = self._base.execute(_ABANDON).rowcount
         except (sqlite3.Error, OSError) as error:
             raise ConfigError(f"ledger {file}: {first_line(error)}; name another, or mend this one") from None
 
@@ -169,6 +180,15 @@ class Ledger:
             account.tokens.correct(call.id, sum(call.tokens()) if call.served else 0)
         return True
 
+    def abandon(self, call: Call) -> None:
+        """Book a call that cannot be settled at what it reserved."""
+        self._base.execute(_ABANDON + " AND id = ?", (call.id,))
+        account = self._accounts.get(call.key)
+        if account is not None and call.id in account.open:
+            started, reserved = account.open.pop(call.id)
+            account.reserved -= reserved
+            account.spent += reserved if started >= account.since else 0
+
     def balance(self, key: Key) -> tuple[float, float]:
         """(spent, reserved) USD of a key in its period."""
         account = self._account(key, self._clock())
@@ -190,19 +210,21 @@ class Ledger:
 
     def _read(self, key: str, since: float, now: float) -> Account:
         account = Account(since)
-        (account.spent,) = self._base.execute(
-            "SELECT coalesce(sum(cost), 0) FROM calls WHERE key = ? AND started >= ?", (key, since)
+        dollars, rest = self._base.execute(  # a sum of whole costs could be too large for SQLite
+            "SELECT coalesce(sum(cost / ?), 0), coalesce(sum(cost % ?), 0) FROM calls WHERE key = ? AND started >= ?",
+            (PICO, PICO, key, since),
         ).fetchone()
+        account.spent = dollars * PICO + rest
         rows = self._base.execute(
             "SELECT id, started, reserved FROM calls WHERE state = 'reserved' AND key = ?", (key,)
         ).fetchall()
         account.open = {number: (started, reserved) for number, started, reserved in rows}
         account.reserved = sum(reserved for _, reserved in account.open.values())
         last = self._base.execute(
-            "SELECT started, id, CASE state WHEN 'settled' THEN coalesce(backend_input + backend_output, "
-            "own_input + own_output) ELSE reserved_tokens END FROM calls WHERE key = ? AND started > ? "
-            "ORDER BY started",
-            (key, now - MINUTE),
+            "SELECT started, id, CASE state WHEN 'settled' THEN coalesce(backend_input, own_input) + "
+            "coalesce(backend_output, own_output) ELSE reserved_tokens END FROM calls WHERE key = ? AND started > ? "
+            "AND started <= ? ORDER BY started",
+            (key, now - MINUTE, now),
         )
         for started, number, tokens in last:
             account.requests.add(started, number, 1)

@@ -7,8 +7,10 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from moesaic.llms.gateway.forms import argument_text, arguments, dumped, text_of
 from moesaic.llms.gateway.refusals import Refused
 from moesaic.llms.gateway.requests import string
+from moesaic.llms.gateway.stream import counts
 
 _STOPS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use", "content_filter": "refusal"}
 _SAME = ("temperature", "top_p", "max_tokens")
@@ -84,6 +86,8 @@ def _not_served(block: Mapping[str, Any]) -> Refused:
 class Messages:
     """The form of one answer."""
 
+    keeps = False
+
     def __init__(self, model: str) -> None:
         self._head = {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant", "model": model}
         self._open = ""
@@ -94,12 +98,14 @@ class Messages:
     def whole(self, content: Mapping[str, Any]) -> dict[str, Any]:
         choice = content["choices"][0]
         message = choice["message"]
-        blocks: list[dict[str, Any]] = [{"type": "text", "text": message["content"]}] if message.get("content") else []
+        text = text_of(message.get("content"))
+        blocks: list[dict[str, Any]] = [{"type": "text", "text": text}] if text else []
         for call in message.get("tool_calls") or ():
-            given = json.loads(call["function"]["arguments"] or "{}")
-            blocks.append({"type": "tool_use", "id": call["id"], "name": call["function"]["name"], "input": given})
+            name, given = string(call["function"]["name"]), arguments(call["function"].get("arguments"))
+            blocks.append({"type": "tool_use", "id": call["id"], "name": name, "input": given})
         stop = _STOPS.get(choice.get("finish_reason"), "end_turn")
-        return {**self._head, "content": blocks, "stop_reason": stop, "stop_sequence": None, "usage": _usage(content)}
+        self._count_usage(content)
+        return {**self._head, "content": blocks, "stop_reason": stop, "stop_sequence": None, "usage": self._usage}
 
     def event(self, content: Mapping[str, Any]) -> bytes:
         out = []
@@ -113,13 +119,12 @@ class Messages:
                 "usage": self._usage,
             }
             out.append(_event("message_start", message=message))
-        if content.get("usage"):
-            self._usage = _usage(content)
+        self._count_usage(content)
         for choice in (content.get("choices") or ())[:1]:
             delta = choice.get("delta") or {}
-            if delta.get("content"):
+            if text := text_of(delta.get("content")):
                 out += self._into("text", {"type": "text", "text": ""})
-                out.append(self._delta(type="text_delta", text=delta["content"]))
+                out.append(self._delta(type="text_delta", text=text))
             for call in delta.get("tool_calls") or ():
                 out += self._call(call)
             self._stop = _STOPS.get(choice.get("finish_reason"), self._stop)
@@ -137,9 +142,16 @@ class Messages:
         function = call.get("function") or {}
         block: dict[str, Any] = {"type": "tool_use", "id": call.get("id"), "name": function.get("name"), "input": {}}
         out = [*self._into(f"call {call.get('index', 0)}", block)]
-        if function.get("arguments"):
-            out.append(self._delta(type="input_json_delta", partial_json=function["arguments"]))
+        if part := argument_text(function.get("arguments")):
+            out.append(self._delta(type="input_json_delta", partial_json=part))
         return out
+
+    def _count_usage(self, content: Mapping[str, Any]) -> None:
+        given, written = counts(content)
+        self._usage = {
+            "input_tokens": self._usage["input_tokens"] if given is None else given,
+            "output_tokens": self._usage["output_tokens"] if written is None else written,
+        }
 
     def _into(self, name: str, block: Mapping[str, Any]) -> Iterator[bytes]:
         """Go over to a block; nothing where it is open already, "" closes the last."""
@@ -156,10 +168,5 @@ class Messages:
         return _event("content_block_delta", index=self._count, delta=delta)
 
 
-def _usage(content: Mapping[str, Any]) -> dict[str, int]:
-    counts = content.get("usage") or {}
-    return {"input_tokens": counts.get("prompt_tokens", 0), "output_tokens": counts.get("completion_tokens", 0)}
-
-
 def _event(kind: str, **content: Any) -> bytes:
-    return f"event: {kind}\ndata: {json.dumps({'type': kind, **content}, ensure_ascii=False)}\n\n".encode()
+    return b"event: %s\ndata: %s\n\n" % (kind.encode(), dumped({"type": kind, **content}))

@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from moesaic.llms.gateway.calls import PICO, Call
+from moesaic.llms.gateway.calls import BILLED, PICO, Call, valid
 from moesaic.llms.gateway.policy import Breaker
 
 CONTENT = "text/plain; version=0.0.4; charset=utf-8"
@@ -48,7 +48,7 @@ class Metrics:
             counts["routed_total"][routed] += 1
         if call.served is None:
             return
-        input_tokens, output_tokens = call.tokens()
+        input_tokens, output_tokens = call.tokens() if call.ended in BILLED else (0, 0)
         counts["tokens_total"][served, ("direction", "input")] += input_tokens
         counts["tokens_total"][served, ("direction", "output")] += output_tokens
         counts["cost_usd_total"][served, ("key", call.key)] += call.cost
@@ -95,4 +95,4 @@ def _sample(name: str, labels: Labels, value: float) -> str:
 
 
 def _escaped(text: str) -> str:
-    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+    return valid(text).replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")

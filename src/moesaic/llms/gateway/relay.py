@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -11,9 +10,10 @@ from typing import Any, Protocol
 from moesaic.llms.catalog import Model
 from moesaic.llms.gateway import trace
 from moesaic.llms.gateway.calls import Call
+from moesaic.llms.gateway.forms import dumped
 from moesaic.llms.gateway.policy import LONGEST, Breaker, wait
 from moesaic.llms.gateway.refusals import SERVER, Refused, seconds
-from moesaic.llms.gateway.replies import Backend, Failed, Reply
+from moesaic.llms.gateway.replies import SENDING, Backend, Failed, Reply, Sending
 from moesaic.llms.gateway.requests import EMBEDDINGS, Asked
 from moesaic.llms.gateway.stream import Events, Seen
 from moesaic.llms.gateway.tokens import Counter
@@ -22,12 +22,20 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 AGAIN = frozenset([408, 409, 425, 429])
 """Statuses below 500 after which the same model may be asked again."""
-AMISS = frozenset([401, 403, 404, 405, 407])
-"""Statuses that say that the catalog's entry is wrong, not the request."""
+AMISS = frozenset([401, 403, 404, 405, 407, 501])
+"""Statuses that say that the catalog's entry is wrong, or does not serve this path: nobody asks again."""
+UNWELL = frozenset([401, 407, 408])
+"""Statuses below 500 that breakers are told. What a client can bring about by what it asks is none of them: a path that
+the model does not serve (404, 405, 501, a redirection), words that it will not hear (403)."""
+
+
+_NO_CHAT = (LookupError, TypeError, AttributeError, ValueError, RecursionError)
 
 
 class Form(Protocol):
-    """Another API's way of saying one answer (`dialects.py`)."""
+    """Another API's way of saying one answer (`dialects.py`). `keeps`: it holds all of a stream until its end."""
+
+    keeps: bool
 
     def whole(self, content: Mapping[str, Any]) -> dict[str, Any]: ...
 
@@ -106,7 +114,8 @@ class Relay:
                     break
                 tries += 1
                 call.served = model
-                begun = call.elapsed()
+                begun, sending = call.elapsed(), Sending()
+                SENDING.set(sending)
                 try:
                     opened = await self._tried(asked, model, call.stream)
                 except Failed as failed:
@@ -120,6 +129,8 @@ class Relay:
                     await asyncio.sleep(delay)
                 except BaseException:
                     breaker.left()
+                    if not sending.done:
+                        call.served = None
                     self._note(call, model, begun, "left")
                     raise
                 else:
@@ -134,7 +145,7 @@ class Relay:
     async def _tried(self, asked: Asked, model: Model, stream: bool) -> Opened:
         """One try. Raises Failed as long as nothing good has come."""
         reply = await self.backends[model.name].open(asked.path, asked.named(model.served_as or model.name))
-        seen, good = Seen(), False
+        seen, good = Seen(self.counter.tally(model.name)), False
         try:
             _check_status(reply)
             if reply.status >= 300 or not stream:
@@ -149,7 +160,7 @@ class Relay:
             events = Events(reply.read, self.largest)
             first = await events.next()
             parsed = seen.feed(first)
-            if not first or (seen.failed and not seen.texts):
+            if not first or (seen.failed and not seen.begun):
                 raise Failed("its stream ended before it began" if not first else "its stream begins with an error")
             good = True
             return Opened(reply, seen, first, parsed, events)
@@ -163,44 +174,47 @@ class Relay:
             parts.append(chunk)
             size += len(chunk)
             if size > self.largest:
-                raise Failed(f"its answer has more than {self.largest:,} bytes", again=False)
+                raise Failed(f"its answer has more than {self.largest:,} bytes", again=False, counts=False)
         return b"".join(parts)
 
     async def _whole(self, call: Call, asked: Asked, opened: Opened, sink: Sink, form: Form | None) -> None:
         reply, body = opened.reply, opened.first
+        self._count(call, asked, opened.seen)
+        if form is not None and reply.status < 300:
+            body = _whole_form(form, opened.parsed[0], call.tokens())
         call.status = reply.status
         if reply.status >= 300:
             call.ended = "refused"
         elif call.ended == "failed":
             call.ended = "whole"
-        self._count(call, asked, opened.seen)
         call.end()
-        if form is not None and reply.status < 300:
-            body = _whole_form(form, opened.parsed[0])
         length = (b"content-length", b"%d" % len(body))
         again = [seconds(reply.wait)] if reply.wait is not None else []
         await sink.start(reply.status, reply.kind or "application/json", [length, *trace.headers(call), *again])
         await sink.body(body, more=False)
 
     async def _streamed(self, call: Call, opened: Opened, rest: Events, sink: Sink, form: Form | None) -> None:
-        call.status, seen = 200, opened.seen
+        seen, part, size = opened.seen, opened.first, len(opened.first)
+        try:
+            shown = part if form is None else _formed(form, opened.parsed, seen)
+        except Failed as failed:
+            raise self._broke_off(call, failed) from None
+        call.status = 200
         headers = [(b"cache-control", b"no-cache"), *trace.headers(call)]
         await sink.start(200, opened.reply.kind, headers)
-        part, parsed = opened.first, opened.parsed
         try:
             while part:
-                if form is not None:
-                    part = _formed(form, parsed, seen)
-                await sink.body(part, more=True)
+                await sink.body(shown, more=True)
                 part = await rest.next()
-                parsed = seen.feed(part)
+                parsed, size = seen.feed(part), size + len(part)
+                if part and form is not None and form.keeps and size > self.largest:
+                    raise Failed(f"its answer has more than {self.largest:,} bytes", counts=False)
+                shown = part if form is None else _formed(form, parsed, seen)
             if not (seen.done or seen.finished or seen.failed):
                 raise Failed("its stream broke off")
         except Failed as failed:
             call.ended = "broken"
-            call.attempts[-1]["said"] = str(failed)
-            self.breakers[opened_model(call)].failed()
-            refused = Refused(502, f"model {opened_model(call)}: {failed}", SERVER, code="upstream_error")
+            refused = self._broke_off(call, failed)
             wrong = b"data: " + refused.body() + b"\n\n" if form is None else form.error(refused)
             await sink.body(wrong, more=False)
             return
@@ -208,13 +222,24 @@ class Relay:
             call.ended = "broken" if seen.failed else "whole"
         await sink.body(b"" if form is None else form.end(), more=False)
 
+    def _broke_off(self, call: Call, failed: Failed) -> Refused:
+        """Take down that a stream failed; what the client is told."""
+        assert call.served is not None
+        call.attempts[-1]["said"] = str(failed)
+        if failed.counts:
+            self.breakers[call.served.name].failed()
+        return Refused(502, f"model {call.served.name}: {failed}", SERVER, code="upstream_error")
+
     def _count(self, call: Call, asked: Asked, seen: Seen) -> None:
         """Take over what an answer said of itself, and count its tokens."""
         call.served_id = seen.model
-        if seen.usage is not None:
-            call.backend_input, call.backend_output = seen.usage
-        if call.served is not None and seen.texts and asked.path != EMBEDDINGS:
-            call.own_output = self.counter.count(call.served.name, ["".join(seen.texts)])
+        call.backend_input, call.backend_output = seen.usage
+        if call.served is not None:
+            call.possible = asked.possible(call.served)
+        if asked.path != EMBEDDINGS:
+            call.own_output = seen.tally.total()
+        elif call.backend_input is not None:
+            call.backend_output = 0
 
 
 def _formed(form: Form, parsed: Sequence[Mapping[str, Any]], seen: Seen) -> bytes:
@@ -223,20 +248,16 @@ def _formed(form: Form, parsed: Sequence[Mapping[str, Any]], seen: Seen) -> byte
         raise Failed("its stream holds an error")
     try:
         return b"".join(map(form.event, parsed))
-    except (LookupError, TypeError, AttributeError, ValueError):
+    except _NO_CHAT:
         raise Failed("its stream is no chat's") from None
 
 
-def _whole_form(form: Form, content: Mapping[str, Any]) -> bytes:
+def _whole_form(form: Form, content: Mapping[str, Any], tokens: tuple[int, int]) -> bytes:
+    usage = dict(zip(("prompt_tokens", "completion_tokens"), tokens, strict=True))
     try:
-        return json.dumps(form.whole(content), ensure_ascii=False).encode()
-    except (LookupError, TypeError, AttributeError, ValueError):
+        return dumped(form.whole({**content, "usage": usage}))
+    except _NO_CHAT:
         raise Refused(502, "the answer of the model is no chat's", SERVER, code="upstream_error") from None
-
-
-def opened_model(call: Call) -> str:
-    assert call.served is not None
-    return call.served.name
 
 
 def _check_status(reply: Reply) -> None:
@@ -244,10 +265,11 @@ def _check_status(reply: Reply) -> None:
     status = reply.status
     if status == 429:
         raise Failed("it is busy (429)", status=429, counts=False, wait=reply.wait)
-    if status >= 500 or status in AGAIN:
-        raise Failed(f"it answered {status}", wait=reply.wait)
     if status in AMISS or 300 <= status < 400:
-        raise Failed(f"it answered {status}: its endpoint, name or key in the catalog is wrong", again=False)
+        told = f"it answered {status}: its endpoint, name or key in the catalog is wrong, or it does not serve this"
+        raise Failed(told, again=False, counts=status in UNWELL)
+    if status >= 500 or status in AGAIN:
+        raise Failed(f"it answered {status}", counts=status >= 500 or status in UNWELL, wait=reply.wait)
 
 
 def _nobody(models: Sequence[Model], last: Failed | None, rest: Sequence[float]) -> Refused:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,6 +22,17 @@ class Failed(Exception):
     ) -> None:
         super().__init__(said)
         self.status, self.again, self.counts, self.wait = status, again, counts, wait
+
+
+@dataclass
+class Sending:
+    """Whether a request has gone out to its model. A backend that can tell says so."""
+
+    done: bool = True
+
+
+SENDING: ContextVar[Sending] = ContextVar("SENDING")
+"""That of the try which a task is making."""
 
 
 @dataclass

@@ -11,7 +11,9 @@ from json.decoder import scanstring  # type: ignore[attr-defined]
 from typing import Any, NoReturn
 
 from moesaic.errors import first_line
+from moesaic.llms.catalog import Model
 from moesaic.llms.gateway.refusals import Refused
+from moesaic.llms.gateway.texts import PART, beside, said
 from moesaic.llms.gateway.tokens import MESSAGE
 
 Receive = Callable[[], Any]
@@ -71,7 +73,8 @@ class Asked:
     Attributes:
         text: as it came. at: where the value of `model` stands in it.
         body: parsed. texts: what a model is given to read, of which tokens are counted; overhead: tokens beside them.
-        most: tokens of a choice at most; None where the request does not say. choices: how many it wants.
+        prompts: how many are answered, each by itself. most: tokens of a choice at most; None where the request does
+            not say. choices: how many each prompt wants.
     """
 
     path: str
@@ -82,6 +85,7 @@ class Asked:
     stream: bool
     texts: list[str]
     overhead: int
+    prompts: int
     most: int | None
     choices: int
 
@@ -90,6 +94,15 @@ class Asked:
         if model == self.model:
             return self.text.encode()
         return (self.text[: self.at[0]] + json.dumps(model) + self.text[self.at[1] :]).encode()
+
+    def answers(self, most: int) -> int:
+        """Tokens of all answers where each has so many at most."""
+        return 0 if self.path == EMBEDDINGS else self.prompts * self.choices * most
+
+    def possible(self, model: Model) -> tuple[int, int]:
+        """Tokens of prompts and of answers beyond which a count cannot be true."""
+        context = model.context or MOST_TOKENS
+        return self.prompts * context, self.answers(min(context, self.most or context))
 
     def session(self) -> str:
         """What the body says of the chat that it belongs to; empty where it says nothing."""
@@ -101,10 +114,11 @@ class Asked:
     def prompt(self) -> str:
         """What a router decides by: the user's last message, or the completion's prompt."""
         if self.path == CHAT:
-            said = (m for m in reversed(self.body["messages"]) if m["role"] == "user")
-            found = " ".join(_texts(next(said, self.body["messages"][-1])))
+            users = (m for m in reversed(self.body["messages"]) if m["role"] == "user")
+            found = " ".join(_texts(next(users, self.body["messages"][-1])))
         else:
-            found = self.texts[0] if self.texts else ""
+            given = self.body["prompt"]
+            found = next((part for part in ([given] if isinstance(given, str) else given) if isinstance(part, str)), "")
         if not found.strip():
             raise _invalid("a router decides by text, and there is none in the prompt", "messages")
         return found[:PROMPT].encode("utf-8", "replace").decode()
@@ -142,8 +156,11 @@ def of_body(path: str, text: str, body: dict[str, Any], at: tuple[int, int]) -> 
         raise _invalid("model: the name of a model is wanted", "model")
     if stream is not None and not isinstance(stream, bool):
         raise _invalid("stream: true or false", "stream")
-    texts, overhead = _READ[path](body)
-    return Asked(path, text, at, body, model, bool(stream), texts, overhead, *_most(body))
+    try:
+        read = _READ[path](body)
+    except RecursionError:
+        raise Refused(400, "the body is nested too deep") from None
+    return Asked(path, text, at, body, model, bool(stream), *read, *_most(body))
 
 
 def _members(text: str) -> dict[str, tuple[Any, int, int]]:
@@ -218,22 +235,21 @@ def _is_integer(value: Any) -> bool:
     return type(value) is int or (type(value) is float and value.is_integer())
 
 
-def _chat(body: Mapping[str, Any]) -> tuple[list[str], int]:
+def _chat(body: Mapping[str, Any]) -> tuple[list[str], int, int]:
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise _invalid("messages: a list of messages, one at least", "messages")
-    texts: list[str] = []
+    texts, media = list(beside(body, "messages")), 0
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise _invalid(f"messages.{i}: a message is an object with a role", f"messages.{i}")
         content = message.get("content")
         if not (content is None or isinstance(content, str) or _is_parts(content)):
             raise _invalid(f"messages.{i}.content: a text, or a list of parts that have a type", f"messages.{i}")
-        texts.extend(_texts(message))
-    for name in ("tools", "functions"):
-        if body.get(name):
-            texts.append(json.dumps(body[name], ensure_ascii=False))
-    return texts, MESSAGE * len(messages)
+        found, parts = said(message)
+        texts += found
+        media += parts
+    return texts, MESSAGE * len(messages) + PART * media, 1
 
 
 def _is_parts(content: Any) -> bool:
@@ -253,28 +269,28 @@ def _texts(message: Mapping[str, Any]) -> Iterator[str]:
         yield json.dumps(message["tool_calls"], ensure_ascii=False)
 
 
-def _completion(body: Mapping[str, Any]) -> tuple[list[str], int]:
+def _completion(body: Mapping[str, Any]) -> tuple[list[str], int, int]:
     return _inputs(body, "prompt")
 
 
-def _embedding(body: Mapping[str, Any]) -> tuple[list[str], int]:
+def _embedding(body: Mapping[str, Any]) -> tuple[list[str], int, int]:
     if body.get("stream"):
         raise _invalid("stream: embeddings come whole", "stream")
     return _inputs(body, "input")
 
 
-def _inputs(body: Mapping[str, Any], name: str) -> tuple[list[str], int]:
-    """Texts, and how many tokens beside them, of what is a text, tokens, or a list of texts or of tokens."""
-    given = body.get(name)
+def _inputs(body: Mapping[str, Any], name: str) -> tuple[list[str], int, int]:
+    """Texts, tokens beside them and how many inputs, of what is a text, tokens, or a list of texts or of tokens."""
+    given, more = body.get(name), list(beside(body, name))
     if isinstance(given, str):
-        return [given], 0
+        return [given, *more], 0, 1
     if isinstance(given, list) and given:
         if all(isinstance(part, str) for part in given):
-            return list(given), 0
+            return [*given, *more], 0, len(given)
         if all(map(_is_token, given)):
-            return [], len(given)
+            return more, len(given), 1
         if all(isinstance(part, list) and part and all(map(_is_token, part)) for part in given):
-            return [], sum(map(len, given))
+            return more, sum(map(len, given)), len(given)
     raise _invalid(f"{name}: a text, tokens, or a list of texts or of tokens", name)
 
 

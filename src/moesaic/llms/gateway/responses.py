@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from moesaic.llms.gateway.forms import argument_text, dumped, text_of
 from moesaic.llms.gateway.refusals import Refused
 from moesaic.llms.gateway.requests import string
+from moesaic.llms.gateway.stream import counts
 
 _SAME = ("temperature", "top_p", "user", "prompt_cache_key", "parallel_tool_calls", "metadata")
 _NOT = ("previous_response_id", "conversation", "background", "prompt")
@@ -82,20 +83,25 @@ def _text(content: Any) -> str:
 class Responses:
     """The form of one answer."""
 
+    keeps = True
+
     def __init__(self, model: str) -> None:
         self._id, self._model, self._created = f"resp_{uuid.uuid4().hex}", model, int(time.time())
         self._items: list[dict[str, Any]] = []
         self._sequence = -1
         self._open = ""
+        self._parts: list[str] = []
         self._usage: dict[str, Any] | None = None
         self._cut = False
 
     def whole(self, content: Mapping[str, Any]) -> dict[str, Any]:
         choice = content["choices"][0]
         message = choice["message"]
-        items = [_message(message["content"])] if message.get("content") else []
+        text = text_of(message.get("content"))
+        items = [_message(text)] if text else []
         for call in message.get("tool_calls") or ():
-            items.append(_call(call["id"], call["function"]["name"], call["function"]["arguments"]))
+            name, given = string(call["function"]["name"]), argument_text(call["function"].get("arguments"))
+            items.append(_call(call["id"], name, given))
         self._items, self._usage = items, _usage(content)
         self._cut = choice.get("finish_reason") == "length"
         return self._response()
@@ -108,18 +114,18 @@ class Responses:
         self._usage = _usage(content) or self._usage
         for choice in (content.get("choices") or ())[:1]:
             delta = choice.get("delta") or {}
-            if delta.get("content"):
+            if text := text_of(delta.get("content")):
                 out += self._into("text", _message(""))
-                self._items[-1]["content"][0]["text"] += delta["content"]
-                out.append(self._part("output_text.delta", delta=delta["content"], logprobs=[]))
+                self._parts.append(text)
+                out.append(self._part("output_text.delta", delta=text, logprobs=[]))
             for call in delta.get("tool_calls") or ():
                 function = call.get("function") or {}
                 out += self._into(
                     f"call {call.get('index', 0)}", _call(call.get("id") or "", function.get("name") or "", "")
                 )
-                if function.get("arguments"):
-                    self._items[-1]["arguments"] += function["arguments"]
-                    out.append(self._part("function_call_arguments.delta", delta=function["arguments"]))
+                if part := argument_text(function.get("arguments")):
+                    self._parts.append(part)
+                    out.append(self._part("function_call_arguments.delta", delta=part))
             self._cut = self._cut or choice.get("finish_reason") == "length"
         return b"".join(out)
 
@@ -128,6 +134,7 @@ class Responses:
         return b"".join([*done, self._event("incomplete" if self._cut else "completed", response=self._response())])
 
     def error(self, refused: Refused) -> bytes:
+        self._join()
         told = {**self._response("failed"), "error": {"code": "server_error", "message": str(refused)}}
         return self._event("failed", response=told)
 
@@ -144,6 +151,7 @@ class Responses:
         """Go over to an item; nothing where it is open already, "" closes the last."""
         if self._open == name:
             return
+        self._join()
         if self._open == "text":
             part = self._items[-1]["content"][0]
             yield self._part("output_text.done", text=part["text"], logprobs=[])
@@ -160,6 +168,14 @@ class Responses:
         if name == "text":
             yield self._part("content_part.added", part=item["content"][0])
 
+    def _join(self) -> None:
+        """Put the parts of the item that is open into it."""
+        text, self._parts = "".join(self._parts), []
+        if text and self._open == "text":
+            self._items[-1]["content"][0]["text"] += text
+        elif text:
+            self._items[-1]["arguments"] += text
+
     def _part(self, kind: str, **content: Any) -> bytes:
         place = {"item_id": self._items[-1]["id"], "output_index": len(self._items) - 1}
         if self._open == "text":
@@ -170,7 +186,7 @@ class Responses:
         self._sequence += 1
         kind = f"response.{kind}"
         told = {"type": kind, "sequence_number": self._sequence, **content}
-        return f"event: {kind}\ndata: {json.dumps(told, ensure_ascii=False)}\n\n".encode()
+        return b"event: %s\ndata: %s\n\n" % (kind.encode(), dumped(told))
 
 
 def _message(text: str) -> dict[str, Any]:
@@ -192,10 +208,10 @@ def _call(call: str, name: str, arguments: str) -> dict[str, Any]:
 
 
 def _usage(content: Mapping[str, Any]) -> dict[str, Any] | None:
-    counts = content.get("usage")
-    if not counts:
+    given, written = counts(content)
+    if given is None and written is None:
         return None
-    given, written = counts.get("prompt_tokens", 0), counts.get("completion_tokens", 0)
+    given, written = given or 0, written or 0
     return {
         "input_tokens": given, "output_tokens": written, "total_tokens": given + written,
         "input_tokens_details": {"cached_tokens": 0}, "output_tokens_details": {"reasoning_tokens": 0},

@@ -14,7 +14,7 @@ from moesaic.llms.gateway.policy import Breaker
 from moesaic.llms.gateway.refusals import Refused
 from moesaic.llms.gateway.relay import Relay
 from moesaic.llms.gateway.replies import Backend
-from moesaic.llms.gateway.requests import EMBEDDINGS, Asked
+from moesaic.llms.gateway.requests import Asked
 from moesaic.llms.gateway.routers import Router, open_router
 from moesaic.llms.gateway.tokens import Counter
 
@@ -43,6 +43,10 @@ class State:
             raise self.unknown(name)
         return model
 
+    def answers(self, model: str) -> bool:
+        """Whether there is such a model, which answers."""
+        return model in self.config.catalog and bool(self.config.catalog[model].endpoint)
+
     def router(self, name: str) -> Router:
         if name not in self.routers:
             raise self.unknown(name)
@@ -68,10 +72,8 @@ class State:
 
     def reserved_output(self, asked: Asked, model: Model) -> int:
         """Tokens of an answer at most, as far as they can be known."""
-        if asked.path == EMBEDDINGS:
-            return 0
         most = self.config.settings.reserve_output if asked.most is None else asked.most
-        return asked.choices * (most if model.context is None else min(most, model.context))
+        return asked.answers(most if model.context is None else min(most, model.context))
 
 
 def make_state(

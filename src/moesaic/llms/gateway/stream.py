@@ -7,7 +7,10 @@ import re
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
+from moesaic.llms.gateway.calls import valid
 from moesaic.llms.gateway.replies import Failed
+from moesaic.llms.gateway.texts import PART, written
+from moesaic.llms.gateway.tokens import Tally
 
 _END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
 _LINE = re.compile(rb"\r\n|\n|\r")
@@ -34,7 +37,7 @@ class Events:
                 self._rest = rest[end:]
                 return rest[:end]
             if len(rest) > self._largest:
-                raise Failed(f"an event of its stream has more than {self._largest:,} bytes")
+                raise Failed(f"an event of its stream has more than {self._largest:,} bytes", counts=False)
             self._rest = rest
         return b""
 
@@ -43,15 +46,16 @@ class Seen:
     """What a stream or a whole answer has told so far.
 
     Attributes:
-        texts: of the answer, pieces as they came. model: what the backend calls itself. usage: its counts.
+        tally: counts the answer. begun: it has a text. model: what the backend calls itself.
+        usage: its counts of prompt and answer, None for one that it does not tell.
         finished: a choice ended, or [DONE] came. failed: an event was an error.
     """
 
-    def __init__(self) -> None:
-        self.texts: list[str] = []
+    def __init__(self, tally: Tally) -> None:
+        self.tally = tally
         self.model = ""
-        self.usage: tuple[int, int] | None = None
-        self.finished = self.done = self.failed = False
+        self.usage: tuple[int | None, int | None] = None, None
+        self.begun = self.finished = self.done = self.failed = False
 
     def feed(self, whole: bytes) -> list[dict[str, Any]]:
         """Read whole events; what their data hold. Raises Failed for data that are no JSON object."""
@@ -81,34 +85,32 @@ class Seen:
     def _take(self, content: Mapping[str, Any]) -> None:
         self.failed = self.failed or bool(content.get("error"))
         if not self.model and isinstance(name := content.get("model"), str):
-            self.model = name[:200]
-        self.usage = _usage(content.get("usage")) or self.usage
+            self.model = valid(name[:200])
+        if content.get("usage") is not None:
+            prompt, answer = counts(content)
+            self.usage = self.usage[0] if prompt is None else prompt, self.usage[1] if answer is None else answer
         choices = content.get("choices")
         for choice in choices if isinstance(choices, list) else ():
             if isinstance(choice, dict):
                 self.finished = self.finished or choice.get("finish_reason") is not None
-                self.texts.extend(_said(choice))
+                self._take_choice(choice)
+
+    def _take_choice(self, choice: Mapping[str, Any]) -> None:
+        texts, parts = written(choice)
+        for text in texts:
+            self.tally.add(text)
+            self.begun = self.begun or bool(text)
+        if parts:
+            self.tally.add_tokens(parts * PART)
 
 
-def _said(choice: Mapping[str, Any]) -> list[str]:
-    """Texts of a choice or a part of one, arguments of tool calls among them."""
-    found = [choice.get("text")]
-    said = choice.get("delta") or choice.get("message")
-    if isinstance(said, dict):
-        found += [said.get("content"), said.get("reasoning_content"), said.get("refusal")]
-        calls = said.get("tool_calls")
-        for call in calls if isinstance(calls, list) else ():
-            function = call.get("function") if isinstance(call, dict) else None
-            if isinstance(function, dict):
-                found += [function.get("name"), function.get("arguments")]
-    return [text for text in found if isinstance(text, str) and text]
-
-
-def _usage(given: Any) -> tuple[int, int] | None:
-    """(prompt, completion) tokens that a backend counted; None where it says nothing that can be true."""
+def counts(content: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """Tokens of prompt and answer that a backend counted; None for what it does not say, or that cannot be true."""
+    given = content.get("usage")
     if not isinstance(given, dict):
-        return None
-    counts = given.get("prompt_tokens"), given.get("completion_tokens", 0)
-    if all(type(count) is int and 0 <= count < 10**9 for count in counts):
-        return counts  # type: ignore[return-value]
-    return None
+        return None, None
+    return _count(given.get("prompt_tokens")), _count(given.get("completion_tokens"))
+
+
+def _count(given: Any) -> int | None:
+    return given if type(given) is int and 0 <= given < 10**9 else None

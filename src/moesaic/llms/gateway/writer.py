@@ -8,20 +8,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from queue import SimpleQueue
 
 from moesaic.errors import first_line
 from moesaic.llms.gateway.calls import Call
 from moesaic.llms.gateway.keys import Key
-from moesaic.llms.gateway.ledger import Ledger, Refusal
+from moesaic.llms.gateway.ledger import UNBOOKABLE, Ledger, Refusal
 from moesaic.llms.gateway.trace import TraceLog
 
 logger = logging.getLogger(__name__)
 
 LAZY = 0.02
 """Seconds that settlements wait for more of them; they go at once where a reservation goes."""
+CLOSING = 10.0
+"""Seconds that a gateway which stops goes on trying to write."""
 UNWRITTEN = Refusal("the ledger cannot be written, so nothing can be charged", 5.0, ours=True)
+UNBOOKED = Refusal("this request cannot be booked", 1.0, ours=True)
 
 
 @dataclass
@@ -83,8 +87,12 @@ class Writer:
             await asyncio.sleep(0)  # callbacks of reservations whose caller has gone settle them
 
     async def close(self) -> None:
-        """Write what is left, and close the books."""
-        await self.written()
+        """Write what is left, as far as it can be written, and close the books."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CLOSING):
+                await self.written()
+        if left := len(self._next.settled):
+            logger.error("%d calls are not in the books: the next start books them as they were reserved", left)
         self._queue.put(None)
         await asyncio.to_thread(self._thread.join)
         self.ledger.close()
@@ -110,9 +118,9 @@ class Writer:
         try:
             self.ledger.begin()
             for call in batch.settled:
-                self.ledger.settle(call)
+                self._settle(call)
             for wanted in batch.reservations:
-                wanted.refusal = self.ledger.reserve(wanted.call, wanted.key, wanted.tokens)
+                wanted.refusal = self._reserve(wanted)
             self.ledger.commit()
         except Exception as error:  # a full disk, a damaged file: nothing is admitted until it is mended
             logger.error("the ledger was not written: %s", first_line(error))
@@ -125,6 +133,20 @@ class Writer:
             self.log.write(settled)
         except Exception as error:  # the books are what counts
             logger.error("%d calls are missing in the trace: %s", len(settled), first_line(error))
+
+    def _settle(self, call: Call) -> None:
+        try:
+            self.ledger.settle(call)
+        except UNBOOKABLE as error:
+            logger.error("call %x is booked as it was reserved: %s", call.id, first_line(error))
+            self.ledger.abandon(call)
+
+    def _reserve(self, wanted: _Reservation) -> Refusal | None:
+        try:
+            return self.ledger.reserve(wanted.call, wanted.key, wanted.tokens)
+        except UNBOOKABLE as error:
+            logger.error("call %x cannot be booked: %s", wanted.call.id, first_line(error))
+            return UNBOOKED
 
     def _written(self, batch: _Batch) -> None:
         self._busy = False
