@@ -1,4 +1,4 @@
-"""Where models answer: OpenAI-compatible endpoints over HTTP. `local.py` has those of this process.
+"""Where models answer: OpenAI-compatible endpoints over HTTP. `local.py` has this process's, `providers.py` LiteLLM's.
 
 Addresses come out of the catalog alone; redirections are not followed, and neither proxies nor credentials of the
 environment are used.
@@ -128,7 +128,7 @@ class Backends:
 
             return await open_run(model, here / path_of(rest))
         if kind == "litellm":
-            from moesaic.llms.gateway.local import open_litellm
+            from moesaic.llms.gateway.providers import open_litellm
 
             return open_litellm(model, rest)
         return Endpoint(self._connected(), model)
