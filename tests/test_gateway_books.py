@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -155,6 +156,27 @@ def test_what_a_dead_process_reserved_is_spent(books: Books) -> None:
 def test_two_processes_cannot_keep_one_ledger(books: Books) -> None:
     with pytest.raises(ConfigError, match="another gateway keeps these books"):
         Ledger(books.file)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the ledger itself is locked on Linux alone")
+@pytest.mark.parametrize("by", ["a symbolic link", "a hard link", "its name, the lock file gone"])
+def test_a_ledger_is_kept_once_by_whatever_name(books: Books, tmp_path: Path, by: str) -> None:
+    other = tmp_path / "elsewhere" / "ledger"
+    other.parent.mkdir()
+    if by == "a symbolic link":
+        other.symlink_to(books.file)
+    elif by == "a hard link":
+        other.hardlink_to(books.file)
+    else:
+        books.file.with_name(books.file.name + ".lock").unlink()
+        other = books.file
+    with pytest.raises(ConfigError, match="another gateway keeps these books"):
+        Ledger(other)
+    assert isinstance(books.reserve(Key(id="k", budget=1.0), 100), Call)
+    books.ledger.close()
+    again = Ledger(other)
+    assert again.abandoned == 1
+    again.close()
 
 
 def test_a_file_that_is_no_ledger_is_refused(tmp_path: Path) -> None:
