@@ -149,6 +149,8 @@ class Gateway:
 
     async def _handled(self, scope: Mapping[str, Any], path: str, receive: Receive, sink: Sink) -> None:
         state, headers = self.state, dict(scope["headers"])
+        if len(headers) < len(scope["headers"]) and [name for name, _ in scope["headers"]].count(b"host") > 1:
+            raise Refused(400, "a request has one Host")
         state.gate.check_host(headers)
         if path in ASKED:
             _check_method(scope, "POST")
