@@ -116,6 +116,11 @@ class Backends:
         before, self._by_model = self._by_model, found
         return [backend for _, backend in before.values() if id(backend) not in kept]
 
+    async def forget(self, found: dict[str, tuple[Model, Backend]]) -> None:
+        """Close what `opened` opened anew, where it is not used after all."""
+        kept = {id(backend) for _, backend in self._by_model.values()}
+        await _closed([backend for _, backend in found.values() if id(backend) not in kept])
+
     async def close(self) -> None:
         await _closed([backend for _, backend in self._by_model.values()])
         if self._session is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from queue import SimpleQueue
 
@@ -45,7 +46,7 @@ class Writer:
     def __init__(self, ledger: Ledger, log: TraceLog) -> None:
         self.ledger, self.log = ledger, log
         self._loop = asyncio.get_running_loop()
-        self._next = _Batch([], [])
+        self._next = self._sent = _Batch([], [])
         self._busy = False
         self._timer: asyncio.TimerHandle | None = None
         self._idle = asyncio.Event()
@@ -82,13 +83,18 @@ class Writer:
             await self._idle.wait()
             await asyncio.sleep(0)  # callbacks of reservations whose caller has gone settle them
 
-    async def close(self) -> None:
-        """Write what is left, and close the books."""
-        await self.written()
+    async def close(self, seconds: float | None = None) -> int:
+        """Write what is left, if that takes no longer, and close the books. Returns how many calls are not in them."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self.written()
         self._queue.put(None)
-        await asyncio.to_thread(self._thread.join)
-        self.ledger.close()
-        self.log.close()
+        await asyncio.to_thread(self._thread.join, seconds)
+        left = len(self._next.settled) + (len(self._sent.settled) if self._busy else 0)
+        if not self._thread.is_alive():
+            self.ledger.close()
+            self.log.close()
+        return left
 
     def _send(self) -> None:
         if self._timer is not None:
@@ -97,6 +103,7 @@ class Writer:
         if self._busy or not (self._next.reservations or self._next.settled):
             return
         self._busy, batch = True, self._next
+        self._sent = batch
         self._next = _Batch([], [])
         self._idle.clear()
         self._queue.put(batch)
@@ -104,7 +111,8 @@ class Writer:
     def _run(self) -> None:
         while (batch := self._queue.get()) is not None:
             self._write(batch)
-            self._loop.call_soon_threadsafe(self._written, batch)
+            with suppress(RuntimeError):  # `close` has not waited for it, and the loop is over
+                self._loop.call_soon_threadsafe(self._written, batch)
 
     def _write(self, batch: _Batch) -> None:
         try:
