@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
 import sys
 from collections.abc import Iterator
@@ -296,7 +297,17 @@ SMALL = {"name": "a", "endpoint": "http://127.0.0.1:1/v1", "input_price": 1, "ou
         ({"fallbacks": {"a": ["a"]}}, "each other model once"),
         ({"policy": {"retries": -1}}, "retries=-1"),
         ({"policies": {"a": {"tries": 1}}}, "unknown key 'tries'"),
+        ({"policies": {"a": 5}}, "policies: a must hold name: value lines"),
+        ({"policies": {"a": [1]}}, "policies: a must hold name: value lines"),
         ({"trace": {"bytes": 1}}, "bytes=1"),
+        ({"ledger": "a\0b"}, "ledger='a.x00b' is no name of a file"),
+        ({"trace": {"file": "a\0b"}}, "is no name of a file"),
+        ({"catalog": "a\0b", "models": None}, "one of them"),
+        ({"ledger": "gateway.yaml"}, "ledger=gateway.yaml is a file that has another use"),
+        ({"trace": {"file": "gateway.yaml"}}, "trace.file=gateway.yaml is a file that has another use"),
+        ({"trace": {"file": "./ledger.sqlite"}}, "trace.file=./ledger.sqlite is a file that has another use"),
+        ({"trace": {"file": "ledger.sqlite-wal"}}, "has another use"),
+        ({"routers": {"r": "made"}, "trace": {"file": "made/state.json"}}, "has another use"),
         ({"models": [{**SMALL, "key_env": "NOT_SET_ANYWHERE"}]}, "NOT_SET_ANYWHERE is not set"),
     ],
 )
@@ -307,6 +318,29 @@ def test_a_file_is_checked_whole(tmp_path: Path, given_: dict[str, Any], said: s
         read_config(file)
     assert str(file) in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_pipes_are_not_waited_for(tmp_path: Path) -> None:
+    for name in ("gateway.yaml", "models.yaml", "t.jsonl"):
+        os.mkfifo(tmp_path / name)
+    with pytest.raises(ConfigError, match=r"gateway\.yaml is no file"):
+        read_config(tmp_path / "gateway.yaml")
+    file = tmp_path / "g.yaml"
+    for given_, said in (
+        ({"catalog": "models.yaml"}, r"models\.yaml is no file"),
+        ({"catalog": "a\0b"}, "null byte"),
+        ({"models": [SMALL], "trace": {"file": "t.jsonl"}}, r"t\.jsonl is a pipe"),
+    ):
+        file.write_text(json.dumps(given_))
+        with pytest.raises(ConfigError, match=said):
+            read_config(file)
+
+
+def test_many_models_and_keys_are_read(tmp_path: Path) -> None:
+    keys = [{"id": f"k{i}", "hash": hash_of(f"key-{i}"), "budget": 1.0, "period": "month"} for i in range(1200)]
+    file = tmp_path / "gateway.yaml"
+    file.write_text(json.dumps({"models": [SMALL], "keys": keys}))
+    assert len(read_config(file).keys) == 1200
 
 
 def test_what_a_file_says_is_what_is_held(tmp_path: Path) -> None:
