@@ -26,6 +26,8 @@ def read_yaml(file: Path) -> dict[str, Any]:
             raise ConfigError(f"{file} is no file; name another")
         _check_depth(file)
         stored: Any = OmegaConf.to_container(OmegaConf.load(file, max_yaml_expanded_nodes=LARGEST))
+    except ConfigError:
+        raise
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{file}:{mark.line + 1}" if mark else str(file)
