@@ -38,13 +38,13 @@ def translated(path: str, raw: bytes) -> tuple[Asked, Form]:
     chat_of, form = FORMS[path]
     try:
         chat = {"model": body["model"], **chat_of(body)}
+        if body.get("stream") is not None:
+            chat["stream"] = body["stream"]
+        if body.get("stream") is True:
+            chat["stream_options"] = {"include_usage": True}
+        text = json.dumps(chat, allow_nan=False)
     except (LookupError, TypeError, AttributeError, ValueError):
         raise Refused(400, f"the body is not what {path} takes") from None
-    if body.get("stream") is not None:
-        chat["stream"] = body["stream"]
-    if body.get("stream") is True:
-        chat["stream_options"] = {"include_usage": True}
-    text = json.dumps(chat)
     begin = len('{"model": ')
     asked = of_body(CHAT, text, chat, (begin, begin + len(json.dumps(chat["model"]))))
     return asked, form(asked.model)
