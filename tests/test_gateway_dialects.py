@@ -238,6 +238,14 @@ def test_errors_of_tools_and_one_tool_at_a_time_are_said(server: Served, mock: M
     }  # fmt: skip
 
 
+def test_a_number_that_json_has_not_is_refused(server: Served, mock: Mock) -> None:
+    before, text = len(mock.got), '{"model": "a", "temperature": 1e999, "messages": [{"role": "user", "content": "x"}]}'
+    told = client(server)._client.post(
+        f"{server.url}/messages", content=text, headers={"Content-Type": "application/json"}
+    )
+    assert (told.status_code, len(mock.got)) == (400, before)
+
+
 def test_a_streamed_message_is_the_whole_one(server: Served) -> None:
     body = {"model": "tools", "max_tokens": 9, "messages": [{"role": "user", "content": "x"}]}
     told = events(post(server, {**body, "stream": True}).text)
