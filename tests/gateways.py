@@ -19,6 +19,7 @@ from openai import AsyncOpenAI, OpenAI
 
 from moesaic.llms.gateway.app import Gateway, build
 from moesaic.llms.gateway.config import read_config
+from moesaic.llms.gateway.connections import bounded
 from moesaic.llms.gateway.routers import Router
 
 KEY = "a-key-that-is-long-enough"
@@ -229,10 +230,14 @@ def serving(file: Path, routers: Mapping[str, Router] | None = None) -> Iterator
     ready, place = threading.Event(), socket.create_server(("127.0.0.1", 0))
 
     async def run() -> None:
-        found["gateway"] = build(read_config(file), routers)
+        config = read_config(file)
+        found["gateway"] = build(config, routers)
         found["loop"] = asyncio.get_running_loop()
         await found["gateway"].start()
-        options = uvicorn.Config(found["gateway"], log_level="error", lifespan="on", timeout_graceful_shutdown=2)
+        options = uvicorn.Config(
+            found["gateway"], log_level="error", lifespan="on", timeout_graceful_shutdown=2,
+            http=bounded(config.settings.body_seconds),
+        )  # fmt: skip
         found["server"] = uvicorn.Server(options)
         ready.set()
         await found["server"].serve(sockets=[place])

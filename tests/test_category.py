@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -316,3 +317,10 @@ def test_a_taxonomy_that_is_none_is_one_line(tmp_path: Path, text: str, said: st
     with pytest.raises(ConfigError, match=said) as error:
         Taxonomy.read(file)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["tfid", "tfidf+minlm", "mini-lm"])
+def test_a_slip_in_an_encoders_name_is_told_before_a_hub_is_asked(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    with pytest.raises(ConfigError, match=r"did you mean '(tfidf|minilm)'"):
+        encoders.fitted(name, TEXTS)

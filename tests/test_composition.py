@@ -11,12 +11,15 @@ import pytest
 
 from moesaic.errors import AdapterError, ConfigError, DataError
 from moesaic.llms.coe.category import CategoryRouter
-from moesaic.llms.coe.composition import MAPS, Composition
+from moesaic.llms.coe.composition import FORMAT, MAPS, Composition
 from moesaic.llms.coe.estimates import REPEAT, Estimates
 from moesaic.llms.coe.fit import Fitting, fit, prices
 from moesaic.llms.coe.folds import FOLDS
 from moesaic.llms.coe.problem import GENERAL, Budget, InfeasibleBudget
 from moesaic.llms.coe.uncertainty import KINDS
+from moesaic.llms.tables import Table
+from moesaic.runs import states
+from moesaic.runs.states import read_state, write_state
 from tests.toy_prompts import MODELS, WORDS, catalog, prompts, table
 
 NEW, NEW_KINDS = prompts(60, seed=1)
@@ -266,6 +269,72 @@ def test_a_folder_is_replaced_only_where_that_is_asked(router: CategoryRouter, t
         composition.save(tmp_path / "made", overwrite=True)
     with pytest.raises(ConfigError, match="holds no composition; `moesaic llm fit` makes one"):
         Composition.load(tmp_path / "nothing")
+
+
+def _set(*path: str, to: Any) -> Any:
+    def change(values: dict[str, Any], arrays: dict[str, Any]) -> None:
+        for name in path[:-1]:
+            values = values[name]
+        values[path[-1]] = to
+
+    return change
+
+
+def _array(name: str, to: Any) -> Any:
+    def change(values: dict[str, Any], arrays: dict[str, Any]) -> None:
+        arrays[name] = to(arrays[name])
+
+    return change
+
+
+def _surrogate(values: dict[str, Any], arrays: dict[str, Any]) -> None:
+    values["router"]["categories"][0] = "\ud800"
+    values["solution"]["expert"]["\ud800"] = values["experts"][0]
+
+
+EDITS = {
+    "classifier": _set("router", "classifier", to="evil"),
+    "neighbours": _set("router", "neighbours", to=-5),
+    "scores' neighbours": _set("estimates", "neighbours", to=[-3, 1.0]),
+    "temperature": _set("router", "calibration", "t", to=1e-320),
+    "surrogate": _surrogate,
+    "directions": _array("router.encoder.directions", lambda held: np.ascontiguousarray(held[:, :3])),
+    "mixture": _array("estimates.mixture", lambda held: np.ones(2)),
+    "bias": _array("router.bias", lambda held: np.zeros(7)),
+    "labels": _array("router.labels", lambda held: held.astype(float)),
+    "recorded": _array("estimates.recorded", lambda held: held[1:]),
+    "digests": _array("estimates.digests", lambda held: held[1:]),
+    "active": _array("active", lambda held: held[1:]),
+}
+
+
+@pytest.mark.parametrize("classifier", ["logistic", "knn"])
+def test_a_composition_that_was_edited_is_refused_as_it_is_read(
+    tmp_path: Path, classifier: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(states, "write_json", lambda file, content: file.write_text(json.dumps(content)))
+    place = tmp_path / "made"
+    made(None, map="blend", classifier=classifier).save(place)
+    kept, values = read_state(place, version=FORMAT)
+    kept["estimates.mixture"] = np.array([0.5, 0.25, 0.25])
+    for what, change in EDITS.items():
+        if classifier == "knn" and what == "bias":
+            continue
+        if classifier == "logistic" and what == "neighbours":
+            continue
+        arrays, edited = dict(kept), json.loads(json.dumps(values))
+        change(edited, arrays)
+        write_state(place, arrays, {k: v for k, v in edited.items() if k != "format"}, version=FORMAT)
+        with pytest.raises(AdapterError, match=r"is damaged .*: fit it again"):
+            Composition.load(place)
+    write_state(place, kept, {k: v for k, v in values.items() if k != "format"}, version=FORMAT)
+    Composition.load(place)
+
+
+def test_too_few_prompts_are_said_to_be(tmp_path: Path) -> None:
+    one = Table(("a prompt",), ("rare",), ("bird-1b",), np.ones((1, 1)), source="few.jsonl")
+    with pytest.raises(DataError, match=r"^few\.jsonl has 1 prompt, and 5 of a category are needed$"):
+        fit(one, catalog(), None, Fitting(encoder="tfidf"))
 
 
 def test_a_damaged_folder_is_one_line(router: CategoryRouter, tmp_path: Path) -> None:

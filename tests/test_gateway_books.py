@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,6 @@ from hypothesis import strategies as st
 
 from moesaic.errors import ConfigError
 from moesaic.llms.catalog import Model
-from moesaic.llms.gateway import writer as writer_
 from moesaic.llms.gateway.calls import LARGEST, PICO, Call, price
 from moesaic.llms.gateway.keys import Key
 from moesaic.llms.gateway.ledger import MINUTE, Ledger, Window
@@ -158,6 +158,27 @@ def test_two_processes_cannot_keep_one_ledger(books: Books) -> None:
         Ledger(books.file)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the ledger itself is locked on Linux alone")
+@pytest.mark.parametrize("by", ["a symbolic link", "a hard link", "its name, the lock file gone"])
+def test_a_ledger_is_kept_once_by_whatever_name(books: Books, tmp_path: Path, by: str) -> None:
+    other = tmp_path / "elsewhere" / "ledger"
+    other.parent.mkdir()
+    if by == "a symbolic link":
+        other.symlink_to(books.file)
+    elif by == "a hard link":
+        other.hardlink_to(books.file)
+    else:
+        books.file.with_name(books.file.name + ".lock").unlink()
+        other = books.file
+    with pytest.raises(ConfigError, match="another gateway keeps these books"):
+        Ledger(other)
+    assert isinstance(books.reserve(Key(id="k", budget=1.0), 100), Call)
+    books.ledger.close()
+    again = Ledger(other)
+    assert again.abandoned == 1
+    again.close()
+
+
 def test_a_file_that_is_no_ledger_is_refused(tmp_path: Path) -> None:
     (tmp_path / "l").write_bytes(b"no database at all, and long enough to be read as one" * 100)
     with pytest.raises(ConfigError, match="file is not a database"):
@@ -265,9 +286,7 @@ def test_a_settlement_that_cannot_be_holds_up_nobody(
     assert sum("booked" in line for line in caplog.messages) == 2
 
 
-def test_a_gateway_stops_though_its_books_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer_, "CLOSING", 0.2)
-
+def test_a_gateway_stops_though_its_books_cannot_be_written(tmp_path: Path) -> None:
     async def run() -> None:
         ledger = Broken(tmp_path / "ledger.sqlite")
         writer = Writer(ledger, TraceLog(None, 0, 0))
@@ -275,7 +294,7 @@ def test_a_gateway_stops_though_its_books_cannot_be_written(tmp_path: Path, monk
         assert await writer.reserve(call, Key(id="k"), 1) is None
         ledger.full = 10**9
         writer.settle(call)
-        await asyncio.wait_for(writer.close(), 5)
+        assert await asyncio.wait_for(writer.close(0.2), 5) == 1
 
     asyncio.run(run())
     assert Ledger(tmp_path / "ledger.sqlite").abandoned == 1

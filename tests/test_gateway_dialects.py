@@ -147,11 +147,34 @@ def test_what_a_chat_has_no_word_for_is_refused_by_name(server: Served, mock: Mo
         ({"input": [{"type": "item_reference", "id": "x"}]}, "items of type item_reference"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "parts of type input_image"),
         ({"input": 5}, "not what /v1/responses takes"),
+        ({"store": True}, "store is not served"),
+        ({"include": ["reasoning.encrypted_content"]}, "include is not served"),
+        ({"truncation": "auto"}, "truncation is not served"),
+        ({"max_tool_calls": 1}, "max_tool_calls is not served"),
+        ({"reasoning": {"summary": "auto"}}, "reasoning.summary is not served"),
+        ({"text": {"format": {"type": "grammar"}}}, "text.format of type grammar"),
+        ({"tool_choice": {"type": "web_search"}}, "tool_choice of type web_search"),
+        ({"extra_body": {"another": 1}}, "another is not served"),
     ):
         with pytest.raises(APIStatusError, match=said) as raised:
             client(server).responses.create(**{"model": "a", "input": "x", **more})  # type: ignore[call-overload]
         assert raised.value.status_code == 400
     assert len(mock.got) == before
+
+
+def test_what_a_chat_has_a_word_for_is_passed_on(server: Served, mock: Mock) -> None:
+    schema = {"type": "json_schema", "name": "n", "schema": TOOL, "strict": True}
+    client(server).responses.create(  # type: ignore[call-overload]
+        model="a", input="x", text={"format": schema, "verbosity": "low"}, top_logprobs=5, reasoning={"effort": "low"},
+        service_tier="flex", store=False, include=[], truncation="disabled",
+    )  # fmt: skip
+    assert mock.got[-1].body == {
+        "model": "a", "messages": [{"role": "user", "content": "x"}], "top_logprobs": 5, "logprobs": True,
+        "service_tier": "flex", "reasoning_effort": "low", "verbosity": "low",
+        "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": TOOL, "strict": True}},
+    }  # fmt: skip
+    client(server).responses.create(model="a", input="x", service_tier="auto", text={"format": {"type": "text"}})
+    assert mock.got[-1].body == {"model": "a", "messages": [{"role": "user", "content": "x"}]}
 
 
 # -- messages ----------------------------------------------------------------------------------------------------------
@@ -180,6 +203,47 @@ def test_a_message_is_a_chat_said_otherwise(server: Served, mock: Mock) -> None:
     assert [message["role"] for message in asked["messages"]] == ["system", "user", "assistant", "tool", "user"]
     assert json.loads(asked["messages"][2]["tool_calls"][0]["function"]["arguments"]) == {"t": "Å"}
     assert (asked["tool_choice"], asked["stop"], asked["max_tokens"]) == ("required", ["x"], 9)
+
+
+@pytest.mark.parametrize(("more", "said"), [
+    ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking is not served"),
+    ({"top_k": 5}, "top_k is not served"),
+    ({"mcp_servers": [{"type": "url", "url": "http://x"}]}, "mcp_servers is not served"),
+    ({"container": "c"}, "container is not served"),
+    ({"tool_choice": {"type": "x", "name": "n"}}, "tool_choice of type x"),
+    ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools of type web_search_20250305"),
+    ({"tools": [{"name": "f", "input_schema": {}, "defer_loading": True}]}, "tools: defer_loading is not served"),
+])  # fmt: skip
+def test_what_a_message_means_beyond_a_chat_is_refused_by_name(
+    server: Served, mock: Mock, more: dict[str, Any], said: str
+) -> None:
+    before = len(mock.got)
+    found = post(server, {"model": "a", "max_tokens": 9, "messages": [{"role": "user", "content": "x"}], **more})
+    assert (found.status_code, said in found.json()["error"]["message"]) == (400, True)
+    assert len(mock.got) == before
+
+
+def test_errors_of_tools_and_one_tool_at_a_time_are_said(server: Served, mock: Mock) -> None:
+    result = {"type": "tool_result", "tool_use_id": "t", "content": "boom", "is_error": True}
+    tools = [{"type": "custom", "name": "f", "input_schema": TOOL, "strict": True, "cache_control": {}}]
+    choice = {"type": "tool", "name": "f", "disable_parallel_tool_use": True}
+    idle = {"thinking": {"type": "disabled"}, "service_tier": "auto", "top_k": None, "mcp_servers": []}
+    body = {"model": "a", "max_tokens": 9, "messages": [{"role": "user", "content": [result]}], "tools": tools}
+    assert post(server, {**body, **idle, "tool_choice": choice}).status_code == 200
+    function = {"name": "f", "description": "", "parameters": TOOL, "strict": True}
+    assert mock.got[-1].body == {
+        "model": "a", "messages": [{"role": "tool", "tool_call_id": "t", "content": "error: boom"}], "max_tokens": 9,
+        "tools": [{"type": "function", "function": function}], "parallel_tool_calls": False,
+        "tool_choice": {"type": "function", "function": {"name": "f"}},
+    }  # fmt: skip
+
+
+def test_a_number_that_json_has_not_is_refused(server: Served, mock: Mock) -> None:
+    before, text = len(mock.got), '{"model": "a", "temperature": 1e999, "messages": [{"role": "user", "content": "x"}]}'
+    told = client(server)._client.post(
+        f"{server.url}/messages", content=text, headers={"Content-Type": "application/json"}
+    )
+    assert (told.status_code, len(mock.got)) == (400, before)
 
 
 def test_a_streamed_message_is_the_whole_one(server: Served) -> None:

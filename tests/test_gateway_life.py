@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -18,8 +19,10 @@ from openai import APIConnectionError, APIError, AsyncOpenAI, NotFoundError, Ope
 from moesaic.errors import ConfigError
 from moesaic.llms.coe.fit import Fitting, fit
 from moesaic.llms.coe.problem import Budget
+from moesaic.llms.gateway import app, local
 from moesaic.llms.gateway import serve as serving_
 from moesaic.llms.gateway.calls import PICO
+from moesaic.llms.gateway.config import read_config
 from moesaic.llms.gateway.keys import hash_of
 from moesaic.llms.gateway.serve import listening, serve, watch
 from tests.gateways import (
@@ -179,8 +182,6 @@ def test_a_request_goes_by_the_file_that_it_came_under(mock: Mock, tmp_path: Pat
     with serving(write(tmp_path, [model("a", mock)])) as server, mocking() as other:
 
         async def slow(got: Got, out: asyncio.StreamWriter) -> None:
-            from moesaic.llms.gateway.config import read_config
-
             await asyncio.to_thread(write, tmp_path, [model("a", other)])
             await asyncio.wrap_future(
                 asyncio.run_coroutine_threadsafe(
@@ -282,6 +283,51 @@ def test_sigkill_loses_no_budget_and_sighup_reads_the_file(mock: Mock, tmp_path:
     again.end(signal.SIGTERM)
     costs = [(row["state"], row["cost"] * 10**6 // PICO) for row in read_rows(tmp_path)]
     assert costs == [("settled", 13)] * 2 + [("abandoned", 22)] * 3 + [("settled", 13)]
+
+
+def test_a_ledger_that_somebody_locks_does_not_keep_a_gateway_from_ending(
+    mock: Mock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(app, "SETTLING", 0.3)
+    other = sqlite3.connect(tmp_path / "ledger.sqlite", isolation_level=None, check_same_thread=False)
+
+    async def locks(got: Got, out: asyncio.StreamWriter) -> None:
+        other.execute("BEGIN IMMEDIATE")
+        out.write(whole(completion()))
+
+    mock.behaviours["locks"] = locks
+    with serving(write(tmp_path, [model("locks", mock)])) as server:
+        assert ask(server.url, "locks") == "".join(WORDS)
+        begun = time.monotonic()
+    assert time.monotonic() - begun < 5
+    assert "1 calls that have ended are not in the ledger: its next start books them as reserved" in caplog.messages
+    other.execute("ROLLBACK")
+    other.close()
+
+
+def test_a_reload_that_fails_closes_what_it_opened(mock: Mock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = []
+
+    class Opened:
+        async def close(self) -> None:
+            closed.append(self)
+
+    async def opens(model: Any, folder: Path) -> Any:
+        return Opened()
+
+    monkeypatch.setattr(local, "open_run", opens)
+    models = [model("a", mock), model("here", "run:here")]
+    with serving(write(tmp_path, models[:1])) as server:
+        for count in (1, 2):
+            with pytest.raises(ConfigError, match="nowhere is no folder"):
+                server.run(server.gateway.reload(read_config(write(tmp_path, models, routers={"r": "nowhere"}))))
+            assert len(closed) == count
+        server.run(server.gateway.reload(read_config(write(tmp_path, models))))
+        with pytest.raises(ConfigError, match="nowhere is no folder"):
+            server.run(server.gateway.reload(read_config(write(tmp_path, models, routers={"r": "nowhere"}))))
+        assert len(closed) == 2  # the one that is in use stays open
+        assert ask(server.url) == "".join(WORDS)
+    assert len(closed) == 3
 
 
 def test_an_address_that_cannot_be_had_is_said(tmp_path: Path, mock: Mock) -> None:

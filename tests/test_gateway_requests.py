@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import socket
+import sys
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -18,7 +21,7 @@ from moesaic.llms.gateway.config import read_config
 from moesaic.llms.gateway.keys import BLOCKED, GUESSES, Guesses, Key, Keys, hash_of, new_key
 from moesaic.llms.gateway.refusals import Refused
 from moesaic.llms.gateway.requests import CHAT, EMBEDDINGS, _members, parse
-from tests.gateways import KEY, SECRET, Mock, Served, mocking, model, serving, write
+from tests.gateways import KEY, SECRET, Got, Mock, Served, completion, mocking, model, serving, whole, write
 
 USER = [{"role": "user", "content": "hi"}]
 GOOD = json.dumps({"model": "a", "messages": USER})
@@ -127,6 +130,43 @@ def test_a_server_on_loopback_answers_to_its_own_names(server: Served) -> None:
         assert post(server, GOOD, Host=name)[0] == 200
     for name in ("evil.example", "localhost.evil.example", "127.0.0.1.nip.io", ""):
         assert post(server, GOOD, Host=name)[0] == 400
+
+
+def test_a_request_has_one_host(server: Served) -> None:
+    twice = b"GET /health HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n"
+    assert send(server, twice)[0] == 400
+    assert send(server, twice.replace(b"evil.example", b"localhost"))[0] == 400
+    assert send(server, twice.replace(b"Host: evil.example\r\n", b"X: 1\r\nX: 2\r\n"))[0] == 200
+
+
+@pytest.mark.parametrize("base", ["httptools", "h11"])
+@pytest.mark.parametrize("sent", [
+    b"", b"GET /health HT", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /health HT",
+])  # fmt: skip
+def test_a_head_that_does_not_come_is_not_waited_for(
+    mock: Mock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: bytes, base: str
+) -> None:
+    if base == "h11":
+        monkeypatch.setitem(sys.modules, "uvicorn.protocols.http.httptools_impl", None)
+    with serving(write(tmp_path, [model("a", mock)], body_seconds=0.5)) as server:
+        with socket.create_connection(("127.0.0.1", server.port()), timeout=8) as line:
+            line.sendall(sent)
+            while line.recv(65536):
+                pass
+        with socket.create_connection(("127.0.0.1", server.port()), timeout=4) as line:
+            line.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n")
+            with pytest.raises(ConnectionError):
+                line.sendall((b"X: " + b"y" * 10_000 + b"\r\n") * 1000)
+
+
+def test_a_call_may_take_longer_than_a_head(mock: Mock, tmp_path: Path) -> None:
+    async def slow(got: Got, out: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(0.6)
+        out.write(whole(completion()))
+
+    mock.behaviours["slow"] = slow
+    with serving(write(tmp_path, [model("slow", mock)], body_seconds=0.2)) as server:
+        assert post(server, GOOD.replace('"a"', '"slow"'))[0] == 200
 
 
 def test_keys_are_asked_of_all_but_health_and_the_document(server: Served) -> None:
@@ -257,7 +297,17 @@ SMALL = {"name": "a", "endpoint": "http://127.0.0.1:1/v1", "input_price": 1, "ou
         ({"fallbacks": {"a": ["a"]}}, "each other model once"),
         ({"policy": {"retries": -1}}, "retries=-1"),
         ({"policies": {"a": {"tries": 1}}}, "unknown key 'tries'"),
+        ({"policies": {"a": 5}}, "policies: a must hold name: value lines"),
+        ({"policies": {"a": [1]}}, "policies: a must hold name: value lines"),
         ({"trace": {"bytes": 1}}, "bytes=1"),
+        ({"ledger": "a\0b"}, "ledger='a.x00b' is no name of a file"),
+        ({"trace": {"file": "a\0b"}}, "is no name of a file"),
+        ({"catalog": "a\0b", "models": None}, "one of them"),
+        ({"ledger": "gateway.yaml"}, "ledger=gateway.yaml is a file that has another use"),
+        ({"trace": {"file": "gateway.yaml"}}, "trace.file=gateway.yaml is a file that has another use"),
+        ({"trace": {"file": "./ledger.sqlite"}}, "trace.file=./ledger.sqlite is a file that has another use"),
+        ({"trace": {"file": "ledger.sqlite-wal"}}, "has another use"),
+        ({"routers": {"r": "made"}, "trace": {"file": "made/state.json"}}, "has another use"),
         ({"models": [{**SMALL, "key_env": "NOT_SET_ANYWHERE"}]}, "NOT_SET_ANYWHERE is not set"),
     ],
 )
@@ -268,6 +318,29 @@ def test_a_file_is_checked_whole(tmp_path: Path, given_: dict[str, Any], said: s
         read_config(file)
     assert str(file) in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_pipes_are_not_waited_for(tmp_path: Path) -> None:
+    for name in ("gateway.yaml", "models.yaml", "t.jsonl"):
+        os.mkfifo(tmp_path / name)
+    with pytest.raises(ConfigError, match=rf"^{tmp_path}/gateway\.yaml is no file"):
+        read_config(tmp_path / "gateway.yaml")
+    file = tmp_path / "g.yaml"
+    for given_, said in (
+        ({"catalog": "models.yaml"}, r"models\.yaml is no file"),
+        ({"catalog": "a\0b"}, "null byte"),
+        ({"models": [SMALL], "trace": {"file": "t.jsonl"}}, r"t\.jsonl is a pipe"),
+    ):
+        file.write_text(json.dumps(given_))
+        with pytest.raises(ConfigError, match=said):
+            read_config(file)
+
+
+def test_many_models_and_keys_are_read(tmp_path: Path) -> None:
+    keys = [{"id": f"k{i}", "hash": hash_of(f"key-{i}"), "budget": 1.0, "period": "month"} for i in range(1200)]
+    file = tmp_path / "gateway.yaml"
+    file.write_text(json.dumps({"models": [SMALL], "keys": keys}))
+    assert len(read_config(file).keys) == 1200
 
 
 def test_what_a_file_says_is_what_is_held(tmp_path: Path) -> None:

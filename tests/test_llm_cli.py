@@ -6,7 +6,7 @@ import io
 import json
 import shutil
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -253,6 +253,22 @@ def test_what_a_terminal_would_obey_is_not_shown(capsys: pytest.CaptureFixture[s
     told = said(capsys, "route", "coe", "prompt=heron \x1b[31m nest\x00 [bold]wing[/bold]")
     assert "\x1b" not in told
     assert "heron �[31m nest� [bold]wing[/bold]" in told
+
+
+def test_nor_is_it_in_names_of_categories(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = table()
+    rows = tuple(f"{kind}\x1b[31m\n" for kind in held.categories)
+    write(tmp_path / "scores.jsonl", replace(held, categories=("rare\x1b[31m", *rows[1:])))
+    shutil.copy("models.yaml", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert main(["llm", "fit", "data=scores.jsonl", "catalog=models.yaml", "encoder=tfidf", "out=made"]) == 0
+    assert main(["llm", "route", "made", "prompt=heron"]) == 0
+    told = "".join(capsys.readouterr())
+    assert "birds�[31m" in told
+    assert "rare�[31m" in told
+    assert "\x1b" not in told
 
 
 # -- bench ---------------------------------------------------------------------------------------------------------

@@ -73,6 +73,8 @@ def test_prompts_without_a_category_are_of_general_where_others_have_one(tmp_pat
         ({"prompt": "a", "model": "m", "score": 1.5}, ":2: its score must be"),
         ({"prompt": "a", "model": "m", "score": 1, "cost": -1}, ":2: its cost must be a number from 0 on"),
         ({"prompt": "a", "model": "m", "score": 1, "cost": 1e999}, ":2: its cost must be"),
+        ({"prompt": "a", "model": "m", "score": 1, "cost": 10**400}, ":2: its cost must be"),
+        ({"prompt": "a", "model": "m", "score": 10**400}, ":2: its score must be"),
         ({"prompt": "a", "model": "m", "score": 1, "category": "u"}, ":2: its prompt was of category 'k' before"),
     ],
 )

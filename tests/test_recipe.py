@@ -1,6 +1,7 @@
 """Recipes: packaged by name, files by path, key=value on top; what is unknown is named with the nearest valid one."""
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -101,6 +102,16 @@ def test_a_key_that_is_no_text_is_refused(tmp_path, key, text):
     file = tmp_path / "bad.yaml"
     file.write_text(text.format(key))
     with pytest.raises(ConfigError, match=rf"bad\.yaml: the key {key} is no name: if it is meant, quote it$"):
+        read_yaml(file)
+
+
+def test_large_yaml_is_read_and_what_aliases_blow_up_is_not(tmp_path):
+    file = tmp_path / "large.yaml"
+    file.write_text("a: [" + "1, " * 20_000 + "1]\nb: &b {x: 1}\nc: *b")
+    assert len(read_yaml(file)["a"]) == 20_001
+    lines = [f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]" for old, new in pairwise("abcdefgh")]
+    file.write_text("a: &a [1, 1]\n" + "\n".join(lines))
+    with pytest.raises(ConfigError, match=r"large\.yaml.*this is not YAML"):
         read_yaml(file)
 
 

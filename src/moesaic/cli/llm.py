@@ -66,7 +66,9 @@ def run(action: str, arguments: list[str], *, as_json: bool = False) -> None:
 
 
 def _tell(line: str) -> None:
-    print(line, file=sys.stderr)
+    from moesaic.report.text import printable
+
+    print(printable(line), file=sys.stderr)
 
 
 def catalog_of(path: str) -> Catalog:

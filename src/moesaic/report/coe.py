@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moesaic.report.tables import number
-from moesaic.report.text import Grid, percent, points
+from moesaic.report.text import Grid, percent, points, printable
 
 ARMS = {
     "composition": "composition", "best_single": "best single, known afterwards", "largest": "largest",
@@ -20,7 +20,10 @@ def fitted(made: Any) -> list[Grid]:
     """Of a composition: each category's expert, and its figures on held-out prompts."""
     of = made.solution.expert
     experts = Grid(
-        "Who answers what", ["category", "expert"], [[category, of[category]] for category in sorted(of)], []
+        "Who answers what",
+        ["category", "expert"],
+        [[_name(category), _name(of[category])] for category in sorted(of)],
+        [],
     )
     held = made.about["held_out"]
     seen = "" if held["seen"] == 1 else f"the {percent(held['seen'])} % that their expert saw of "
@@ -29,7 +32,7 @@ def fitted(made: Any) -> list[Grid]:
         ["right category, %", percent(held["category_accuracy"]), "of held-out prompts"],
         ["to general, %", percent(held["general"]), "of held-out prompts: not sure of their category"],
         ["average active, B", number(held["average_active"], "{:.1f}"), "billions of parameters a prompt"],
-        ["resident, B", number(made.solution.resident_size, "{:.1f}"), ", ".join(made.solution.resident)],
+        ["resident, B", number(made.solution.resident_size, "{:.1f}"), ", ".join(map(_name, made.solution.resident))],
     ]
     if held["average_cost"] is not None:
         rows.append(["USD a million prompts", number(1e6 * held["average_cost"], "{:,.2f}"), "as recorded"])
@@ -39,16 +42,16 @@ def fitted(made: Any) -> list[Grid]:
 def decided(prompts: Sequence[str], found: Sequence[Any]) -> list[Grid]:
     """Who answers each prompt; of one prompt, also what else there was."""
     rows = [
-        [_short(prompt), decision.expert, _about(decision), percent(decision.confidence)]
+        [_short(prompt), _name(decision.expert), _about(decision), percent(decision.confidence)]
         for prompt, decision in zip(prompts, found, strict=True)
     ]
     shown = [Grid("Who answers", ["prompt", "expert", "category", "likeliest, %"], rows, [])]
     if len(found) == 1:
         (decision,) = found
         likely = sorted(decision.probabilities.items(), key=lambda pair: -pair[1])[:5]
-        shown.append(Grid("What it is about", ["category", "%"], [[k, percent(p)] for k, p in likely], []))
+        shown.append(Grid("What it is about", ["category", "%"], [[_name(k), percent(p)] for k, p in likely], []))
         worth = sorted(decision.scores.items(), key=lambda pair: -pair[1])
-        shown.append(Grid("Expected scores", ["expert", "%"], [[k, percent(s)] for k, s in worth], []))
+        shown.append(Grid("Expected scores", ["expert", "%"], [[_name(k), percent(s)] for k, s in worth], []))
     return shown
 
 
@@ -63,7 +66,7 @@ def benched(found: Mapping[str, Any]) -> list[Grid]:
         cost = [number(1e6 * arm["average_cost"], "{:,.2f}")] if costs else []
         span = f"{percent(arm['low'])} to {percent(arm['high'])}"
         rows.append(
-            [ARMS[name] + (f" ({arm['model']})" if arm["model"] else ""), percent(arm["score"]), span,
+            [ARMS[name] + (f" ({_name(arm['model'])})" if arm["model"] else ""), percent(arm["score"]), span,
              "" if name == "best_single" else f"{ahead} ({low} to {high})", number(arm["average_active"], "{:.1f}"),
              *cost]
         )  # fmt: skip
@@ -71,7 +74,7 @@ def benched(found: Mapping[str, Any]) -> list[Grid]:
         ("95 %", "of the bootstrap over prompts, in brackets of the difference, paired"),
         ("oracle", "who scored best on each prompt, the smaller of equals"),
     ]
-    shares = [[expert, percent(share)] for expert, share in found["experts"].items()]
+    shares = [[_name(expert), percent(share)] for expert, share in found["experts"].items()]
     shares += [["(uncertain: to general)", percent(found["general"])]]
     if found["category_accuracy"] is not None:
         shares.append(["(category right)", percent(found["category_accuracy"])])
@@ -85,10 +88,14 @@ def benched(found: Mapping[str, Any]) -> list[Grid]:
     ]
 
 
-def _short(text: str) -> str:
-    line = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in " ".join(text.split()))
-    return line if len(line) <= 60 else f"{line[:59]}…"
+def _short(text: str, most: int = 60) -> str:
+    line = printable(" ".join(text.split()))
+    return line if len(line) <= most else f"{line[: most - 1]}…"
+
+
+def _name(text: str) -> str:
+    return _short(text, 200)
 
 
 def _about(decision: Any) -> str:
-    return f"{decision.category} (not sure)" if decision.uncertain else str(decision.category)
+    return _name(decision.category) + (" (not sure)" if decision.uncertain else "")

@@ -90,6 +90,11 @@ def markdown(summary: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def printable(text: str) -> str:
+    """A line without what a terminal would obey."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+
+
 def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 

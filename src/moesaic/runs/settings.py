@@ -11,6 +11,8 @@ from moesaic.errors import ConfigError, UnknownSetting, first_line, suggest
 T = TypeVar("T")
 DEEPEST = 100
 """How far a YAML file is nested at most."""
+LARGEST = 1_000_000
+"""Nodes of a YAML file at most, aliases written out; OmegaConf's own bound of ten times what stands there holds too."""
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
@@ -20,8 +22,12 @@ def read_yaml(file: Path) -> dict[str, Any]:
     from yaml import MarkedYAMLError, YAMLError
 
     try:
+        if file.exists() and not file.is_file() and not file.is_dir():  # a pipe would be waited for
+            raise ConfigError(f"{file} is no file; name another")
         _check_depth(file)
-        stored: Any = OmegaConf.to_container(OmegaConf.load(file))
+        stored: Any = OmegaConf.to_container(OmegaConf.load(file, max_yaml_expanded_nodes=LARGEST))
+    except ConfigError:
+        raise
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{file}:{mark.line + 1}" if mark else str(file)
@@ -30,7 +36,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file}: {_refused(error)}") from None
     except OSError as error:
         raise ConfigError(f"{file} cannot be read: {error.strerror or first_line(error)}") from None
-    except (YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (YAMLError, ValueError, RecursionError) as error:  # no UTF-8, or a name that none can have
         raise ConfigError(f"{file} is not a YAML file that can be read: {first_line(error)}") from None
     if not isinstance(stored, dict) or not stored:
         raise ConfigError(f"{file} must hold `key: value` lines")

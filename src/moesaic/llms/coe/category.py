@@ -63,6 +63,10 @@ class CategoryRouter:
         self.labels: Labels = arrays["labels"]
         self._slopes, self._bias = arrays["slopes"], arrays["bias"]
         count = len(self.categories)
+        if classifier not in SETTINGS or self._bias.shape != (count if classifier == "logistic" else 0,):
+            raise ValueError("a classifier that is known, and a bias for each category")
+        if len({*self.categories}) < count or not np.issubdtype(self.labels.dtype, np.integer):
+            raise ValueError("categories that differ, and their numbers")
         if self.labels.shape != bank.keys.shape[:1] or not ((self.labels >= 0) & (self.labels < count)).all():
             raise ValueError("a category for each prompt of the bank")
         if classifier == "logistic" and self._slopes.shape != (len(bank.middle), count):
@@ -165,6 +169,7 @@ class CategoryRouter:
         encoder = encoders.restored(part(arrays, "encoder."), values["encoder"])
         calibration = calibrations.restored(part(arrays, "calibration."), values["calibration"])
         bank, neighbours = Bank(part(arrays, "bank.")), values["neighbours"]
+        "".join(values["categories"]).encode()  # half a surrogate pair can be written nowhere
         return cls(values["categories"], encoder, values["classifier"], calibration, bank, arrays, neighbours)
 
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from moesaic.errors import AdapterError, ConfigError, first_line, path_of
 from moesaic.llms.coe.category import CategoryRouter
-from moesaic.llms.coe.encoders import Arrays, Rows, part
+from moesaic.llms.coe.encoders import PROBE, Arrays, Rows, part
 from moesaic.llms.coe.estimates import Estimates
 from moesaic.llms.coe.problem import GENERAL, Solution
 from moesaic.llms.coe.uncertainty import Rule
@@ -84,6 +84,8 @@ class Composition:
             raise ValueError("its map and its experts do not fit")
         if estimates.means.shape != shape or self.price.shape != shape or self.allowed.shape != shape:
             raise ValueError("estimates, prices and pins must be categories by experts")
+        if self.active.shape != shape[1:] or len(estimates.bank) not in (0, len(router.labels)):
+            raise ValueError("sizes of the experts, and scores of the bank's prompts")
         missing = {*router.categories, *([GENERAL] if rule.kind != "none" else [])} - solution.expert.keys()
         if missing:
             raise ValueError(f"no expert for {min(missing)}")
@@ -165,13 +167,23 @@ class Composition:
             router = CategoryRouter.restored(part(arrays, "router."), values["router"])
             estimates = Estimates(part(arrays, "estimates."), tuple(values["estimates"]["neighbours"]))
             rule = Rule(**values["rule"])
-            return cls(router, solution, rule, values["map"], values["experts"], estimates, arrays, values["about"])
+            made = cls(router, solution, rule, values["map"], values["experts"], estimates, arrays, values["about"])
+            _check_decides(made)
+            return made
         except ConfigError:
             raise
         except PermissionError as error:
             raise ConfigError(f"{folder} cannot be read: {error.strerror}") from None
         except Exception as error:  # whatever safetensors, JSON and parts make of damage
             raise AdapterError(f"{folder} is damaged ({first_line(error)}): fit it again") from None
+
+
+def _check_decides(made: Composition) -> None:
+    """Raise ValueError, or whatever NumPy makes of it, for parts that do not fit each other."""
+    with np.errstate(all="ignore"):
+        (found,) = made.decide_many([PROBE])
+    if not np.isfinite([found.confidence, found.uncertainty, *found.scores.values()]).all():
+        raise ValueError("what it expects is no number")
 
 
 def check_free(folder: str | Path, *, overwrite: bool = False) -> Path:

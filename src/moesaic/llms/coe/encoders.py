@@ -15,13 +15,14 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moesaic.errors import ConfigError, DataError, MissingDependency, first_line, suggest
+from moesaic.errors import ConfigError, DataError, MissingDependency, first_line, path_of
 
 Rows = NDArray[np.float32]
 Arrays = dict[str, NDArray[Any]]
@@ -224,6 +225,9 @@ def _minilm() -> Any:
 def _sentence_transformer(name: str) -> Any:
     from moesaic.models.embedded import fetched_only, resolve
 
+    near = get_close_matches(name, ("tfidf", "minilm"), n=1)
+    if near and "/" not in name and not path_of(name).exists():  # before a hub is asked, which takes its time
+        raise ConfigError(f"encoder={name}: did you mean '{near[0]}'? {_KNOWN}")
     place = resolve(name)
     try:
         from sentence_transformers import SentenceTransformer
@@ -232,8 +236,8 @@ def _sentence_transformer(name: str) -> Any:
     try:
         model = SentenceTransformer(place, local_files_only=fetched_only(place), trust_remote_code=False)
     except Exception as error:  # whatever the hub, configurations and weights make of it
-        near = suggest(name, ("tfidf", "minilm")).partition("known:")[0]
-        raise ConfigError(f"encoder={name} cannot be loaded; {near}{_KNOWN}: {first_line(error)}") from None
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        raise ConfigError(f"encoder={name} cannot be loaded; {hint}{_KNOWN}: {first_line(error)}") from None
 
     def rows(prompts: list[str]) -> Rows:
         return np.asarray(model.encode(prompts, normalize_embeddings=True, show_progress_bar=False), np.float32)

@@ -50,6 +50,8 @@ class Estimates:
         self.means, self.mixture, self.neighbours = arrays["means"], arrays["mixture"], neighbours
         self.bank, self.slopes, self.intercepts = arrays["scores"], arrays["slopes"], arrays["intercepts"]
         self.recorded, self.digests = arrays["recorded"], arrays["digests"]
+        if self.recorded.shape != self.bank.shape or self.digests.shape != self.bank.shape[:1]:
+            raise ValueError("scores of the bank, which of them were recorded, and of what prompts")
         self._seen: dict[int, list[int]] = {}
         for i, code in enumerate(self.digests.tolist()):
             self._seen.setdefault(code, []).append(i)

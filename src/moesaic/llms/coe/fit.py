@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moesaic.errors import ConfigError, suggest
+from moesaic.errors import ConfigError, DataError, suggest
 from moesaic.llms.catalog import Catalog
 from moesaic.llms.coe import encoders
 from moesaic.llms.coe.calibration import CALIBRATIONS, calibration_error
@@ -69,6 +69,9 @@ def fit(
         progress(f"left out: {few} prompt{'s' * (few > 1)} of no category, which are too few for one of their own")
         observed = observed.rows([i for i, category in enumerate(categories) if category != GENERAL])
         categories = [category for category in categories if category != GENERAL]
+    if len(observed) < FOLDS:
+        count = f"{len(observed)} prompt{'s' * (len(observed) > 1)}"
+        raise DataError(f"{observed.source or 'the table'} has {count}, and {FOLDS} of a category are needed")
     names, labels = np.unique(np.array(categories, str), return_inverse=True)
     _check_budget(observed, catalog, budget, settings, names.tolist(), labels)
     if router is None:

@@ -10,6 +10,7 @@ Whoever chose which model saw a prompt may have known more than its category: th
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -180,7 +181,6 @@ def _means(flat: Any, values: Floats, shape: tuple[int, int]) -> Floats:
 
 
 def _number(where: str, what: str, value: Any, most: float) -> float:
-    number = isinstance(value, (int, float)) and float(value)
-    if value is None or not isinstance(value, (int, float)) or not 0 <= number <= most or number == np.inf:
+    if not isinstance(value, (int, float)) or not 0 <= value <= min(most, sys.float_info.max):
         raise DataError(f"{where}: its {what} must be a number {'0 to 1' if most == 1 else 'from 0 on'}")
-    return float(number)
+    return float(value)

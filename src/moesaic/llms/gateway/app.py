@@ -33,7 +33,7 @@ MODELS = "/v1/models"
 FIXED = ("host", "port", "ledger")
 """Settings that a running gateway cannot change; neither can it `trace`."""
 SETTLING = 5.0
-"""Seconds that calls which were broken off have to be settled."""
+"""Seconds that calls which were broken off have to be settled, and as many that they have to be written."""
 
 
 class Gateway:
@@ -96,14 +96,18 @@ class Gateway:
         await self._backends.close()
         if self._answering is not None:
             self._answering.close()
-        if self._writer is not None:
-            await self._writer.close()
+        if self._writer is not None and (left := await self._writer.close(SETTLING)):
+            logger.error("%d calls that have ended are not in the ledger: its next start books them as reserved", left)
 
     async def _take(self, config: Config) -> None:
         found = await self._backends.opened(config.catalog, config.source.parent)
         before: Mapping[str, Breaker] = self._state.relay.breakers if self._state is not None else {}
         backends = {name: backend for name, (_, backend) in found.items()}
-        self._state = await asyncio.to_thread(make_state, config, backends, before, self._guesses, self._given)
+        try:
+            self._state = await asyncio.to_thread(make_state, config, backends, before, self._guesses, self._given)
+        except BaseException:
+            await self._backends.forget(found)
+            raise
         for backend in self._backends.use(found):
             task = asyncio.create_task(backend.close())
             self._retiring.add(task)
@@ -149,6 +153,8 @@ class Gateway:
 
     async def _handled(self, scope: Mapping[str, Any], path: str, receive: Receive, sink: Sink) -> None:
         state, headers = self.state, dict(scope["headers"])
+        if len(headers) < len(scope["headers"]) and [name for name, _ in scope["headers"]].count(b"host") > 1:
+            raise Refused(400, "a request has one Host")
         state.gate.check_host(headers)
         if path in ASKED:
             _check_method(scope, "POST")

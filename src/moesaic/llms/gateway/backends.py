@@ -1,4 +1,4 @@
-"""Where models answer: OpenAI-compatible endpoints over HTTP. `local.py` has those of this process.
+"""Where models answer: OpenAI-compatible endpoints over HTTP. `local.py` has this process's, `providers.py` LiteLLM's.
 
 Addresses come out of the catalog alone; redirections are not followed, and neither proxies nor credentials of the
 environment are used.
@@ -117,6 +117,11 @@ class Backends:
         before, self._by_model = self._by_model, found
         return [backend for _, backend in before.values() if id(backend) not in kept]
 
+    async def forget(self, found: dict[str, tuple[Model, Backend]]) -> None:
+        """Close what `opened` opened anew, where it is not used after all."""
+        kept = {id(backend) for _, backend in self._by_model.values()}
+        await _closed([backend for _, backend in found.values() if id(backend) not in kept])
+
     async def close(self) -> None:
         await _closed([backend for _, backend in self._by_model.values()])
         if self._session is not None:
@@ -129,7 +134,7 @@ class Backends:
 
             return await open_run(model, here / path_of(rest))
         if kind == "litellm":
-            from moesaic.llms.gateway.local import open_litellm
+            from moesaic.llms.gateway.providers import open_litellm
 
             return open_litellm(model, rest)
         return Endpoint(self._connected(), model)

@@ -161,10 +161,10 @@ def _of(cls: Any, entry: Any, section: str) -> Any:
     return build(cls, entry)
 
 
-def _mapping(stored: Mapping[str, Any], section: str) -> dict[str, Any]:
+def _mapping(stored: Mapping[str, Any], section: str, within: str = "") -> dict[str, Any]:
     found = stored.get(section) or {}
     if not isinstance(found, dict):
-        raise ConfigError(f"{section} must hold name: value lines")
+        raise ConfigError(f"{within}{section} must hold name: value lines")
     return found
 
 
@@ -189,10 +189,10 @@ def _fallbacks(given: Mapping[str, Any], catalog: Catalog) -> dict[str, tuple[st
 
 def _policies(stored: Mapping[str, Any], catalog: Catalog) -> dict[str, Policy]:
     common = _of(Policy, _mapping(stored, "policy"), "policy")
-    own = {catalog.resolve(name).name: entry for name, entry in _mapping(stored, "policies").items()}
-    found = {}
+    given, found = _mapping(stored, "policies"), {}
+    own = {catalog.resolve(name).name: _mapping(given, name, "policies: ") for name in given}
     for name in catalog:
-        found[name] = _of(Policy, {**asdict(common), **(own.get(name) or {})}, f"policies: {name}")
+        found[name] = _of(Policy, {**asdict(common), **own.get(name, {})}, f"policies: {name}")
         check_within(found[name], _POLICY, "policy: ")
     return found
 
@@ -217,8 +217,27 @@ def _check(config: Config) -> None:
     for entry in config.catalog.values():
         entry.key()
     Keys(config.keys)
+    _check_written(config)
     if not config.keys and not is_loopback(settings.host):
         raise ConfigError(f"host={settings.host} lets others in: give keys that requests must bring")
+
+
+def _check_written(config: Config) -> None:
+    """Raise ConfigError for a ledger or a trace where neither can be, or where something else is."""
+    taken = {place.resolve() for place in (config.source, *config.beside, *config.tokenizers.values())}
+    ends = ("", "-wal", "-shm", "-journal", ".lock")
+    for what, text, endings in (("ledger", config.settings.ledger, ends), ("trace.file", config.trace.file, ("",))):
+        if not text:
+            continue
+        if "\0" in text:
+            raise ConfigError(f"{what}={text[:80]!r} is no name of a file")
+        place = config.path(text).resolve()
+        places = {place.with_name(place.name + end) for end in endings}
+        if taken & places:
+            raise ConfigError(f"{what}={text} is a file that has another use here; name one of its own")
+        if place.is_fifo():
+            raise ConfigError(f"{what}={text} is a pipe; name a file")
+        taken |= places
 
 
 def is_loopback(host: str) -> bool:

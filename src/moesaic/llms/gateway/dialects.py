@@ -16,6 +16,10 @@ from moesaic.llms.gateway.relay import Form
 from moesaic.llms.gateway.requests import CHAT, Asked, members, of_body
 
 RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
+_FIELDS: dict[str, tuple[frozenset[str], Mapping[str, tuple[Any, ...]]]] = {
+    RESPONSES: (responses.FIELDS, responses.IDLE),
+    MESSAGES: (messages.FIELDS, messages.IDLE),
+}
 FORMS: dict[str, tuple[Callable[[Mapping[str, Any]], dict[str, Any]], Callable[[str], Form]]] = {
     RESPONSES: (responses.chat_of, responses.Responses),
     MESSAGES: (messages.chat_of, messages.Messages),
@@ -27,19 +31,20 @@ def translated(path: str, raw: bytes) -> tuple[Asked, Form]:
     """A request as a chat, and the form of its answer. Raises Refused for what chat has no word for."""
     _, given = members(raw)
     body = {name: value for name, (value, _, _) in given.items()}
+    fields, idle = _FIELDS[path]
+    for name, value in body.items():
+        if not (name in fields or value is None or value in idle.get(name, ())):
+            raise Refused(400, f"{name[:80]} is not served: leave it out", param=name[:80])
     chat_of, form = FORMS[path]
     try:
         chat = {"model": body["model"], **chat_of(body)}
+        if body.get("stream") is not None:
+            chat["stream"] = body["stream"]
+        if body.get("stream") is True:
+            chat["stream_options"] = {"include_usage": True}
+        text = json.dumps(chat, allow_nan=False)
     except (LookupError, TypeError, AttributeError, ValueError, RecursionError):
         raise Refused(400, f"the body is not what {path} takes") from None
-    if body.get("stream") is not None:
-        chat["stream"] = body["stream"]
-    if body.get("stream") is True:
-        chat["stream_options"] = {"include_usage": True}
-    try:
-        text = json.dumps(chat)
-    except RecursionError:
-        raise Refused(400, "the body is nested too deep") from None
     begin = len('{"model": ')
     asked = of_body(CHAT, text, chat, (begin, begin + len(json.dumps(chat["model"]))))
     return asked, form(asked.model)

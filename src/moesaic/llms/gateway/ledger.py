@@ -1,6 +1,6 @@
 """The books: every call reserves what it may cost before it is made, and is settled with what it did cost.
 
-One thread of one process writes them (a lock file sees to it). SQLite's log is written ahead (WAL), so that what was
+One thread of one process writes them (locks see to it). SQLite's log is written ahead (WAL), so that what was
 committed outlives a process that is killed. A reservation that a dead process left is settled at the next start, at
 the whole amount that was reserved: nobody knows what of it was spent, and a budget must not be spent twice.
 """
@@ -11,6 +11,7 @@ import sqlite3
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -262,13 +263,17 @@ def _since(period: str, now: float) -> float:
     return (day.replace(day=1) if period == "month" else day).timestamp()
 
 
-def _locked(file: Path) -> Any:
-    from moesaic.runs.folder import claim, writing
+def _locked(file: Path) -> ExitStack:
+    """Locks on the ledger, by whatever name, and on a file beside it, which holds where a ledger is put anew."""
+    from moesaic.runs.folder import claim, claim_byte, writing
 
-    with writing(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lock = file.with_name(file.name + ".lock").open("a")
-    if not claim(lock):
-        lock.close()
-        raise ConfigError(f"ledger {file}: another gateway keeps these books; give this one a ledger of its own")
-    return lock
+    with writing(file), ExitStack() as held:
+        place = file.resolve()
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if place.exists() and not place.is_file():
+            raise ConfigError(f"ledger {file} is no file; name another")
+        if claim(held.enter_context(place.with_name(place.name + ".lock").open("a"))) and claim_byte(
+            held.enter_context(place.open("ab"))
+        ):
+            return held.pop_all()
+    raise ConfigError(f"ledger {file}: another gateway keeps these books; give this one a ledger of its own")

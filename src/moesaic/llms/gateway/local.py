@@ -1,18 +1,16 @@
-"""Models of this process: a mixture that is loaded here, and providers that LiteLLM speaks to."""
+"""Models of this process: a mixture that is loaded here."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import AsyncIterator, Awaitable, Callable
-from functools import partial
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 from moesaic.errors import ConfigError, MissingDependency
 from moesaic.llms.catalog import Model
 from moesaic.llms.gateway.replies import Failed, Reply
-from moesaic.llms.gateway.requests import CHAT, COMPLETIONS, EMBEDDINGS
+from moesaic.llms.gateway.requests import EMBEDDINGS
 
 _SLICE = 0.05
 """Seconds between two looks whether the last call of a mixture that is let go has ended."""
@@ -65,7 +63,7 @@ class Run:
             nonlocal more
             part = b""
             while more and not part:
-                message = await _before(end, self._model, sent.get())
+                message = await before(end, self._model, sent.get())
                 if message["type"] != "http.response.body":
                     raise Failed("the mixture failed in the middle of an answer")
                 more, part = message.get("more_body", False), message.get("body", b"")
@@ -74,7 +72,7 @@ class Run:
         return read
 
 
-async def _before(end: float, model: Model, coming: Awaitable[Any]) -> Any:
+async def before(end: float, model: Model, coming: Awaitable[Any]) -> Any:
     """What is awaited, if it comes before the loop's clock says `end`. Raises Failed otherwise."""
     try:
         async with asyncio.timeout_at(end):
@@ -122,67 +120,3 @@ def _loaded(folder: Path) -> Any:
     from moesaic.evaluation.opening import load, open_adapter
 
     return load(open_adapter(str(folder)))
-
-
-class Litellm:
-    """A provider by LiteLLM's name for it, PROVIDER/MODEL."""
-
-    def __init__(self, model: Model, name: str, litellm: Any) -> None:
-        self._model, self._name, self._litellm = model, name, litellm
-        self._key = model.key() or None
-
-    async def open(self, path: str, body: bytes) -> Reply:
-        ask = {CHAT: "acompletion", COMPLETIONS: "atext_completion", EMBEDDINGS: "aembedding"}[path]
-        given = {**json.loads(body), "model": self._name}
-        for name in ("api_base", "base_url", "api_key", "custom_llm_provider", "extra_headers"):
-            given.pop(name, None)  # where a request goes is the catalog's to say
-        try:
-            found = await getattr(self._litellm, ask)(
-                **given, api_key=self._key, timeout=self._model.idle, num_retries=0, drop_params=False
-            )
-        except Exception as error:
-            raise _failed(error) from None
-        if given.get("stream"):
-            end = asyncio.get_running_loop().time() + self._model.total
-            return Reply(200, "text/event-stream", None, partial(self._next, aiter(found), end), lambda: None)
-        parts: list[bytes] = [b"", found.model_dump_json().encode()]
-
-        async def read() -> bytes:
-            return parts.pop()
-
-        return Reply(200, "application/json", None, read, lambda: None)
-
-    async def close(self) -> None:
-        pass
-
-    async def _next(self, parts: AsyncIterator[Any], end: float) -> bytes:
-        try:
-            part = await _before(end, self._model, anext(parts, None))
-        except Failed:
-            raise
-        except Exception as error:
-            raise _failed(error) from None
-        told: str = "[DONE]" if part is None else part.model_dump_json()
-        return f"data: {told}\n\n".encode()
-
-
-def _failed(error: Exception) -> Failed:
-    """What LiteLLM raised, by its status and without its words, which may quote a key."""
-    status = getattr(error, "status_code", None)
-    said = f"LiteLLM: {type(error).__name__}"
-    if status == 429:
-        return Failed(said, status=429, counts=False)
-    if isinstance(status, int) and 400 <= status < 500 and status not in (401, 403, 404, 408):
-        return Failed(said, status=status, again=False, counts=False)
-    return Failed(said, status=504 if isinstance(error, TimeoutError) else 502, again=status not in (401, 403, 404))
-
-
-def open_litellm(model: Model, name: str) -> Litellm:
-    """Raises MissingDependency where LiteLLM is not installed, ConfigError for a name without a provider."""
-    if "/" not in name:
-        raise ConfigError(f"model {model.name}: litellm:PROVIDER/MODEL is wanted, not litellm:{name}")
-    try:
-        import litellm
-    except ImportError:
-        raise MissingDependency("litellm", "litellm") from None
-    return Litellm(model, name, litellm)

@@ -14,6 +14,17 @@ from moesaic.llms.gateway.stream import counts
 
 _STOPS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use", "content_filter": "refusal"}
 _SAME = ("temperature", "top_p", "max_tokens")
+_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
+_TOOL = ("type", "name", "description", "input_schema", "strict", "cache_control")
+FIELDS = frozenset([
+    *_SAME, "model", "messages", "system", "stop_sequences", "stream", "metadata", "tools", "tool_choice",
+])  # fmt: skip
+IDLE: Mapping[str, tuple[Any, ...]] = {
+    "service_tier": ("auto", "standard_only"),
+    "thinking": ({"type": "disabled"},),
+    "mcp_servers": ([],),
+}
+"""Values that change nothing, of fields that are not served."""
 
 
 def chat_of(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -28,15 +39,34 @@ def chat_of(body: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(user := (body.get("metadata") or {}).get("user_id"), str):
         chat["user"] = user
     if body.get("tools"):
-        chat["tools"] = [
-            {"type": "function", "function": {"name": t["name"], "description": t.get("description", ""),
-                                              "parameters": t["input_schema"]}}
-            for t in body["tools"]
-        ]  # fmt: skip
+        chat["tools"] = list(map(_tool, body["tools"]))
     if choice := body.get("tool_choice"):
-        named = {"type": "function", "function": {"name": choice.get("name")}}
-        chat["tool_choice"] = {"auto": "auto", "any": "required", "none": "none"}.get(choice["type"], named)
+        chat["tool_choice"] = _choice(choice)
+        if choice.get("disable_parallel_tool_use") is not None:
+            chat["parallel_tool_calls"] = not choice["disable_parallel_tool_use"]
     return chat
+
+
+def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:
+    if (kind := tool.get("type") or "custom") != "custom":
+        raise Refused(400, f"tools of type {str(kind)[:40]} are not served", param="tools")
+    for name, value in tool.items():
+        if name not in _TOOL and value is not None:
+            raise Refused(400, f"tools: {name[:40]} is not served", param="tools")
+    function = {
+        "name": tool["name"], "description": tool.get("description", ""), "parameters": tool["input_schema"],
+    }  # fmt: skip
+    if tool.get("strict") is not None:
+        function["strict"] = tool["strict"]
+    return {"type": "function", "function": function}
+
+
+def _choice(choice: Mapping[str, Any]) -> Any:
+    if (kind := choice["type"]) == "tool":
+        return {"type": "function", "function": {"name": string(choice["name"])}}
+    if kind not in _CHOICES:
+        raise Refused(400, f"tool_choice of type {str(kind)[:40]} is not served", param="tool_choice")
+    return _CHOICES[kind]
 
 
 def _messages(role: str, content: Any) -> Iterator[dict[str, Any]]:
@@ -55,11 +85,9 @@ def _messages(role: str, content: Any) -> Iterator[dict[str, Any]]:
             function = {"name": string(block["name"]), "arguments": json.dumps(block["input"])}
             calls.append({"id": string(block["id"]), "type": "function", "function": function})
         elif block["type"] == "tool_result":
-            yield {
-                "role": "tool",
-                "tool_call_id": string(block["tool_use_id"]),
-                "content": _text(block.get("content", "")),
-            }
+            said = _text(block.get("content", ""))
+            said = f"error: {said}" if block.get("is_error") else said
+            yield {"role": "tool", "tool_call_id": string(block["tool_use_id"]), "content": said}
         else:
             raise _not_served(block)
     if calls:

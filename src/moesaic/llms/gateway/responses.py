@@ -12,8 +12,22 @@ from moesaic.llms.gateway.refusals import Refused
 from moesaic.llms.gateway.requests import string
 from moesaic.llms.gateway.stream import counts
 
-_SAME = ("temperature", "top_p", "user", "prompt_cache_key", "parallel_tool_calls", "metadata")
+_SAME = (
+    "temperature", "top_p", "user", "prompt_cache_key", "parallel_tool_calls", "metadata", "top_logprobs",
+    "service_tier", "safety_identifier", "prompt_cache_retention",
+)  # fmt: skip
 _NOT = ("previous_response_id", "conversation", "background", "prompt")
+FIELDS = frozenset([
+    *_SAME, *_NOT, "model", "input", "instructions", "max_output_tokens", "reasoning", "text", "tools", "tool_choice",
+    "stream", "stream_options",
+])  # fmt: skip
+IDLE: Mapping[str, tuple[Any, ...]] = {
+    "store": (False,),
+    "include": ([],),
+    "truncation": ("disabled",),
+    "service_tier": ("auto",),
+}
+"""Values that change nothing, of fields that are not served, or need not be passed on."""
 _TEXTS = ("input_text", "output_text", "text")
 
 
@@ -26,16 +40,44 @@ def chat_of(body: Mapping[str, Any]) -> dict[str, Any]:
     given = body["input"]
     said += [{"role": "user", "content": given}] if isinstance(given, str) else _messages(given)
     chat: dict[str, Any] = {"messages": said}
-    chat |= {name: body[name] for name in _SAME if body.get(name) is not None}
+    chat |= {name: body[name] for name in _SAME if body.get(name) is not None and body[name] not in IDLE.get(name, ())}
+    if "top_logprobs" in chat:
+        chat["logprobs"] = True
     if body.get("max_output_tokens") is not None:
         chat["max_completion_tokens"] = body["max_output_tokens"]
-    if isinstance(effort := (body.get("reasoning") or {}).get("effort"), str):
-        chat["reasoning_effort"] = effort
+    chat |= _reasoning(body.get("reasoning") or {}) | _format(body.get("text") or {})
     if body.get("tools"):
         chat["tools"] = list(map(_tool, body["tools"]))
     if choice := body.get("tool_choice"):
         named = isinstance(choice, dict)
+        if named and choice["type"] != "function":
+            raise Refused(400, f"tool_choice of type {str(choice['type'])[:40]} is not served", param="tool_choice")
         chat["tool_choice"] = {"type": "function", "function": {"name": choice["name"]}} if named else choice
+    return chat
+
+
+def _reasoning(given: Mapping[str, Any]) -> dict[str, Any]:
+    for name, value in given.items():
+        if name != "effort" and value is not None:
+            raise Refused(400, f"reasoning.{name[:40]} is not served: leave it out", param="reasoning")
+    return {"reasoning_effort": string(given["effort"])} if given.get("effort") is not None else {}
+
+
+def _format(text: Mapping[str, Any]) -> dict[str, Any]:
+    """What an answer is to look like, in a chat's words."""
+    for name, value in text.items():
+        if name not in ("format", "verbosity") and value is not None:
+            raise Refused(400, f"text.{name[:40]} is not served: leave it out", param="text")
+    chat = {"verbosity": text["verbosity"]} if text.get("verbosity") is not None else {}
+    wanted = text.get("format") or {"type": "text"}
+    kind = wanted["type"]
+    if kind == "json_object":
+        chat["response_format"] = {"type": kind}
+    elif kind == "json_schema":
+        schema = {k: wanted[k] for k in ("name", "description", "schema", "strict") if wanted.get(k) is not None}
+        chat["response_format"] = {"type": kind, kind: schema}
+    elif kind != "text":
+        raise Refused(400, f"text.format of type {str(kind)[:40]} is not served", param="text")
     return chat
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from moesaic.errors import ConfigError, MissingDependency, MoesaicError, first_line
 from moesaic.llms.gateway.app import Gateway, build
 from moesaic.llms.gateway.config import Config, read_config
+from moesaic.llms.gateway.connections import bounded
 from moesaic.llms.gateway.routers import Router
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ async def _serve(gateway: Gateway, config: Config, place: socket.socket, say: Ca
     gc.freeze()  # what was imported lives as long as the process: it need not be looked through again
     options = uvicorn.Config(
         gateway, log_level="warning", access_log=False, lifespan="on", backlog=4096, server_header=False,
-        proxy_headers=False,
+        proxy_headers=False, http=bounded(config.settings.body_seconds),
         timeout_graceful_shutdown=round(config.settings.drain_seconds),
     )  # fmt: skip
     watching = asyncio.create_task(watch(gateway, config.source, say))

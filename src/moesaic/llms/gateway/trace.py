@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
-from io import BufferedWriter
+from io import FileIO
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -72,35 +73,44 @@ class TraceLog:
 
     def __init__(self, file: Path | None, size: int, count: int) -> None:
         self._path, self._most, self._count = file, size, count
-        self._file: BufferedWriter | None = None
+        self._file: FileIO | None = None
         if file is not None:
             from moesaic.runs.folder import writing
 
             with writing(file):
                 file.parent.mkdir(parents=True, exist_ok=True)
-                self._file = file.open("ab")
+                self._file = FileIO(file, "a")
 
     def write(self, calls: Sequence[Call]) -> None:
-        """Calls that have ended. Raises OSError."""
-        if self._file is None or not calls:
+        """Calls that have ended, all or none of them. Raises OSError, after which the next may be written again."""
+        if self._path is None or not calls:
             return
         text = "".join([_JSON(line(call)) + "\n" for call in calls]).encode()
-        if self._file.tell() + len(text) > self._most:
-            self._file = self._turned()
-        self._file.write(text)
-        self._file.flush()
+        file = self._file = self._file or FileIO(self._path, "a")
+        if file.tell() + len(text) > self._most:
+            file = self._turned()
+        begin, rest = file.tell(), memoryview(text)
+        try:
+            while rest:
+                rest = rest[file.write(rest) or 0 :]
+        except OSError:
+            with suppress(OSError):  # no half line is left, on what can be cut off
+                file.truncate(begin)
+            self.close()
+            raise
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
 
-    def _turned(self) -> BufferedWriter:
+    def _turned(self) -> FileIO:
         """An empty file, after those that are full have moved up by one."""
-        assert self._file is not None
         assert self._path is not None
-        self._file.close()
+        self.close()
         names = [self._path, *(self._path.with_name(f"{self._path.name}.{i + 1}") for i in range(self._count))]
         for newer, older in reversed(list(pairwise(names))):
             if newer.exists():
                 newer.replace(older)
-        return self._path.open("wb")
+        self._file = FileIO(self._path, "w")
+        return self._file

@@ -22,8 +22,6 @@ logger = logging.getLogger(__name__)
 
 LAZY = 0.02
 """Seconds that settlements wait for more of them; they go at once where a reservation goes."""
-CLOSING = 10.0
-"""Seconds that a gateway which stops goes on trying to write."""
 UNWRITTEN = Refusal("the ledger cannot be written, so nothing can be charged", 5.0, ours=True)
 UNBOOKED = Refusal("this request cannot be booked", 1.0, ours=True)
 
@@ -49,7 +47,7 @@ class Writer:
     def __init__(self, ledger: Ledger, log: TraceLog) -> None:
         self.ledger, self.log = ledger, log
         self._loop = asyncio.get_running_loop()
-        self._next = _Batch([], [])
+        self._next = self._sent = _Batch([], [])
         self._busy = False
         self._timer: asyncio.TimerHandle | None = None
         self._idle = asyncio.Event()
@@ -86,17 +84,18 @@ class Writer:
             await self._idle.wait()
             await asyncio.sleep(0)  # callbacks of reservations whose caller has gone settle them
 
-    async def close(self) -> None:
-        """Write what is left, as far as it can be written, and close the books."""
+    async def close(self, seconds: float | None = None) -> int:
+        """Write what is left, if that takes no longer, and close the books. Returns how many calls are not in them."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(CLOSING):
+            async with asyncio.timeout(seconds):
                 await self.written()
-        if left := len(self._next.settled):
-            logger.error("%d calls are not in the books: the next start books them as they were reserved", left)
         self._queue.put(None)
-        await asyncio.to_thread(self._thread.join)
-        self.ledger.close()
-        self.log.close()
+        await asyncio.to_thread(self._thread.join, seconds)
+        left = len(self._next.settled) + (len(self._sent.settled) if self._busy else 0)
+        if not self._thread.is_alive():
+            self.ledger.close()
+            self.log.close()
+        return left
 
     def _send(self) -> None:
         if self._timer is not None:
@@ -105,6 +104,7 @@ class Writer:
         if self._busy or not (self._next.reservations or self._next.settled):
             return
         self._busy, batch = True, self._next
+        self._sent = batch
         self._next = _Batch([], [])
         self._idle.clear()
         self._queue.put(batch)
@@ -112,7 +112,8 @@ class Writer:
     def _run(self) -> None:
         while (batch := self._queue.get()) is not None:
             self._write(batch)
-            self._loop.call_soon_threadsafe(self._written, batch)
+            with suppress(RuntimeError):  # `close` has not waited for it, and the loop is over
+                self._loop.call_soon_threadsafe(self._written, batch)
 
     def _write(self, batch: _Batch) -> None:
         try:
