@@ -2,17 +2,22 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test peft bench gpu lint clean
+.PHONY: demo test suite peft bench gpu lint types clean
 
 demo: $(VENV)/.train
 	$(BIN)/moesaic demo
 
 test: $(VENV)/.dev lint
+	$(MAKE) --jobs=2 types suite
+
+suite: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadscope
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check src tests scripts
 	$(BIN)/ruff format --check src tests scripts
+
+types: $(VENV)/.dev
 	$(BIN)/mypy
 
 peft: $(VENV)/.dev

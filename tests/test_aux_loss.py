@@ -144,8 +144,13 @@ SFT_SETTINGS = {
 
 
 @pytest.mark.filterwarnings("ignore:.*flash:UserWarning")
-@pytest.mark.parametrize("cls", [SFTTrainer, RoutedSFTTrainer])
-@pytest.mark.parametrize("settings", SFT_SETTINGS.values(), ids=SFT_SETTINGS)
+@pytest.mark.parametrize(("cls", "settings"), [
+    pytest.param(
+        cls, settings, id=f"{cls.__name__}-{name}",
+        marks=[pytest.mark.slow] if cls is RoutedSFTTrainer and name != "bfd-checkpointing-bf16" else [],
+    )
+    for cls in (SFTTrainer, RoutedSFTTrainer) for name, settings in SFT_SETTINGS.items()
+])  # fmt: skip
 def test_sft_with_packing_checkpointing_and_bf16(cls: Any, settings: dict[str, Any], tmp_path: Path) -> None:
     check(
         mixture(),
@@ -163,7 +168,7 @@ class RoutedOwnLoss(moesaic.RoutedTrainerMixin, OwnLoss): ...
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize(
     ("make_loop", "settings"),
     [

@@ -257,7 +257,7 @@ def test_settings_that_mean_nothing_are_refused() -> None:
         (lambda: solve(bare, z=1), "0 where scores have no standard errors"),
         (lambda: solve(bare, Budget(cost=1)), "this one has none"),
         (lambda: solve(bare, ties=("cost",)), "cost cannot be made least"),
-        (lambda: frontier(bare, "cost"), "cost cannot be made least"),
+        (lambda: frontier(bare, "cost"), "over=cost needs a table with costs"),
         (lambda: frontier(p, "size"), "over=size: "),
         (lambda: frontier(p, step=-1), "step=-1 must be"),
         (lambda: replace(p, shares=p.shares * 2), "sum to 1"),

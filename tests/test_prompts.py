@@ -150,7 +150,7 @@ def test_continuous_batching(world: World, method: str) -> None:
     assert made == world.plain[method]
 
 
-@pytest.mark.parametrize("method", ["sequence", "smear"])
+@pytest.mark.parametrize("method", ["sequence", pytest.param("smear", marks=pytest.mark.slow)])
 def test_continuous_batching_in_parts_and_with_shared_beginnings(world: World, method: str) -> None:
     model = world.models[method]
     begin = torch.cat(world.ids[:3], dim=1)
@@ -373,7 +373,7 @@ def test_a_caches_rows_take_their_prompts_along(world: World, method: str, way: 
     torch.testing.assert_close(model(input_ids=step[order], past_key_values=other).logits, wanted, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("method", ["sequence", "smear"])
+@pytest.mark.parametrize("method", ["sequence", pytest.param("smear", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("blocks", [16, 11])
 def test_requests_that_lose_their_pages_keep_their_prompts(world: World, method: str, blocks: int) -> None:
     prompts = [world.ids[i][0].tolist() for i in (3, 7, 11, 15, 19)]

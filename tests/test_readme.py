@@ -99,8 +99,9 @@ def test_figures_are_those_of_the_results(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_task_ids_reach_the_routers_through_the_trainer_and_in_generate(tmp_path: Path) -> None:
     example, mixin, loop = blocks("python", TRAINING)
-    assert run(mixin, tmp_path).strip() == "RoutedTrainerMixin"
-    assert "max 4 1 8 :" in run(loop, tmp_path)
+    said = run(f"{mixin}\n{loop}", tmp_path)
+    assert said.startswith("RoutedTrainerMixin\n")
+    assert "max 4 1 8 :" in said
     seen = """
 from moesaic.lora.methods import moelora
 score = moelora.TaskRouter.score
@@ -109,9 +110,9 @@ def spy(self, h, context=None):
     return score(self, h, context)
 moelora.TaskRouter.score = spy
 """
-    said = {line for line in run(seen + example, tmp_path).splitlines() if line.startswith("ids")}
-    assert "ids [0, 1] False" in said, "generate"
-    assert len(said) > 1, "training"
+    told = {line for line in run(seen + example, tmp_path).splitlines() if line.startswith("ids")}
+    assert "ids [0, 1] False" in told, "generate"
+    assert len(told) > 1, "training"
 
 
 def test_the_recombination_of_the_command_is_that_of_the_config() -> None:

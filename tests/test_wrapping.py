@@ -58,7 +58,10 @@ def parts_of_routers() -> list[str]:
     return sorted(found)
 
 
-@pytest.mark.parametrize("method", TRAINED)
+@pytest.mark.parametrize("method", [
+    name if name in ("hotmoe", "mixlora", "moelora", "rmoe") else pytest.param(name, marks=pytest.mark.slow)
+    for name in TRAINED
+])  # fmt: skip
 def test_modules_to_save_are_the_models_own(method: str, tmp_path: Path) -> None:
     """Whatever they are called: like a part of some router, here all of them."""
     names = [name for name in parts_of_routers() if name.isidentifier() and name != "embedding"]
