@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ NEW, KINDS = prompts(12, seed=1)
 
 
 @pytest.fixture(scope="module")
-def mock() -> Mock:
+def mock() -> Iterator[Mock]:
     with mocking() as made:
         yield made
 

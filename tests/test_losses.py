@@ -194,7 +194,9 @@ def test_switch_balance_is_at_least_one_at_k_1_when_probabilities_follow_the_cho
     g = torch.Generator().manual_seed(seed)
     one_hot = torch.nn.functional.one_hot(torch.randint(0, 4, (9,), generator=g), 4).double()
     value = SwitchBalance(1.0)([of_weights(one_hot)]).item()
-    assert 1 - 1e-9 <= value <= 4 + 1e-9
+    share = one_hot.mean(dim=0)
+    assert value == pytest.approx(4 * float((share**2).sum()))
+    assert value >= 1 - 1e-9
 
 
 @pytest.mark.parametrize("loss", every_loss(), ids=name_of)

@@ -103,6 +103,6 @@ class Rollouts:
         return Keeping()
 
     def take_back(self, checkpoint: str | Path) -> None:
-        """The window of costs and the figures as they were at a checkpoint. Raises AdapterError where they are not."""
+        """The window of costs and the figures as they were at a checkpoint. Raises ConfigError where they are not."""
         stored = read_json(Path(checkpoint) / WINDOW)
         self.rewards.window, self.figures = CostWindow(**stored["window"]), stored["figures"]

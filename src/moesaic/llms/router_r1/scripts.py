@@ -11,12 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from moesaic.llms.router_r1.engine import Question, Written
-from moesaic.llms.router_r1.world import KNOWS, written
+from moesaic.llms.router_r1.world import written
 from moesaic.models.nano.tasks import CUES
 
 Choose = Callable[[Question, int], str]
 """From a question and a hop to the name of a model that the question offers."""
-_CUE = {cue: task for task, cue in CUES.items()}
 
 
 def at_random(seed: int | str) -> Choose:
@@ -74,9 +73,3 @@ class Script:
 
     def clip(self, text: str, tokens: int) -> str:
         return " ".join(text.split()[:tokens])
-
-
-def routed_to(question: Question, name: str) -> str:
-    """The specialist of `world.KNOWS` that a name of the question's catalog stands for."""
-    served = question.catalog[name].served_as or name
-    return served if served in KNOWS else name
