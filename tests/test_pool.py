@@ -8,15 +8,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from moesaic.data import examples
-from moesaic.errors import ConfigError, TrainingError
+from moesaic.errors import TrainingError
 from moesaic.llms import pool
 from moesaic.llms.catalog import Catalog
-from moesaic.llms.pool import LARGER, MEMBERS, TASKS, Member, ask, billions, correct, entries, mixed, serving, train
+from moesaic.llms.pool import LARGER, MEMBERS, TASKS, Member, billions, correct, entries, mixed, serving, train
+from moesaic.llms.router_r1.asking import HttpPool
 from moesaic.models.nano.tasks import list_of
 from moesaic.runs.folder import read_json
 from moesaic.runs.recipe import load_recipe
@@ -113,8 +115,6 @@ def test_a_server_that_does_not_come_up_is_one_line(
     with pytest.raises(TrainingError, match=r"serving x: no answer in 0 s; .*x\.serve\.log says more"):
         with serving([Member("x")], {"x": tmp_path}, tmp_path):
             pass
-    with pytest.raises(ConfigError, match=r"x at http://127\.0\.0\.1:9/v1 does not answer"):
-        ask("http://127.0.0.1:9/v1", "x", "hello", timeout=1)
 
 
 def test_a_server_that_does_not_end_is_killed(
@@ -156,6 +156,7 @@ def test_members_are_trained_and_answer_over_http_as_in_process(tmp_path: Path) 
     assert (runs["order"] / "results.json").stat().st_mtime_ns == written, "what is trained is kept"
     trained = read_json(runs["lists"] / "results.json")["trainable_parameters"]
     assert billions(members[1], runs["lists"]) == pytest.approx(billions(members[2], runs["plain"]) + trained / 1e9)
+    asking = HttpPool(bare=True, retries=0, max_tokens=16)
     with serving(members, runs, tmp_path) as catalog:
         assert [*catalog] == ["order", "lists", "plain"]
         assert catalog == Catalog.read(tmp_path / "catalog.yaml")
@@ -164,10 +165,10 @@ def test_members_are_trained_and_answer_over_http_as_in_process(tmp_path: Path) 
         found = correct(members, runs, tmp_path / "data", "test")
         for name, model in catalog.items():
             for row in rows["test"][:2]:
-                right = ask(model.endpoint, name, row["prompt"]).split() == row["completion"].split()
-                assert right == found[name][row["task"]][0]
-        with pytest.raises(ConfigError, match=r"lists at .* does not answer: HTTP Error 404"):
-            ask(catalog["order"].endpoint, "lists", "4 1 up =")
-    for endpoint in endpoints:
-        with pytest.raises(ConfigError):
-            ask(endpoint, "order", "4 1 up =")
+                (said,) = asking.ask([(model, row["prompt"])])
+                assert (said.text.split() == row["completion"].split()) == found[name][row["task"]][0]
+        (said,) = asking.ask([(replace(catalog["order"], served_as="lists"), "4 1 up =")])
+        assert "HTTP Error 404" in said.failure
+        models = list(catalog.values())
+    assert all(said.failure for said in asking.ask([(model, "4 1 down =") for model in models]))
+    asking.close()

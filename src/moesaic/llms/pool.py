@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moesaic.errors import ConfigError, TrainingError
+from moesaic.errors import TrainingError
 from moesaic.llms.catalog import Catalog
 from moesaic.runs.folder import atomic_folder, read_json, write_text
 
@@ -209,19 +209,6 @@ def _is_healthy(url: str) -> bool:
             return bool(json.load(answer)["status"] == "ok")
     except (OSError, ValueError, LookupError):
         return False
-
-
-def ask(url: str, model: str, prompt: str, *, timeout: float = 60.0) -> str:
-    """A member's answer to a prompt, over HTTP. Raises ConfigError where it gives none."""
-    chat = {"model": model, "messages": [{"role": "user", "content": prompt}], "max_tokens": 16}
-    request = urllib.request.Request(
-        f"{url}/chat/completions", json.dumps(chat).encode(), {"Content-Type": "application/json"}
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=timeout) as answer:
-            return str(json.load(answer)["choices"][0]["message"]["content"])
-    except (urllib.error.URLError, ValueError, LookupError) as error:
-        raise ConfigError(f"{model} at {url} does not answer: {error}") from None
 
 
 def correct(members: Sequence[Member], runs: Mapping[str, Path], data: Path, split: str) -> dict[str, dict[str, Any]]:
