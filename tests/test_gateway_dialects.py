@@ -155,6 +155,10 @@ def test_what_a_chat_has_no_word_for_is_refused_by_name(server: Served, mock: Mo
         ({"text": {"format": {"type": "grammar"}}}, "text.format of type grammar"),
         ({"tool_choice": {"type": "web_search"}}, "tool_choice of type web_search"),
         ({"extra_body": {"another": 1}}, "another is not served"),
+        ({"extra_body": {"tools": "search"}}, "tools: a list is wanted"),
+        ({"extra_body": {"tool_choice": 1}}, "tool_choice: a text or an object is wanted"),
+        ({"extra_body": {"store": 0}}, "store is not served"),
+        ({"tools": [{"type": "function", "name": 1, "parameters": {}}]}, "not what /v1/responses takes"),
     ):
         with pytest.raises(APIStatusError, match=said) as raised:
             client(server).responses.create(**{"model": "a", "input": "x", **more})  # type: ignore[call-overload]
@@ -210,6 +214,8 @@ def test_a_message_is_a_chat_said_otherwise(server: Served, mock: Mock) -> None:
     ({"top_k": 5}, "top_k is not served"),
     ({"mcp_servers": [{"type": "url", "url": "http://x"}]}, "mcp_servers is not served"),
     ({"container": "c"}, "container is not served"),
+    ({"system": {"type": "text"}}, "system: a text or a list is wanted"),
+    ({"tools": [{"name": "f", "input_schema": "x"}]}, "not what /v1/messages takes"),
     ({"tool_choice": {"type": "x", "name": "n"}}, "tool_choice of type x"),
     ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools of type web_search_20250305"),
     ({"tools": [{"name": "f", "input_schema": {}, "defer_loading": True}]}, "tools: defer_loading is not served"),

@@ -244,6 +244,7 @@ def test_an_open_breaker_spares_a_model_and_lets_one_request_try(mock: Mock, tmp
         for _ in range(4):
             assert ask(server) == "".join(WORDS)
         assert mock.names() == ["a", "b", "a", "b", "b", "b"]
+        assert [row["attempts"] for row in server.rows()] == [2, 2, 1, 1]
         time.sleep(4.2)
         mock.behaviours.clear()
         mock.got.clear()

@@ -246,6 +246,7 @@ def test_calls_that_do_not_end_in_time_are_broken_off_and_booked(mock: Mock, tmp
     process.end(signal.SIGTERM)
     (row,) = read_rows(tmp_path)
     assert (row["state"], row["ended"], row["cost"]) == ("settled", "partial", (6 + 2) * PICO // 10**6)
+    assert "Traceback" not in process.log.read_text()
 
 
 def test_sigkill_loses_no_budget_and_sighup_reads_the_file(mock: Mock, tmp_path: Path, started: Any) -> None:

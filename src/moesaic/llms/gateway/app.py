@@ -142,6 +142,8 @@ class Gateway:
             await self._handled(scope, path, receive, sink)
         except ClientGone:
             return
+        except asyncio.CancelledError:  # the gateway stops, and has waited long enough
+            await _refuse(sink, Refused(503, "the gateway stops", SERVER, code="unavailable"), path)
         except Refused as refused:
             self.metrics.refused(refused.status, refused.code)
             await _refuse(sink, refused, path)

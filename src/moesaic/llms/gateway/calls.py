@@ -29,7 +29,8 @@ class Call:
         id: the ledger's number of it. key: the id of the key. path: what was asked of which endpoint of ours.
         asked: the model that the request named. router, category, confidence, expert, scores: the decision, if any.
         served: the model that answered. served_id: what its endpoint called itself.
-        attempts: each try: model, milliseconds, and "ok" or what went wrong.
+        attempts: each try: model, milliseconds (None where a breaker kept it from being asked), and "ok" or what went
+            wrong.
         own_input, own_output: tokens by our count. backend_input, backend_output: by the backend's; None unless told.
         possible: tokens of prompt and answer beyond which the backend's count is no count; None where nobody knows.
         reserved_output: tokens that were put down for the answer, by model.
@@ -67,6 +68,10 @@ class Call:
     status: int = 0
     ended: str = "failed"
     prompt: str | None = None
+
+    def tries(self) -> int:
+        """How often a model was asked."""
+        return sum(attempt["ms"] is not None for attempt in self.attempts)
 
     def elapsed(self) -> float:
         """Seconds since it was begun."""

@@ -16,7 +16,7 @@ from moesaic.llms.gateway.relay import Form
 from moesaic.llms.gateway.requests import CHAT, Asked, members, of_body
 
 RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
-_FIELDS: dict[str, tuple[frozenset[str], Mapping[str, tuple[Any, ...]]]] = {
+FIELDS: dict[str, tuple[Mapping[str, tuple[type, ...]], Mapping[str, tuple[Any, ...]]]] = {
     RESPONSES: (responses.FIELDS, responses.IDLE),
     MESSAGES: (messages.FIELDS, messages.IDLE),
 }
@@ -25,16 +25,16 @@ FORMS: dict[str, tuple[Callable[[Mapping[str, Any]], dict[str, Any]], Callable[[
     MESSAGES: (messages.chat_of, messages.Messages),
 }
 """By path: a body as a chat's, and the form that answers take for a model's name."""
+_KINDS: Mapping[type, str] = {str: "a text", list: "a list", dict: "an object"}
 
 
 def translated(path: str, raw: bytes) -> tuple[Asked, Form]:
     """A request as a chat, and the form of its answer. Raises Refused for what chat has no word for."""
     _, given = members(raw)
     body = {name: value for name, (value, _, _) in given.items()}
-    fields, idle = _FIELDS[path]
     for name, value in body.items():
-        if not (name in fields or value is None or value in idle.get(name, ())):
-            raise Refused(400, f"{name[:80]} is not served: leave it out", param=name[:80])
+        if value is not None:
+            _check(path, name, value)
     chat_of, form = FORMS[path]
     try:
         chat = {"model": body["model"], **chat_of(body)}
@@ -48,6 +48,20 @@ def translated(path: str, raw: bytes) -> tuple[Asked, Form]:
     begin = len('{"model": ')
     asked = of_body(CHAT, text, chat, (begin, begin + len(json.dumps(chat["model"]))))
     return asked, form(asked.model)
+
+
+def _check(path: str, name: str, value: Any) -> None:
+    """Raise Refused for a field that is not served, or holds what it cannot."""
+    fields, idle = FIELDS[path]
+    if any(type(value) is type(kept) and value == kept for kept in idle.get(name, ())):
+        return
+    if name in responses.STATE and path == RESPONSES:
+        raise Refused(400, f"{name} is not served: send the whole conversation as input", param=name)
+    if name not in fields:
+        raise Refused(400, f"{name[:80]} is not served: leave it out", param=name[:80])
+    if not isinstance(value, fields[name]):
+        kinds = " or ".join(_KINDS[kind] for kind in fields[name])
+        raise Refused(400, f"{name}: {kinds} is wanted", param=name)
 
 
 def refusal(refused: Refused) -> bytes:

@@ -169,7 +169,7 @@ class Ledger:
         served = call.served.name if call.served else None
         given = (
             call.cost, call.router, call.category, call.expert, served, call.served_id, call.own_input, call.own_output,
-            call.backend_input, call.backend_output, call.latency, len(call.attempts), call.status, call.ended, call.id,
+            call.backend_input, call.backend_output, call.latency, call.tries(), call.status, call.ended, call.id,
         )  # fmt: skip
         if not self._base.execute(_SETTLE, given).rowcount:
             return False

@@ -9,16 +9,18 @@ from typing import Any
 
 from moesaic.llms.gateway.forms import argument_text, arguments, dumped, text_of
 from moesaic.llms.gateway.refusals import Refused
-from moesaic.llms.gateway.requests import string
+from moesaic.llms.gateway.requests import mapping, string
 from moesaic.llms.gateway.stream import counts
 
 _STOPS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use", "content_filter": "refusal"}
 _SAME = ("temperature", "top_p", "max_tokens")
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 _TOOL = ("type", "name", "description", "input_schema", "strict", "cache_control")
-FIELDS = frozenset([
-    *_SAME, "model", "messages", "system", "stop_sequences", "stream", "metadata", "tools", "tool_choice",
-])  # fmt: skip
+FIELDS: Mapping[str, tuple[type, ...]] = {
+    **dict.fromkeys((*_SAME, "model", "messages", "stop_sequences", "stream"), (object,)),
+    "system": (str, list), "metadata": (dict,), "tools": (list,), "tool_choice": (dict,),
+}  # fmt: skip
+"""What is served, and what a value may be where the rest of the gateway does not see to it."""
 IDLE: Mapping[str, tuple[Any, ...]] = {
     "service_tier": ("auto", "standard_only"),
     "thinking": ({"type": "disabled"},),
@@ -53,9 +55,8 @@ def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in tool.items():
         if name not in _TOOL and value is not None:
             raise Refused(400, f"tools: {name[:40]} is not served", param="tools")
-    function = {
-        "name": tool["name"], "description": tool.get("description", ""), "parameters": tool["input_schema"],
-    }  # fmt: skip
+    name, schema = string(tool["name"]), mapping(tool["input_schema"])
+    function = {"name": name, "description": tool.get("description", ""), "parameters": schema}
     if tool.get("strict") is not None:
         function["strict"] = tool["strict"]
     return {"type": "function", "function": function}
@@ -80,9 +81,7 @@ def _messages(role: str, content: Any) -> Iterator[dict[str, Any]]:
         if block["type"] == "text":
             texts.append(block["text"])
         elif block["type"] == "tool_use":
-            if not isinstance(block["input"], dict):
-                raise TypeError
-            function = {"name": string(block["name"]), "arguments": json.dumps(block["input"])}
+            function = {"name": string(block["name"]), "arguments": json.dumps(mapping(block["input"]))}
             calls.append({"id": string(block["id"]), "type": "function", "function": function})
         elif block["type"] == "tool_result":
             said = _text(block.get("content", ""))

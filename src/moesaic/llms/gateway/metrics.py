@@ -41,6 +41,8 @@ class Metrics:
         ended = served, ("path", call.path), ("status", str(call.status)), ("ended", call.ended)
         counts["requests_total"][ended] += 1
         for attempt in call.attempts:
+            if attempt["ms"] is None:
+                continue
             answered = "true" if attempt["said"] == "ok" else "false"
             counts["attempts_total"][("model", attempt["model"]), ("answered", answered)] += 1
         if call.router:

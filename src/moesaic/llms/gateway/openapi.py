@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moesaic.llms.gateway.dialects import MESSAGES, RESPONSES
+from moesaic.llms.gateway.dialects import FIELDS, MESSAGES, RESPONSES
 from moesaic.llms.gateway.requests import CHAT, COMPLETIONS, EMBEDDINGS, MOST_CHOICES, MOST_TOKENS
 
 Schema = dict[str, Any]
@@ -45,8 +45,19 @@ def _object(*optional: str, **properties: Schema) -> Schema:
     return {"type": "object", "required": required, "properties": properties}
 
 
+def _closed(*optional: str, **properties: Schema) -> Schema:
+    """One that has nothing more, other than null."""
+    return {**_object(*optional, **properties), "additionalProperties": _NULL}
+
+
+def _or_null(*schemas: Schema) -> Schema:
+    return {"anyOf": [*schemas, _NULL]}
+
+
+_NULL: Schema = {"type": "null"}
 _TEXT: Schema = {"type": "string"}
 _JSON: Schema = {"type": "object"}
+_ANY: Schema = {}
 _WORDS: Schema = {"type": "array", "items": _object(type={"const": "text"}, text=_TEXT)}
 _ITEMS: Schema = {
     "type": "array",
@@ -71,13 +82,51 @@ _BLOCKS: Schema = {
     },
 }
 _SAID: Schema = {"type": "array", "minItems": 1, "items": _object(role=_TEXT, content={"anyOf": [_TEXT, _BLOCKS]})}
+
+
+def _served(path: str, **known: Schema) -> Schema:
+    """Fields of another API: those that are served, and the values of others that change nothing."""
+    served, idle = FIELDS[path]
+    values = {name: {"enum": [*kept, None]} for name, kept in idle.items()}
+    return {**dict.fromkeys(served, _ANY), **values, "stream": _STREAM, "model": _MODEL, **known}
+
+
+_EFFORT = _closed("effort", effort={"type": ["string", "null"]})
+_FORMAT = {
+    "anyOf": [
+        _object(type={"enum": ["text", "json_object"]}),
+        _object("name", "schema", type={"const": "json_schema"}, name=_TEXT, schema=_JSON),
+    ]
+}
+_FUNCTION = _object(type={"const": "function"}, name=_TEXT)
 _BODIES: dict[str, tuple[list[str], Schema]] = {
     CHAT: (["model", "messages"], {"model": _MODEL, "messages": _LIST, **_WRITING}),
     COMPLETIONS: (["model", "prompt"], {"model": _MODEL, "prompt": _INPUT, **_WRITING}),
     EMBEDDINGS: (["model", "input"], {"model": _MODEL, "input": _INPUT, **_WRITING, "stream": {"enum": [False, None]}}),
-    RESPONSES: (["model", "input"], {"model": _MODEL, "input": {"anyOf": [_TEXT, _ITEMS]}, "stream": _STREAM}),
-    MESSAGES: (["model", "messages"], {"model": _MODEL, "messages": _SAID, "stream": _STREAM}),
-}
+    RESPONSES: (
+        ["model", "input"],
+        _served(
+            RESPONSES, input={"anyOf": [_TEXT, _ITEMS]}, instructions=_or_null(_TEXT), reasoning=_or_null(_EFFORT),
+            max_output_tokens=_whole(MOST_TOKENS), tools=_or_null({"type": "array", "items": _FUNCTION}),
+            text=_or_null(_closed("format", "verbosity", format=_or_null(_FORMAT), verbosity=_ANY)),
+            tool_choice=_or_null(_TEXT, _FUNCTION),
+        ),
+    ),
+    MESSAGES: (
+        ["model", "messages"],
+        _served(
+            MESSAGES, messages=_SAID, max_tokens=_whole(MOST_TOKENS), system=_or_null(_TEXT, _WORDS),
+            metadata=_or_null(_JSON),
+            tools=_or_null({"type": "array", "items": _closed(
+                "type", "description", "strict", "cache_control", type={"enum": ["custom", None]}, name=_TEXT,
+                description=_ANY, input_schema=_JSON, strict=_ANY, cache_control=_ANY,
+            )}),
+            tool_choice=_or_null(
+                _object(type={"enum": ["auto", "any", "none"]}), _object(type={"const": "tool"}, name=_TEXT),
+            ),
+        ),
+    ),
+}  # fmt: skip
 
 _ERROR: Schema = {
     "type": "object",
@@ -120,10 +169,12 @@ def _errors(*statuses: int) -> Schema:
     return {str(status): _answer("an error, in one line", schema=reference) for status in statuses}
 
 
-def _post(required: list[str], properties: Schema) -> Schema:
+def _post(path: str, required: list[str], properties: Schema) -> Schema:
     stream = {"description": "an answer", "content": {"application/json": {"schema": {"type": "object"}},
                                                       "text/event-stream": {}}}  # fmt: skip
-    schema = {"type": "object", "required": required, "properties": properties}
+    schema: Schema = {"type": "object", "required": required, "properties": properties}
+    if path in FIELDS:
+        schema["additionalProperties"] = _NULL
     return {
         "post": {
             "parameters": _HEADERS,
@@ -144,7 +195,7 @@ def document() -> Schema:
         "openapi": "3.1.0",
         "info": {"title": "moesaic", "version": "1"},
         "paths": {
-            **{path: _post(*body) for path, body in _BODIES.items()},
+            **{path: _post(path, *body) for path, body in _BODIES.items()},
             "/v1/models": _get(_answer("what a request may name", schema=_CARDS), 400, 401, 405, 429),
             "/v1/models/{model}": _get(_answer("one of them", schema=_CARD), 400, 401, 404, 405, 429, parameters=named),
             "/health": {"get": {"security": [], "responses": {"200": _answer("it runs"), **_errors(400, 405)}}},

@@ -110,7 +110,7 @@ class Relay:
             while True:
                 if not breaker.allows():
                     rest.append(breaker.remaining())
-                    call.attempts.append({"model": model.name, "ms": 0, "said": "left alone for a while"})
+                    call.attempts.append({"model": model.name, "ms": None, "said": "left alone for a while"})
                     break
                 tries += 1
                 call.served = model

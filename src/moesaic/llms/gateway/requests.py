@@ -197,6 +197,13 @@ def string(value: Any) -> str:
     return value
 
 
+def mapping(value: Any) -> dict[str, Any]:
+    """An object that is one. Raises TypeError for anything else."""
+    if not isinstance(value, dict):
+        raise TypeError
+    return value
+
+
 def _no_number(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number of JSON")
 

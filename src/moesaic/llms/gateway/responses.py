@@ -9,18 +9,19 @@ from typing import Any
 
 from moesaic.llms.gateway.forms import argument_text, dumped, text_of
 from moesaic.llms.gateway.refusals import Refused
-from moesaic.llms.gateway.requests import string
+from moesaic.llms.gateway.requests import mapping, string
 from moesaic.llms.gateway.stream import counts
 
 _SAME = (
     "temperature", "top_p", "user", "prompt_cache_key", "parallel_tool_calls", "metadata", "top_logprobs",
     "service_tier", "safety_identifier", "prompt_cache_retention",
 )  # fmt: skip
-_NOT = ("previous_response_id", "conversation", "background", "prompt")
-FIELDS = frozenset([
-    *_SAME, *_NOT, "model", "input", "instructions", "max_output_tokens", "reasoning", "text", "tools", "tool_choice",
-    "stream", "stream_options",
-])  # fmt: skip
+STATE = ("previous_response_id", "conversation", "background", "prompt")
+FIELDS: Mapping[str, tuple[type, ...]] = {
+    **dict.fromkeys((*_SAME, "model", "input", "max_output_tokens", "stream", "stream_options"), (object,)),
+    "instructions": (str,), "reasoning": (dict,), "text": (dict,), "tools": (list,), "tool_choice": (str, dict),
+}  # fmt: skip
+"""What is served, and what a value may be where the rest of the gateway does not see to it."""
 IDLE: Mapping[str, tuple[Any, ...]] = {
     "store": (False,),
     "include": ([],),
@@ -33,9 +34,6 @@ _TEXTS = ("input_text", "output_text", "text")
 
 def chat_of(body: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a chat. Raises Refused for items that are neither messages nor functions, and for stored state."""
-    for name in _NOT:
-        if body.get(name):
-            raise Refused(400, f"{name} is not served: send the whole conversation as input", param=name)
     said = [{"role": "system", "content": body["instructions"]}] if body.get("instructions") else []
     given = body["input"]
     said += [{"role": "user", "content": given}] if isinstance(given, str) else _messages(given)
@@ -52,7 +50,7 @@ def chat_of(body: Mapping[str, Any]) -> dict[str, Any]:
         named = isinstance(choice, dict)
         if named and choice["type"] != "function":
             raise Refused(400, f"tool_choice of type {str(choice['type'])[:40]} is not served", param="tool_choice")
-        chat["tool_choice"] = {"type": "function", "function": {"name": choice["name"]}} if named else choice
+        chat["tool_choice"] = {"type": "function", "function": {"name": string(choice["name"])}} if named else choice
     return chat
 
 
@@ -74,7 +72,8 @@ def _format(text: Mapping[str, Any]) -> dict[str, Any]:
     if kind == "json_object":
         chat["response_format"] = {"type": kind}
     elif kind == "json_schema":
-        schema = {k: wanted[k] for k in ("name", "description", "schema", "strict") if wanted.get(k) is not None}
+        schema = {k: wanted[k] for k in ("description", "strict") if wanted.get(k) is not None}
+        schema |= {"name": string(wanted["name"]), "schema": mapping(wanted["schema"])}
         chat["response_format"] = {"type": kind, kind: schema}
     elif kind != "text":
         raise Refused(400, f"text.format of type {str(kind)[:40]} is not served", param="text")
@@ -84,10 +83,8 @@ def _format(text: Mapping[str, Any]) -> dict[str, Any]:
 def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:
     if tool["type"] != "function":
         raise Refused(400, f"tools of type {str(tool['type'])[:40]} are not served", param="tools")
-    return {
-        "type": "function",
-        "function": {k: tool[k] for k in ("name", "description", "parameters", "strict") if k in tool},
-    }
+    kept = {k: tool[k] for k in ("description", "parameters", "strict") if k in tool}
+    return {"type": "function", "function": {"name": string(tool["name"]), **kept}}
 
 
 def _messages(items: Any) -> Iterator[dict[str, Any]]:

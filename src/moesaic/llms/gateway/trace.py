@@ -20,7 +20,7 @@ _UNFIT = re.compile(r"[^\x20-\x7e]")
 
 def headers(call: Call) -> list[tuple[bytes, bytes]]:
     """x-moesaic-… of an answer, as far as it is known when they are sent; a streamed one's cost is not."""
-    told = [(b"x-moesaic-request", b"%x" % call.id), (b"x-moesaic-attempts", b"%d" % len(call.attempts))]
+    told = [(b"x-moesaic-request", b"%x" % call.id), (b"x-moesaic-attempts", b"%d" % call.tries())]
     if call.router:
         told += [
             (b"x-moesaic-router", _plain(call.router)), (b"x-moesaic-category", _plain(call.category)),
