@@ -42,7 +42,7 @@ def chat_of(body: Mapping[str, Any]) -> dict[str, Any]:
         chat["user"] = user
     if body.get("tools"):
         chat["tools"] = list(map(_tool, body["tools"]))
-    if choice := body.get("tool_choice"):
+    if (choice := body.get("tool_choice")) is not None:
         chat["tool_choice"] = _choice(choice)
         if choice.get("disable_parallel_tool_use") is not None:
             chat["parallel_tool_calls"] = not choice["disable_parallel_tool_use"]
@@ -50,7 +50,7 @@ def chat_of(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:
-    if (kind := tool.get("type") or "custom") != "custom":
+    if (kind := tool.get("type")) not in (None, "custom"):
         raise Refused(400, f"tools of type {str(kind)[:40]} are not served", param="tools")
     for name, value in tool.items():
         if name not in _TOOL and value is not None:

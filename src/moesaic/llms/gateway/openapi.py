@@ -87,7 +87,7 @@ _SAID: Schema = {"type": "array", "minItems": 1, "items": _object(role=_TEXT, co
 def _served(path: str, **known: Schema) -> Schema:
     """Fields of another API: those that are served, and the values of others that change nothing."""
     served, idle = FIELDS[path]
-    values = {name: {"enum": [*kept, None]} for name, kept in idle.items()}
+    values = {name: {"enum": [*kept, None]} for name, kept in idle.items() if name not in served}
     return {**dict.fromkeys(served, _ANY), **values, "stream": _STREAM, "model": _MODEL, **known}
 
 
@@ -95,7 +95,7 @@ _EFFORT = _closed("effort", effort={"type": ["string", "null"]})
 _FORMAT = {
     "anyOf": [
         _object(type={"enum": ["text", "json_object"]}),
-        _object("name", "schema", type={"const": "json_schema"}, name=_TEXT, schema=_JSON),
+        _object(type={"const": "json_schema"}, name=_TEXT, schema=_JSON),
     ]
 }
 _FUNCTION = _object(type={"const": "function"}, name=_TEXT)

@@ -46,7 +46,7 @@ def chat_of(body: Mapping[str, Any]) -> dict[str, Any]:
     chat |= _reasoning(body.get("reasoning") or {}) | _format(body.get("text") or {})
     if body.get("tools"):
         chat["tools"] = list(map(_tool, body["tools"]))
-    if choice := body.get("tool_choice"):
+    if (choice := body.get("tool_choice")) is not None:
         named = isinstance(choice, dict)
         if named and choice["type"] != "function":
             raise Refused(400, f"tool_choice of type {str(choice['type'])[:40]} is not served", param="tool_choice")
@@ -67,7 +67,7 @@ def _format(text: Mapping[str, Any]) -> dict[str, Any]:
         if name not in ("format", "verbosity") and value is not None:
             raise Refused(400, f"text.{name[:40]} is not served: leave it out", param="text")
     chat = {"verbosity": text["verbosity"]} if text.get("verbosity") is not None else {}
-    wanted = text.get("format") or {"type": "text"}
+    wanted = {"type": "text"} if text.get("format") is None else text["format"]
     kind = wanted["type"]
     if kind == "json_object":
         chat["response_format"] = {"type": kind}
