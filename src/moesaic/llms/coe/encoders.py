@@ -31,7 +31,7 @@ HEAD, TAIL = 600, 200
 """Characters of a long prompt's beginning and end that n-grams are taken from."""
 VOCABULARY = 20_000
 DIRECTIONS = 256
-MAX_TOKENS = 48
+MAX_TOKENS = 32
 """Of a prompt, for MiniLM: what it is about shows early, and time grows with length."""
 BATCH = 16
 PROBE = "A short text, to tell one encoder from another."

@@ -180,12 +180,13 @@ def roll(
     limits: Limits | None = None,
     *,
     say: Callable[[Question], str] = plainly,
+    watch: Callable[[int, Piece], None] = lambda which, piece: None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Rollout]:
     """Answer questions side by side, whatever becomes of single calls.
 
     Args:
-        say: what the policy is asked. progress: is told how many have ended, each round.
+        say: what the policy is asked. watch: is told each piece as it comes, and of which question. progress: is told how many have ended, each round.
     """
     limits = limits or Limits()
     found = [Rollout(question) for question in questions]
@@ -200,6 +201,7 @@ def roll(
             text = cut(written.text)
             found[i].written.append(written)
             found[i].transcript.pieces.append(Piece(text, ids=written.ids))
+            watch(i, found[i].transcript.pieces[-1])
             done = action(text)
             if isinstance(done, str):
                 continue
@@ -208,7 +210,7 @@ def roll(
                 searching.append((i, done))
         active = going
         if turn < limits.turns:
-            _ask(found, rounds, pool, limits, searching)
+            _ask(found, rounds, pool, limits, searching, watch)
         progress(len(found) - len(active))
     return found
 
@@ -219,6 +221,7 @@ def _ask(
     pool: Pool,
     limits: Limits,
     searching: Sequence[tuple[int, Search]],
+    watch: Callable[[int, Piece], None],
 ) -> None:
     """Ask whom searches name, all at once, and let each be read."""
     models = [resolve(search.name, found[i].question.catalog) for i, search in searching]
@@ -235,6 +238,7 @@ def _ask(
         )
         ids = rounds.read(i, Piece(text, reply=True).shown())
         found[i].transcript.pieces.append(Piece(text, reply=True, ids=ids))
+        watch(i, found[i].transcript.pieces[-1])
 
 
 def _call(model: Model | None, search: Search) -> tuple[Model, str]:

@@ -1,0 +1,77 @@
+"""A trained policy in a folder: its weights and tokenizer as Transformers saves them, and how it is asked."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from moesaic.errors import AdapterError, ConfigError, path_of
+from moesaic.llms.router_r1.engine import Limits
+from moesaic.llms.router_r1.local import LocalPolicy
+from moesaic.llms.router_r1.prompt import FIELDS
+from moesaic.runs.folder import read_json, write_json
+
+FILE = "router_r1.json"
+POLICY = "policy"
+"""Where a run keeps its policy."""
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How a policy is asked, and how far it goes.
+
+    Attributes:
+        models: whom it learned to ask. tell: what its prompt says of them.
+        turns, reply_tokens: as `Limits`. max_tokens: of a reply, as its model is asked. bare: queries go as they are.
+        max_new_tokens: of one generation.
+    """
+
+    models: tuple[str, ...] = ()
+    tell: tuple[str, ...] = FIELDS
+    turns: int = 4
+    reply_tokens: int = 600
+    max_tokens: int = 512
+    max_new_tokens: int = 1024
+    bare: bool = False
+
+    def limits(self, budget: float | None = None) -> Limits:
+        """As far as a rollout goes. budget: USD of a question."""
+        return Limits(self.turns, self.reply_tokens, budget, self.max_tokens)
+
+
+def save(policy: LocalPolicy, asking: Asking, folder: Path) -> None:
+    """Write into a folder that is there."""
+    policy.model.save_pretrained(folder, safe_serialization=True)
+    policy.tokenizer.save_pretrained(folder)
+    write_json(folder / FILE, asdict(asking))
+
+
+def is_policy(folder: Path) -> bool:
+    return (folder / FILE).is_file() or (folder / POLICY / FILE).is_file()
+
+
+def load(folder: str | Path) -> tuple[LocalPolicy, Asking]:
+    """A policy, which takes the likeliest token, of its folder or of the run that made it.
+
+    Raises:
+        ConfigError: there is none. AdapterError: it is damaged.
+    """
+    from moesaic.models.embedded import load_model
+
+    given = path_of(folder)
+    place = given if (given / FILE).is_file() else given / POLICY
+    if not (place / FILE).is_file():
+        raise ConfigError(f"{folder} holds no policy; `moesaic llm r1 train` makes one")
+    loaded, stored = load_model(str(place)), read_json(place / FILE)
+    if stored.keys() != {f.name for f in fields(Asking)}:
+        raise AdapterError(f"{place / FILE} is not as it was written: train the policy again")
+    asking = Asking(**{name: _plain(value) for name, value in stored.items()})
+    policy = LocalPolicy(
+        loaded.model.eval(), loaded.tokenizer, temperature=0.0, max_new_tokens=asking.max_new_tokens
+    )  # fmt: skip
+    return policy, asking
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
