@@ -186,7 +186,8 @@ def roll(
     """Answer questions side by side, whatever becomes of single calls.
 
     Args:
-        say: what the policy is asked. watch: is told each piece as it comes, and of which question. progress: is told how many have ended, each round.
+        say: what the policy is asked. watch: is told each piece as it comes, and of which question.
+        progress: is told how many have ended, each round.
     """
     limits = limits or Limits()
     found = [Rollout(question) for question in questions]
