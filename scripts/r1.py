@@ -14,7 +14,6 @@ import os
 import statistics
 import sys
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 
 from moesaic.llms.catalog import Model
 from moesaic.llms.pool import MEMBERS, serving
-from moesaic.llms.router_r1 import scripts, warm, world
+from moesaic.llms.router_r1 import scores, scripts, warm, world
 from moesaic.llms.router_r1.asking import HttpPool
 from moesaic.llms.router_r1.engine import Limits, Policy, Question, roll
 from moesaic.llms.router_r1.for_trl import Rollouts
@@ -32,7 +31,7 @@ from moesaic.models.embedded import load_model
 
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "results" / "r1.jsonl"
-ALPHAS = (0.0, 0.6, 0.9)
+ALPHAS = (0.0, 0.9, 0.6)
 WARM, STEPS, GROUP, QUESTIONS = 250, 150, 8, 8
 LIMITS = Limits(turns=4, reply_tokens=16)
 TESTED = 200
@@ -60,17 +59,10 @@ class World:
 def measured(policy: Policy, pool: HttpPool, asked: Sequence[Question]) -> dict[str, Any]:
     """Exact match, cost, calls, faults, and whom a policy asks."""
     found = roll(policy, pool, asked, LIMITS, say=world.told)
-    named = Counter(call.model for r in found for call in r.calls if call.model)
     theirs = {*world.KNOWS["order"]}
     unseen = [r for r in found if "sorter" in r.question.catalog and theirs & {*r.question.about["tasks"]}]
     asks = [any(call.model == "sorter" for call in r.calls) for r in unseen]
-    return {
-        "em": statistics.fmean(exact_match(r.answer, r.question.truths) for r in found),
-        "broken": statistics.fmean(bool(r.fault()) for r in found),
-        "cost": statistics.fmean(r.cost for r in found), "calls": statistics.fmean(len(r.calls) for r in found),
-        "commonest": max(named.values(), default=0) / max(1, sum(named.values())), "named": dict(named.most_common()),
-        "asks the unseen": statistics.fmean(asks) if asks else None,
-    }  # fmt: skip
+    return {**scores.measured(found), "asks the unseen": statistics.fmean(asks) if asks else None}
 
 
 def fresh(seed: int) -> LocalPolicy:
@@ -173,8 +165,8 @@ def cells(place: Path, here: World, seeds: Sequence[int]) -> None:
         for rule, tests in baselines(here).items():
             keep(rule, 0, {"tests": tests})
         keep("scripts", 0, {})
-    for seed in seeds:
-        for alpha in ALPHAS:
+    for alpha in ALPHAS:
+        for seed in seeds:
             if (f"alpha {alpha:g}", seed) in there:
                 continue
             policy, took = warmed(place, here, seed)

@@ -198,7 +198,7 @@ def trainer(out: Path, made: LocalPolicy, given: Rollouts, steps: int, **how: An
 class Drawn(Rewards):
     """Rewards that differ within a group: what is trained on is of no account here."""
 
-    def __call__(self, fault: str, answer: str, truths: Sequence[str], cost: float) -> Any:
+    def __call__(self, fault: str, answer: str, truths: Sequence[str], cost: float, **_: Any) -> Any:
         from moesaic.llms.router_r1.rewards import Reward
 
         self.window.add(cost + len(self.window))

@@ -1,4 +1,4 @@
-"""`moesaic llm fit | frontier | route | serve | bench`: whole language models as experts."""
+"""`moesaic llm fit | frontier | route | serve | bench | r1`: whole language models as experts."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moesaic.cli import llm_r1
 from moesaic.cli.show import print_json, show
 from moesaic.cli.verbs import Section, verb
 from moesaic.errors import ConfigError, path_of, suggest
+from moesaic.llms.router_r1.settings import SETTINGS as R1
 from moesaic.llms.running import SETTINGS, LlmBench, LlmFit, LlmFrontier, LlmRoute, LlmServe, check_given
 from moesaic.runs.process import standard_input
 from moesaic.runs.recipe import parse_settings
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from moesaic.llms.catalog import Catalog
     from moesaic.llms.coe.composition import Decision
 
-ACTIONS = (*SETTINGS, "serve")
+ACTIONS = (*SETTINGS, "serve", "r1")
 
 _ABOUT = """A prompt has a category, and each category an expert: a model of the catalog, so chosen that all experts
 together fit a budget. The gateway sends prompts to them, as one OpenAI-compatible endpoint.
@@ -28,26 +30,32 @@ together fit a budget. The gateway sends prompts to them, as one OpenAI-compatib
   moesaic llm frontier data=scores.jsonl catalog=models.yaml out=frontier.svg what a larger budget would buy
   moesaic llm route coe prompt='Prove that 2 is prime'                        who would answer, and why
   moesaic llm bench coe data=others.jsonl catalog=models.yaml                 how well it would have done (replayed)
-  moesaic llm serve gateway.yaml                                              the endpoint; docs/coe.md has the file"""
+  moesaic llm serve gateway.yaml                                              the endpoint; docs/coe.md has the file
+
+"""
 
 
 @verb(
     "llm",
-    "whole language models as experts: fit, frontier, route, serve, bench",
+    "whole language models as experts: fit, frontier, route, serve, bench, r1",
     group="language models",
     place=96,
     settings=[
         *[Section(of, f"settings of {name} (key=value):", actions=(name,)) for name, of in SETTINGS.items()],
         Section(LlmServe, "serve has no settings: all that a gateway is told stands in its file", actions=("serve",)),
+        *[Section(of, f"settings of r1 {name} (key=value):", actions=("r1",)) for name, of in R1.items()],
     ],
-    operands={"action": "fit, frontier, route, serve or bench"},
+    operands={"action": "fit, frontier, route, serve, bench or r1"},
     takes="key=value | FOLDER | FILE",
-    about=lambda: _ABOUT,
+    about=lambda: _ABOUT + llm_r1.ABOUT,
 )
 def run(action: str, arguments: list[str], *, as_json: bool = False) -> None:
     """Raises MoesaicError of the kind that fits."""
     if action not in ACTIONS:
         raise ConfigError(f"llm {action}: no such action; {suggest(action, ACTIONS)}")
+    if action == "r1":
+        llm_r1.run(arguments, as_json=as_json)
+        return
     places = [text for text in arguments if "=" not in text]
     wanted = {"route": "one folder, a composition's", "bench": "one folder, a composition's",
               "serve": "one file, a gateway's"}  # fmt: skip

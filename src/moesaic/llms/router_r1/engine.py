@@ -26,12 +26,14 @@ class Question:
     """What is asked, of a policy that may ask the models of a catalog about it.
 
     Attributes:
-        truths: answers that count as right. about: whatever else is known of it (its kind, say), for tables.
+        truths: answers that count as right. alpha: how much cost matters here, where the policy is to be told.
+        about: whatever else is known of it (its kind, say), for tables.
     """
 
     text: str
     catalog: Catalog
     truths: tuple[str, ...] = ()
+    alpha: float | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -41,7 +43,7 @@ class Question:
 
 def plainly(question: Question) -> str:
     """The prompt of `prompt.prompt`, with all that is known of the models."""
-    return prompt(question.text, question.catalog.values())
+    return prompt(question.text, question.catalog.values(), alpha=question.alpha)
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,7 @@ class Call:
     Attributes:
         name: as the policy wrote it. model: whom that means; empty where it means none. query, reply: as they were.
         cost: micro-dollars, the completion tokens times the price of a million. failure: why there is no reply.
+        asked: whether the model was.
     """
 
     name: str
@@ -136,6 +139,7 @@ class Call:
     cost: float = 0.0
     seconds: float = 0.0
     failure: str = ""
+    asked: bool = True
 
 
 @dataclass
@@ -159,6 +163,11 @@ class Rollout:
     def fault(self, *, strict: bool = False) -> str:
         """What breaks its format; empty where nothing does."""
         return self.transcript.fault(self.question.catalog, strict=strict)
+
+    @property
+    def failed(self) -> bool:
+        """Whether a model that was asked did not answer."""
+        return any(call.failure and call.asked for call in self.calls)
 
     @property
     def policy_tokens(self) -> int:
@@ -235,7 +244,7 @@ def _ask(
         price = 0.0 if model is None or reply.failure else model.cost(0, reply.tokens) * 1e6
         name = "" if model is None else model.name
         found[i].calls.append(
-            Call(search.name, name, search.query, text, reply.tokens, price, reply.seconds, reply.failure)
+            Call(search.name, name, search.query, text, reply.tokens, price, reply.seconds, reply.failure, not why[at])
         )
         ids = rounds.read(i, Piece(text, reply=True).shown())
         found[i].transcript.pieces.append(Piece(text, reply=True, ids=ids))

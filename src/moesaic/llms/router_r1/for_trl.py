@@ -29,7 +29,7 @@ class Rollouts:
 
     Attributes:
         rewards: whose window of costs is of training alone. last: the rollouts of the latest batch.
-        figures: by name, means over each batch so far: reward, outcome, cost, calls, broken.
+        figures: by name, means over each batch so far: reward, outcome, cost, calls, broken. tried: tries on others.
     """
 
     def __init__(
@@ -43,12 +43,13 @@ class Rollouts:
         say: Callable[[Question], str] = plainly,
     ) -> None:
         """Raises ConfigError for two questions whose prompts are the same."""
-        self.policy, self.pool, self.rewards, self.limits, self._say = policy, pool, rewards, limits, say
+        self.policy, self.pool, self.rewards, self.limits, self.say = policy, pool, rewards, limits, say
         self._questions = {say(question): question for question in questions}
         if len(self._questions) < len(questions):
             raise ConfigError("two questions have the same prompt: TRL tells them apart by it")
         self.last: list[Rollout] = []
         self.figures: dict[str, list[float]] = {}
+        self.tried: list[dict[str, Any]] = []
 
     def data(self) -> Any:
         """A data set of prompts."""
@@ -61,11 +62,11 @@ class Rollouts:
         was_training = self.policy.model.training
         self.policy.model.eval()
         try:
-            found = roll(self.policy, self.pool, [self._questions[p] for p in prompts], self.limits, say=self._say)
+            found = roll(self.policy, self.pool, [self._questions[p] for p in prompts], self.limits, say=self.say)
         finally:
             self.policy.model.train(was_training)
         episodes = [Episode.of(r, self.policy.encode(p)) for r, p in zip(found, prompts, strict=True)]
-        worth = [self.rewards(r.fault(), r.answer, r.question.truths, r.cost) for r in found]
+        worth = [self._worth(r) for r in found]
         self.last = found
         self._note(found, worth)
         return {
@@ -76,9 +77,13 @@ class Rollouts:
             "worth": [w.total for w in worth],
         }
 
-    def reward(self, prompts: Any, completions: Any, worth: Sequence[float], **_: Any) -> list[float]:
+    def reward(self, prompts: Any, completions: Any, worth: Sequence[float], **_: Any) -> list[float | None]:
         """The reward function: what each transcript was worth, whatever its text reads like."""
         return list(worth)
+
+    def _worth(self, r: Rollout) -> Reward:
+        question = r.question
+        return self.rewards(r.fault(), r.answer, question.truths, r.cost, alpha=question.alpha, failed=r.failed)
 
     def _note(self, found: Sequence[Rollout], worth: Sequence[Reward]) -> None:
         means: dict[str, Sequence[float]] = {
@@ -98,11 +103,13 @@ class Rollouts:
         class Keeping(TrainerCallback):
             def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
                 place = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-                write_json(place / WINDOW, {"window": rollouts.rewards.window.state(), "figures": rollouts.figures})
+                window = rollouts.rewards.window.state()
+                write_json(place / WINDOW, {"window": window, "figures": rollouts.figures, "tried": rollouts.tried})
 
         return Keeping()
 
     def take_back(self, checkpoint: str | Path) -> None:
-        """The window of costs and the figures as they were at a checkpoint. Raises ConfigError where they are not."""
+        """The window, figures and tries as they were at a checkpoint. Raises ConfigError where they are not."""
         stored = read_json(Path(checkpoint) / WINDOW)
-        self.rewards.window, self.figures = CostWindow(**stored["window"]), stored["figures"]
+        self.rewards.window = CostWindow(**stored["window"])
+        self.figures, self.tried = stored["figures"], stored["tried"]

@@ -18,6 +18,7 @@ Its reply comes between <information> and </information>. You may ask several mo
 - Never write LLM-Name or Your-Query themselves, and never repeat what is said of the models below.
 When you know enough, write the answer alone, in few words, between <answer> and </answer>: <answer> Beijing </answer>.
 """
+_COST = "What you spend on replies counts {alpha:g}, from 0 (not at all) to 1 (as much as being right).\n"
 _HELPER = """Answer this question, or give what you know that helps to answer it, in fewer than {words} words. Where you
 know nothing of it, say so and advise to ask another model.
 
@@ -43,12 +44,13 @@ def described(model: Model, tell: Iterable[str] = FIELDS) -> str:
     return f"{model.name}: {'; '.join(told)}" if told else model.name
 
 
-def prompt(question: str, models: Iterable[Model], tell: Iterable[str] = FIELDS) -> str:
-    """What a policy is asked, as one user turn."""
+def prompt(question: str, models: Iterable[Model], tell: Iterable[str] = FIELDS, *, alpha: float | None = None) -> str:
+    """What a policy is asked, as one user turn. alpha: how much cost matters, where it is to be told."""
     models, tell = list(models), list(tell)
     names = ", ".join(model.name for model in models)
     known = "\n".join(described(model, tell) for model in models)
-    return f"{_TASK.format(names=names)}\nThe models:\n{known}\n\nQuestion: {question.strip()}\n"
+    weighed = "" if alpha is None else _COST.format(alpha=alpha)
+    return f"{_TASK.format(names=names)}{weighed}\nThe models:\n{known}\n\nQuestion: {question.strip()}\n"
 
 
 def helper(query: str, words: int = REPLY_WORDS) -> str:

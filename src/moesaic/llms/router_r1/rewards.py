@@ -2,7 +2,9 @@
 
     R = -1                         where the format is broken
     R = 0                          where the answer is wrong: cost does not count then
-    R = (1 - α) m + α c            else;  m: exact match (or F1),  c: 1 for the cheapest of the window, 0 the dearest
+    R = (1 - α) m + α c - φ f      else;  m: exact match (or F1),  c: 1 for the cheapest of the window, 0 the dearest
+
+    f: 1 where a model that was asked did not answer (ours; φ is 0 unless asked for)
 
     c = 1 - clip((u - q5) / (q95 - q5), 0, 1),   u = sqrt(raw cost),   q: quantiles of the last 1,000 u's, u's own too
 
@@ -96,23 +98,40 @@ class Rewards:
     """How transcripts are rewarded.
 
     Attributes:
-        alpha: the weight of cost, 0 to 1. metric: em or f1. window: of what costs are ranked among.
+        alpha: the weight of cost, 0 to 1. metric: em or f1. failure: φ, what a model that does not answer costs.
+        window: of what costs are ranked among.
     """
 
     alpha: float = 0.0
     metric: str = "em"
+    failure: float = 0.0
     window: CostWindow = field(default_factory=CostWindow)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise ConfigError(f"alpha={self.alpha} must be from 0 to 1")
+        for name in ("alpha", "failure"):
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise ConfigError(f"{name}={value} must be from 0 to 1")
         if self.metric not in METRICS:
             raise ConfigError(f"metric={self.metric}: {suggest(self.metric, METRICS)}")
 
-    def __call__(self, fault: str, answer: str, truths: Sequence[str], cost: float) -> Reward:
-        """Of a transcript's fault (empty for none), its answer, and its raw cost, which enters the window."""
-        rank = self.window.add(cost)
+    def __call__(
+        self,
+        fault: str,
+        answer: str,
+        truths: Sequence[str],
+        cost: float,
+        *,
+        alpha: float | None = None,
+        failed: bool = False,
+    ) -> Reward:
+        """Of a transcript's fault (empty for none), its answer, and its raw cost, which enters the window.
+
+        Args:
+            alpha: in place of the one for all. failed: a model that was asked did not answer.
+        """
+        rank, weight = self.window.add(cost), self.alpha if alpha is None else alpha
         if fault:
             return Reward(BROKEN, 0.0, rank, fault)
         outcome = (exact_match if self.metric == "em" else f1)(answer, truths)
-        return Reward((1 - self.alpha) * outcome + self.alpha * rank if outcome else 0.0, outcome, rank)
+        worth = (1 - weight) * outcome + weight * rank if outcome else 0.0
+        return Reward(worth - self.failure * failed, outcome, rank)

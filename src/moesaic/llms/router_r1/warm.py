@@ -2,15 +2,44 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moesaic.llms.router_r1.engine import Rollout
+from moesaic.llms.router_r1.engine import Question, Rollout, Written
 from moesaic.llms.router_r1.local import LocalPolicy
-from moesaic.llms.router_r1.transcript import TAGS
+from moesaic.llms.router_r1.transcript import TAGS, harmless
 
 IGNORED = -100
+
+
+class Showing:
+    """A policy to imitate: it asks a model that is drawn, with the question as it stands, and then knows the answer."""
+
+    def __init__(self, questions: Sequence[Question], seed: int = 0) -> None:
+        self._questions, self._draw = questions, random.Random(f"showing {seed}")
+
+    def begin(self, prompts: Sequence[str]) -> Showing:
+        self._asked: set[int] = set()
+        return self
+
+    def write(self, who: Sequence[int]) -> list[Written]:
+        return [Written(text := self._line(i), len(text.split())) for i in who]
+
+    def _line(self, i: int) -> str:
+        question = self._questions[i]
+        if i in self._asked:
+            return f"<think> That is enough to answer. </think><answer> {question.truths[0]} </answer>"
+        self._asked.add(i)
+        name, query = self._draw.choice(list(question.catalog)), " ".join(question.text.replace(":", " ").split())
+        return f"<think> I should ask {name}. </think><search> {name}: {harmless(query)} </search>"
+
+    def read(self, who: int, text: str) -> tuple[int, ...]:
+        return ()
+
+    def clip(self, text: str, tokens: int) -> str:
+        return " ".join(text.split()[:tokens])
 
 
 def with_tags(model: Any, tokenizer: Any, seed: int = 0) -> None:

@@ -125,4 +125,4 @@ def _question(
         result = applied(task, result)
     text = f"{written(digits)} {' then '.join(CUES[task] for task in tasks)}"
     about: dict[str, Any] = {"tasks": tuple(tasks), "digits": tuple(digits)}
-    return Question(text, Catalog(catalog, "the world"), (written(result),), about)
+    return Question(text, Catalog(catalog, "the world"), (written(result),), about=about)

@@ -1,0 +1,100 @@
+"""What a policy makes of questions, beside ways that need none."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from moesaic.errors import ConfigError, path_of
+from moesaic.llms.catalog import Catalog
+from moesaic.llms.router_r1 import folder as folders
+from moesaic.llms.router_r1 import scores
+from moesaic.llms.router_r1.engine import Pool, Question, Rollout, roll
+from moesaic.llms.router_r1.local import LocalPolicy
+from moesaic.llms.router_r1.questions import read_questions
+from moesaic.llms.router_r1.running import pool_of, saying
+from moesaic.llms.router_r1.settings import R1Eval
+from moesaic.runs.folder import check_writable, write_text
+
+AT_ONCE = 64
+"""Questions that stand in one batch."""
+
+Say = Callable[[str], None]
+
+
+def policy_of(place: str) -> tuple[LocalPolicy, folders.Asking]:
+    """A trained policy, or a base model as it is. Raises ConfigError where there is neither."""
+    from moesaic.models.embedded import load_model
+
+    given = path_of(place)
+    if folders.is_policy(given):
+        return folders.load(place)
+    if given.is_dir() and not (given / "config.json").is_file():
+        raise ConfigError(f"{place} holds no policy; `moesaic llm r1 train` makes one")
+    asking, loaded = folders.Asking(), load_model(place)
+    if loaded.kind != "causal":
+        raise ConfigError(f"{place} writes no text: a policy is a causal language model")
+    return LocalPolicy(
+        loaded.model.eval(), loaded.tokenizer, temperature=0.0, max_new_tokens=asking.max_new_tokens
+    ), asking  # fmt: skip
+
+
+def evaluate(wanted: R1Eval, place: str, *, say: Say = lambda line: None) -> dict[str, Any]:
+    """Rows by who asks: figures as `scores.measured` gives them.
+
+    Raises:
+        ConfigError, DataError: something cannot be had. Nothing has been asked then.
+    """
+    catalog = Catalog.read(wanted.catalog)
+    alphas = [] if wanted.alpha is None else [wanted.alpha]
+    asked = read_questions(wanted.data, catalog, alphas)[: wanted.limit or None]
+    learned = read_questions(wanted.train, catalog) if wanted.train else []
+    out = path_of(wanted.out) if wanted.out else None
+    if out is not None:
+        check_writable(out, f"out={wanted.out}")
+        if out.suffix != ".jsonl" or out.is_dir():
+            raise ConfigError(f"out={wanted.out} must be a .jsonl file")
+    policy, asking = policy_of(place)
+    beside = policy_of(wanted.beside)[0] if wanted.beside else None
+    pool = pool_of(wanted, asking.max_tokens, bare=asking.bare)
+
+    def rolled(who: LocalPolicy, name: str) -> list[Rollout]:
+        found: list[Rollout] = []
+        for start in range(0, len(asked), AT_ONCE):
+            part, limits = asked[start : start + AT_ONCE], asking.limits(wanted.budget)
+            found += roll(who, pool, part, limits, say=saying(asking.tell))
+            say(f"{name}: {len(found):,} of {len(asked):,} questions")
+        return found
+
+    try:
+        found = rolled(policy, place)
+        rows = {place: scores.measured(found)}
+        if beside is not None:
+            beside.max_new_tokens = asking.max_new_tokens
+            rows[f"{wanted.beside}, untrained"] = scores.measured(rolled(beside, wanted.beside))
+        if wanted.every or learned:
+            rows |= _without(wanted, pool, asked, learned, asking.bare, say)
+    finally:
+        pool.close()
+    if out is not None:
+        write_text(out, "".join(json.dumps(r.trace(), ensure_ascii=False) + "\n" for r in found))
+    return {"questions": len(asked), "rows": rows, "asked": pool.asked, "hits": pool.hits}
+
+
+def _without(
+    wanted: R1Eval, pool: Pool, asked: Sequence[Question], learned: Sequence[Question], bare: bool, say: Say
+) -> dict[str, dict[str, Any]]:
+    """Ways without a policy: one model for all, at random, k-NN, and the oracle; each asks once, with all of it."""
+    say("asking each model each question")
+    replies, chosen = scores.ask_every(pool, asked, bare=bare), {}
+    if wanted.every:
+        names = list(dict.fromkeys(name for q in asked for name in q.catalog))
+        chosen = {f"{name}, once": scores.always(asked, name) for name in names}
+    chosen["at random, once"] = scores.at_random(asked, wanted.seed)
+    if learned:
+        say("asking each model each question that k-NN learns from")
+        told = scores.ask_every(pool, learned, bare=bare)
+        chosen["k-NN, once"] = scores.nearest(asked, learned, told)
+    chosen["oracle, once"] = scores.oracle(asked, replies)
+    return {who: scores.once(asked, replies, whom) for who, whom in chosen.items()}

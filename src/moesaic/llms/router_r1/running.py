@@ -1,0 +1,275 @@
+"""A run of Router-R1: a warm start, GRPO in TRL's trainer, tries while it trains, and a policy in a folder.
+
+OUT/settings.json   what makes it the same run       OUT/checkpoints/   TRL's, to go on from
+OUT/metrics.jsonl   a line a step, and a line a try  OUT/policy/        the policy, once it is finished
+OUT/results.json    figures of all steps and tries   OUT/report.html    them as curves
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from moesaic.errors import ConfigError, MissingDependency, path_of
+from moesaic.llms.catalog import Catalog
+from moesaic.llms.router_r1 import folder, warm
+from moesaic.llms.router_r1.asking import HttpPool
+from moesaic.llms.router_r1.engine import Question, Rollout, roll
+from moesaic.llms.router_r1.for_trl import Rollouts
+from moesaic.llms.router_r1.local import LocalPolicy
+from moesaic.llms.router_r1.prompt import prompt
+from moesaic.llms.router_r1.questions import read_questions
+from moesaic.llms.router_r1.rewards import Rewards
+from moesaic.llms.router_r1.scores import measured
+from moesaic.llms.router_r1.settings import Pool, R1Train
+from moesaic.runs import places
+from moesaic.runs.folder import atomic_folder, check_writable, locked, write_json, write_text, writing
+from moesaic.runs.pace import Pace
+from moesaic.runs.results import command_line, versions
+
+CHECKPOINTS, METRICS, REPORT, WARM = "checkpoints", "metrics.jsonl", "report.html", "warm"
+_MADE = (CHECKPOINTS, METRICS, REPORT, WARM, folder.POLICY)
+_APART = frozenset(["out", "overwrite", "at_once", "save_every"])
+"""Settings that another process may go on with otherwise."""
+
+Say = Callable[[str], None]
+
+
+def train(wanted: R1Train, *, say: Say = lambda line: None) -> dict[str, Any]:
+    """Train a policy, or go on where its folder ended.
+
+    Returns:
+        results.json: figures by step, tries, seconds.
+    Raises:
+        ConfigError, DataError: it cannot be begun. KeyboardInterrupt: it was stopped; the same call goes on.
+    """
+    _check_trl()
+    wanted.check()
+    out, catalog = path_of(wanted.out), Catalog.read(wanted.catalog)
+    asked = read_questions(wanted.data, catalog, wanted.alphas, wanted.seed)
+    tried = read_questions(wanted.eval_data, catalog, wanted.alphas, wanted.seed) if wanted.eval_data else []
+    check_writable(out, f"out={wanted.out}")
+    places.check_ours(out, "a run of Router-R1", {"data", "alpha", "turns"})
+    places.check_unfinished(out, overwrite=wanted.overwrite)
+    described = {key: value for key, value in dataclasses.asdict(wanted).items() if key not in _APART}
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    with locked(out), writing(out):
+        unfinished = any((out / part).exists() for part in (CHECKPOINTS, WARM))
+        places.prepare(out, described, _MADE, overwrite=wanted.overwrite, unfinished=unfinished)
+        return _train(wanted, out, catalog, asked, tried, say)
+
+
+def _train(
+    wanted: R1Train, out: Path, catalog: Catalog, asked: Sequence[Question], tried: Sequence[Question], say: Say
+) -> dict[str, Any]:
+    begun, pool, policy = time.perf_counter(), pool_of(wanted, wanted.max_tokens, bare=wanted.bare), _policy(wanted)
+    asking = folder.Asking(
+        tuple(catalog), tuple(wanted.tell), wanted.turns, wanted.reply_tokens, wanted.max_tokens, wanted.max_new_tokens,
+        wanted.bare,
+    )  # fmt: skip
+    try:
+        if wanted.warm:
+            _warm(wanted, out / WARM, policy, pool, asking, asked, say)
+        rollouts = Rollouts(
+            policy, pool, asked, Rewards(wanted.alpha, wanted.metric, wanted.failure), asking.limits(),
+            say=saying(asking.tell),
+        )  # fmt: skip
+        if wanted.steps:
+            _grpo(wanted, out, rollouts, tried, say)
+    finally:
+        pool.close()
+    with atomic_folder(out / folder.POLICY) as staging:
+        folder.save(policy, asking, staging)
+    results = {
+        "steps": wanted.steps, "figures": rollouts.figures, "tried": rollouts.tried,
+        "seconds": time.perf_counter() - begun, "asked": pool.asked, "hits": pool.hits, "models": list(catalog),
+        "settings": dataclasses.asdict(wanted), "command": command_line(), "versions": versions(),
+    }  # fmt: skip
+    from moesaic.report.router_r1 import page
+
+    write_text(out / REPORT, page(results))
+    write_json(out / places.RESULTS, results)
+    for part in (CHECKPOINTS, WARM):
+        shutil.rmtree(out / part, ignore_errors=True)
+    return results
+
+
+def saying(tell: Sequence[str]) -> Callable[[Question], str]:
+    """What a policy is asked of a question."""
+    return lambda question: prompt(question.text, question.catalog.values(), tell, alpha=question.alpha)
+
+
+def pool_of(wanted: Pool, max_tokens: int, *, bare: bool) -> HttpPool:
+    return HttpPool(
+        at_once=wanted.at_once, retries=wanted.retries, timeout=wanted.timeout, max_tokens=max_tokens, bare=bare
+    )
+
+
+def _policy(wanted: R1Train) -> LocalPolicy:
+    import torch
+
+    from moesaic.models.embedded import load_model
+
+    loaded = load_model(wanted.model)
+    if loaded.kind != "causal":
+        raise ConfigError(f"model={wanted.model} writes no text: a policy is a causal language model")
+    torch.manual_seed(wanted.seed)
+    if wanted.tags:
+        warm.with_tags(loaded.model, loaded.tokenizer, wanted.seed)
+    model = loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    if wanted.r:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=wanted.r, lora_alpha=2 * wanted.r, target_modules="all-linear"))
+    return LocalPolicy(
+        model.eval(), loaded.tokenizer, temperature=wanted.temperature, max_new_tokens=wanted.max_new_tokens
+    )  # fmt: skip
+
+
+def _warm(
+    wanted: R1Train, place: Path, policy: LocalPolicy, pool: HttpPool, asking: folder.Asking,
+    asked: Sequence[Question], say: Say,
+) -> None:  # fmt: skip
+    """Imitate transcripts in which a model that is drawn is asked, and the answer is the right one."""
+    say(f"warm start: {wanted.warm} steps of imitation")
+    script, words = warm.Showing(asked, wanted.seed), saying(asking.tell)
+    shown = roll(script, pool, asked, asking.limits(), say=words)
+    pairs = [(r, words(question)) for r, question in zip(shown, asked, strict=True) if not r.fault()]
+    rows = warm.rows(policy, [r for r, _ in pairs], [text for _, text in pairs])
+    warm.imitate(policy, rows, place, steps=wanted.warm, lr=wanted.warm_lr, seed=wanted.seed)
+
+
+def _grpo(wanted: R1Train, out: Path, rollouts: Rollouts, tried: Sequence[Question], say: Say) -> None:
+    from transformers.trainer_utils import get_last_checkpoint
+    from trl import GRPOConfig, GRPOTrainer
+
+    place, policy = out / CHECKPOINTS, rollouts.policy
+    cpu = policy.model.device.type == "cpu"
+    arguments = GRPOConfig(
+        str(place), max_steps=wanted.steps, per_device_train_batch_size=wanted.group * wanted.questions,
+        num_generations=wanted.group, learning_rate=wanted.lr, beta=wanted.beta, temperature=wanted.temperature,
+        warmup_steps=min(5, wanted.steps // 10), lr_scheduler_type="constant_with_warmup", loss_type="grpo",
+        report_to=[], use_cpu=cpu, bf16=False, save_steps=wanted.save_every, save_total_limit=2, seed=wanted.seed,
+        gradient_checkpointing=False, disable_tqdm=True, logging_steps=1, log_level="error",
+    )  # fmt: skip
+    trainer = GRPOTrainer(
+        policy.model, rollouts.reward, arguments, rollouts.data(), processing_class=policy.tokenizer,
+        rollout_func=rollouts.rollout, callbacks=[rollouts.callback(), _following(wanted, out, rollouts, tried, say)],
+    )  # fmt: skip
+    last = get_last_checkpoint(str(place)) if place.is_dir() else None
+    if last:
+        rollouts.take_back(last)
+        say(f"goes on from step {Path(last).name.rpartition('-')[2]} of {wanted.steps}")
+    _keep_lines(out / METRICS, len(rollouts.figures.get("reward", ())))
+    with _stopping(trainer):
+        trainer.train(resume_from_checkpoint=last)
+    policy.model.eval()
+    if trainer.state.global_step < wanted.steps:
+        raise KeyboardInterrupt(f"stopped after step {trainer.state.global_step}; the same command goes on from there")
+    if wanted.r:
+        policy.model = policy.model.merge_and_unload()
+
+
+def _following(wanted: R1Train, out: Path, rollouts: Rollouts, tried: Sequence[Question], say: Say) -> Any:
+    """Writes a line a step, tries the policy where it is time to, and says how far it is."""
+    from transformers import TrainerCallback
+
+    class Following(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.pace = Pace(wanted.steps, state.global_step)
+            if tried and not rollouts.tried:
+                self._try(0)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            step, now = state.global_step, {name: values[-1] for name, values in rollouts.figures.items()}
+            _add_line(out / METRICS, {"step": step, **now})
+            if tried and (step % wanted.eval_every == 0 or step == wanted.steps):
+                self._try(step)
+            if self.pace.due(step) or step == wanted.steps:
+                say(f"step {step} of {wanted.steps}: {_said(now)}")
+
+        def _try(self, step: int) -> None:
+            found = measured(greedy(rollouts, tried))
+            rollouts.tried.append({"step": step, **found})
+            _add_line(out / METRICS, {"tried": step, **found})
+            say(f"tried after step {step}: {_said({name: found[name] for name in ('em', 'cost', 'calls', 'broken')})}")
+
+    return Following()
+
+
+def greedy(rollouts: Rollouts, questions: Sequence[Question]) -> list[Rollout]:
+    """What the policy does where it takes the likeliest token."""
+    policy = rollouts.policy
+    before, training = policy.temperature, policy.model.training
+    policy.temperature = 0.0
+    policy.model.eval()
+    try:
+        return roll(policy, rollouts.pool, questions, rollouts.limits, say=rollouts.say)
+    finally:
+        policy.temperature = before
+        policy.model.train(training)
+
+
+def _said(figures: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3g}" for name, value in figures.items())
+
+
+def _add_line(file: Path, entry: dict[str, Any]) -> None:
+    with file.open("a", encoding="utf-8") as out:
+        out.write(json.dumps(entry) + "\n")
+
+
+def _keep_lines(file: Path, steps: int) -> None:
+    """Cut what was written after the checkpoint that a run goes on from."""
+    if file.is_file():
+        entries = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        kept = [line for line in entries if (at := json.loads(line)).get("step", at.get("tried", 0)) <= steps]
+        write_text(file, "".join(line + "\n" for line in kept))
+
+
+@contextmanager
+def _stopping(trainer: Any) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end training after the running step, with a checkpoint; a second one ends it at once."""
+
+    from transformers import TrainerCallback
+
+    asked = threading.Event()
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if asked.is_set():
+                control.should_save = control.should_training_stop = True
+
+    def stop(number: int, frame: Any) -> None:
+        asked.set()
+        for kind, held in before.items():
+            signal.signal(kind, held)
+
+    trainer.add_callback(Stop())
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {kind: signal.signal(kind, stop) for kind in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for kind, held in before.items():
+            signal.signal(kind, held)
+
+
+def _check_trl() -> None:
+    try:
+        import trl  # noqa: F401
+    except ImportError:
+        raise MissingDependency("trl", "train,llms") from None
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
