@@ -61,18 +61,20 @@ def train(wanted: R1Train, *, say: Say = lambda line: None) -> dict[str, Any]:
     places.check_ours(out, "a run of Router-R1", {"data", "alpha", "turns"})
     places.check_unfinished(out, overwrite=wanted.overwrite)
     described = {key: value for key, value in dataclasses.asdict(wanted).items() if key not in _APART}
+    policy = _policy(wanted)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     with locked(out), writing(out):
         unfinished = any((out / part).exists() for part in (CHECKPOINTS, WARM))
         places.prepare(out, described, _MADE, overwrite=wanted.overwrite, unfinished=unfinished)
-        return _train(wanted, out, catalog, asked, tried, say)
+        return _train(wanted, out, policy, catalog, asked, tried, say)
 
 
 def _train(
-    wanted: R1Train, out: Path, catalog: Catalog, asked: Sequence[Question], tried: Sequence[Question], say: Say
-) -> dict[str, Any]:
-    begun, pool, policy = time.perf_counter(), pool_of(wanted, wanted.max_tokens, bare=wanted.bare), _policy(wanted)
+    wanted: R1Train, out: Path, policy: LocalPolicy, catalog: Catalog, asked: Sequence[Question],
+    tried: Sequence[Question], say: Say,
+) -> dict[str, Any]:  # fmt: skip
+    begun, pool = time.perf_counter(), pool_of(wanted, wanted.max_tokens, bare=wanted.bare)
     asking = folder.Asking(
         tuple(catalog), tuple(wanted.tell), wanted.turns, wanted.reply_tokens, wanted.max_tokens, wanted.max_new_tokens,
         wanted.bare,
@@ -146,7 +148,9 @@ def _warm(
     shown = roll(script, pool, asked, asking.limits(), say=words)
     pairs = [(r, words(question)) for r, question in zip(shown, asked, strict=True) if not r.fault()]
     rows = warm.rows(policy, [r for r, _ in pairs], [text for _, text in pairs])
-    warm.imitate(policy, rows, place, steps=wanted.warm, lr=wanted.warm_lr, seed=wanted.seed)
+    warm.imitate(
+        policy, rows, place, steps=wanted.warm, batch_size=wanted.warm_batch, lr=wanted.warm_lr, seed=wanted.seed
+    )
 
 
 def _grpo(wanted: R1Train, out: Path, rollouts: Rollouts, tried: Sequence[Question], say: Say) -> None:

@@ -51,6 +51,7 @@ class R1Train(Pool):
         default=0, metadata={"help": "steps of imitation before: one model asked at random, then the answer"}
     )
     warm_lr: float = field(default=1e-5, metadata={"help": "learning rate of imitation"})
+    warm_batch: int = field(default=32, metadata={"help": "transcripts of a step of imitation"})
     tags: bool = field(
         default=False, metadata={"help": "give each tag a token of its own; small models want it, and a warm start"}
     )
@@ -61,7 +62,7 @@ class R1Train(Pool):
     max_tokens: int = field(default=512, metadata={"help": "of a reply, as its model is asked"})
     bare: bool = field(default=False, metadata={"help": "send queries without the words around them"})
     save_every: int = field(default=25, metadata={"help": "steps between checkpoints"})
-    seed: int = 0
+    seed: int = field(default=0, metadata={"help": "of the start, of draws and of whom a warm start asks"})
 
     def check(self) -> None:
         """Raise ConfigError for what cannot be."""
@@ -123,8 +124,9 @@ SETTINGS: dict[str, type] = {"train": R1Train, "eval": R1Eval, "chat": R1Chat, "
 _TRAIN: dict[str, tuple[float, float]] = {
     "alpha": (0, 1), "failure": (0, 1), "steps": (0, 10**7), "questions": (1, 10**5), "group": (2, 10**4),
     "lr": (0, 1e3), "beta": (0, 1e3), "r": (0, 10**5), "temperature": (1e-3, 100), "warm": (0, 10**7),
-    "warm_lr": (0, 1e3), "turns": (0, 1000), "max_new_tokens": (1, 10**6), "reply_tokens": (1, 10**6),
-    "max_tokens": (1, 10**6), "save_every": (1, 10**7), "eval_every": (1, 10**7), "seed": (0, 2**32 - 1),
+    "warm_lr": (0, 1e3), "warm_batch": (1, 10**5), "turns": (0, 1000), "max_new_tokens": (1, 10**6),
+    "reply_tokens": (1, 10**6), "max_tokens": (1, 10**6), "save_every": (1, 10**7), "eval_every": (1, 10**7),
+    "seed": (0, 2**32 - 1),
 }  # fmt: skip
 
 
