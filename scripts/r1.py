@@ -14,7 +14,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from moesaic.llms.catalog import Model
 from moesaic.llms.pool import MEMBERS, serving
 from moesaic.llms.router_r1 import scores, scripts, warm, world
 from moesaic.llms.router_r1.asking import HttpPool
-from moesaic.llms.router_r1.engine import Limits, Policy, Question, roll
+from moesaic.llms.router_r1.engine import Limits, Policy, Question, plainly, roll
 from moesaic.llms.router_r1.for_trl import Rollouts
 from moesaic.llms.router_r1.local import LocalPolicy
 from moesaic.llms.router_r1.rewards import Rewards, exact_match
@@ -56,9 +56,11 @@ class World:
         }
 
 
-def measured(policy: Policy, pool: HttpPool, asked: Sequence[Question]) -> dict[str, Any]:
+def measured(
+    policy: Policy, pool: HttpPool, asked: Sequence[Question], say: Callable[[Question], str] = world.told
+) -> dict[str, Any]:
     """Exact match, cost, calls, faults, and whom a policy asks."""
-    found = roll(policy, pool, asked, LIMITS, say=world.told)
+    found = roll(policy, pool, asked, LIMITS, say=say)
     theirs = {*world.KNOWS["order"]}
     unseen = [r for r in found if "sorter" in r.question.catalog and theirs & {*r.question.about["tasks"]}]
     asks = [any(call.model == "sorter" for call in r.calls) for r in unseen]
@@ -71,9 +73,11 @@ def fresh(seed: int) -> LocalPolicy:
     return LocalPolicy(loaded.model.eval(), loaded.tokenizer, max_new_tokens=32)
 
 
-def greedy(policy: LocalPolicy, here: World) -> dict[str, Any]:
+def greedy(policy: LocalPolicy, here: World, *, said: bool = False) -> dict[str, Any]:
+    """Figures of every test. said: the prompt says what a transcript is, for a policy that has not learned it."""
     policy.temperature = 0.0
-    found = {name: measured(policy, here.pool, asked) for name, asked in here.tests().items()}
+    say = plainly if said else world.told
+    found = {name: measured(policy, here.pool, asked, say) for name, asked in here.tests().items()}
     policy.temperature = 1.0
     return found
 
@@ -165,6 +169,10 @@ def cells(place: Path, here: World, seeds: Sequence[int]) -> None:
         for rule, tests in baselines(here).items():
             keep(rule, 0, {"tests": tests})
         keep("scripts", 0, {})
+    if ("untrained", 0) not in there:
+        loaded = load_model("nano")
+        policy = LocalPolicy(loaded.model.eval(), loaded.tokenizer, max_new_tokens=32)
+        keep("untrained", 0, {"tests": greedy(policy, here, said=True)})
     for alpha in ALPHAS:
         for seed in seeds:
             if (f"alpha {alpha:g}", seed) in there:

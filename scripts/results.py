@@ -12,6 +12,7 @@ import pages
 import results_adapters
 import results_ffn
 import results_llms
+import results_r1
 import results_skills
 import results_trees
 
@@ -331,10 +332,10 @@ def page(results: Path) -> str:
 def main() -> None:
     results, docs = ROOT / "results", ROOT / "docs"
     (docs / "results.md").write_text(page(results))
-    for script in (results_adapters, results_ffn, results_trees, results_skills, results_llms):
+    for script in (results_adapters, results_ffn, results_trees, results_skills, results_llms, results_r1):
         for name, drawing in pages.drawn(script.PICTURES, results).items():
             (docs / name).write_text(drawing)
-    for script in (results_ffn, results_trees, results_skills, results_llms):
+    for script in (results_ffn, results_trees, results_skills, results_llms, results_r1):
         for name in script.BLOCKS:
             page_file = docs / name
             page_file.write_text(pages.filled(script.BLOCKS, name, page_file.read_text(), results))
