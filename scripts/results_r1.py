@@ -18,12 +18,12 @@ TESTS = ("two hops", "one hop", "unseen name", "changed prices")
 ORDER = ("untrained", "warm start", "alpha 0", "alpha 0.6", "alpha 0.9")
 NAMES = {"untrained": "prompted, untrained", "warm start": "warm start alone"}
 
-_ABOUT = """**A world that fits two cores**: questions about lists of digits that want one task or two, one after the other,
-and four small language models behind HTTP (`scripts/llm_pool.py`): three know two tasks each at 1 to 3 dollars a million
-tokens, one all six at 6 to 9; whom a question may be put to, and at what price, stands in its prompt. The policy is nano
-(2.9 million parameters). Exact match on 200 questions a test, cost in micro-dollars a question, mean ± standard deviation
-over {seeds}; scripts (one run) know how a question is taken apart, and choose whom they ask. `unseen name`: a specialist
-goes by a name that training never had. Command: `python scripts/r1.py FOLDER`."""
+_ABOUT = """**A world that fits two cores**: questions about lists of digits that want one task or two, one after the
+other, and four small language models behind HTTP (`scripts/llm_pool.py`): three know two tasks each at 1 to 3 dollars
+a million tokens, one all six at 6 to 9; whom a question may be put to, and at what price, stands in its prompt. The
+policy is nano (2.9 million parameters). Exact match on 200 questions a test, cost in micro-dollars a question, mean ±
+standard deviation over {seeds}; scripts (one run) know how a question is taken apart, and choose whom they ask.
+`unseen name`: a specialist goes by a name that training never had. Command: `python scripts/r1.py FOLDER`."""
 
 Cells = list[dict[str, Any]]
 
@@ -71,8 +71,8 @@ def _cells(cells: Cells) -> list[str]:
 
     return [
         of("two hops", "em", 100), of("two hops", "cost"), of("two hops", "calls", 1, 2),
-        of("two hops", "commonest", 100, 0), of("two hops", "broken", 100), of("one hop", "em", 100), of("unseen name", "em", 100),
-        of("unseen name", "asks the unseen", 100, 0), of("changed prices", "em", 100), of("changed prices", "cost"),
+        of("two hops", "commonest", 100, 0), of("two hops", "broken", 100), of("one hop", "em", 100),
+        of("unseen name", "em", 100),        of("unseen name", "asks the unseen", 100, 0), of("changed prices", "em", 100), of("changed prices", "cost"),
     ]  # fmt: skip
 
 
