@@ -72,7 +72,8 @@ def _cells(cells: Cells) -> list[str]:
     return [
         of("two hops", "em", 100), of("two hops", "cost"), of("two hops", "calls", 1, 2),
         of("two hops", "commonest", 100, 0), of("two hops", "broken", 100), of("one hop", "em", 100),
-        of("unseen name", "em", 100),        of("unseen name", "asks the unseen", 100, 0), of("changed prices", "em", 100), of("changed prices", "cost"),
+        of("unseen name", "em", 100), of("unseen name", "asks the unseen", 100, 0), of("changed prices", "em", 100),
+        of("changed prices", "cost"),
     ]  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from moesaic.llms.catalog import Catalog
 from moesaic.llms.gateway.config import _SECTIONS, Settings, Trace
 from moesaic.llms.gateway.keys import Key
 from moesaic.llms.gateway.policy import Policy
+from moesaic.llms.router_r1.settings import SETTINGS as R1
 from moesaic.llms.running import SETTINGS
 from moesaic.runs.conversion import load_conversion
 from moesaic.runs.pretraining import load_pretraining
@@ -29,7 +30,7 @@ from moesaic.trees.comparison import load_comparison
 from moesaic.trees.running import load_run
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("smoe-dropout", "read-me", "rmoe", "driftmoe", "skillblender", "coe")
+PAGES = ("smoe-dropout", "read-me", "rmoe", "driftmoe", "skillblender", "coe", "router-r1")
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -45,6 +46,7 @@ def blocks(page: str, language: str) -> list[str]:
         ("rmoe", r"tensor\(.*tensor\(.* 2\nMoesaicMixtralForCausalLM"),
         ("skillblender", r"\[\(4, 1\), \(4, 4\)\] \(4, 10, 2\) \(4, \d+\)\nSkillBlender \(\d+,\)"),
         ("coe", r"\{'code': 'coder', 'verse': 'poet'.* 16\.0\ncoder poet"),
+        ("router-r1", r"4 10\.0 Reward\(total=0\.75, outcome=1\.0, cost_rank=0\.5, fault=''\)"),
         ("driftmoe", r"Accuracy: 9\d\.\d+%\n\[.*\]\nTrue\nAccuracy: .*\n0\.\d+ 0\.\d+ \[0"),
     ],
 )
@@ -73,7 +75,9 @@ def test_a_command_is_one_that_is_understood(line: list[str]) -> None:
         assert {"run": load_run, "compare": load_comparison}[name](settings)
     elif verb == "llm":
         assert name in LLM_ACTIONS
-        if name in SETTINGS:
+        if name == "r1":
+            parse_settings(R1[settings[0]], [text for text in settings[1:] if "=" in text])
+        elif name in SETTINGS:
             parse_settings(SETTINGS[name], [text for text in settings if "=" in text])
     elif verb == "skill" and name in ("train", "blend"):
         assert load_skill_run(settings, blends=name == "blend").steps > 0
