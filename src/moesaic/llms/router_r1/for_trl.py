@@ -4,13 +4,14 @@
     trainer = GRPOTrainer(model, world.reward, args, world.data(), processing_class=tokenizer,
                           rollout_func=world.rollout, callbacks=[world.callback()])
 
-TRL says that `rollout_func` may change; all that is known of it stands here.
+TRL says that `rollout_func` may change; all that is known of it stands here. `for_trl_tools` is the other way in.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,61 +25,25 @@ from moesaic.runs.folder import read_json, write_json
 WINDOW = "cost_window.json"
 
 
-class Rollouts:
-    """Questions, whom they are put to, and what answers are worth, as TRL takes them.
+class Rewarded:
+    """What batches were worth, as training goes on.
 
     Attributes:
         rewards: whose window of costs is of training alone. last: the rollouts of the latest batch.
-        figures: by name, means over each batch so far: reward, outcome, cost, calls, broken.
+        figures: by name, means over each batch so far: reward, outcome, cost, calls, broken, tokens.
     """
 
-    def __init__(
-        self,
-        policy: LocalPolicy,
-        pool: Pool,
-        questions: Sequence[Question],
-        rewards: Rewards,
-        limits: Limits | None = None,
-        *,
-        say: Callable[[Question], str] = plainly,
-    ) -> None:
-        """Raises ConfigError for two questions whose prompts are the same."""
-        self.policy, self.pool, self.rewards, self.limits, self._say = policy, pool, rewards, limits, say
-        self._questions = {say(question): question for question in questions}
-        if len(self._questions) < len(questions):
-            raise ConfigError("two questions have the same prompt: TRL tells them apart by it")
+    def __init__(self, rewards: Rewards) -> None:
+        self.rewards = rewards
         self.last: list[Rollout] = []
         self.figures: dict[str, list[float]] = {}
 
-    def data(self) -> Any:
-        """A data set of prompts."""
-        from datasets import Dataset
-
-        return Dataset.from_dict({"prompt": list(self._questions)})
-
-    def rollout(self, prompts: Sequence[str], trainer: Any) -> dict[str, list[Any]]:
-        """What TRL asks of a `rollout_func`: one transcript a prompt, which comes as often as it has generations."""
-        was_training = self.policy.model.training
-        self.policy.model.eval()
-        try:
-            found = roll(self.policy, self.pool, [self._questions[p] for p in prompts], self.limits, say=self._say)
-        finally:
-            self.policy.model.train(was_training)
-        episodes = [Episode.of(r, self.policy.encode(p)) for r, p in zip(found, prompts, strict=True)]
+    def worth(self, found: list[Rollout]) -> list[float]:
+        """The rewards of a batch, which is noted."""
         worth = [self.rewards(r.fault(), r.answer, r.question.truths, r.cost) for r in found]
         self.last = found
         self._note(found, worth)
-        return {
-            "prompt_ids": [list(e.prompt) for e in episodes],
-            "completion_ids": [list(e.completion) for e in episodes],
-            "logprobs": [list(e.logprobs) for e in episodes],
-            "env_mask": [list(e.own) for e in episodes],
-            "worth": [w.total for w in worth],
-        }
-
-    def reward(self, prompts: Any, completions: Any, worth: Sequence[float], **_: Any) -> list[float]:
-        """The reward function: what each transcript was worth, whatever its text reads like."""
-        return list(worth)
+        return [w.total for w in worth]
 
     def _note(self, found: Sequence[Rollout], worth: Sequence[Reward]) -> None:
         means: dict[str, Sequence[float]] = {
@@ -93,12 +58,12 @@ class Rollouts:
         """Keeps the window of costs and the figures with TRL's checkpoints, and takes them back."""
         from transformers import TrainerCallback
 
-        rollouts = self
+        rewarded = self
 
         class Keeping(TrainerCallback):
             def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
                 place = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-                write_json(place / WINDOW, {"window": rollouts.rewards.window.state(), "figures": rollouts.figures})
+                write_json(place / WINDOW, {"window": rewarded.rewards.window.state(), "figures": rewarded.figures})
 
         return Keeping()
 
@@ -106,3 +71,53 @@ class Rollouts:
         """The window of costs and the figures as they were at a checkpoint. Raises ConfigError where they are not."""
         stored = read_json(Path(checkpoint) / WINDOW)
         self.rewards.window, self.figures = CostWindow(**stored["window"]), stored["figures"]
+
+
+class Rollouts(Rewarded):
+    """Questions, whom they are put to, and what answers are worth, as TRL takes them."""
+
+    def __init__(
+        self,
+        policy: LocalPolicy,
+        pool: Pool,
+        questions: Sequence[Question],
+        rewards: Rewards,
+        limits: Limits | None = None,
+        *,
+        say: Callable[[Question], str] | None = None,
+    ) -> None:
+        """Raises ConfigError for two questions whose prompts are the same."""
+        super().__init__(rewards)
+        self.policy, self.pool, self.limits = policy, pool, limits
+        self._say = say or partial(plainly, dialect=policy.dialect)
+        self._questions = {self._say(question): question for question in questions}
+        if len(self._questions) < len(questions):
+            raise ConfigError("two questions have the same prompt: TRL tells them apart by it")
+
+    def data(self) -> Any:
+        """A data set of prompts."""
+        from datasets import Dataset
+
+        return Dataset.from_dict({"prompt": list(self._questions)})
+
+    def rollout(self, prompts: Sequence[str], trainer: Any) -> dict[str, list[Any]]:
+        """What TRL asks of a `rollout_func`: one transcript a prompt, which comes as often as it has generations."""
+        was_training = self.policy.model.training
+        self.policy.model.eval()
+        try:
+            asked, dialect = [self._questions[prompt] for prompt in prompts], self.policy.dialect
+            found = roll(self.policy, self.pool, asked, self.limits, dialect=dialect, say=self._say)
+        finally:
+            self.policy.model.train(was_training)
+        episodes = [Episode.of(r, self.policy.encode(p)) for r, p in zip(found, prompts, strict=True)]
+        return {
+            "prompt_ids": [list(e.prompt) for e in episodes],
+            "completion_ids": [list(e.completion) for e in episodes],
+            "logprobs": [list(e.logprobs) for e in episodes],
+            "env_mask": [list(e.own) for e in episodes],
+            "worth": self.worth(found),
+        }
+
+    def reward(self, prompts: Any, completions: Any, worth: Sequence[float], **_: Any) -> list[float]:
+        """The reward function: what each transcript was worth, whatever its text reads like."""
+        return list(worth)

@@ -33,7 +33,8 @@ def rows(policy: LocalPolicy, rollouts: Sequence[Rollout], prompts: Sequence[str
         ids = policy.encode(prompt)
         labels = [IGNORED] * len(ids)
         for piece in rollout.transcript.pieces:
-            own = policy.tokenizer(piece.shown(), add_special_tokens=False)["input_ids"]
+            shown = rollout.transcript.shown(piece)
+            own = policy.heard(shown) if piece.reply else policy.tokenizer(shown, add_special_tokens=False)["input_ids"]
             ids, labels = ids + own, labels + ([IGNORED] * len(own) if piece.reply else own)
         found.append({"input_ids": ids, "labels": labels})
     return found
