@@ -19,7 +19,7 @@ from moesaic.errors import ConfigError
 from moesaic.llms.router_r1.engine import Limits, Pool, Question, Rollout, plainly, roll
 from moesaic.llms.router_r1.grpo import Episode
 from moesaic.llms.router_r1.local import LocalPolicy
-from moesaic.llms.router_r1.rewards import CostWindow, Reward, Rewards
+from moesaic.llms.router_r1.rewards import CostWindow, Rewards
 from moesaic.runs.folder import read_json, write_json
 
 WINDOW = "cost_window.json"
@@ -42,10 +42,6 @@ class Rewarded:
         """The rewards of a batch, which is noted."""
         worth = [self.rewards(r.fault(), r.answer, r.question.truths, r.cost) for r in found]
         self.last = found
-        self._note(found, worth)
-        return [w.total for w in worth]
-
-    def _note(self, found: Sequence[Rollout], worth: Sequence[Reward]) -> None:
         means: dict[str, Sequence[float]] = {
             "reward": [w.total for w in worth], "outcome": [w.outcome for w in worth],
             "cost": [r.cost for r in found], "calls": [len(r.calls) for r in found],
@@ -53,6 +49,7 @@ class Rewarded:
         }  # fmt: skip
         for name, values in means.items():
             self.figures.setdefault(name, []).append(statistics.fmean(values))
+        return [w.total for w in worth]
 
     def callback(self) -> Any:
         """Keeps the window of costs and the figures with TRL's checkpoints, and takes them back."""
