@@ -158,8 +158,9 @@ def test_a_generation_counts_up_to_its_first_call(text: str, kept: str, done: Se
 @pytest.mark.parametrize(
     ("dialect", "text", "closed"),
     [
-        (TAGGED, "<think> a </think><search> qwen: b", "</search>"), (TAGGED, "<search>a</search><answer> 4", "</answer>"),
-        (TAGGED, "<answer> 4 </answer>", ""), (TAGGED, "nothing", ""), (CALLS, THINK + '<tool_call>{"a"', "</tool_call>"),
+        (TAGGED, "<think> a </think><search> qwen: b", "</search>"), (TAGGED, "nothing", ""),
+        (TAGGED, "<search>a</search><answer> 4", "</answer>"), (TAGGED, "<answer> 4 </answer>", ""),
+        (CALLS, THINK + '<tool_call>{"a"', "</tool_call>"),
         (CALLS, "4", ""),
     ],
 )  # fmt: skip
@@ -174,9 +175,7 @@ def test_messages_are_written_out_as_the_dialect_has_them() -> None:
     assert CALLS.cut(text) == text
     assert CALLS.action(text) == Search(NAME, "a </tool_call> b")
     broken = {"name": NAME, "arguments": "{query"}
-    assert (
-        made(written({"tool_calls": [{"function": broken}]}, CALLS), "x").fault(CATALOG).startswith("a call needs one")
-    )
+    assert "one argument" in made(written({"tool_calls": [{"function": broken}]}, CALLS), "x").fault(CATALOG)
     assert written({"content": "4"}, CALLS) == "4"
 
 
@@ -226,13 +225,11 @@ class Saying:
         return [Reply(self.text, 7) for _ in calls]
 
 
-OWN = st.lists(
-    st.sampled_from([*MARKS, THINK, call(), call("GPT"), "Beijing", "<tool_call>{}</tool_call>"]), max_size=5
-)
+OWN = st.lists(st.sampled_from([*MARKS, THINK, call(), call("GPT"), "Beijing", "{}"]), max_size=5).map("".join)
 SEARCH = "<search> qwen: what? </search>"
 
 
-@given(REPLIES, REPLIES, st.lists(OWN.map("".join), min_size=6, max_size=6), st.booleans())
+@given(REPLIES, REPLIES, st.lists(OWN, min_size=4, max_size=4), st.booleans())
 def test_what_counts_depends_on_the_policys_own_tokens_and_on_cost_alone(
     one: str, other: str, scraps: list[str], tagged: bool
 ) -> None:
