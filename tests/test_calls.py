@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from moesaic.errors import ConfigError
 from moesaic.llms.catalog import Catalog, Model
+from moesaic.llms.router_r1 import warm
 from moesaic.llms.router_r1.calls import Calls, function_name, functions, tools, written
 from moesaic.llms.router_r1.engine import Limits, Question, Reply, Rollout, Written, plainly, roll
 from moesaic.llms.router_r1.grpo import Episode
@@ -285,6 +286,12 @@ def test_a_local_policy_stops_at_calls_and_reads_replies_as_turns() -> None:
     (second,) = rounds.write([0])
     whole = [*policy.encode("4 1 8 2 up ="), *first.ids, *heard]
     assert second.ids[0] == int(loaded.model(input_ids=torch.tensor([whole])).logits[0, -1].argmax())
+    (row,) = warm.rows(policy, [Rollout(Question("q", CATALOG), made(call(), "4", reply="so"))], ["q"])
+    own, eos = [i for i in row["labels"] if i != warm.IGNORED], loaded.tokenizer.eos_token_id
+    assert loaded.tokenizer.decode(own[:-1]) == call() + "4"
+    assert own[-1] == eos
+    assert own.count(eos) == 1
+    assert loaded.tokenizer.decode(row["input_ids"]).endswith(f"{call()}{shown}4<eos>")
     plain = LocalPolicy(loaded.model, loaded.tokenizer)
     assert loaded.tokenizer.decode(plain.heard(TAGGED.shown("so"))) == "\n\n<information>so</information>\n\n"
 

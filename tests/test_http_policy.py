@@ -38,7 +38,8 @@ def native(name: str, query: str, at: str = "c1") -> dict[str, Any]:
 
 
 class Endpoint:
-    """Says what its `answers` make of a request: a choice, or a status; keeps what it was asked."""
+    """Says what its `answers` make of a request: a choice, a status, or at 0 a blank now and then; keeps what it was
+    asked."""
 
     def __init__(self) -> None:
         self.answers: Answers = lambda body: 500
@@ -50,13 +51,16 @@ class Endpoint:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 outer.asked.append(body)
                 made = outer.answers(body)
-                failed = isinstance(made, int)
                 said = {"choices": [made], "usage": {"completion_tokens": 5}}
-                data = json.dumps({"error": "stop\nis not taken"} if failed else said).encode()
+                status, blanks = made if isinstance(made, int) and made else 200, 40 if made == 0 else 0
+                data = json.dumps({"error": "stop\nis not taken"} if isinstance(made, int) else said).encode()
                 with suppress(OSError):
-                    self.send_response(made if isinstance(made, int) else 200)
-                    self.send_header("Content-Length", str(len(data)))
+                    self.send_response(status)
+                    self.send_header("Content-Length", str(len(data) + blanks))
                     self.end_headers()
+                    for _ in range(blanks):
+                        self.wfile.write(b" ")
+                        time.sleep(0.05)
                     self.wfile.write(data)
 
             def log_message(self, *_: Any) -> None:
@@ -208,10 +212,11 @@ def test_a_failure_ends_its_conversation_and_no_other(
     assert tries == (4 if answer == 500 else 2)
 
 
-def test_an_endpoint_that_does_not_answer_is_no_hang(endpoint: Endpoint) -> None:
+@pytest.mark.parametrize("wait", [1.0, 0.0])
+def test_an_endpoint_that_does_not_answer_is_no_hang(endpoint: Endpoint, wait: float) -> None:
     def answers(body: Mapping[str, Any]) -> Any:
-        time.sleep(1.0)
-        return 500
+        time.sleep(wait)
+        return 500 if wait else 0
 
     endpoint.answers = answers
     begun = time.monotonic()

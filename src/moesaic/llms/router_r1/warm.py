@@ -35,6 +35,8 @@ def rows(policy: LocalPolicy, rollouts: Sequence[Rollout], prompts: Sequence[str
         for piece in rollout.transcript.pieces:
             shown = rollout.transcript.shown(piece)
             own = policy.heard(shown) if piece.reply else policy.tokenizer(shown, add_special_tokens=False)["input_ids"]
+            if policy.dialect.turns and not piece.reply and not shown.endswith(policy.dialect.stops):
+                own = [*own, policy.tokenizer.eos_token_id]  # nothing else ends an answer there
             ids, labels = ids + own, labels + ([IGNORED] * len(own) if piece.reply else own)
         found.append({"input_ids": ids, "labels": labels})
     return found
