@@ -18,8 +18,13 @@ import pytest
 import yaml
 
 from moesaic.cli.main import main
-from moesaic.llms.router_r1 import folder
+from moesaic.llms.catalog import Catalog
+from moesaic.llms.router_r1 import folder, warm
+from moesaic.llms.router_r1.asking import HttpPool
+from moesaic.llms.router_r1.engine import plainly, roll
+from moesaic.llms.router_r1.questions import read_questions
 from moesaic.llms.router_r1.rewards import Rewards
+from moesaic.llms.router_r1.settings import DIALECTS
 from moesaic.models.nano.tasks import CUES, TASKS
 
 SMALL = [
@@ -171,6 +176,27 @@ def test_a_lora_is_merged_into_the_policy(here: Path) -> None:
     assert train("tags=false", "r=4") == 0
     policy, _ = folder.load(here / "r1")
     assert not hasattr(policy.model, "peft_config")
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_what_a_warm_start_imitates_is_sound_in_every_dialect(here: Path, dialect: str) -> None:
+    asked = read_questions("train.jsonl", Catalog.read("models.yaml"), [0.5])
+    spoken = DIALECTS[dialect]
+    pool = HttpPool(bare=True)
+    found = roll(warm.Showing(asked, 0, spoken), pool, asked, dialect=spoken)
+    pool.close()
+    assert not any(r.fault(strict=True) for r in found)
+    assert all(r.answer == r.question.truths[0] and len(r.calls) == 1 for r in found)
+    assert {r.calls[0].model for r in found} == {"order", "move"}
+    assert {r.failed for r in found} == {False}
+    assert "counts 0.5" in plainly(asked[0], spoken)
+
+
+def test_a_policy_may_write_function_calls(here: Path) -> None:
+    assert train("dialect=calls", "tags=false") == 0
+    policy, asking = folder.load(here / "r1")
+    assert asking.dialect == "calls"
+    assert policy.dialect is DIALECTS["calls"]
 
 
 def test_the_published_recipe_is_written_for_verl(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

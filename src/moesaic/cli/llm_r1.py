@@ -77,7 +77,7 @@ def _chat(wanted: R1Chat, folder: str, *, as_json: bool) -> None:
     from moesaic.llms.router_r1.engine import Question, roll
     from moesaic.llms.router_r1.evaluating import policy_of
     from moesaic.llms.router_r1.questions import check_askable
-    from moesaic.llms.router_r1.running import pool_of, saying
+    from moesaic.llms.router_r1.running import pool_of
 
     check_given(wanted, "catalog")
     check_pool(wanted)
@@ -88,9 +88,14 @@ def _chat(wanted: R1Chat, folder: str, *, as_json: bool) -> None:
 
     def answer(text: str) -> None:
         question = Question(text, catalog, alpha=wanted.alpha)
-        watch = (lambda which, piece: None) if as_json else _watching
+
+        def watch(which: int, piece: Piece) -> None:
+            if not as_json:
+                _tell((policy.dialect.shown(piece.text) if piece.reply else piece.text).strip())
+
         (rollout,) = roll(
-            policy, pool, [question], asking.limits(wanted.budget), say=saying(asking.tell), watch=watch
+            policy, pool, [question], asking.limits(wanted.budget), say=asking.say, watch=watch,
+            dialect=policy.dialect,
         )  # fmt: skip
         _answered(rollout, as_json=as_json)
 
@@ -107,10 +112,6 @@ def _chat(wanted: R1Chat, folder: str, *, as_json: bool) -> None:
         pass
     finally:
         pool.close()
-
-
-def _watching(which: int, piece: Piece) -> None:
-    _tell(piece.shown().strip())
 
 
 def _answered(rollout: Rollout, *, as_json: bool) -> None:

@@ -6,7 +6,7 @@ import json
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
 from typing import Any
@@ -67,47 +67,84 @@ class HttpPool:
             return made
 
     def _reply(self, model: Model, query: str) -> Reply:
-        begun, why = time.perf_counter(), ""
-        for tries in range(self.retries + 1):
-            try:
-                found = self._once(model, query)
-            except _Passing as error:
-                why = str(error)
-                if tries < self.retries:
-                    self._sleep(min(model.total, wait(tries + 1) if error.seconds is None else error.seconds))
-                continue
-            except Exception as error:  # whatever an endpoint sends: it is told, and the rollout goes on
-                why = first_line(error) or type(error).__name__
-                break
-            return Reply(*found, seconds=time.perf_counter() - begun)
-        return Reply("", seconds=time.perf_counter() - begun, failure=f"{model.name}: {why}")
-
-    def _once(self, model: Model, query: str) -> tuple[str, int]:
-        """A reply and its completion tokens. Raises _Passing for what another try may mend."""
-        content = query if self.bare else helper(query)
+        content, begun = query if self.bare else helper(query), time.perf_counter()
         body = {
-            "model": model.served_as or model.name, "messages": [{"role": "user", "content": content}],
-            "max_tokens": self.max_tokens, "temperature": self.temperature, "top_p": 1,
+            "messages": [{"role": "user", "content": content}], "max_tokens": self.max_tokens,
+            "temperature": self.temperature, "top_p": 1,
         }  # fmt: skip
-        headers = {"Content-Type": "application/json"}
-        if key := model.key():
-            headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(f"{model.endpoint}/chat/completions", json.dumps(body).encode(), headers)
         try:
-            with _OPENER.open(request, timeout=self.timeout or model.total) as answer:
-                said: Any = json.load(answer)
-        except urllib.error.HTTPError as error:
-            if error.code in (408, 409, 429) or error.code >= 500:
-                raise _Passing(f"HTTP {error.code}", retry_after(error.headers.get("Retry-After"))) from None
-            raise
-        except (OSError, ValueError) as error:
-            raise _Passing(first_line(error) or type(error).__name__) from None
-        text = said["choices"][0]["message"]["content"] or ""
-        tokens = (said.get("usage") or {}).get("completion_tokens")
-        return text, tokens if isinstance(tokens, int) else estimate(len(text.encode("utf-8", "replace")))
+            said = post(model, body, timeout=self.timeout, retries=self.retries, sleep=self._sleep)
+            text = said["choices"][0]["message"]["content"] or ""
+            tokens = completion_tokens(said, text)
+        except Exception as error:  # whatever an endpoint sends: it is told, and the rollout goes on
+            why = first_line(error) or type(error).__name__
+            return Reply("", seconds=time.perf_counter() - begun, failure=f"{model.name}: {why}")
+        return Reply(text, tokens, time.perf_counter() - begun)
 
     def close(self) -> None:
         self._workers.shutdown(cancel_futures=True)
+
+
+def post(
+    model: Model,
+    body: Mapping[str, Any],
+    *,
+    timeout: float | None = None,
+    retries: int = 2,
+    sleep: Callable[[float], object] = time.sleep,
+) -> Any:
+    """What a model's endpoint answers to the body of a chat completion, which it is named in here.
+
+    Args:
+        timeout: seconds of one try; the model's own `total` where None. retries: tries after the first, for what may
+            pass. sleep: between them.
+    Raises:
+        Exception: its first line says why there is no answer.
+    """
+    for tries in range(1, retries + 2):
+        try:
+            return _once(model, body, timeout or model.total)
+        except _Passing as error:
+            if tries > retries:
+                raise
+            sleep(min(model.total, wait(tries) if error.seconds is None else error.seconds))
+    raise AssertionError("retries are from 0 on")
+
+
+def completion_tokens(said: Mapping[str, Any], text: str) -> int:
+    """As an endpoint counts them; estimated from the text where it does not."""
+    tokens = (said.get("usage") or {}).get("completion_tokens")
+    return tokens if isinstance(tokens, int) else estimate(len(text.encode("utf-8", "replace")))
+
+
+def _once(model: Model, body: Mapping[str, Any], timeout: float) -> Any:
+    """One try. Raises _Passing for what another may mend."""
+    headers, end = {"Content-Type": "application/json"}, time.monotonic() + timeout
+    if key := model.key():
+        headers["Authorization"] = f"Bearer {key}"
+    data = json.dumps({"model": model.served_as or model.name, **body}).encode()
+    request = urllib.request.Request(f"{model.endpoint}/chat/completions", data, headers)
+    try:
+        with _OPENER.open(request, timeout=timeout) as answer:
+            parts = []
+            while part := answer.read1():
+                parts.append(part)
+                if time.monotonic() > end:
+                    raise TimeoutError("timed out")
+        return json.loads(b"".join(parts))
+    except urllib.error.HTTPError as error:
+        if error.code in (408, 409, 429) or error.code >= 500:
+            raise _Passing(f"HTTP {error.code}", retry_after(error.headers.get("Retry-After"))) from None
+        if error.code in _TELLING:
+            words = " ".join(error.read(300).decode("utf-8", "replace").split())
+            raise ConnectionError(f"HTTP {error.code}: {words}") from None
+        raise
+    except (OSError, ValueError) as error:
+        raise _Passing(first_line(error) or type(error).__name__) from None
+
+
+_TELLING = (400, 404, 422)
+"""What an endpoint says of these tells what to change: a field that it does not take, a model that it does not have."""
 
 
 class _Passing(Exception):

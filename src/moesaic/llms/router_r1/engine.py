@@ -3,7 +3,7 @@
     GENERATE -> a search: the model is asked, INFORMATION is read, GENERATE again
              -> a search that cannot be asked (no such model, a failure, no budget): INFORMATION says None
              -> neither search nor answer: nothing is read, GENERATE again
-             -> an answer: the end
+             -> an answer, or a policy that fails: the end
     after `turns` generations one last, whose search is not asked
 
 As the released engine of arXiv 2506.09033; but a reply is cut before it is wrapped, so that it cannot lose its end.
@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 from moesaic.errors import ConfigError
 from moesaic.llms.catalog import Catalog, Model
-from moesaic.llms.router_r1.prompt import prompt
-from moesaic.llms.router_r1.transcript import NOTHING, Piece, Search, Transcript, action, cut, resolve
+from moesaic.llms.router_r1.transcript import NOTHING, TAGGED, Dialect, Piece, Search, Transcript
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Question:
             raise ConfigError("a question needs a text, and models that may be asked")
 
 
-def plainly(question: Question) -> str:
-    """The prompt of `prompt.prompt`, with all that is known of the models."""
-    return prompt(question.text, question.catalog.values(), alpha=question.alpha)
+def plainly(question: Question, dialect: Dialect = TAGGED) -> str:
+    """A dialect's prompt, with all that is known of the models."""
+    return dialect.prompt(question.text, question.catalog.values(), alpha=question.alpha)
 
 
 @dataclass(frozen=True)
@@ -53,19 +53,21 @@ class Written:
     Attributes:
         text: up to where it stopped. tokens: how many it took.
         ids, logprobs: the tokens and their log probabilities, of a policy that tells them.
+        failure: why it can write no more; the question ends here.
     """
 
     text: str
     tokens: int
     ids: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
+    failure: str = ""
 
 
 class Rounds(Protocol):
     """Conversations that go on side by side, each by its number."""
 
     def write(self, who: Sequence[int]) -> list[Written]:
-        """Go on with these, in that order, each until `</search>`, `</answer>` or its most tokens."""
+        """Go on with these, in that order, each until a stop of the dialect, its end or its most tokens."""
         ...
 
     def read(self, who: int, text: str) -> tuple[int, ...]:
@@ -173,12 +175,17 @@ class Rollout:
     def policy_tokens(self) -> int:
         return sum(written.tokens for written in self.written)
 
+    @property
+    def failure(self) -> str:
+        """Why the policy wrote no more; empty where it ended by itself, or by the limits."""
+        return self.written[-1].failure if self.written else ""
+
     def trace(self) -> dict[str, Any]:
         """For a JSON file."""
         return {
             "question": self.question.text, "answer": self.answer, "transcript": self.transcript.text,
             "calls": [vars(call) for call in self.calls], "cost": self.cost, "policy_tokens": self.policy_tokens,
-            "generations": len(self.written),
+            "generations": len(self.written), "failure": self.failure,
         }  # fmt: skip
 
 
@@ -188,18 +195,20 @@ def roll(
     questions: Sequence[Question],
     limits: Limits | None = None,
     *,
-    say: Callable[[Question], str] = plainly,
+    dialect: Dialect = TAGGED,
+    say: Callable[[Question], str] | None = None,
     watch: Callable[[int, Piece], None] = lambda which, piece: None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Rollout]:
     """Answer questions side by side, whatever becomes of single calls.
 
     Args:
-        say: what the policy is asked. watch: is told each piece as it comes, and of which question.
+        dialect: the policy's. say: what it is asked; `plainly` where None.
+        watch: is told each piece as it comes, and of which question.
         progress: is told how many have ended, each round.
     """
-    limits = limits or Limits()
-    found = [Rollout(question) for question in questions]
+    limits, say = limits or Limits(), say or partial(plainly, dialect=dialect)
+    found = [Rollout(question, Transcript(dialect=dialect)) for question in questions]
     rounds = policy.begin([say(question) for question in questions])
     active = list(range(len(found)))
     for turn in range(limits.turns + 1):
@@ -208,12 +217,12 @@ def roll(
         searching: list[tuple[int, Search]] = []
         going = []
         for i, written in zip(active, rounds.write(active), strict=True):
-            text = cut(written.text)
+            text = dialect.cut(written.text)
             found[i].written.append(written)
             found[i].transcript.pieces.append(Piece(text, ids=written.ids))
             watch(i, found[i].transcript.pieces[-1])
-            done = action(text)
-            if isinstance(done, str):
+            done = dialect.action(text)
+            if isinstance(done, str) or written.failure:
                 continue
             going.append(i)
             if done is not None:
@@ -234,19 +243,15 @@ def _ask(
     watch: Callable[[int, Piece], None],
 ) -> None:
     """Ask whom searches name, all at once, and let each be read."""
-    models = [resolve(search.name, found[i].question.catalog) for i, search in searching]
-    why = [_refused(model, search, found[i].cost, limits) for (i, search), model in zip(searching, models, strict=True)]
+    models = [found[i].transcript.dialect.resolve(search.name, found[i].question.catalog) for i, search in searching]
+    why = [refused(model, search, found[i].cost, limits) for (i, search), model in zip(searching, models, strict=True)]
     asked = [at for at, refusal in enumerate(why) if not refusal]
     replies = dict(zip(asked, pool.ask([_call(models[at], searching[at][1]) for at in asked]), strict=True))
     for at, (i, search) in enumerate(searching):
-        model, reply = models[at], replies.get(at, Reply("", failure=why[at]))
+        reply = replies.get(at, Reply("", failure=why[at]))
         text = NOTHING if reply.failure else rounds.clip(reply.text, limits.reply_tokens)
-        price = 0.0 if model is None or reply.failure else model.cost(0, reply.tokens) * 1e6
-        name = "" if model is None else model.name
-        found[i].calls.append(
-            Call(search.name, name, search.query, text, reply.tokens, price, reply.seconds, reply.failure, not why[at])
-        )
-        ids = rounds.read(i, Piece(text, reply=True).shown())
+        found[i].calls.append(called(search, models[at], reply, text, asked=not why[at]))
+        ids = rounds.read(i, found[i].transcript.dialect.shown(text))
         found[i].transcript.pieces.append(Piece(text, reply=True, ids=ids))
         watch(i, found[i].transcript.pieces[-1])
 
@@ -256,10 +261,19 @@ def _call(model: Model | None, search: Search) -> tuple[Model, str]:
     return model, search.query
 
 
-def _refused(model: Model | None, search: Search, spent: float, limits: Limits) -> str:
-    """Why a search is not asked; empty where it is."""
+def called(search: Search, model: Model | None, reply: Reply, text: str, *, asked: bool) -> Call:
+    """A search as it went, of whose reply `text` was read. asked: whether anybody was."""
+    price = 0.0 if model is None or reply.failure else model.cost(0, reply.tokens) * 1e6
+    name = "" if model is None else model.name
+    return Call(search.name, name, search.query, text, reply.tokens, price, reply.seconds, reply.failure, asked)
+
+
+def refused(model: Model | None, search: Search, spent: float, limits: Limits) -> str:
+    """Why a search is not asked, after so many micro-dollars; empty where it is."""
     if model is None:
         return f"no model {search.name[:80]!r}"
+    if not search.query:
+        return "a call without a query"
     if limits.budget is not None and spent / 1e6 + model.cost(0, limits.longest) > limits.budget * (1 + 1e-12):
         return "no budget is left for it"
     return ""

@@ -13,7 +13,7 @@ from moesaic.llms.router_r1 import scores
 from moesaic.llms.router_r1.engine import Pool, Question, Rollout, roll
 from moesaic.llms.router_r1.local import LocalPolicy
 from moesaic.llms.router_r1.questions import read_questions
-from moesaic.llms.router_r1.running import pool_of, saying
+from moesaic.llms.router_r1.running import pool_of
 from moesaic.llms.router_r1.settings import R1Eval
 from moesaic.runs.folder import check_writable, write_text
 
@@ -57,13 +57,21 @@ def evaluate(wanted: R1Eval, place: str, *, say: Say = lambda line: None) -> dic
             raise ConfigError(f"out={wanted.out} must be a .jsonl file")
     policy, asking = policy_of(place)
     beside = policy_of(wanted.beside)[0] if wanted.beside else None
+    if beside is not None:
+        beside = LocalPolicy(
+            beside.model,
+            beside.tokenizer,
+            temperature=0.0,
+            max_new_tokens=asking.max_new_tokens,
+            dialect=policy.dialect,
+        )
     pool = pool_of(wanted, asking.max_tokens, bare=asking.bare)
 
     def rolled(who: LocalPolicy, name: str) -> list[Rollout]:
         found: list[Rollout] = []
         for start in range(0, len(asked), AT_ONCE):
             part, limits = asked[start : start + AT_ONCE], asking.limits(wanted.budget)
-            found += roll(who, pool, part, limits, say=saying(asking.tell))
+            found += roll(who, pool, part, limits, say=asking.say, dialect=who.dialect)
             say(f"{name}: {len(found):,} of {len(asked):,} questions")
         return found
 
@@ -71,7 +79,6 @@ def evaluate(wanted: R1Eval, place: str, *, say: Say = lambda line: None) -> dic
         found = rolled(policy, place)
         rows = {place: scores.measured(found)}
         if beside is not None:
-            beside.max_new_tokens = asking.max_new_tokens
             rows[f"{wanted.beside}, untrained"] = scores.measured(rolled(beside, wanted.beside))
         if wanted.every or learned:
             rows |= _without(wanted, pool, asked, learned, asking.bare, say)

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.errors import AdapterError, ConfigError, path_of
-from moesaic.llms.router_r1.engine import Limits
+from moesaic.llms.router_r1.engine import Limits, Question
 from moesaic.llms.router_r1.local import LocalPolicy
 from moesaic.llms.router_r1.prompt import FIELDS
+from moesaic.llms.router_r1.settings import DIALECTS
 from moesaic.runs.folder import read_json, write_json
 
 FILE = "router_r1.json"
@@ -24,7 +25,7 @@ class Asking:
     Attributes:
         models: whom it learned to ask. tell: what its prompt says of them.
         turns, reply_tokens: as `Limits`. max_tokens: of a reply, as its model is asked. bare: queries go as they are.
-        max_new_tokens: of one generation.
+        max_new_tokens: of one generation. dialect: a name of `DIALECTS`.
     """
 
     models: tuple[str, ...] = ()
@@ -34,6 +35,12 @@ class Asking:
     max_tokens: int = 512
     max_new_tokens: int = 1024
     bare: bool = False
+    dialect: str = "tags"
+
+    def say(self, question: Question) -> str:
+        """What the policy is asked of a question."""
+        models = question.catalog.values()
+        return DIALECTS[self.dialect].prompt(question.text, models, self.tell, alpha=question.alpha)
 
     def limits(self, budget: float | None = None) -> Limits:
         """As far as a rollout goes. budget: USD of a question."""
@@ -68,7 +75,8 @@ def load(folder: str | Path) -> tuple[LocalPolicy, Asking]:
         raise AdapterError(f"{place / FILE} is not as it was written: train the policy again")
     asking = Asking(**{name: _plain(value) for name, value in stored.items()})
     policy = LocalPolicy(
-        loaded.model.eval(), loaded.tokenizer, temperature=0.0, max_new_tokens=asking.max_new_tokens
+        loaded.model.eval(), loaded.tokenizer, temperature=0.0, max_new_tokens=asking.max_new_tokens,
+        dialect=DIALECTS[asking.dialect],
     )  # fmt: skip
     return policy, asking
 

@@ -14,16 +14,29 @@ from torch import Tensor
 
 from moesaic.errors import ConfigError
 from moesaic.llms.router_r1.engine import Rounds, Written
-from moesaic.llms.router_r1.transcript import cut
+from moesaic.llms.router_r1.transcript import TAGGED, Dialect
 
-STOPS = ("</search>", "</answer>")
+
+def clipped(tokenizer: Any, text: str, tokens: int) -> str:
+    """As much of a text as so many tokens hold."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return text if len(ids) <= tokens else str(tokenizer.decode(ids[:tokens]))
+
+
+def _turn(tokenizer: Any) -> tuple[str, str]:
+    """What a chat template puts around a user's turn between two of the assistant's."""
+    turns = [{"role": role, "content": text} for role, text in (("user", "?"), ("assistant", "§"), ("user", "¶"))]
+    text: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    before, _, after = text.partition("§")[2].partition("¶")
+    return before, after
 
 
 class LocalPolicy:
     """A Transformers model as a policy.
 
     Attributes:
-        model, tokenizer: in evaluation mode while it writes. temperature: 0 takes the likeliest token.
+        model, tokenizer: in evaluation mode while it writes. dialect: that it writes.
+        temperature: 0 takes the likeliest token.
         max_new_tokens: of one generation. generator: of draws.
         keep: False begins each round anew, from the whole text: the slow way, to compare with.
     """
@@ -33,6 +46,7 @@ class LocalPolicy:
         model: Any,
         tokenizer: Any,
         *,
+        dialect: Dialect = TAGGED,
         temperature: float = 1.0,
         max_new_tokens: int = 1024,
         seed: int | None = None,
@@ -41,11 +55,12 @@ class LocalPolicy:
         if not 0 <= temperature < float("inf") or max_new_tokens < 1:
             raise ConfigError("temperature from 0 on, max_new_tokens from 1 on")
         self.model, self.tokenizer, self.temperature = model, tokenizer, temperature
-        self.max_new_tokens, self.keep = max_new_tokens, keep
+        self.dialect, self.max_new_tokens, self.keep = dialect, max_new_tokens, keep
         self.generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
         texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
         self._closing = {i for i, text in enumerate(texts) if ">" in text}
         self._ends = {tokenizer.eos_token_id} - {None}
+        self._turn = _turn(tokenizer) if dialect.turns and tokenizer.chat_template else None
 
     def encode(self, prompt: str) -> list[int]:
         """A user's turn through the chat template; as plain text where the tokenizer has none."""
@@ -54,6 +69,12 @@ class LocalPolicy:
             text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
             return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         return list(self.tokenizer(prompt)["input_ids"])
+
+    def heard(self, reply: str) -> list[int]:
+        """A reply as it is shown: a turn of its own where the dialect has it so and the tokenizer has a template."""
+        if self._turn:
+            reply = self._turn[0] + reply.strip() + self._turn[1]
+        return list(self.tokenizer(reply, add_special_tokens=False)["input_ids"])
 
     def begin(self, prompts: Sequence[str]) -> Rounds:
         return _Rounds(self, [self.encode(prompt) for prompt in prompts])
@@ -65,7 +86,7 @@ class LocalPolicy:
         if ids[-1] not in self._closing:
             return False
         text = self.tokenizer.decode(ids[-12:])
-        return any(stop in text for stop in STOPS)
+        return any(stop in text for stop in self.dialect.stops)
 
     def draw(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """A token for each row of logits (B, V), and its log probability."""
@@ -87,14 +108,12 @@ class _Rounds:
         self._mask = torch.empty(len(prompts), 0, dtype=torch.long, device=policy.model.device)
 
     def read(self, who: int, text: str) -> tuple[int, ...]:
-        ids = self.policy.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = self.policy.heard(text)
         self._pending[who] += ids
         return tuple(ids)
 
     def clip(self, text: str, tokens: int) -> str:
-        tokenizer = self.policy.tokenizer
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return text if len(ids) <= tokens else str(tokenizer.decode(ids[:tokens]))
+        return clipped(self.policy.tokenizer, text, tokens)
 
     @torch.inference_mode()
     def write(self, who: Sequence[int]) -> list[Written]:
@@ -124,7 +143,7 @@ class _Rounds:
             self._before[i] += ids[at][:-1]
         texts = policy.tokenizer.batch_decode([[t for t in own if t not in policy._ends] for own in ids])
         return [
-            Written(cut(text), len(own), tuple(own), tuple(log))
+            Written(policy.dialect.cut(text), len(own), tuple(own), tuple(log))
             for text, own, log in zip(texts, ids, logs, strict=True)
         ]
 

@@ -49,8 +49,12 @@ def prompt(question: str, models: Iterable[Model], tell: Iterable[str] = FIELDS,
     models, tell = list(models), list(tell)
     names = ", ".join(model.name for model in models)
     known = "\n".join(described(model, tell) for model in models)
-    weighed = "" if alpha is None else _COST.format(alpha=alpha)
-    return f"{_TASK.format(names=names)}{weighed}\nThe models:\n{known}\n\nQuestion: {question.strip()}\n"
+    return f"{_TASK.format(names=names)}{weighed(alpha)}\nThe models:\n{known}\n\nQuestion: {question.strip()}\n"
+
+
+def weighed(alpha: float | None) -> str:
+    """The line that says how much cost matters, 0 to 1; none where nobody says."""
+    return "" if alpha is None else _COST.format(alpha=alpha)
 
 
 def helper(query: str, words: int = REPLY_WORDS) -> str:

@@ -26,11 +26,10 @@ from moesaic.llms.router_r1.asking import HttpPool
 from moesaic.llms.router_r1.engine import Question, Rollout, roll
 from moesaic.llms.router_r1.for_trl import Rollouts
 from moesaic.llms.router_r1.local import LocalPolicy
-from moesaic.llms.router_r1.prompt import prompt
 from moesaic.llms.router_r1.questions import read_questions
 from moesaic.llms.router_r1.rewards import Rewards
 from moesaic.llms.router_r1.scores import measured
-from moesaic.llms.router_r1.settings import Pool, R1Train
+from moesaic.llms.router_r1.settings import DIALECTS, Pool, R1Train
 from moesaic.runs import places
 from moesaic.runs.folder import atomic_folder, check_writable, locked, write_json, write_text, writing
 from moesaic.runs.pace import Pace
@@ -77,14 +76,14 @@ def _train(
     begun, pool = time.perf_counter(), pool_of(wanted, wanted.max_tokens, bare=wanted.bare)
     asking = folder.Asking(
         tuple(catalog), tuple(wanted.tell), wanted.turns, wanted.reply_tokens, wanted.max_tokens, wanted.max_new_tokens,
-        wanted.bare,
+        wanted.bare, wanted.dialect,
     )  # fmt: skip
     try:
         if wanted.warm:
             _warm(wanted, out / WARM, policy, pool, asking, asked, say)
         rollouts = Rollouts(
             policy, pool, asked, Rewards(wanted.alpha, wanted.metric, wanted.failure), asking.limits(),
-            say=saying(asking.tell),
+            say=asking.say,
         )  # fmt: skip
         if wanted.steps:
             _grpo(wanted, out, rollouts, tried, say)
@@ -104,11 +103,6 @@ def _train(
     for part in (CHECKPOINTS, WARM):
         shutil.rmtree(out / part, ignore_errors=True)
     return results
-
-
-def saying(tell: Sequence[str]) -> Callable[[Question], str]:
-    """What a policy is asked of a question."""
-    return lambda question: prompt(question.text, question.catalog.values(), tell, alpha=question.alpha)
 
 
 def pool_of(wanted: Pool, max_tokens: int, *, bare: bool) -> HttpPool:
@@ -134,7 +128,8 @@ def _policy(wanted: R1Train) -> LocalPolicy:
 
         model = get_peft_model(model, LoraConfig(r=wanted.r, lora_alpha=2 * wanted.r, target_modules="all-linear"))
     return LocalPolicy(
-        model.eval(), loaded.tokenizer, temperature=wanted.temperature, max_new_tokens=wanted.max_new_tokens
+        model.eval(), loaded.tokenizer, temperature=wanted.temperature, max_new_tokens=wanted.max_new_tokens,
+        dialect=DIALECTS[wanted.dialect],
     )  # fmt: skip
 
 
@@ -144,9 +139,9 @@ def _warm(
 ) -> None:  # fmt: skip
     """Imitate transcripts in which a model that is drawn is asked, and the answer is the right one."""
     say(f"warm start: {wanted.warm} steps of imitation")
-    script, words = warm.Showing(asked, wanted.seed), saying(asking.tell)
-    shown = roll(script, pool, asked, asking.limits(), say=words)
-    pairs = [(r, words(question)) for r, question in zip(shown, asked, strict=True) if not r.fault()]
+    script = warm.Showing(asked, wanted.seed, policy.dialect)
+    shown = roll(script, pool, asked, asking.limits(), say=asking.say, dialect=policy.dialect)
+    pairs = [(r, asking.say(question)) for r, question in zip(shown, asked, strict=True) if not r.fault()]
     rows = warm.rows(policy, [r for r, _ in pairs], [text for _, text in pairs])
     warm.imitate(
         policy, rows, place, steps=wanted.warm, batch_size=wanted.warm_batch, lr=wanted.warm_lr, seed=wanted.seed
@@ -218,7 +213,7 @@ def greedy(rollouts: Rollouts, questions: Sequence[Question]) -> list[Rollout]:
     policy.temperature = 0.0
     policy.model.eval()
     try:
-        return roll(policy, rollouts.pool, questions, rollouts.limits, say=rollouts.say)
+        return roll(policy, rollouts.pool, questions, rollouts.limits, say=rollouts.say, dialect=policy.dialect)
     finally:
         policy.temperature = before
         policy.model.train(training)

@@ -6,10 +6,13 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from moesaic.errors import ConfigError, suggest
+from moesaic.llms.router_r1.calls import Calls
 from moesaic.llms.router_r1.prompt import FIELDS
 from moesaic.llms.router_r1.rewards import METRICS
+from moesaic.llms.router_r1.transcript import TAGGED, Dialect
 from moesaic.runs.settings import check_within
 
+DIALECTS: dict[str, Dialect] = {"tags": TAGGED, "calls": Calls()}
 _CATALOG = {"help": "YAML file of the models that may be asked, with endpoints and output_price"}
 _DATA = {"help": 'JSONL of {"question": …, "answers": […]}; "models": [names] where not all may be asked'}
 
@@ -56,6 +59,7 @@ class R1Train(Pool):
         default=False, metadata={"help": "give each tag a token of its own; small models want it, and a warm start"}
     )
     tell: list[str] = field(default_factory=lambda: [*FIELDS], metadata={"help": "what the prompt says of models"})
+    dialect: str = field(default="tags", metadata={"help": "tags, as published, or calls: models as functions"})
     turns: int = field(default=4, metadata={"help": "generations that may ask, before a last one"})
     max_new_tokens: int = field(default=1024, metadata={"help": "of a generation"})
     reply_tokens: int = field(default=600, metadata={"help": "of a reply that are read"})
@@ -76,6 +80,8 @@ class R1Train(Pool):
             raise ConfigError(f"metric={self.metric}: {suggest(self.metric, METRICS)}")
         if self.tags and self.r:
             raise ConfigError("tags=true wants all weights trained, the new tokens' among them: leave r out")
+        if self.dialect not in DIALECTS:
+            raise ConfigError(f"dialect={self.dialect}: {suggest(self.dialect, DIALECTS)}")
         for what in self.tell:
             if what not in FIELDS:
                 raise ConfigError(f"tell={what}: {suggest(what, FIELDS)}")

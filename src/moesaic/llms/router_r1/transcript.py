@@ -6,20 +6,26 @@
 A transcript is kept in pieces, the policy's own and replies apart. What is checked, scored and trained on is the
 policy's own: a reply is an opaque block there, whatever its text holds. To the policy replies are shown with the `<` of
 the grammar's tags written out, so that none can close its block.
+
+How calls, replies and answers are written is a dialect. Router-R1's own is `Tags`; `calls.Calls` is the other.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from moesaic.errors import ConfigError
 from moesaic.llms.catalog import Catalog, Model
+from moesaic.llms.router_r1.prompt import FIELDS, prompt
 
 TAGS = ("think", "search", "information", "answer")
 NOTHING = "None"
 """The reply where nobody could be asked."""
+STOPS = ("</search>", "</answer>")
 PLACEHOLDERS = ("llm-name", "your-query")
 _TAG = re.compile(rf"<(/?)({'|'.join(TAGS)})>")
 _ACTION = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL)
@@ -43,6 +49,107 @@ class Search:
     query: str
 
 
+class Dialect(ABC):
+    """How calls, replies and answers are written.
+
+    Attributes:
+        stops: a generation ends with the first of these that it holds; a later one counts only where no earlier does.
+        around: what stands before and after a reply. turns: whether a chat has a reply as a user's turn of its own.
+    """
+
+    stops: ClassVar[tuple[str, ...]]
+    around: ClassVar[tuple[str, str]]
+    turns: ClassVar[bool] = False
+
+    @abstractmethod
+    def prompt(
+        self, question: str, models: Iterable[Model], tell: Iterable[str] = FIELDS, *, alpha: float | None = None
+    ) -> str:
+        """What a policy is asked, as one user turn. alpha: how much cost matters, where it is to be told."""
+
+    @abstractmethod
+    def call(self, thought: str, model: Model, query: str) -> str:
+        """A generation that asks a model."""
+
+    @abstractmethod
+    def end(self, thought: str, answer: str) -> str:
+        """A generation that answers."""
+
+    @abstractmethod
+    def action(self, text: str) -> Search | str | None:
+        """The first thing that a generation does: a call, an answer's text, or None where it does neither properly."""
+
+    @abstractmethod
+    def resolve(self, name: str, catalog: Catalog) -> Model | None:
+        """Whom a call's name means."""
+
+    @abstractmethod
+    def harmless(self, text: str) -> str:
+        """A reply's text, which can neither close its block nor be taken for a call."""
+
+    @abstractmethod
+    def answer(self, transcript: Transcript) -> str:
+        """Empty where there is none."""
+
+    @abstractmethod
+    def fault(self, transcript: Transcript, catalog: Catalog, *, strict: bool = False) -> str:
+        """What breaks the grammar, in a few words; empty where nothing does. `strict` allows nothing beside it."""
+
+    def shown(self, reply: str) -> str:
+        """A reply as the policy reads it."""
+        return self.around[0] + self.harmless(reply) + self.around[1]
+
+    def cut(self, text: str) -> str:
+        """What a generation counts up to."""
+        return cut(text, self.stops)
+
+    def closed(self, text: str) -> str:
+        """A generation with the stop that an endpoint cut off: of the tag that was opened last and not closed."""
+        at, stop = max((text.rfind(stop.replace("/", "", 1)), stop) for stop in self.stops)
+        return text + stop if at >= 0 and stop not in text[at:] else text
+
+
+class Tags(Dialect):
+    """Router-R1's tags, all in one turn of the policy's."""
+
+    stops = STOPS
+    around = ("\n\n<information>", "</information>\n\n")
+
+    def prompt(
+        self, question: str, models: Iterable[Model], tell: Iterable[str] = FIELDS, *, alpha: float | None = None
+    ) -> str:
+        return prompt(question, models, tell, alpha=alpha)
+
+    def call(self, thought: str, model: Model, query: str) -> str:
+        return f"<think> {thought} </think><search> {model.name}: {harmless(query)} </search>"
+
+    def end(self, thought: str, answer: str) -> str:
+        return f"<think> {thought} </think><answer> {answer} </answer>"
+
+    def action(self, text: str) -> Search | str | None:
+        return action(text)
+
+    def resolve(self, name: str, catalog: Catalog) -> Model | None:
+        return resolve(name, catalog)
+
+    def harmless(self, text: str) -> str:
+        return harmless(text)
+
+    def answer(self, transcript: Transcript) -> str:
+        """Of the last <answer> that the policy wrote."""
+        found = [block.text for block in blocks(transcript.checked) if block.tag == "answer"]
+        return found[-1].strip() if found else ""
+
+    def fault(self, transcript: Transcript, catalog: Catalog, *, strict: bool = False) -> str:
+        """A reply that the policy wrote itself is one."""
+        if any("information" in tag[2] for own in transcript.generations for tag in tags(own)):
+            return "the policy wrote a reply of its own"
+        return fault(transcript.checked, catalog, strict=strict)
+
+
+TAGGED = Tags()
+
+
 @dataclass(frozen=True)
 class Piece:
     """A piece of a transcript: the policy's own text, or a reply; and its tokens, where the policy tells them."""
@@ -51,43 +158,46 @@ class Piece:
     reply: bool = False
     ids: tuple[int, ...] = ()
 
-    def shown(self) -> str:
-        """As the policy reads it."""
-        return f"\n\n<information>{harmless(self.text)}</information>\n\n" if self.reply else self.text
-
 
 @dataclass
 class Transcript:
-    """Pieces in their order."""
+    """Pieces in their order, in a dialect."""
 
     pieces: list[Piece] = field(default_factory=list)
+    dialect: Dialect = TAGGED
+
+    def shown(self, piece: Piece) -> str:
+        """As the policy reads it."""
+        return self.dialect.shown(piece.text) if piece.reply else piece.text
 
     @property
     def text(self) -> str:
         """As the policy reads it."""
-        return "".join(piece.shown() for piece in self.pieces)
+        return "".join(map(self.shown, self.pieces))
 
     @property
     def checked(self) -> str:
         """What is scored: every reply is the same word, whatever it says; tags of replies that a policy wrote stay."""
-        return "".join((Piece(NOTHING, True) if piece.reply else piece).shown() for piece in self.pieces)
+        return "".join(self.dialect.shown(NOTHING) if piece.reply else piece.text for piece in self.pieces)
+
+    @property
+    def generations(self) -> list[str]:
+        """What the policy wrote, one text a generation."""
+        return [piece.text for piece in self.pieces if not piece.reply]
 
     @property
     def own(self) -> str:
         """What the policy wrote."""
-        return "".join(piece.text for piece in self.pieces if not piece.reply)
+        return "".join(self.generations)
 
     @property
     def answer(self) -> str:
-        """Of the last <answer> that the policy wrote; empty where there is none."""
-        found = [block.text for block in blocks(self.checked) if block.tag == "answer"]
-        return found[-1].strip() if found else ""
+        """What it came to; empty where it came to none."""
+        return self.dialect.answer(self)
 
     def fault(self, catalog: Catalog, *, strict: bool = False) -> str:
-        """What breaks the grammar; empty where nothing does. A reply that the policy wrote itself does."""
-        if any("information" in match[2] for piece in self.pieces if not piece.reply for match in tags(piece.text)):
-            return "the policy wrote a reply of its own"
-        return fault(self.checked, catalog, strict=strict)
+        """What breaks the dialect's grammar; empty where nothing does."""
+        return self.dialect.fault(self, catalog, strict=strict)
 
 
 def tags(text: str) -> Iterator[re.Match[str]]:
@@ -115,10 +225,10 @@ def blocks(text: str) -> list[Block]:
     return found
 
 
-def cut(text: str) -> str:
+def cut(text: str, stops: Sequence[str] = STOPS) -> str:
     """What a generation counts up to: the first </search>, else the first </answer>."""
-    for close in ("</search>", "</answer>"):
-        before, found, _ = text.partition(close)
+    for stop in stops:
+        before, found, _ = text.partition(stop)
         if found:
             return before + found
     return text

@@ -9,7 +9,7 @@ from typing import Any
 
 from moesaic.llms.router_r1.engine import Question, Rollout, Written
 from moesaic.llms.router_r1.local import LocalPolicy
-from moesaic.llms.router_r1.transcript import TAGS, harmless
+from moesaic.llms.router_r1.transcript import TAGGED, TAGS, Dialect
 
 IGNORED = -100
 
@@ -17,8 +17,8 @@ IGNORED = -100
 class Showing:
     """A policy to imitate: it asks a model that is drawn, with the question as it stands, and then knows the answer."""
 
-    def __init__(self, questions: Sequence[Question], seed: int = 0) -> None:
-        self._questions, self._draw = questions, random.Random(f"showing {seed}")
+    def __init__(self, questions: Sequence[Question], seed: int = 0, dialect: Dialect = TAGGED) -> None:
+        self._questions, self._draw, self._dialect = questions, random.Random(f"showing {seed}"), dialect
 
     def begin(self, prompts: Sequence[str]) -> Showing:
         self._asked: set[int] = set()
@@ -30,10 +30,10 @@ class Showing:
     def _line(self, i: int) -> str:
         question = self._questions[i]
         if i in self._asked:
-            return f"<think> That is enough to answer. </think><answer> {question.truths[0]} </answer>"
+            return self._dialect.end("That is enough to answer.", question.truths[0])
         self._asked.add(i)
-        name, query = self._draw.choice(list(question.catalog)), " ".join(question.text.replace(":", " ").split())
-        return f"<think> I should ask {name}. </think><search> {name}: {harmless(query)} </search>"
+        model, query = self._draw.choice(list(question.catalog.values())), question.text.replace(":", " ")
+        return self._dialect.call(f"I should ask {model.name}.", model, " ".join(query.split()))
 
     def read(self, who: int, text: str) -> tuple[int, ...]:
         return ()
@@ -62,7 +62,10 @@ def rows(policy: LocalPolicy, rollouts: Sequence[Rollout], prompts: Sequence[str
         ids = policy.encode(prompt)
         labels = [IGNORED] * len(ids)
         for piece in rollout.transcript.pieces:
-            own = policy.tokenizer(piece.shown(), add_special_tokens=False)["input_ids"]
+            shown = rollout.transcript.shown(piece)
+            own = policy.heard(shown) if piece.reply else policy.tokenizer(shown, add_special_tokens=False)["input_ids"]
+            if policy.dialect.turns and not piece.reply and not shown.endswith(policy.dialect.stops):
+                own = [*own, policy.tokenizer.eos_token_id]  # nothing else ends an answer there
             ids, labels = ids + own, labels + ([IGNORED] * len(own) if piece.reply else own)
         found.append({"input_ids": ids, "labels": labels})
     return found
