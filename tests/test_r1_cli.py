@@ -116,6 +116,10 @@ def test_a_policy_is_trained_tried_asked_and_kept(here: Path, capsys: pytest.Cap
     assert "Cost of a question" in page
     assert {entry.name for entry in (here / "r1").iterdir()} >= {"policy", "settings.json", "report.html"}
     assert not (here / "r1/checkpoints").exists()
+    batch = [json.loads(line) for line in (here / "r1/transcripts.jsonl").read_text().splitlines()]
+    known = {question.text for question in read_questions("train.jsonl", Catalog.read("models.yaml"))}
+    assert len(batch) == 2
+    assert {of["question"] for of in batch} <= known
     policy, asking = folder.load(here / "r1")
     assert (asking.models, asking.tell, asking.turns, asking.bare) == (("order", "move"), ("prose",), 1, True)
     assert "<search>" in policy.tokenizer.get_vocab()

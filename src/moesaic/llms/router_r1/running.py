@@ -3,6 +3,7 @@
 OUT/settings.json   what makes it the same run       OUT/checkpoints/   TRL's, to go on from
 OUT/metrics.jsonl   a line a step, and a line a try  OUT/policy/        the policy, once it is finished
 OUT/results.json    figures of all steps and tries   OUT/report.html    them as curves
+OUT/transcripts.jsonl   the batch of the last step that was saved, as it was written
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ from moesaic.runs.pace import Pace
 from moesaic.runs.results import command_line, versions
 
 CHECKPOINTS, METRICS, REPORT, WARM = "checkpoints", "metrics.jsonl", "report.html", "warm"
-_MADE = (CHECKPOINTS, METRICS, REPORT, WARM, folder.POLICY)
+TRANSCRIPTS = "transcripts.jsonl"
+_MADE = (CHECKPOINTS, METRICS, REPORT, TRANSCRIPTS, WARM, folder.POLICY)
 _APART = frozenset(["out", "overwrite", "at_once", "save_every"])
 """Settings that another process may go on with otherwise."""
 
@@ -194,6 +196,8 @@ def _following(wanted: R1Train, out: Path, rollouts: Rollouts, tried: Sequence[Q
             _add_line(out / METRICS, {"step": step, **now})
             if tried and (step % wanted.eval_every == 0 or step == wanted.steps):
                 self._try(step)
+            if step % wanted.save_every == 0 or step == wanted.steps:
+                write_text(out / TRANSCRIPTS, "".join(json.dumps(r.trace()) + "\n" for r in rollouts.last))
             if self.pace.due(step) or step == wanted.steps:
                 say(f"step {step} of {wanted.steps}: {_said(now)}")
 
