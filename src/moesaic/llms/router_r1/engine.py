@@ -184,7 +184,8 @@ class Rollout:
         """For a JSON file."""
         return {
             "question": self.question.text, "answer": self.answer, "transcript": self.transcript.text,
-            "fault": self.fault(), "calls": [vars(call) for call in self.calls], "cost": self.cost, "policy_tokens": self.policy_tokens,
+            "fault": self.fault(), "calls": [vars(call) for call in self.calls],
+            "cost": self.cost, "policy_tokens": self.policy_tokens,
             "generations": len(self.written), "failure": self.failure,
         }  # fmt: skip
 
