@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from contextlib import suppress
 from threading import Event
 from typing import Any
 
@@ -75,6 +74,7 @@ class Rollout:
         self._pieces: asyncio.Queue[Piece | None] = asyncio.Queue()
         self._last = Piece("")
         self._drains = False
+        self._fault: Exception | None = None
 
     async def run(self) -> None:
         """Raises Refused where the policy fails, as long as nothing has been sent."""
@@ -84,7 +84,8 @@ class Rollout:
         try:
             while (piece := await self._pieces.get()) is not None:
                 await self._telling.tell(piece)
-            rolling.result()
+            if self._fault is not None:
+                raise self._fault
         except Exception as error:
             said = (
                 first_line(error)[:200] if self._request.state.config.trace.prompts else ""
@@ -113,11 +114,15 @@ class Rollout:
 
     def _roll(self) -> None:
         asking = self._asker.asking
-        with suppress(Stopped):
+        try:
             roll(
                 self._turns, self._searches, [self._question], asking.limits(),
                 say=lambda question: prompt(question.text, question.catalog.values(), asking.tell), watch=self._watch,
             )  # fmt: skip
+        except Stopped:
+            pass
+        except Exception as error:  # a future does not take every kind
+            self._fault = error
 
     def _check(self) -> None:
         if self._stop.is_set() or (self._most is not None and self._turns.tokens >= self._most):
