@@ -62,6 +62,7 @@ class Saying:
         assert list(who) == [0]
         assert self.policy.holds.acquire(blocking=False), "two rollouts write at once"
         try:
+            time.sleep(0.002)
             text = next(self.lines)
             while text == "on and on":
                 STEP.get()()

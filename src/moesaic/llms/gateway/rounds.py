@@ -87,9 +87,8 @@ class Rollout:
             if self._fault is not None:
                 raise self._fault
         except Exception as error:
-            said = (
-                first_line(error)[:200] if self._request.state.config.trace.prompts else ""
-            )  # it may quote the prompt
+            quotes = self._request.state.config.trace.prompts  # it may quote the prompt
+            said = first_line(error)[:200] if quotes else ""
             logger.error("policy %s failed: %s %s", self._asker.name, type(error).__name__, said)
             refused = Refused(500, f"{self._asker.name} failed", SERVER, code="router_failed")
             if not self._request.sink.begun:
