@@ -11,13 +11,14 @@ from typing import Any
 from moesaic.errors import ConfigError, first_line
 from moesaic.llms.catalog import OWN
 from moesaic.llms.gateway import dialects, openapi
-from moesaic.llms.gateway.answering import Answering, Request, whole
+from moesaic.llms.gateway.answering import Answering
+from moesaic.llms.gateway.asker import Asker
 from moesaic.llms.gateway.backends import Backends
 from moesaic.llms.gateway.config import Config
 from moesaic.llms.gateway.keys import Guesses
 from moesaic.llms.gateway.ledger import Ledger
+from moesaic.llms.gateway.making import Request, whole
 from moesaic.llms.gateway.metrics import CONTENT, Metrics
-from moesaic.llms.gateway.policy import Breaker
 from moesaic.llms.gateway.refusals import SERVER, Refused
 from moesaic.llms.gateway.relay import Send, Sink
 from moesaic.llms.gateway.requests import CHAT, COMPLETIONS, EMBEDDINGS, ClientGone, Receive, read_body
@@ -43,7 +44,7 @@ class Gateway:
         routers: in place of those that the file names, by the names that requests use.
     """
 
-    def __init__(self, config: Config, routers: Mapping[str, Router] | None = None) -> None:
+    def __init__(self, config: Config, routers: Mapping[str, Router | Asker] | None = None) -> None:
         self._first, self._given = config, routers
         self._backends, self._guesses, self.metrics = Backends(), Guesses(), Metrics()
         self._state: State | None = None
@@ -101,10 +102,9 @@ class Gateway:
 
     async def _take(self, config: Config) -> None:
         found = await self._backends.opened(config.catalog, config.source.parent)
-        before: Mapping[str, Breaker] = self._state.relay.breakers if self._state is not None else {}
         backends = {name: backend for name, (_, backend) in found.items()}
         try:
-            self._state = await asyncio.to_thread(make_state, config, backends, before, self._guesses, self._given)
+            self._state = await asyncio.to_thread(make_state, config, backends, self._state, self._guesses, self._given)
         except BaseException:
             await self._backends.forget(found)
             raise
@@ -208,6 +208,6 @@ async def _refuse(sink: Sink, refused: Refused, path: str) -> None:
         await whole(sink, refused.status, body, headers=refused.headers)
 
 
-def build(config: Config, routers: Mapping[str, Router] | None = None) -> Gateway:
+def build(config: Config, routers: Mapping[str, Router | Asker] | None = None) -> Gateway:
     """The ASGI application of a configuration."""
     return Gateway(config, routers)

@@ -17,6 +17,8 @@ LARGEST = 2**63 - 1
 
 BILLED = ("whole", "drained", "partial", "broken")
 """Ends of a call that cost what came; any other costs nothing."""
+SEARCH = "search"
+"""In the place of a path, of a call that is a part of a request: one that a policy made."""
 CUT = ("partial", "broken")
 """Ends of a call whose backend may not have told all."""
 
@@ -37,6 +39,9 @@ class Call:
         reserved, cost: picodollars. status: of HTTP.
         ended: whole | drained | partial | broken (the backend broke off), billed for what came; cancelled | refused
             (the backend said no) | failed (nobody answered) | dry, not billed.
+        searches: calls of a request that a policy answers, which are booked by themselves, and those that it wanted and
+            was refused; None of any other request. within: the call that this one is a search of; 0 for a request.
+        budget: picodollars that the searches may cost together; None for no end.
     """
 
     id: int
@@ -68,6 +73,13 @@ class Call:
     status: int = 0
     ended: str = "failed"
     prompt: str | None = None
+    searches: list[Call] | None = None
+    within: int = 0
+    budget: int | None = None
+
+    def spent(self) -> int:
+        """Picodollars of its own and of its searches."""
+        return self.cost + sum(call.cost for call in self.searches or ())
 
     def tries(self) -> int:
         """How often a model was asked."""

@@ -13,6 +13,7 @@ from moesaic.errors import ConfigError, path_of, suggest
 from moesaic.llms.catalog import OWN, Catalog
 from moesaic.llms.gateway.keys import Key, Keys
 from moesaic.llms.gateway.policy import Policy
+from moesaic.llms.router_r1.folder import FILE, POLICY
 from moesaic.runs.settings import build, check_keys, check_within, read_yaml
 from moesaic.runs.states import VALUES
 
@@ -45,6 +46,7 @@ class Settings:
             read to its end and billed whole; partial: broken off, and what had come by then is billed.
         switching_penalty: how much better another expert must be before a chat goes over to it, 0 to 1.
         reserve_output: tokens of an answer that are reserved where the request names no most.
+        request_budget: USD that a request may cost which names no budget; None for no end.
         fallbacks: models that are asked after one that failed, at most.
         largest_body: bytes of a request. body_seconds: until it has come. largest_answer: bytes of one that is no
             stream, and of one event of a stream. drain_seconds: that calls have to end in when the gateway stops.
@@ -56,6 +58,7 @@ class Settings:
     on_disconnect: str = "partial"
     switching_penalty: float = 0.1
     reserve_output: int = 1024
+    request_budget: float | None = None
     most_fallbacks: int = 2
     largest_body: int = 4 * 2**20
     body_seconds: float = 30.0
@@ -99,6 +102,8 @@ class Config:
         return (named or ())[: self.settings.most_fallbacks]
 
 
+_KEPT = (VALUES, FILE, f"{POLICY}/{FILE}")
+"""Files of routers that are looked at for changes: those of compositions, and of policies."""
 _SECTIONS = ("models", "catalog", "keys", "routers", "fallbacks", "policy", "policies", "tokenizers", "trace")
 _BOUNDS = {
     "port": (0, 65535), "switching_penalty": (0, 1), "reserve_output": (1, 1e7), "most_fallbacks": (0, 100),
@@ -150,7 +155,10 @@ def _config(path: Path, settings: Settings, stored: Mapping[str, Any]) -> Config
             for name, file in _mapping(stored, "tokenizers").items()
         },
         trace=_of(Trace, _mapping(stored, "trace"), "trace"),
-        beside=(*catalogs, *(folder / VALUES for folder in routers.values())),
+        beside=(
+            *catalogs,
+            *(folder / name for folder in routers.values() for name in (VALUES, FILE, f"{POLICY}/{FILE}")),
+        ),
     )
 
 
@@ -204,6 +212,8 @@ def _check(config: Config) -> None:
         if not math.isfinite(getattr(settings, name)):
             raise ConfigError(f"{name} must be a number")
     check_within(settings, _BOUNDS)
+    if settings.request_budget is not None:
+        check_within(settings, {"request_budget": (0, 1e6)})
     check_within(config.trace, {"bytes": (10_000, 1e12), "files": (0, 1000)}, "trace: ")
     if settings.on_disconnect not in DISCONNECT:
         raise ConfigError(f"on_disconnect={settings.on_disconnect}: {suggest(settings.on_disconnect, DISCONNECT)}")

@@ -45,9 +45,14 @@ def translated(path: str, raw: bytes) -> tuple[Asked, Form]:
         text = json.dumps(chat, allow_nan=False)
     except (LookupError, TypeError, AttributeError, ValueError, RecursionError):
         raise Refused(400, f"the body is not what {path} takes") from None
-    begin = len('{"model": ')
-    asked = of_body(CHAT, text, chat, (begin, begin + len(json.dumps(chat["model"]))))
+    asked = written(chat, text)
     return asked, form(asked.model)
+
+
+def written(chat: dict[str, Any], text: str) -> Asked:
+    """A chat that was written here, its model first, and as JSON."""
+    begin = len('{"model": ')
+    return of_body(CHAT, text, chat, (begin, begin + len(json.dumps(chat["model"]))))
 
 
 def _check(path: str, name: str, value: Any) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.errors import ConfigError, first_line
-from moesaic.llms.gateway.calls import PICO, Call
+from moesaic.llms.gateway.calls import PICO, SEARCH, Call
 from moesaic.llms.gateway.keys import Key
 
 MINUTE = 60.0
@@ -109,12 +109,15 @@ class Window:
 
 @dataclass
 class Account:
-    """One key's balance. spent, reserved: picodollars; `since`, when its period began; `open`, calls that run."""
+    """One key's balance. spent, reserved: picodollars; `since`, when its period began; `open`, calls that run.
+
+    `open` has of each when it started, what it reserved, and whether it is a request, no search of one.
+    """
 
     since: float
     spent: int = 0
     reserved: int = 0
-    open: dict[int, tuple[float, int]] = field(default_factory=dict)
+    open: dict[int, tuple[float, int, bool]] = field(default_factory=dict)
     requests: Window = field(default_factory=Window)
     tokens: Window = field(default_factory=Window)
 
@@ -152,12 +155,12 @@ class Ledger:
         """Take `call.reserved` picodollars and so many tokens off a key's balance, or say why not."""
         now = self._clock()
         account = self._account(key, now)
-        refusal = _refusal(account, key, call.reserved, tokens, now)
+        refusal = _refusal(account, key, call, tokens, now)
         if refusal is None:
             given = (call.id, call.started, call.key, call.path, call.asked[:200], call.reserved, tokens)
             self._base.execute(_RESERVE, given)
             account.reserved += call.reserved
-            account.open[call.id] = (call.started, call.reserved)
+            account.open[call.id] = (call.started, call.reserved, call.path != SEARCH)
             if key.requests_per_minute is not None:
                 account.requests.add(now, call.id, 1)
             if key.tokens_per_minute is not None:
@@ -175,7 +178,7 @@ class Ledger:
             return False
         account = self._accounts.get(call.key)
         if account is not None and call.id in account.open:
-            started, reserved = account.open.pop(call.id)
+            started, reserved, _ = account.open.pop(call.id)
             account.reserved -= reserved
             account.spent += call.cost if started >= account.since else 0
             account.tokens.correct(call.id, sum(call.tokens()) if call.served else 0)
@@ -186,7 +189,7 @@ class Ledger:
         self._base.execute(_ABANDON + " AND id = ?", (call.id,))
         account = self._accounts.get(call.key)
         if account is not None and call.id in account.open:
-            started, reserved = account.open.pop(call.id)
+            started, reserved, _ = account.open.pop(call.id)
             account.reserved -= reserved
             account.spent += reserved if started >= account.since else 0
 
@@ -217,10 +220,10 @@ class Ledger:
         ).fetchone()
         account.spent = dollars * PICO + rest
         rows = self._base.execute(
-            "SELECT id, started, reserved FROM calls WHERE state = 'reserved' AND key = ?", (key,)
+            "SELECT id, started, reserved, path <> ? FROM calls WHERE state = 'reserved' AND key = ?", (SEARCH, key)
         ).fetchall()
-        account.open = {number: (started, reserved) for number, started, reserved in rows}
-        account.reserved = sum(reserved for _, reserved in account.open.values())
+        account.open = {number: (started, reserved, bool(own)) for number, started, reserved, own in rows}
+        account.reserved = sum(reserved for _, reserved, _ in account.open.values())
         last = self._base.execute(
             "SELECT started, id, CASE state WHEN 'settled' THEN coalesce(backend_input, own_input) + "
             "coalesce(backend_output, own_output) ELSE reserved_tokens END FROM calls WHERE key = ? AND started > ? "
@@ -233,8 +236,9 @@ class Ledger:
         return account
 
 
-def _refusal(account: Account, key: Key, amount: int, tokens: int, now: float) -> Refusal | None:
-    if key.at_once is not None and len(account.open) >= key.at_once:
+def _refusal(account: Account, key: Key, call: Call, tokens: int, now: float) -> Refusal | None:
+    running, amount = sum(own for *_, own in account.open.values()), call.reserved
+    if key.at_once is not None and call.path != SEARCH and running >= key.at_once:
         return Refusal(f"{key.at_once} requests of this key are running, which is its limit", 1.0)
     for what, window, used, most in (
         ("requests", account.requests, 1, key.requests_per_minute),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moesaic.llms.gateway.dialects import FIELDS, MESSAGES, RESPONSES
+from moesaic.llms.gateway.making import DOLLARS
 from moesaic.llms.gateway.requests import CHAT, COMPLETIONS, EMBEDDINGS, MOST_CHOICES, MOST_TOKENS
 
 Schema = dict[str, Any]
@@ -157,6 +158,8 @@ _HEADERS: list[Schema] = [
      "description": "names a chat, which keeps its expert"},
     {"name": "x-moesaic-dry-run", "in": "header", "schema": {"enum": ["0", "1"]},
      "description": "1: the decision, without the call"},
+    {"name": "x-moesaic-budget", "in": "header", "schema": {"type": "string", "pattern": DOLLARS},
+     "description": "USD that the request may cost"},
 ]  # fmt: skip
 
 

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 from moesaic.errors import ConfigError
 from moesaic.llms.catalog import OWN, Catalog
+from moesaic.llms.gateway.asker import Asker, open_asker
+from moesaic.llms.router_r1.folder import is_policy
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,19 @@ class Composed:
         return Decision(found.expert, found.category, found.confidence, found.uncertain, found.scores)
 
 
-def open_router(name: str, folder: Path, catalog: Catalog) -> Router:
-    """The router that a folder holds. Raises ConfigError where it holds none, or one of other models."""
+def open_router(name: str, folder: Path, catalog: Catalog, held: Router | Asker | None = None) -> Router | Asker:
+    """The router that a folder holds: one that decides, or a policy that answers by itself.
+
+    Args:
+        held: of the state before, by that name. A policy is kept as long as its folder stays as it is.
+
+    Raises:
+        ConfigError: there is none, or one of other models.
+    """
     if not folder.is_dir():
         raise ConfigError(f"router {name}: {folder} is no folder; `moesaic llm fit` makes one")
+    if is_policy(folder):
+        return open_asker(name, folder, catalog, held)
     from moesaic.llms.coe.composition import Composition
 
     return Composed(OWN + name, Composition.load(folder), catalog, folder)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from moesaic.errors import ConfigError, MissingDependency, MoesaicError, first_line
 from moesaic.llms.gateway.app import Gateway, build
+from moesaic.llms.gateway.asker import Asker
 from moesaic.llms.gateway.config import Config, read_config
 from moesaic.llms.gateway.connections import bounded
 from moesaic.llms.gateway.routers import Router
@@ -24,7 +25,7 @@ EVERY = 1.0
 
 
 def serve(
-    file: str | Path, *, say: Callable[[str], None] = logger.info, routers: Mapping[str, Router] | None = None
+    file: str | Path, *, say: Callable[[str], None] = logger.info, routers: Mapping[str, Router | Asker] | None = None
 ) -> None:
     """Serve until SIGTERM or SIGINT; running calls end first, within `drain_seconds`.
 

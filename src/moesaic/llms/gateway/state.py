@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from moesaic.errors import ConfigError
 from moesaic.llms.catalog import OWN, Model
+from moesaic.llms.gateway.asker import Asker
 from moesaic.llms.gateway.config import Config, is_loopback
 from moesaic.llms.gateway.gate import LOOPBACK, Gate
 from moesaic.llms.gateway.keys import Guesses, Keys
@@ -29,7 +30,7 @@ class State:
 
     config: Config
     gate: Gate
-    routers: Mapping[str, Router]
+    routers: Mapping[str, Router | Asker]
     relay: Relay
     counter: Counter
 
@@ -47,7 +48,7 @@ class State:
         """Whether there is such a model, which answers."""
         return model in self.config.catalog and bool(self.config.catalog[model].endpoint)
 
-    def router(self, name: str) -> Router:
+    def router(self, name: str) -> Router | Asker:
         if name not in self.routers:
             raise self.unknown(name)
         return self.routers[name]
@@ -79,14 +80,14 @@ class State:
 def make_state(
     config: Config,
     backends: Mapping[str, Backend],
-    before: Mapping[str, Breaker],
+    before: State | None,
     guesses: Guesses,
-    routers: Mapping[str, Router] | None = None,
+    routers: Mapping[str, Router | Asker] | None = None,
 ) -> State:
     """A state. Reads routers' folders and tokenizers, so it takes a while.
 
     Args:
-        before: breakers of the state before; models whose policy has not changed keep theirs.
+        before: models whose policy has not changed keep their breakers, and routers that are policies may be kept.
         routers: in place of those that the file names.
 
     Raises:
@@ -94,10 +95,14 @@ def make_state(
     """
     hosts = LOOPBACK | {config.settings.host.encode()} if is_loopback(config.settings.host) else frozenset[bytes]()
     if routers is None:
-        routers = {OWN + name: open_router(name, folder, config.catalog) for name, folder in config.routers.items()}
+        there = before.routers if before is not None else {}
+        routers = {
+            OWN + name: open_router(name, folder, config.catalog, there.get(OWN + name))
+            for name, folder in config.routers.items()
+        }
     breakers = {}
     for name, policy in config.policies.items():
-        held = before.get(name)
+        held = before.relay.breakers.get(name) if before is not None else None
         breakers[name] = held if held is not None and held.policy == policy else Breaker(policy)
     counter = Counter(config.tokenizers)
     relay = Relay(backends, breakers, counter, config.settings.largest_answer)

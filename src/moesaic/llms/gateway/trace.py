@@ -12,9 +12,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from moesaic.llms.gateway.calls import PICO, Call
+from moesaic.llms.gateway.calls import BILLED, PICO, Call
 
 _JSON = json.JSONEncoder(separators=(",", ":")).encode
+SHOWN = 16
+"""Rounds in a header, which clients bound; the log has all."""
 _UNFIT = re.compile(r"[^\x20-\x7e]")
 
 
@@ -26,6 +28,11 @@ def headers(call: Call) -> list[tuple[bytes, bytes]]:
             (b"x-moesaic-router", _plain(call.router)), (b"x-moesaic-category", _plain(call.category)),
             (b"x-moesaic-confidence", b"%.4f" % (call.confidence or 0.0)), (b"x-moesaic-expert", _plain(call.expert)),
         ]  # fmt: skip
+    if call.searches is not None:
+        told.append((b"x-moesaic-router", _plain(call.asked)))
+        if not call.stream:
+            told.append((b"x-moesaic-rounds", _JSON(rounds(call)[:SHOWN]).encode()))
+            told.append((b"x-moesaic-cost", b"%.9f" % (call.spent() / PICO)))
     if (model := call.served) is not None:
         told.append((b"x-moesaic-model", _plain(model.name)))
         told.append((b"x-moesaic-price", f"{model.input_price:g}/{model.output_price:g}".encode()))
@@ -44,6 +51,21 @@ def scores(call: Call) -> dict[str, float]:
     return {name: round(score, 4) for name, score in call.scores.items()}
 
 
+def rounds(call: Call) -> list[dict[str, Any]]:
+    """What a policy asked: whom, and what came of it."""
+    return [
+        {
+            "request": f"{search.id:x}",
+            "model": search.served.name if search.served else search.expert or None,
+            "tokens": search.tokens() if search.ended in BILLED else (0, 0),
+            "cost": search.cost / PICO,
+            "latency": round(search.latency, 4),
+            "said": search.attempts[-1]["said"] if search.attempts else None,
+        }
+        for search in call.searches or ()
+    ]
+
+
 def line(call: Call) -> dict[str, Any]:
     """A call as the log has it. Prompts only where `call.prompt` is set."""
     told: dict[str, Any] = {
@@ -58,6 +80,10 @@ def line(call: Call) -> dict[str, Any]:
         told |= {"router": call.router, "category": call.category, "confidence": call.confidence,
                  "uncertain": call.uncertain, "expert": call.expert, "kept": call.kept,
                  "scores": scores(call)}  # fmt: skip
+    if call.searches is not None:
+        told |= {"rounds": rounds(call), "budget": None if call.budget is None else call.budget / PICO}
+    if call.within:
+        told["within"] = f"{call.within:x}"
     if call.served is not None:
         told["price"] = {"input": call.served.input_price, "output": call.served.output_price}
     if call.prompt is not None:

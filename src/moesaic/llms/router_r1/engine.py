@@ -12,6 +12,7 @@ As the released engine of arXiv 2506.09033; but a reply is cut before it is wrap
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -83,6 +84,10 @@ class Policy(Protocol):
     """A language model that is asked to go on."""
 
     def begin(self, prompts: Sequence[str]) -> Rounds: ...
+
+
+STEP: ContextVar[Callable[[], None]] = ContextVar("STEP", default=lambda: None)
+"""What policies that can call before each token they write; it may raise, which ends the rollout."""
 
 
 @dataclass(frozen=True)

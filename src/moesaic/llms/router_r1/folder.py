@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moesaic.errors import AdapterError, ConfigError, path_of
 from moesaic.llms.router_r1.engine import Limits, Question
-from moesaic.llms.router_r1.local import LocalPolicy
 from moesaic.llms.router_r1.prompt import FIELDS
 from moesaic.llms.router_r1.settings import DIALECTS
 from moesaic.runs.folder import read_json, write_json
+
+if TYPE_CHECKING:
+    from moesaic.llms.router_r1.local import LocalPolicy
 
 FILE = "router_r1.json"
 POLICY = "policy"
@@ -54,8 +56,13 @@ def save(policy: LocalPolicy, asking: Asking, folder: Path) -> None:
     write_json(folder / FILE, asdict(asking))
 
 
+def file_of(folder: Path) -> Path:
+    """Where it says how its policy is asked: in the folder itself, or in that of the run that made it."""
+    return folder / FILE if (folder / FILE).is_file() else folder / POLICY / FILE
+
+
 def is_policy(folder: Path) -> bool:
-    return (folder / FILE).is_file() or (folder / POLICY / FILE).is_file()
+    return file_of(folder).is_file()
 
 
 def load(folder: str | Path) -> tuple[LocalPolicy, Asking]:
@@ -64,15 +71,15 @@ def load(folder: str | Path) -> tuple[LocalPolicy, Asking]:
     Raises:
         ConfigError: there is none. AdapterError: it is damaged.
     """
+    from moesaic.llms.router_r1.local import LocalPolicy
     from moesaic.models.embedded import load_model
 
-    given = path_of(folder)
-    place = given if (given / FILE).is_file() else given / POLICY
-    if not (place / FILE).is_file():
+    file = file_of(path_of(folder))
+    if not file.is_file():
         raise ConfigError(f"{folder} holds no policy; `moesaic llm r1 train` makes one")
-    loaded, stored = load_model(str(place)), read_json(place / FILE)
+    loaded, stored = load_model(str(file.parent)), read_json(file)
     if stored.keys() != {f.name for f in fields(Asking)}:
-        raise AdapterError(f"{place / FILE} is not as it was written: train the policy again")
+        raise AdapterError(f"{file} is not as it was written: train the policy again")
     asking = Asking(**{name: _plain(value) for name, value in stored.items()})
     policy = LocalPolicy(
         loaded.model.eval(), loaded.tokenizer, temperature=0.0, max_new_tokens=asking.max_new_tokens,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moesaic.errors import ConfigError
-from moesaic.llms.router_r1.engine import Rounds, Written
+from moesaic.llms.router_r1.engine import STEP, Rounds, Written
 from moesaic.llms.router_r1.transcript import TAGGED, Dialect
 
 
@@ -126,8 +126,9 @@ class _Rounds:
             self._before[i] += self._pending[i]
         ids: list[list[int]] = [[] for _ in who]
         logs: list[list[float]] = [[] for _ in who]
-        active = list(range(len(who)))
+        active, step = list(range(len(who))), STEP.get()
         while active:
+            step()
             tokens, chances = policy.draw(logits[active].float())
             for at, token, chance in zip(active, tokens.tolist(), chances.tolist(), strict=True):
                 ids[at].append(token)
