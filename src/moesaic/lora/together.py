@@ -1,0 +1,166 @@
+"""Decoding: linears that read one input (q, k and v; gate and up) have it read, routed and weighted in one go.
+
+With one token a step a module costs what its calls cost. So on a KV cache the routers' maps and the A's of such linears
+are kept stacked, (G*P + G*R, d_in), and a step is one product of all, one gate over all, one multiply, and then a
+product with B for each linear.
+
+Which linears those are is seen while the cache's first tokens go through the model: the first forward computes each
+linear by itself, as do forwards with gradients, in training, under `torch.compile`, and whenever somebody records. What
+is kept lives as long as the cache, and is made anew when what it is made of changes (see `Made`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from moesaic.host import Host
+from moesaic.lora.factors import Factors
+from moesaic.lora.mix import weigh
+from moesaic.routing import Gate, Joint, Made, Router, RoutingContext
+
+
+class Linear(Protocol):
+    """What is asked of an adapted linear."""
+
+    host: Host
+    moe_lora_A: Factors
+    moe_lora_B: Factors
+    moe_lora_scaling: Factors
+    eval_gates: dict[str, Gate]
+
+    def router(self, adapter: str) -> Router | None: ...
+
+    def context(self, adapter: str, x: Tensor) -> RoutingContext: ...
+
+    def only_weighs(self, adapter: str, x: Tensor) -> bool: ...
+
+
+class Stacked(NamedTuple):
+    """What is kept of a group's parameters."""
+
+    weight: Tensor
+    """(d_in, G*P + G*R): what the routers read, then the A's."""
+    bias: Tensor | None
+    """(G*P + G*R,), zero for the A's."""
+    scaling: Tensor | None
+    """(G, E) where experts have their own."""
+    width: int
+    """P: what one router reads; 0 where it is more than a map of the input."""
+    kept: dict[Any, Any]
+    """What the routers' class makes of the same tensors."""
+
+
+@dataclass(eq=False)
+class Group:
+    """Linears of one adapter, alike, that were seen to read the same tensor."""
+
+    adapter: str
+    linears: list[Linear] = field(default_factory=list)
+    made: Made[Stacked | None] | None = None
+
+    def takes(self, linear: Linear) -> bool:
+        return self._kind(linear) == self._kind(self.linears[0])
+
+    def low(self, x: Tensor) -> tuple[Tensor, ...] | None:
+        """Each linear's `A x` with its weights (N, E*r), of x (..., d_in); None where they are to be left apart."""
+        held = self._stacked(x) if all(linear.only_weighs(self.adapter, x) for linear in self.linears) else None
+        if held is None:
+            return None
+        first, routers, count = self.linears[0], self._routers(), len(self.linears)
+        z = first.host.in_float32(x)
+        flat, split, joint = z.reshape(-1, z.shape[-1]), count * held.width, Joint(self._contexts(x), held.kept)
+        product = torch.mm(flat, held.weight) if held.bias is None else torch.addmm(held.bias, flat, held.weight)
+        if held.width:
+            read = product[:, :split].view(*x.shape[:-1], count, held.width)
+            logits = type(routers[0]).from_projections(routers, read, joint)
+        else:
+            logits = torch.stack([router(z, context) for router, context in zip(routers, joint.contexts(), strict=True)], dim=-2)
+        weights = first.eval_gates[self.adapter].weights(logits)
+        weights = weights if held.scaling is None else weights * held.scaling
+        return weigh(product[:, split:], weights.flatten(0, -3), len(first.moe_lora_B[self.adapter])).unbind(1)
+
+    def _routers(self) -> list[Router]:
+        return [router for linear in self.linears if (router := linear.router(self.adapter)) is not None]
+
+    def _contexts(self, x: Tensor) -> Callable[[], list[RoutingContext]]:
+        return lambda: [linear.context(self.adapter, x) for linear in self.linears]
+
+    def _stacked(self, x: Tensor) -> Stacked | None:
+        """What is kept, made anew where it is out of date."""
+        sources = [source for linear in self.linears for source in self._sources(linear)]
+        if self.made is None or not self.made.holds(sources):
+            self.made = Made(self._stack(x) if all(map(self.takes, self.linears)) else None, sources)
+        return self.made.value
+
+    def _sources(self, linear: Linear) -> list[Any]:
+        adapter, router = self.adapter, linear.router(self.adapter)
+        found = [router, linear.eval_gates[adapter], linear.moe_lora_A[adapter], linear.moe_lora_B[adapter]]
+        if adapter in linear.moe_lora_scaling:
+            found.append(linear.moe_lora_scaling[adapter])
+        return [*found, *(router.read_from() if router is not None and router.reads_by_projection else ())]
+
+    def _stack(self, x: Tensor) -> Stacked | None:
+        maps: list[tuple[Tensor, Tensor | None]] = []
+        if self._routers()[0].reads_by_projection:
+            for router, context in zip(self._routers(), self._contexts(x)(), strict=True):
+                projection = router.projection(context)
+                if projection is None or (maps and len(projection[0]) != len(maps[0][0])):
+                    return None
+                maps.append(projection)
+        down = [linear.moe_lora_A[self.adapter].detach() for linear in self.linears]
+        weight = torch.cat([*(weight.to(down[0].dtype) for weight, _ in maps), *down])
+        bias = scaling = None
+        if any(own is not None for _, own in maps):
+            each = [part.new_zeros(len(part)) if own is None else own for part, own in maps]
+            bias = torch.cat([*(own.to(weight.dtype) for own in each), weight.new_zeros(sum(map(len, down)))])
+        if self.adapter in self.linears[0].moe_lora_scaling:
+            scaling = torch.stack([linear.moe_lora_scaling[self.adapter].detach() for linear in self.linears])
+        return Stacked(weight.t(), bias, scaling, len(maps[0][0]) if maps else 0, {})
+
+    def _kind(self, linear: Linear) -> tuple[Any, ...]:
+        adapter, router = self.adapter, linear.router(self.adapter)
+        A, B = linear.moe_lora_A[adapter], linear.moe_lora_B[adapter]
+        own = adapter in linear.moe_lora_scaling
+        return type(router), A.shape, len(B), A.dtype, A.device, own, linear.eval_gates[adapter]
+
+
+def low_rank(linear: Linear, adapter: str, x: Tensor) -> Tensor | None:
+    """The linear's `A x` with its weights (N, E*r), of x (..., d_in); None where it is to be computed by itself.
+
+    Without autocast. In the first forward on a KV cache: notes which linears read x.
+    """
+    frame = linear.host.frame
+    if frame is None or not frame.keeps or torch.is_grad_enabled() or x.dim() < 2 or linear.host.wants(adapter):
+        return None
+    groups: dict[Linear, Group] = frame.memory.setdefault((Group, adapter), {})
+    group, version = groups.get(linear), 0 if x.is_inference() else x._version
+    if group is None:
+        if linear.only_weighs(adapter, x):
+            groups[linear] = _group(linear, adapter, x, frame.state)
+        return None
+    made = frame.state.get(group)
+    if made is None or made[0] is not x or made[1] != version or linear not in made[2]:
+        low = group.low(x)
+        if low is None:
+            return None
+        frame.state[group] = made = x, version, dict(zip(group.linears, low, strict=True))
+    return made[2].pop(linear)
+
+
+def _group(linear: Linear, adapter: str, x: Tensor, state: dict[Any, Any]) -> Group:
+    """The group of those that have just read x, where there is one for the linear; else one of its own."""
+    last, groups = state.get(Group, (None, []))
+    if last is not x:
+        groups = []
+    group = next((g for g in groups if g.adapter == adapter and g.takes(linear)), None)
+    if group is None:
+        group = Group(adapter)
+        groups.append(group)
+    group.linears.append(linear)
+    state[Group] = x, groups
+    return group
