@@ -79,7 +79,9 @@ class Group:
             read = product[:, :split].view(*x.shape[:-1], count, held.width)
             logits = type(routers[0]).from_projections(routers, read, joint)
         else:
-            logits = torch.stack([router(z, context) for router, context in zip(routers, joint.contexts(), strict=True)], dim=-2)
+            logits = torch.stack(
+                [router(z, context) for router, context in zip(routers, joint.contexts(), strict=True)], dim=-2
+            )
         weights = first.eval_gates[self.adapter].weights(logits)
         weights = weights if held.scaling is None else weights * held.scaling
         return weigh(product[:, split:], weights.flatten(0, -3), len(first.moe_lora_B[self.adapter])).unbind(1)

@@ -59,7 +59,7 @@ class Gate(ABC):
     def __call__(self, logits: Tensor) -> Routing: ...
 
     def weights(self, logits: Tensor) -> Tensor:
-        """The weights (..., E) alone, without gradients: what a step of decoding needs, in as few kernels as it goes."""
+        """The weights (..., E) alone, without gradients: what decoding needs, in as few kernels as may be."""
         return self(logits).weights
 
     def check(self, num_experts: int) -> None:  # noqa: B027
