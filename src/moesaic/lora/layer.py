@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -30,7 +30,7 @@ from moesaic.lora.mix import (
     weigh_and_expand,
 )
 from moesaic.lora.together import low_rank
-from moesaic.routing import Gate, Record, Router, RoutingContext, Site, no_autocast
+from moesaic.routing import Gate, Record, Router, Routing, RoutingContext, Site, no_autocast
 
 _CROSS_ATTENTION = re.compile(r"cross_?att|EncDecAttention|encoder_attn", re.IGNORECASE)
 _KEY_OR_VALUE = re.compile(r"^(k|v|key|value|k_proj|v_proj|key_proj|value_proj|kv_proj|c_attn)$")
@@ -339,21 +339,25 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         self, adapter: str, x: Tensor, router: Router, context: RoutingContext, read: Tensor | None = None
     ) -> Tensor:
         """Weights (..., E) of the layer's input, or of what the router `read` of it; recorded if anybody asks."""
-        host = self.host
-        gate, recorded = self._gate_of(adapter), host.wants(adapter)
+        host, gate = self.host, self._gate_of(adapter)
+        recorded = host.wants(adapter)
         with no_autocast(x.device.type):
             logits = router(host.in_float32(x), context) if read is None else router.from_projection(read, context)
-            if not recorded and not torch.is_grad_enabled():
-                return gate.weights(logits)
-            routing = gate(logits)
-        if recorded:
-            record = Record.of(self.sites[adapter], routing, context, router)
-            if host.needs_hidden(adapter):
-                record.hidden = host.sequence_means(x, context)
-            if host.needs_experts(adapter):
-                record.experts = (self.moe_lora_A[adapter], self.moe_lora_B[adapter])
-            host.record(adapter, record)
-        return routing.weights
+            routing = gate(logits) if recorded or torch.is_grad_enabled() else None
+            weights = routing.weights if routing and torch.is_grad_enabled() else gate.weights(logits)
+        if recorded and routing:
+            self.record(adapter, x, replace(routing, weights=weights), context)
+        return weights
+
+    def record(self, adapter: str, x: Tensor, routing: Routing, context: RoutingContext) -> None:
+        """Tell whoever asks of this layer's routing of x."""
+        host = self.host
+        record = Record.of(self.sites[adapter], routing, context, self.router(adapter))
+        if host.needs_hidden(adapter):
+            record.hidden = host.sequence_means(x, context)
+        if host.needs_experts(adapter):
+            record.experts = (self.moe_lora_A[adapter], self.moe_lora_B[adapter])
+        host.record(adapter, record)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ConfigError(NOT_MERGED)

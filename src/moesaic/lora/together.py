@@ -5,8 +5,8 @@ are kept stacked, (G*P + G*R, d_in), and a step is one product of all, one gate 
 product with B for each linear.
 
 Which linears those are is seen while the cache's first tokens go through the model: the first forward computes each
-linear by itself, as do forwards with gradients, in training, under `torch.compile`, and whenever somebody records. What
-is kept lives as long as the cache, and is made anew when what it is made of changes (see `Made`).
+linear by itself, as do forwards with gradients, in training, and under `torch.compile`. What is kept lives as long as
+the cache, and is made anew when what it is made of changes (see `Made`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from moesaic.host import Host
 from moesaic.lora.factors import Factors
 from moesaic.lora.mix import weigh
-from moesaic.routing import Gate, Joint, Made, Router, RoutingContext
+from moesaic.routing import Gate, Joint, Made, Router, Routing, RoutingContext
 
 
 class Linear(Protocol):
@@ -36,6 +36,8 @@ class Linear(Protocol):
     def router(self, adapter: str) -> Router | None: ...
 
     def context(self, adapter: str, x: Tensor) -> RoutingContext: ...
+
+    def record(self, adapter: str, x: Tensor, routing: Routing, context: RoutingContext) -> None: ...
 
     def only_weighs(self, adapter: str, x: Tensor) -> bool: ...
 
@@ -66,8 +68,11 @@ class Group:
     def takes(self, linear: Linear) -> bool:
         return self._kind(linear) == self._kind(self.linears[0])
 
-    def low(self, x: Tensor) -> tuple[Tensor, ...] | None:
-        """Each linear's `A x` with its weights (N, E*r), of x (..., d_in); None where they are to be left apart."""
+    def low(self, x: Tensor, *, recorded: bool) -> list[tuple[Tensor, Routing | None]] | None:
+        """Each linear's `A x` with its weights (N, E*r), of x (..., d_in), and its routing if that is to be recorded.
+
+        None where they are to be left apart.
+        """
         held = self._stacked(x) if all(linear.only_weighs(self.adapter, x) for linear in self.linears) else None
         if held is None:
             return None
@@ -82,9 +87,15 @@ class Group:
             logits = torch.stack(
                 [router(z, context) for router, context in zip(routers, joint.contexts(), strict=True)], dim=-2
             )
-        weights = first.eval_gates[self.adapter].weights(logits)
+        gate = first.eval_gates[self.adapter]
+        weights = gate.weights(logits)
+        routings: list[Routing | None] = [None] * count
+        if recorded:
+            parts = (weights, gate(logits).probs, logits)
+            routings = [Routing(*each) for each in zip(*(part.unbind(-2) for part in parts), strict=True)]
         weights = weights if held.scaling is None else weights * held.scaling
-        return weigh(product[:, split:], weights.flatten(0, -3), len(first.moe_lora_B[self.adapter])).unbind(1)
+        low = weigh(product[:, split:], weights.flatten(0, -3), len(first.moe_lora_B[self.adapter]))
+        return list(zip(low.unbind(1), routings, strict=True))
 
     def _routers(self) -> list[Router]:
         return [router for linear in self.linears if (router := linear.router(self.adapter)) is not None]
@@ -137,7 +148,7 @@ def low_rank(linear: Linear, adapter: str, x: Tensor) -> Tensor | None:
     Without autocast. In the first forward on a KV cache: notes which linears read x.
     """
     frame = linear.host.frame
-    if frame is None or not frame.keeps or torch.is_grad_enabled() or x.dim() < 2 or linear.host.wants(adapter):
+    if frame is None or not frame.keeps or torch.is_grad_enabled() or x.dim() < 2:
         return None
     groups: dict[Linear, Group] = frame.memory.setdefault((Group, adapter), {})
     group, version = groups.get(linear), 0 if x.is_inference() else x._version
@@ -147,11 +158,14 @@ def low_rank(linear: Linear, adapter: str, x: Tensor) -> Tensor | None:
         return None
     made = frame.state.get(group)
     if made is None or made[0] is not x or made[1] != version or linear not in made[2]:
-        low = group.low(x)
-        if low is None:
+        parts = group.low(x, recorded=linear.host.wants(adapter))
+        if parts is None:
             return None
-        frame.state[group] = made = x, version, dict(zip(group.linears, low, strict=True))
-    return made[2].pop(linear)
+        frame.state[group] = made = x, version, dict(zip(group.linears, parts, strict=True))
+    low, routing = made[2].pop(linear)
+    if routing is not None:
+        linear.record(adapter, x, routing, linear.context(adapter, x))
+    return low
 
 
 def _group(linear: Linear, adapter: str, x: Tensor, state: dict[Any, Any]) -> Group:

@@ -104,7 +104,8 @@ class RecurrentRouter(SharingRouter):
             return super().from_projections(routers, read, joint)
         below = below if below is not None and below.cell[0].shape == read.shape else None
         if "heads" not in joint.kept:
-            joint.kept["heads"] = torch.stack([r.head.weight.to(read.dtype) for r in routers]).transpose(1, 2)
+            heads = [router.head.weight for router in routers if isinstance(router.head, nn.Linear)]
+            joint.kept["heads"] = torch.stack(heads).to(read.dtype).transpose(1, 2)
             joint.kept["cell"] = joined(first.cell) if first.kind == "gru" else None
         passed.setdefault((owner, False), joint.kept["cell"])
         state = first.step(read, below.cell if below is not None and first.recurrence != "none" else None, passed)
