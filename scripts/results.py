@@ -237,6 +237,8 @@ What did not pay: keeping B as (d_out, E*r), one `matmul` and an `add` for the l
 """
 
 NOTES = {
+    "A step of decoding": "One token a row, with a KV cache of those before; milliseconds of a step of all rows. "
+    "Kernels are those of one row, counted as in training.",
     "A training step": "Forward, loss with auxiliary losses, backward, AdamW; the frozen base: forward and backward to "
     "its input. Events, kernels and syncs are those of forward and backward, counted by `torch.profiler` on the CPU: "
     "all of torch's operators, views and those within others included; of these the ones below which no other "
