@@ -19,8 +19,9 @@ import moesaic
 from moesaic.bench import measure
 from moesaic.lora import METHODS
 from moesaic.lora import layer as layers
+from moesaic.lora.methods.topiclora import PrototypeRouter
 from moesaic.lora.together import Group, Stacked
-from moesaic.routing import AsTheyAre, EntropyHybrid, Gate, Made, Softmax, TopK, TopP
+from moesaic.routing import AsTheyAre, EntropyHybrid, Gate, Joint, Made, RoutingContext, Softmax, TopK, TopP
 from moesaic.routing.entropy import EntropyType, exceeds, generalised_entropy
 from tests import tiny
 
@@ -359,6 +360,25 @@ def test_what_was_made_holds_until_a_tensor_is_replaced_or_written_to() -> None:
     with torch.inference_mode():
         untracked = torch.ones(2)
     assert not Made("value", [untracked]).holds([untracked])
+
+
+def test_a_router_that_goes_its_own_way_does_not_inherit_how_others_go_together() -> None:
+    class Turned(PrototypeRouter):
+        def from_projection(self, read: Tensor, context: RoutingContext | None = None) -> Tensor:
+            return -super().from_projection(read, context)
+
+    class Moved(PrototypeRouter):
+        def projection(self, context: RoutingContext | None = None) -> tuple[Tensor, None]:
+            return 2 * self.read.weight, None
+
+    torch.manual_seed(0)
+    prototypes, read = torch.eye(4), torch.randn(3, 2, 4)
+    turned, plain = ([cls(5, prototypes) for _ in range(2)] for cls in (Turned, PrototypeRouter))
+    joint = [Joint(lambda: [RoutingContext()] * 2) for _ in range(2)]
+    wanted = PrototypeRouter.from_projections(plain, read, joint[0])
+    torch.testing.assert_close(Turned.from_projections(turned, read, joint[1]), -wanted)
+    assert Moved(5, prototypes).read_from()[0] is not plain[0].read.weight
+    assert plain[0].read_from()[0] is plain[0].read.weight
 
 
 GATES: list[Gate] = [

@@ -206,18 +206,16 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         if x.dim() > 3:
             rows = in_three(x, self.host.view(self.stack, self.cross).tokens)
             return self._add_adapter(adapter, rows, out.reshape(*rows.shape[:-1], out.shape[-1])).view(out.shape)
-        A, kind = self.moe_lora_A[adapter], x.device.type
-        few = thin(x, A)
+        kind = x.device.type
         under_autocast = torch.is_autocast_enabled(kind)
-        if under_autocast and not few:
+        if under_autocast and not thin(x, self.moe_lora_A[adapter]):
             return self._mixed(adapter, x, x, out, few=False)
         with no_autocast(kind):
-            low = low_rank(self, adapter, x)
-            if low is not None:
-                scaling = 1.0 if adapter in self.moe_lora_scaling else self.scaling[adapter]
-                return expand(low, self.moe_lora_B[adapter], out, scaling=scaling)
-            x = self.host.in_float32(x) if under_autocast else x
-            return self._mixed(adapter, x, self._cast_input_dtype(x, A.dtype), out, few=few)
+            found = low_rank(self, adapter, x)
+            if found is not None:
+                return expand(*found, out, scaling=1.0 if adapter in self.moe_lora_scaling else self.scaling[adapter])
+            A, x = self.moe_lora_A[adapter], self.host.in_float32(x) if under_autocast else x
+            return self._mixed(adapter, x, self._cast_input_dtype(x, A.dtype), out, few=thin(x, A))
 
     def _mixed(self, adapter: str, x: Tensor, z: Tensor, out: Tensor, *, few: bool) -> Tensor:
         """`out` with the adapter's experts added, of the input x, which they read as z.
@@ -300,6 +298,24 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         here = type(A) is nn.Parameter and A.device == x.device and A.shape[-1] == x.shape[-1]
         return here and A.dtype == B.dtype == dtype and self._is_dense(adapter, router, A)
+
+    def depends_on(self, adapter: str) -> list[Any]:
+        """All that a step's weighting of `A x` depends on beside x. Asked at every step, so short of detours."""
+        modules = self._modules
+        factors = [cast(Factors, modules[name]) for name in ("moe_lora_A", "moe_lora_B", "moe_lora_scaling")]
+        held = [holder[adapter] for holder in factors if adapter in holder._modules]
+        router, dropout = self.router(adapter), cast(Any, modules["moe_lora_dropout"])._modules.get(adapter)
+        if router is None or dropout is None:
+            return []
+        watched = bool(router._forward_pre_hooks or router._forward_hooks)
+        modes = self.training, router.training, dropout.training, dropout.p, watched, self.backends[adapter]
+        return [
+            router,
+            self.eval_gates[adapter],
+            *modes,
+            *held,
+            *(router.read_from() if router.reads_by_projection else ()),
+        ]
 
     def context(self, adapter: str, x: Tensor) -> RoutingContext:
         """What the adapter's router may see of the running forward, for this layer's input."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moesaic.host import Host
 from moesaic.lora.factors import Factors
@@ -41,6 +41,8 @@ class Linear(Protocol):
 
     def only_weighs(self, adapter: str, x: Tensor) -> bool: ...
 
+    def depends_on(self, adapter: str) -> list[Any]: ...
+
 
 class Stacked(NamedTuple):
     """What is kept of a group's parameters."""
@@ -51,10 +53,18 @@ class Stacked(NamedTuple):
     """(G*P + G*R,), zero for the A's."""
     scaling: Tensor | None
     """(G, E) where experts have their own."""
+    up: list[nn.Parameter]
+    """The B's (E*r, d_out)."""
+    routers: list[Router]
+    gate: Gate
     width: int
     """P: what one router reads; 0 where it is more than a map of the input."""
     kept: dict[Any, Any]
     """What the routers' class makes of the same tensors."""
+
+
+Part = tuple[Tensor, Tensor, Routing | None]
+"""A linear's `A x` with its weights (N, E*r), its B, and its routing where that is to be recorded."""
 
 
 @dataclass(eq=False)
@@ -68,15 +78,15 @@ class Group:
     def takes(self, linear: Linear) -> bool:
         return self._kind(linear) == self._kind(self.linears[0])
 
-    def low(self, x: Tensor, *, recorded: bool) -> list[tuple[Tensor, Routing | None]] | None:
-        """Each linear's `A x` with its weights (N, E*r), of x (..., d_in), and its routing if that is to be recorded.
+    def low(self, x: Tensor, *, recorded: bool) -> list[Part] | None:
+        """What each linear goes on with, of x (..., d_in).
 
         None where they are to be left apart.
         """
-        held = self._stacked(x) if all(linear.only_weighs(self.adapter, x) for linear in self.linears) else None
+        held = self._stacked(x)
         if held is None:
             return None
-        first, routers, count = self.linears[0], self._routers(), len(self.linears)
+        first, routers, count = self.linears[0], held.routers, len(self.linears)
         z = first.host.in_float32(x)
         flat, split, joint = z.reshape(-1, z.shape[-1]), count * held.width, Joint(self._contexts(x), held.kept)
         product = torch.mm(flat, held.weight) if held.bias is None else torch.addmm(held.bias, flat, held.weight)
@@ -84,18 +94,15 @@ class Group:
             read = product[:, :split].view(*x.shape[:-1], count, held.width)
             logits = type(routers[0]).from_projections(routers, read, joint)
         else:
-            logits = torch.stack(
-                [router(z, context) for router, context in zip(routers, joint.contexts(), strict=True)], dim=-2
-            )
-        gate = first.eval_gates[self.adapter]
-        weights = gate.weights(logits)
+            logits = type(routers[0]).from_inputs(routers, z, joint)
+        weights = held.gate.weights(logits)
         routings: list[Routing | None] = [None] * count
         if recorded:
-            parts = (weights, gate(logits).probs, logits)
+            parts = (weights, held.gate(logits).probs, logits)
             routings = [Routing(*each) for each in zip(*(part.unbind(-2) for part in parts), strict=True)]
         weights = weights if held.scaling is None else weights * held.scaling
-        low = weigh(product[:, split:], weights.flatten(0, -3), len(first.moe_lora_B[self.adapter]))
-        return list(zip(low.unbind(1), routings, strict=True))
+        low = weigh(product[:, split:], weights.flatten(0, -3), len(held.up[0]))
+        return list(zip(low.unbind(1), held.up, routings, strict=True))
 
     def _routers(self) -> list[Router]:
         return [router for linear in self.linears if (router := linear.router(self.adapter)) is not None]
@@ -105,17 +112,13 @@ class Group:
 
     def _stacked(self, x: Tensor) -> Stacked | None:
         """What is kept, made anew where it is out of date."""
-        sources = [source for linear in self.linears for source in self._sources(linear)]
+        sources: list[Any] = [x.dtype]
+        for linear in self.linears:
+            sources += linear.depends_on(self.adapter)
         if self.made is None or not self.made.holds(sources):
-            self.made = Made(self._stack(x) if all(map(self.takes, self.linears)) else None, sources)
+            alike = all(linear.only_weighs(self.adapter, x) and self.takes(linear) for linear in self.linears)
+            self.made = Made(self._stack(x) if alike else None, sources)
         return self.made.value
-
-    def _sources(self, linear: Linear) -> list[Any]:
-        adapter, router = self.adapter, linear.router(self.adapter)
-        found = [router, linear.eval_gates[adapter], linear.moe_lora_A[adapter], linear.moe_lora_B[adapter]]
-        if adapter in linear.moe_lora_scaling:
-            found.append(linear.moe_lora_scaling[adapter])
-        return [*found, *(router.read_from() if router is not None and router.reads_by_projection else ())]
 
     def _stack(self, x: Tensor) -> Stacked | None:
         maps: list[tuple[Tensor, Tensor | None]] = []
@@ -133,21 +136,35 @@ class Group:
             bias = torch.cat([*(own.to(weight.dtype) for own in each), weight.new_zeros(sum(map(len, down)))])
         if self.adapter in self.linears[0].moe_lora_scaling:
             scaling = torch.stack([linear.moe_lora_scaling[self.adapter].detach() for linear in self.linears])
-        return Stacked(weight.t(), bias, scaling, len(maps[0][0]) if maps else 0, {})
+        up, gate = (
+            [linear.moe_lora_B[self.adapter] for linear in self.linears],
+            self.linears[0].eval_gates[self.adapter],
+        )
+        return Stacked(weight.t(), bias, scaling, up, self._routers(), gate, len(maps[0][0]) if maps else 0, {})
 
     def _kind(self, linear: Linear) -> tuple[Any, ...]:
         adapter, router = self.adapter, linear.router(self.adapter)
         A, B = linear.moe_lora_A[adapter], linear.moe_lora_B[adapter]
         own = adapter in linear.moe_lora_scaling
-        return type(router), A.shape, len(B), A.dtype, A.device, own, linear.eval_gates[adapter]
+        return (
+            type(router),
+            router and router.num_experts,
+            A.shape,
+            len(B),
+            A.dtype,
+            A.device,
+            own,
+            linear.eval_gates[adapter],
+        )
 
 
-def low_rank(linear: Linear, adapter: str, x: Tensor) -> Tensor | None:
-    """The linear's `A x` with its weights (N, E*r), of x (..., d_in); None where it is to be computed by itself.
+def low_rank(linear: Linear, adapter: str, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The linear's `A x` with its weights (N, E*r), of x (..., d_in), and its B; None where it is computed by itself.
 
     Without autocast. In the first forward on a KV cache: notes which linears read x.
     """
-    frame = linear.host.frame
+    host = linear.host
+    frame = host.frame
     if frame is None or not frame.keeps or torch.is_grad_enabled() or x.dim() < 2:
         return None
     groups: dict[Linear, Group] = frame.memory.setdefault((Group, adapter), {})
@@ -158,14 +175,14 @@ def low_rank(linear: Linear, adapter: str, x: Tensor) -> Tensor | None:
         return None
     made = frame.state.get(group)
     if made is None or made[0] is not x or made[1] != version or linear not in made[2]:
-        parts = group.low(x, recorded=linear.host.wants(adapter))
+        parts = group.low(x, recorded=host.wants(adapter))
         if parts is None:
             return None
         frame.state[group] = made = x, version, dict(zip(group.linears, parts, strict=True))
-    low, routing = made[2].pop(linear)
+    low, B, routing = made[2].pop(linear)
     if routing is not None:
         linear.record(adapter, x, routing, linear.context(adapter, x))
-    return low
+    return low, B
 
 
 def _group(linear: Linear, adapter: str, x: Tensor, state: dict[Any, Any]) -> Group:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import is_
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
@@ -18,20 +19,22 @@ class Made(Generic[Value]):
     """
 
     def __init__(self, value: Value, sources: Sequence[Any]) -> None:
-        self.value, self.sources, self.marks = value, tuple(sources), [_mark(source) for source in sources]
+        self.value, self.sources = value, tuple(sources)
+        self.tensors = [source for source in self.sources if isinstance(source, Tensor)]
+        self.marks = _marks(self.tensors) if all(map(_tells, self.tensors)) else None
 
     def holds(self, sources: Sequence[Any]) -> bool:
         """Whether it would be the same, made of `sources`: tensors, and objects that count by identity."""
-        return len(sources) == len(self.sources) and all(
-            now is then and mark is not None and _mark(now) == mark
-            for now, then, mark in zip(sources, self.sources, self.marks, strict=True)
-        )
+        if len(sources) != len(self.sources) or not all(map(is_, sources, self.sources)):
+            return False
+        return self.marks is not None and _marks(self.tensors) == self.marks
 
 
-def _mark(source: Any) -> tuple[int, int] | None:
-    """Version and place; None where they cannot be told, as of a tensor that is spread over processes."""
-    if not isinstance(source, Tensor):
-        return 0, 0
-    if type(source) not in (Tensor, nn.Parameter) or source.is_inference():
-        return None
-    return source._version, source.data_ptr()
+def _marks(tensors: list[Tensor]) -> list[tuple[int, int]]:
+    """Version and place of each."""
+    return [(tensor._version, tensor.data_ptr()) for tensor in tensors]
+
+
+def _tells(tensor: Tensor) -> bool:
+    """Not one that is spread over processes, for example."""
+    return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_inference()

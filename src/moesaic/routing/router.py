@@ -94,6 +94,15 @@ class RoutingContext:
     """Sums over a sequence's tokens up to each, those that lie in the KV cache included."""
 
 
+_TOGETHER = {
+    "projection": "read_from",
+    "from_projection": "from_projections",
+    "score": "from_inputs",
+    "forward": "from_inputs",
+}
+"""What a router does alone, and what it does with others: who overrides the one does not inherit the other."""
+
+
 @dataclass
 class Joint:
     """What routers that read one input may see and keep."""
@@ -129,6 +138,9 @@ class Router(nn.Module):
             cls.reads_by_projection = True
         elif {"score", "forward"} & vars(cls).keys():
             cls.reads_by_projection = False
+        for alone, together in _TOGETHER.items():
+            if alone in vars(cls) and together not in vars(cls):
+                setattr(cls, together, vars(Router)[together])
 
     def __init__(self, num_experts: int) -> None:
         super().__init__()
@@ -180,6 +192,12 @@ class Router(nn.Module):
             return read
         each = zip(routers, read.unbind(-2), joint.contexts(), strict=True)
         return torch.stack([router.from_projection(part, context) for router, part, context in each], dim=-2)
+
+    @classmethod
+    def from_inputs(cls, routers: Sequence[Self], h: Tensor, joint: Joint) -> Tensor:
+        """Logits (..., G, E) of G routers of this class that read one input (..., d_in) by more than a map."""
+        each = zip(routers, joint.contexts(), strict=True)
+        return torch.stack([router(h, context) for router, context in each], dim=-2)
 
     def read_experts(self, A: Tensor, B: Tensor) -> None:
         """Told once, before any forward, of experts that are trained already: A (E*r, d_in) and B (E*r, d_out)."""

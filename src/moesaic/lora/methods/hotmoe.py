@@ -125,9 +125,6 @@ class HotMoERouter(Router, ABC):
             self.fold_group(context.state)
         return cast(Fold, context.state[key]) if context.whole else self.fold()
 
-    def read_from(self) -> tuple[Tensor, ...]:
-        return self.folds()
-
     @property
     def decodes(self) -> bool:
         """Whether what is made of parameters may be kept on a KV cache."""
@@ -165,6 +162,9 @@ class ExpertExpertRouter(HotMoERouter):
 
     def projection(self, context: RoutingContext | None = None) -> tuple[Tensor, Tensor]:
         return self.folded(context)
+
+    def read_from(self) -> tuple[Tensor, ...]:
+        return self.folds()
 
     def extra_repr(self) -> str:
         return "expert-expert"
