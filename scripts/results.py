@@ -238,6 +238,8 @@ What did not pay: keeping B as (d_out, E*r), one `matmul` and an `add` for the l
 """
 
 NOTES = {
+    "A step of decoding": "One token a row, with a KV cache of those before; milliseconds of a step of all rows. "
+    "Kernels are those of one row, counted as in training.",
     "A training step": "Forward, loss with auxiliary losses, backward, AdamW; the frozen base: forward and backward to "
     "its input. Events, kernels and syncs are those of forward and backward, counted by `torch.profiler` on the CPU: "
     "all of torch's operators, views and those within others included; of these the ones below which no other "
@@ -305,10 +307,11 @@ more than a thousandth.
 
 Where decoding's time goes: with one token a step, a module costs what its calls cost, not what it
 computes, and between two of them the base's weights stream through the caches. So under bf16 autocast thin products
-are made in float32 on a CPU; without gradients nothing is copied to be read in one product, and no autograd function is
-entered; autocast is switched off and on, not nested; HotMoE's folds are kept with the KV cache, and its token-expert
-router reads the token by one map that is kept there too. What is left is the number of operators: a top-k gate has six,
-a token-expert router eleven, a GRU or a gate by entropy more. With 16 rows it is spread out."""
+are made in float32 on a CPU; without gradients no autograd function is entered; autocast is switched off and on, not
+nested. Since these figures were taken, linears that read one input decode together (`lora/together.py`): their routers'
+maps and A's are one matrix that is kept with the KV cache, with one gate and one multiply for all of them. What is left
+is the number of operators: a top-k gate has four, a token-expert router or a GRU six more, a gate by entropy twelve.
+With 16 rows it is spread out."""
 
 
 def page(results: Path) -> str:

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from moesaic import bench
-from moesaic.bench import arms, measure, suite
+from moesaic.bench import arms, generating, measure, suite
 from moesaic.errors import ConfigError
 from moesaic.lora import METHODS
 
 TINY = {"d": 16, "layers": 1, "batch": 2, "tokens": 8}
+GENERATING = {"d": 16, "layers": 1, "prompt": 4, "new": 2, "tokens": 8}
 
 
 def test_ratios_are_medians_round_by_round() -> None:
@@ -76,7 +77,7 @@ def test_backward_kernels_count_too() -> None:
 
 def test_every_method_is_an_arm() -> None:
     names = {*arms.methods("linear"), *arms.methods("block")}
-    assert names == METHODS.keys() - arms.NO_METHOD
+    assert names == {name for name, cls in METHODS.items() if not cls.kind.needs_adapters} - arms.NO_METHOD
     assert "mixlora" in arms.methods("block")
     assert "mixlora" not in arms.methods("linear")
 
@@ -100,9 +101,11 @@ def test_the_matched_lora_has_the_rank_of_a_block_level_method() -> None:
 @pytest.fixture(scope="module")
 def result() -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(suite, "COUNTED", TINY)
+        for module in (suite, generating):
+            patch.setattr(module, "COUNTED", TINY)
         threads = torch.get_num_threads()
-        found = suite.run(rounds=2, tokens=8, d=16, size=TINY, only=["mola", "moelora", "mixlora"], memory=False)
+        sizes: Any = {"tokens": 8, "d": 16, "size": TINY, "generating_size": GENERATING}
+        found = suite.run(rounds=2, **sizes, only=["mola", "moelora", "mixlora"], memory=False)
         torch.set_num_threads(threads)
     return json.loads(json.dumps(found))
 
@@ -118,21 +121,67 @@ def test_every_table_has_the_arms_it_should(result: Any) -> None:
     assert result["peak_memory_mib"] == {}
     assert result["kernels"]["lora"]["events_ratio"] == result["kernels"]["lora"]["kernels_ratio"] == 1.0
     assert result["kernels"][arms.LOOP]["kernels"] > result["kernels"]["mola"]["kernels"]
+    generated = linear | {"mixlora", arms.FROZEN, generating.ACTIVE}
+    assert result["decode"].keys() == {"1", "8", "32"}
+    for rows in (*result["decode"].values(), result["prefill"], result["decode_kernels"]):
+        assert rows.keys() == generated
+    assert result["decode_kernels"]["lora"]["kernels_ratio"] == result["decode"]["8"]["lora"]["ratio"] == 1.0
+    assert result["decode"]["8"][arms.FROZEN]["to_base"] == 1.0
 
 
 def test_tables_have_a_row_for_each_arm_and_the_same_columns(result: Any) -> None:
     made = bench.tables(result)
-    assert [len(rows) for _, rows in made] == [5, 6, 1]
+    assert [len(rows) for _, rows in made] == [5, 6, 1, 7, 7]
     assert all(row.keys() == rows[0].keys() for _, rows in made for row in rows)
-    for key in ("kernels", "arithmetic", "model_overhead_share_of_loop"):  # what earlier files do not have
+    for key in (
+        "kernels",
+        "arithmetic",
+        "model_overhead_share_of_loop",
+        "generating",
+    ):  # of later files
         del result[key]
     assert [len(rows) for _, rows in bench.tables(result)] == [5, 6]
+
+
+def test_suites_run_alone() -> None:
+    threads = torch.get_num_threads()
+    found = suite.run(suites=["prefill"], rounds=2, generating_size=GENERATING, only=["mola"])
+    torch.set_num_threads(threads)
+    assert found.keys() == {"settings", "machine", "generating", "prefill"}
+    [(title, rows)] = bench.tables(found)
+    assert "8 tokens" in title
+    assert len(rows) == 5
+
+
+def test_steps_of_decoding_leave_the_prompt_in_the_cache() -> None:
+    seen: list[int] = []
+
+    class Model(nn.Module):
+        def forward(self, input_ids: Any, past_key_values: Any) -> None:
+            seen.append(past_key_values.get_seq_length())
+            states = torch.zeros(len(input_ids), 1, input_ids.shape[1], 1)
+            past_key_values.update(states, states, 0)
+
+    step = generating.decoding(Model(), GENERATING, rows=3)
+    step()
+    step()
+    assert seen == [0, 4, 5, 4, 5]
+
+
+def test_arms_share_the_weights_of_their_base() -> None:
+    base = arms.llama(16, 1)
+    kept = {p.data_ptr() for p in base.parameters()}
+    for config in generating.configs(["mola"]).values():
+        own = {p.data_ptr() for n, p in generating.adapted(base, config).named_parameters() if "lora" not in n}
+        assert own == kept
+    assert all(type(module).__name__ != "MixtureLinear" for module in base.modules())
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         (["rounds=1"], "rounds=1 must be at least 2"),
+        (["suites=decoding"], "suites: there is no suite 'decoding'; did you mean 'decode'"),
         (["tokens=0"], "tokens=0 must be at least 1"),
         (["methods=[mol]"], "methods: no method 'mol' to measure; did you mean 'mola'"),
         (["methods=mol"], "methods: no method 'mol' to measure"),

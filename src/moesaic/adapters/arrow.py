@@ -14,8 +14,9 @@ terms B_e A_f and the weights squared; its PHATGOOSE sums outputs); top_k is 3 w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from moesaic.errors import ConfigError
 from moesaic.lora.config import MixtureConfig
 from moesaic.lora.kind import Kind
 from moesaic.lora.stored import LARGEST
-from moesaic.routing import Gate, Router, RoutingContext, Site, TopK
+from moesaic.routing import Gate, Joint, Router, RoutingContext, Site, TopK
 
 
 def prototypes(A: Tensor, B: Tensor) -> Tensor:
@@ -59,6 +60,10 @@ class ArrowRouter(Router):
 
     def from_projection(self, read: Tensor, context: RoutingContext | None = None) -> Tensor:
         return read.abs() / self.temperature
+
+    @classmethod
+    def from_projections(cls, routers: Sequence[Self], read: Tensor, joint: Joint) -> Tensor:
+        return routers[0].from_projection(read)  # one temperature for all layers
 
 
 @dataclass

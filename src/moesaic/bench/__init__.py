@@ -16,6 +16,9 @@ from typing import Any
 class BenchSettings:
     """Settings of `moesaic bench`."""
 
+    suites: list[str] | None = field(
+        default=None, metadata={"help": "of mix (one linear), train, decode and prefill; all where left out"}
+    )
     rounds: int = field(default=20, metadata={"help": "times that all arms run in turn"})
     tokens: int = field(default=1024, metadata={"help": "tokens of the single linear"})
     methods: list[str] | None = field(default=None, metadata={"help": "these methods only, e.g. methods=rmoe,mola"})
@@ -41,6 +44,9 @@ def main(overrides: list[str], *, as_json: bool = False) -> None:
     for name in settings.methods or ():
         if name not in known:
             raise ConfigError(f"methods: no method {name!r} to measure; {suggest(name, known)}")
+    for name in settings.suites or ():
+        if name not in suite.SUITES:
+            raise ConfigError(f"suites: there is no suite {name!r}; {suggest(name, suite.SUITES)}")
     path = None if settings.out is None else path_of(settings.out)
     if path is not None:
         if path.is_dir():
@@ -50,6 +56,7 @@ def main(overrides: list[str], *, as_json: bool = False) -> None:
     console = Console()
     with Console(stderr=True).status("warming up") as status:
         result = suite.run(
+            suites=settings.suites or suite.SUITES,
             rounds=settings.rounds,
             tokens=settings.tokens,
             only=settings.methods,
@@ -72,19 +79,48 @@ Rows = list[dict[str, str]]
 
 def tables(result: dict[str, Any]) -> list[tuple[str, Rows]]:
     """The figures as titled tables of text, for the terminal and for documents."""
-    s, m = result["settings"], result["model"]
-    linear, step = ([_timed(result, name, key) for name in result[key]] for key in ("linear", "model_step"))
-    found = [
-        (f"One linear, forward and backward ({s['tokens']} tokens, d={s['d']})", linear),
-        (
-            f"A training step (Llama, {m['layers']} layers, d={m['d']}, {m['targets']}, {m['batch']} x {m['tokens']} "
-            "tokens)",
-            step,
-        ),
-    ]
+    s, found = result["settings"], []
+    if "linear" in result:
+        linear = [_timed(result, name, "linear") for name in result["linear"]]
+        found.append((f"One linear, forward and backward ({s['tokens']} tokens, d={s['d']})", linear))
+    if "model_step" in result:
+        m = result["model"]
+        what = f"Llama, {m['layers']} layers, d={m['d']}, {m['targets']}, {m['batch']} x {m['tokens']} tokens"
+        found.append(
+            (f"A training step ({what})", [_timed(result, name, "model_step") for name in result["model_step"]])
+        )
     if result.get("arithmetic"):
         found.append(("FFNs as experts: a training step beside its arithmetic", _arithmetic(result["arithmetic"])))
+    if "generating" in result:
+        found += _generating(result)
     return found
+
+
+def _generating(result: dict[str, Any]) -> list[tuple[str, Rows]]:
+    m, found = result["generating"], []
+    what = f"Llama, {m['layers']} layers, d={m['d']}, {m['targets']}"
+    if "decode" in result:
+        tables, counts = result["decode"], result["decode_kernels"]
+        rows = [
+            {"arm": name, "kernels (to LoRA)": f"{counts[name]['kernels']} ({counts[name]['kernels_ratio']:.2f})"}
+            | {key: cell for number, table in tables.items() for key, cell in _ratios(table[name], number).items()}
+            for name in counts
+        ]
+        found.append((f"A step of decoding ({what}, behind {m['prompt']} tokens)", rows))
+    if "prefill" in result:
+        rows = [{"arm": name, **_ratios(row)} for name, row in result["prefill"].items()]
+        found.append((f"Reading a prompt ({what}, {m['tokens']} tokens)", rows))
+    return found
+
+
+def _ratios(row: dict[str, float], number: str | None = None) -> dict[str, str]:
+    """Columns of one table; of `number` rows of text, where there are several such tables."""
+    of = "" if number is None else "1 row, " if number == "1" else f"{number} rows, "
+    return {
+        f"{of}ms": f"{row['ms']:.1f}",
+        f"{of}to LoRA": f"{row['ratio']:.2f} [{row['low']:.2f}, {row['high']:.2f}]",
+        f"{of}to the base": f"{row['to_base']:.2f}",
+    }
 
 
 def _timed(result: dict[str, Any], name: str, key: str) -> dict[str, str]:

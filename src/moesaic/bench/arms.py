@@ -23,6 +23,8 @@ LOOP = "loop over experts"
 FROZEN = "frozen base"
 NO_METHOD = {"custom"}
 """Registered, but a recombination of the others."""
+COUNTED = {"d": 64, "layers": 4, "batch": 2, "tokens": 32}
+"""Kernels are counted on a smaller model: their number does not depend on the width."""
 
 Step = Callable[[], None]
 Size = dict[str, int]
@@ -55,8 +57,9 @@ def llama(d: int, layers: int) -> LlamaForCausalLM:
 
 
 def methods(level: str) -> list[str]:
-    """Names of the methods whose experts are of this level: `linear` or `block`."""
-    return [name for name, cls in METHODS.items() if cls.level == level and name not in NO_METHOD]
+    """Names of the methods whose experts, trained with them, are of this level: `linear` or `block`."""
+    own = {name: cls for name, cls in METHODS.items() if not cls.kind.needs_adapters and name not in NO_METHOD}
+    return [name for name, cls in own.items() if cls.level == level]
 
 
 def mixture(method: str, targets: list[str], **settings: Any) -> MixtureConfig:
@@ -66,8 +69,8 @@ def mixture(method: str, targets: list[str], **settings: Any) -> MixtureConfig:
     return cls(target_modules=targets, **{k: v for k, v in wanted.items() if k in known})
 
 
-def lora(targets: list[str], **settings: Any) -> LoraConfig:
-    return LoraConfig(r=EXPERTS * RANK, target_modules=targets, lora_dropout=0.0, **settings)
+def lora(targets: list[str], *, rank: int = EXPERTS * RANK, **settings: Any) -> LoraConfig:
+    return LoraConfig(r=rank, target_modules=targets, lora_dropout=0.0, **settings)
 
 
 def arms(targets: list[str], names: Iterable[str], **settings: Any) -> dict[str, Any]:

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from moesaic.bench import measure
+from moesaic.bench import generating, measure
 from moesaic.bench.arms import (
     ATTENTION,
+    COUNTED,
     EXPERTS,
     FROZEN,
     LINEARS,
@@ -28,8 +29,8 @@ from moesaic.bench.arms import (
 )
 
 MODEL = {"d": 512, "layers": 4, "batch": 4, "tokens": 256}
-COUNTED = {"d": 64, "layers": 4, "batch": 2, "tokens": 32}
-"""Kernels are counted on a smaller model: their number does not depend on the width."""
+SUITES = ("mix", "train", "decode", "prefill")
+"""One linear; a training step; steps of decoding with a KV cache; reading a prompt into one."""
 
 FFNS, MATCHED = "frozen FFNs", "lora, rank r on attention"
 """Two more arms, from which the arithmetic of methods with FFNs as experts is reckoned."""
@@ -37,10 +38,12 @@ FFNS, MATCHED = "frozen FFNs", "lora, rank r on attention"
 
 def run(
     *,
+    suites: Collection[str] = SUITES,
     rounds: int = 20,
     tokens: int = 1024,
     d: int = 1024,
     size: Size = MODEL,
+    generating_size: Size = generating.GENERATING,
     only: Collection[str] | None = None,
     memory: bool = True,
     progress: Callable[[str], None] = lambda line: None,
@@ -48,20 +51,51 @@ def run(
     """Measure everything.
 
     Args:
-        rounds: of the training step; the single linear, which is quick and noisy, runs three times as often.
+        suites: these of SUITES.
+        rounds: of each suite; the single linear, which is quick and noisy, runs three times as often.
         tokens, d: of the single linear.
-        size: of the model that is trained.
+        size: of the model that is trained; `generating_size`: of the one that generates.
         only: these methods instead of all.
-        memory: also the peak memory, in a fresh process for each arm.
+        memory: also the peak memory of training, in a fresh process for each arm.
     """
     torch.manual_seed(0)
     torch.set_num_threads(1)
     by_linear, by_block = ([n for n in methods(level) if only is None or n in only] for level in ("linear", "block"))
+    names = [*by_linear, *by_block]
 
     def counted(what: str) -> Callable[[int, int], None]:
         return lambda index, total: progress(f"{what}: round {index + 1} of {total}")
 
-    linear = measure.interleave(linear_steps(by_linear, tokens, d), 3 * rounds, progress=counted("one linear"))
+    found: dict[str, Any] = {
+        "settings": {"experts": EXPERTS, "r": RANK, "top_k": TOP_K, "tokens": tokens, "d": d, "rounds": rounds},
+        "machine": {"processor": platform.machine(), "threads": 1, "torch": torch.__version__},
+    }
+    if "mix" in suites:
+        linear = measure.interleave(linear_steps(by_linear, tokens, d), 3 * rounds, progress=counted("one linear"))
+        found["linear"] = measure.table(linear, "lora")
+        found["linear_overhead_share_of_loop"] = measure.overhead_share(linear, base="frozen linear", loop=LOOP)
+    if "train" in suites:
+        found |= _training(by_linear, by_block, rounds, size, memory, progress, counted)
+    if {"decode", "prefill"} & set(suites):
+        found["generating"] = {**generating_size, "targets": "all seven linears"}
+    if "decode" in suites:
+        counts = generating.count(names, progress)
+        found["decode_kernels"] = {name: _beside(own, counts["lora"]) for name, own in counts.items()}
+        found["decode"] = generating.run_decoding(names, rounds, generating_size, generating.ROWS, counted)
+    if "prefill" in suites:
+        found["prefill"] = generating.run_prefill(names, rounds, generating_size, counted)
+    return found
+
+
+def _training(
+    by_linear: list[str],
+    by_block: list[str],
+    rounds: int,
+    size: Size,
+    memory: bool,
+    progress: Callable[[str], None],
+    counted: generating.Told,
+) -> dict[str, Any]:
     configs = arms(LINEARS, [*by_linear, *by_block])
     frozen, ffns = frozen_steps(size)
     steps = {FROZEN: frozen} | {name: model_step(config, size) for name, config in configs.items()}
@@ -78,10 +112,6 @@ def run(
         progress(f"peak memory: {name}")
         peaks[name] = measure.peak_memory(name, size)
     return {
-        "settings": {"experts": EXPERTS, "r": RANK, "top_k": TOP_K, "tokens": tokens, "d": d, "rounds": rounds},
-        "machine": {"processor": platform.machine(), "threads": 1, "torch": torch.__version__},
-        "linear": measure.table(linear, "lora"),
-        "linear_overhead_share_of_loop": measure.overhead_share(linear, base="frozen linear", loop=LOOP),
         "model": {**size, "targets": "all seven linears"},
         "model_step": measure.table(whole, "lora"),
         "model_overhead_share_of_loop": measure.overhead_share(whole, base=FROZEN, loop=LOOP),

@@ -216,8 +216,9 @@ class Host:
         frame.records[record.site.name, adapter, runs] = record
 
     def called(self, name: str) -> None:
-        if self.frame is not None:
-            self.unused.called(self.frame, name)
+        frame = self.frame
+        if frame is not None:
+            self.unused.called(frame, name)
 
     @contextmanager
     def use(self, frame: Frame | None) -> Iterator[None]:

@@ -28,6 +28,8 @@ class Known(Protocol):
     told: Any
     pinned_tasks: Any
     pinned_scores: Any
+    traces: Any
+    readers: Any
     batched: frozenset[tuple[int, ...]]
 
     def asks(self, what: str, /) -> bool: ...
@@ -54,7 +56,7 @@ def of_model(model: nn.Module, arguments: Mapping[str, Any], known: Known) -> Fr
             frame.paged = Paged(arguments, known.batched)
             frame.prompt, frame.sums = frame.paged.prompt, frame.paged.sums
     elif frame.keeps:
-        _remember(frame, model, arguments, past, known.told)
+        _remember(frame, model, arguments, past, known)
     return frame
 
 
@@ -79,10 +81,9 @@ def _judged(
     return memory.prompt
 
 
-def _remember(
-    frame: Frame, model: nn.Module, arguments: Mapping[str, Any], past: int | None, told: Prompt | None
-) -> None:
+def _remember(frame: Frame, model: nn.Module, arguments: Mapping[str, Any], past: int | None, known: Known) -> None:
     """Go on from what the cache's tokens came to; tokens behind the prompt are answers."""
+    told = known.told
     cache, has_encoder = masks.cache_of(arguments), masks.is_encoder_decoder(model)
     if cache is not None:
         frame.memory = memory_of(cache)
@@ -93,5 +94,6 @@ def _remember(
     count = frame.memory.open(past, frame.tokens, length)
     frame.answering = frame.tokens is not None and count == 0
     frame.sums = CachedSums(frame.memory, answering=frame.answering)
-    if frame.prompt is None and not has_encoder:
+    is_seen = frame.training or known.traces or known.readers or known.asks("by_prompt")
+    if frame.prompt is None and not has_encoder and is_seen:
         frame.prompt = masks.leading(count, arguments)

@@ -15,7 +15,6 @@ class Opener(opening.Known, Protocol):
     """Whoever has the frame of the running forward, and opens one for a stack that is called on its own."""
 
     frame: Any
-    traces: Any
 
     def show_traces(self, frame: Frame) -> None: ...
 

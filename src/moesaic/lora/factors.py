@@ -32,7 +32,9 @@ class Factors(nn.Module):
         self.add_module(adapter, _Holder(weight))
 
     def __getitem__(self, adapter: str) -> nn.Parameter:
-        return cast(nn.Parameter, cast(nn.Module, self._modules[adapter]).weight)
+        holder = cast(nn.Module, self._modules[adapter])
+        weight = holder._parameters.get("weight")  # not where the holder is a replica's, or parametrised
+        return cast(nn.Parameter, holder.weight) if weight is None else weight
 
     def __delitem__(self, adapter: str) -> None:
         del self._modules[adapter]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -21,6 +21,7 @@ from moesaic.lora.factors import Factors
 from moesaic.lora.mix import (
     Backend,
     choose,
+    expand,
     merge_and_expand,
     mix,
     read_and_reduce,
@@ -28,7 +29,8 @@ from moesaic.lora.mix import (
     thin,
     weigh_and_expand,
 )
-from moesaic.routing import Gate, Record, Router, RoutingContext, Site, no_autocast
+from moesaic.lora.together import low_rank
+from moesaic.routing import Gate, Record, Router, Routing, RoutingContext, Site, no_autocast
 
 _CROSS_ATTENTION = re.compile(r"cross_?att|EncDecAttention|encoder_attn", re.IGNORECASE)
 _KEY_OR_VALUE = re.compile(r"^(k|v|key|value|k_proj|v_proj|key_proj|value_proj|kv_proj|c_attn)$")
@@ -204,15 +206,16 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         if x.dim() > 3:
             rows = in_three(x, self.host.view(self.stack, self.cross).tokens)
             return self._add_adapter(adapter, rows, out.reshape(*rows.shape[:-1], out.shape[-1])).view(out.shape)
-        A = self.moe_lora_A[adapter]
-        few = thin(x, A)
-        if not torch.is_autocast_enabled(x.device.type):
-            return self._mixed(adapter, x, self._cast_input_dtype(x, A.dtype), out, few=few)
-        if not few:
+        kind = x.device.type
+        under_autocast = torch.is_autocast_enabled(kind)
+        if under_autocast and not thin(x, self.moe_lora_A[adapter]):
             return self._mixed(adapter, x, x, out, few=False)
-        with no_autocast(x.device.type):
-            x = self.host.in_float32(x)
-            return self._mixed(adapter, x, x, out, few=True)
+        with no_autocast(kind):
+            found = low_rank(self, adapter, x)
+            if found is not None:
+                return expand(*found, out, scaling=1.0 if adapter in self.moe_lora_scaling else self.scaling[adapter])
+            A, x = self.moe_lora_A[adapter], self.host.in_float32(x) if under_autocast else x
+            return self._mixed(adapter, x, self._cast_input_dtype(x, A.dtype), out, few=thin(x, A))
 
     def _mixed(self, adapter: str, x: Tensor, z: Tensor, out: Tensor, *, few: bool) -> Tensor:
         """`out` with the adapter's experts added, of the input x, which they read as z.
@@ -224,7 +227,7 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         if router is None:
             z = self._drop(adapter, z)
             return mix(z, A, B, z.new_full((*z.shape[:-1], 1), scaling), base=out, backend=self.backends[adapter])
-        context = self.host.context(self.sites[adapter], self.stack, self.cross, x)
+        context = self.context(adapter, x)
         if adapter in self.merging:
             weights = self._weights(adapter, x, router, context)
             low = F.linear(self._drop(adapter, z).reshape(-1, z.shape[-1]), A)
@@ -284,11 +287,45 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
             return False
         return self.moe_lora_B[adapter].dtype == z.dtype and self._is_dense(adapter, router, z)
 
+    def only_weighs(self, adapter: str, x: Tensor) -> bool:
+        """Whether all that is done to x here is to weigh `A x`: in evaluation, in rank space, watched by nobody."""
+        router = self.router(adapter)
+        if router is None or self.training or router.training or router._forward_pre_hooks or router._forward_hooks:
+            return False
+        if adapter not in self.moe_lora_A or adapter in self.merging or self._drops(adapter):
+            return False
+        A, B = self.moe_lora_A[adapter], self.moe_lora_B[adapter]
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        here = type(A) is nn.Parameter and A.device == x.device and A.shape[-1] == x.shape[-1]
+        return here and A.dtype == B.dtype == dtype and self._is_dense(adapter, router, A)
+
+    def depends_on(self, adapter: str) -> list[Any]:
+        """All that a step's weighting of `A x` depends on beside x. Asked at every step, so short of detours."""
+        modules = self._modules
+        factors = [cast(Factors, modules[name]) for name in ("moe_lora_A", "moe_lora_B", "moe_lora_scaling")]
+        held = [holder[adapter] for holder in factors if adapter in holder._modules]
+        router, dropout = self.router(adapter), cast(Any, modules["moe_lora_dropout"])._modules.get(adapter)
+        if router is None or dropout is None:
+            return []
+        watched = bool(router._forward_pre_hooks or router._forward_hooks)
+        modes = self.training, router.training, dropout.training, dropout.p, watched, self.backends[adapter]
+        return [
+            router,
+            self.eval_gates[adapter],
+            *modes,
+            *held,
+            *(router.read_from() if router.reads_by_projection else ()),
+        ]
+
+    def context(self, adapter: str, x: Tensor) -> RoutingContext:
+        """What the adapter's router may see of the running forward, for this layer's input."""
+        return self.host.context(self.sites[adapter], self.stack, self.cross, x)
+
     def route(self, adapter: str, x: Tensor) -> tuple[Gate, Tensor]:
         """The gate and its weights (..., E) for this layer's input, without a product of experts."""
         router = self.router(adapter)
         assert router is not None
-        context = self.host.context(self.sites[adapter], self.stack, self.cross, x)
+        context = self.context(adapter, x)
         return self._gate_of(adapter), self._weights(adapter, x, router, context)
 
     def expert_operands(self, adapter: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -318,18 +355,25 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         self, adapter: str, x: Tensor, router: Router, context: RoutingContext, read: Tensor | None = None
     ) -> Tensor:
         """Weights (..., E) of the layer's input, or of what the router `read` of it; recorded if anybody asks."""
-        host = self.host
+        host, gate = self.host, self._gate_of(adapter)
+        recorded = host.wants(adapter)
         with no_autocast(x.device.type):
             logits = router(host.in_float32(x), context) if read is None else router.from_projection(read, context)
-            routing = self._gate_of(adapter)(logits)
-        if host.wants(adapter):
-            record = Record.of(self.sites[adapter], routing, context, router)
-            if host.needs_hidden(adapter):
-                record.hidden = host.sequence_means(x, context)
-            if host.needs_experts(adapter):
-                record.experts = (self.moe_lora_A[adapter], self.moe_lora_B[adapter])
-            host.record(adapter, record)
-        return routing.weights
+            routing = gate(logits) if recorded or torch.is_grad_enabled() else None
+            weights = routing.weights if routing and torch.is_grad_enabled() else gate.weights(logits)
+        if recorded and routing:
+            self.record(adapter, x, replace(routing, weights=weights), context)
+        return weights
+
+    def record(self, adapter: str, x: Tensor, routing: Routing, context: RoutingContext) -> None:
+        """Tell whoever asks of this layer's routing of x."""
+        host = self.host
+        record = Record.of(self.sites[adapter], routing, context, self.router(adapter))
+        if host.needs_hidden(adapter):
+            record.hidden = host.sequence_means(x, context)
+        if host.needs_experts(adapter):
+            record.experts = (self.moe_lora_A[adapter], self.moe_lora_B[adapter])
+        host.record(adapter, record)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ConfigError(NOT_MERGED)

@@ -247,10 +247,25 @@ def merge_and_expand(z: Tensor, B: Tensor, weights: Tensor, scaling: Tensor | fl
 
 def _weigh(z: Tensor, weights: Tensor, rows: int) -> Tensor:
     """z (N, E*r) times weights (..., E), each weight over its expert's r columns; z (N, r) is every expert's."""
-    tokens, num_experts = len(z), weights.shape[-1]
+    return weigh(z, weights.reshape(len(z), 1, weights.shape[-1]), rows).view(len(z), rows)
+
+
+def weigh(z: Tensor, weights: Tensor, rows: int) -> Tensor:
+    """z (N, G*E*r) times weights (N, G, E), each weight over its expert's r columns: (N, G, E*r), with E*r = `rows`.
+
+    z (N, G*r) is every expert's.
+    """
+    tokens, groups, num_experts = weights.shape
     rank = rows // num_experts
-    each = weights.reshape(tokens, num_experts, 1)
-    return (z.view(tokens, z.shape[-1] // rank, rank) * each).view(tokens, rows)
+    each = z.view(tokens, groups, z.shape[-1] // (groups * rank), rank) * weights.unsqueeze(-1)
+    return each.view(tokens, groups, rows)
+
+
+def expand(z: Tensor, B: Tensor, base: Tensor, *, scaling: float) -> Tensor:
+    """`base + scaling z B` of weighted z (N, E*r) and base (..., d_out), without autograd or autocast."""
+    if base.dtype == z.dtype:
+        return torch.addmm(base.reshape(len(z), base.shape[-1]), z, B, alpha=scaling).view(base.shape)
+    return base + torch.addmm(z.new_empty(()), z, B, beta=0, alpha=scaling).to(base.dtype).view(base.shape)
 
 
 class _WeighAndExpand(torch.autograd.Function):

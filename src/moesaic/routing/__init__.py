@@ -12,12 +12,15 @@ from moesaic.routing.losses import (
     ZLoss,
     pool,
 )
+from moesaic.routing.made import Made
 from moesaic.routing.router import (
+    Joint,
     LinearRouter,
     Router,
     RoutingContext,
     SharingRouter,
     Site,
+    by_router,
     float_linear,
     no_autocast,
 )
@@ -29,7 +32,9 @@ __all__ = [
     "AuxiliaryLoss",
     "EntropyHybrid",
     "Gate",
+    "Joint",
     "LinearRouter",
+    "Made",
     "MutualInformation",
     "Record",
     "Records",
@@ -46,6 +51,7 @@ __all__ = [
     "TopK",
     "TopP",
     "ZLoss",
+    "by_router",
     "float_linear",
     "no_autocast",
     "paired",

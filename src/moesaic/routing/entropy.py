@@ -53,6 +53,23 @@ def generalised_entropy(kind: EntropyType, p: Tensor, q: float, *, eps: float = 
     return {"tsallis": tsallis, "renyi": renyi}[kind](p, q, eps=eps)
 
 
+def exceeds(kind: EntropyType, p: Tensor, q: float, threshold: float, *, eps: float = 0.0) -> Tensor:
+    """Whether `generalised_entropy` is above a threshold, asked of the sum that it is a monotonic map of."""
+    num_experts, maximum = p.shape[-1], math.log(p.shape[-1])
+    if q == 1:
+        bound = -threshold * (maximum or 1.0)
+    elif kind == "renyi":
+        bound = math.expm1((1 - q) * threshold * (maximum or 1.0))
+    else:
+        bound = threshold * (math.expm1((1 - q) * maximum) or 1 - q)
+    p = p + eps if eps > 0 else p
+    log_p = torch.special.xlogy(1.0 if q == 1 else q - 1, p if eps > 0 else p.clamp(min=torch.finfo(p.dtype).tiny))
+    if q == 1:
+        return (p * log_p).sum(dim=-1) < bound
+    total, bound = (p * log_p.expm1_()).sum(dim=-1), bound - num_experts * eps
+    return total < bound if q > 1 else total > bound
+
+
 def _power_sum(p: Tensor, q: float, eps: float) -> Tensor:
     """`sum (p+eps)^q - 1` where p sums to 1; at q = 1 `sum (p+eps) ln(p+eps)`, what it tends to over q - 1."""
     p = p + eps if eps > 0 else p

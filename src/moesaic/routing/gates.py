@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from moesaic.errors import ConfigError
-from moesaic.routing.entropy import EntropyType, generalised_entropy
+from moesaic.routing.entropy import EntropyType, exceeds, generalised_entropy
 
 
 @dataclass
@@ -58,6 +58,10 @@ class Gate(ABC):
     @abstractmethod
     def __call__(self, logits: Tensor) -> Routing: ...
 
+    def weights(self, logits: Tensor) -> Tensor:
+        """The weights (..., E) alone, without gradients: what decoding needs, in as few kernels as may be."""
+        return self(logits).weights
+
     def check(self, num_experts: int) -> None:  # noqa: B027
         """Raise ConfigError if the gate cannot work with this many experts."""
 
@@ -88,6 +92,18 @@ class TopK(Gate):
         plain = torch.compiler.is_compiling() or not torch.is_grad_enabled()
         weights, probs = self.weigh(logits) if plain else _TopK.apply(logits, self)
         return Routing(weights, probs, logits)
+
+    def weights(self, logits: Tensor) -> Tensor:
+        """Kept probabilities over their sum are the softmax of the kept logits."""
+        if self.normalize == "sum":
+            top, index = logits.topk(self.k, dim=-1)
+            return torch.softmax(torch.full_like(logits, -torch.inf).scatter_(-1, index, top), dim=-1)
+        probs = torch.softmax(logits, dim=-1)
+        top, index = probs.topk(self.k, dim=-1)
+        if self.normalize == "none":
+            return torch.zeros_like(probs).scatter_(-1, index, top)
+        kept = torch.full_like(probs, -torch.inf).scatter_(-1, index, top).div_(self.temperature)
+        return torch.softmax(kept, dim=-1)
 
     def weigh(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Weights and dense probabilities, both (..., E)."""
@@ -183,6 +199,9 @@ class TopP(Gate):
 class AsTheyAre(Gate):
     """Logits are the weights; what stands for probabilities is each expert's share of their magnitude."""
 
+    def weights(self, logits: Tensor) -> Tensor:
+        return logits
+
     def __call__(self, logits: Tensor) -> Routing:
         size = logits.abs()
         return Routing(logits, size / size.sum(dim=-1, keepdim=True).clamp(min=1e-12), logits)
@@ -217,6 +236,20 @@ class EntropyHybrid(Gate):
     def __call__(self, logits: Tensor) -> Routing:
         probs = torch.softmax(logits, dim=-1)
         return Routing(probs * self.keep(probs.detach()), probs, logits)
+
+    def weights(self, logits: Tensor) -> Tensor:
+        probs = torch.softmax(logits, dim=-1)
+        if self.top_p >= 1:
+            return probs
+        ordered, index = probs.sort(dim=-1, descending=True, stable=True)
+        mass = ordered.cumsum(dim=-1)
+        rest, mass = ordered[..., self.keep_top_k :], mass[..., self.keep_top_k :]
+        rest *= mass - rest < self.top_p if self.include_crossing else mass <= self.top_p
+        kept = torch.empty_like(probs).scatter_(-1, index, ordered)
+        if self.threshold >= 1:
+            return kept
+        uncertain = exceeds(self.kind, probs, self.q, self.threshold, eps=self.eps)
+        return torch.where(uncertain.unsqueeze(-1), probs, kept)
 
     def keep(self, probs: Tensor) -> Tensor:
         """Which experts take part (..., E), as booleans."""

@@ -9,14 +9,14 @@ The recurrence runs over the layers of one token: nothing crosses positions, and
 from __future__ import annotations
 
 import re
-from collections.abc import MutableMapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Hashable, MutableMapping, Sequence
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from moesaic.routing.router import RoutingContext, SharingRouter, Site, float_linear
+from moesaic.routing.router import Joint, RoutingContext, SharingRouter, Site, by_router, float_linear
 
 Cell = Literal["gru", "rnn", "lstm"]
 Recurrence = Literal["full", "detach", "none"]
@@ -88,15 +88,53 @@ class RecurrentRouter(SharingRouter):
         passed.setdefault((self.owner("cell"), self.chain, self.layer), State(state, logits))
         return logits
 
+    def read_from(self) -> tuple[Tensor, ...]:
+        """What `from_projections` keeps something of, too."""
+        head = (self.head.weight,) if isinstance(self.head, nn.Linear) else ()
+        return self.projection()[0], *head, *_weights(self.cell)
+
+    @classmethod
+    def from_projections(cls, routers: Sequence[Self], read: Tensor, joint: Joint) -> Tensor:
+        """One step of the cell for all, whose states stay together: so do the routers of the layer above find them."""
+        first, passed = routers[0], joint.contexts()[0].state
+        owner, chains = first.owner("cell"), tuple(router.chain for router in routers)
+        levels = {router.nearest(passed) for router in routers}
+        below: State | None = passed.get((owner, chains, next(iter(levels))))
+        if len(levels) > 1 or (below is None and levels != {None}) or len({r.setting for r in routers}) > 1:
+            return super().from_projections(routers, read, joint)
+        below = below if below is not None and below.cell[0].shape == read.shape else None
+        if "heads" not in joint.kept:
+            heads = [router.head.weight for router in routers if isinstance(router.head, nn.Linear)]
+            joint.kept["heads"] = torch.stack(heads).to(read.dtype).transpose(1, 2)
+            joint.kept["cell"] = joined(first.cell) if first.kind == "gru" else None
+        passed.setdefault((owner, False), joint.kept["cell"])
+        state = first.step(read, below.cell if below is not None and first.recurrence != "none" else None, passed)
+        logits = by_router(state[0], joint.kept["heads"])
+        if below is not None and first.residual_alpha:
+            logits = logits + first.residual_alpha * below.logits
+        passed.setdefault((owner, chains, first.layer), State(state, logits))
+        for i, chain in enumerate(chains):
+            own = State(tuple(part.select(-2, i) for part in state), logits.select(-2, i))
+            passed.setdefault((owner, chain, first.layer), own)
+        return logits
+
+    @property
+    def setting(self) -> Hashable:
+        """What routers must agree in to take a step together; a router that cannot agrees with none."""
+        plain = isinstance(self.head, nn.Linear) and self.head.bias is None and not self.dealt
+        return self.owner("cell"), self.layer, self.kind, self.recurrence, self.residual_alpha, plain or object()
+
+    def nearest(self, passed: MutableMapping[Any, Any]) -> int | None:
+        """The nearest lower layer of the chain that has handed on a state."""
+        owner = self.owner("cell")
+        return next((n for n in range(self.layer - 1, -1, -1) if (owner, self.chain, n) in passed), None)
+
     def below(self, passed: MutableMapping[Any, Any], read: Tensor) -> State | None:
         """The state of the nearest lower layer of the chain; None if there is none, or not of these tokens."""
         if self.dealt:  # tokens that a model's own experts were dealt: others in each layer
             return None
-        for layer in range(self.layer - 1, -1, -1):
-            found: State | None = passed.get((self.owner("cell"), self.chain, layer))
-            if found is not None:
-                return found if found.cell[0].shape == read.shape else None
-        return None
+        found: State | None = passed.get((self.owner("cell"), self.chain, self.nearest(passed)))
+        return found if found is not None and found.cell[0].shape == read.shape else None
 
     def step(
         self, read: Tensor, below: tuple[Tensor, ...] | None, passed: MutableMapping[Any, Any]

@@ -7,10 +7,10 @@ bf16 logits change which experts are picked (measured: 0.2 % of top-2 sets).
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -94,6 +94,25 @@ class RoutingContext:
     """Sums over a sequence's tokens up to each, those that lie in the KV cache included."""
 
 
+_TOGETHER = {
+    "projection": "read_from",
+    "from_projection": "from_projections",
+    "score": "from_inputs",
+    "forward": "from_inputs",
+}
+"""What a router does alone, and what it does with others: who overrides the one does not inherit the other."""
+
+
+@dataclass
+class Joint:
+    """What routers that read one input may see and keep."""
+
+    contexts: Callable[[], list[RoutingContext]]
+    """Makes each router's context: not needed by all."""
+    kept: dict[Any, Any] = field(default_factory=dict)
+    """For what is made of tensors in `read_from`: empty whenever one of these has changed."""
+
+
 class Router(nn.Module):
     """Scores experts: `h (..., d_in) -> logits (..., num_experts)`, float32.
 
@@ -119,6 +138,9 @@ class Router(nn.Module):
             cls.reads_by_projection = True
         elif {"score", "forward"} & vars(cls).keys():
             cls.reads_by_projection = False
+        for alone, together in _TOGETHER.items():
+            if alone in vars(cls) and together not in vars(cls):
+                setattr(cls, together, vars(Router)[together])
 
     def __init__(self, num_experts: int) -> None:
         super().__init__()
@@ -155,6 +177,27 @@ class Router(nn.Module):
     def from_projection(self, read: Tensor, context: RoutingContext | None = None) -> Tensor:
         """Logits (..., E) from the projected input (..., P), autocast off; the projection itself by default."""
         return read
+
+    def read_from(self) -> Sequence[Tensor]:
+        """The tensors that `projection` is made of: the map may be kept until one of them changes."""
+        return [part for part in self.projection() or () if part is not None]
+
+    @classmethod
+    def from_projections(cls, routers: Sequence[Self], read: Tensor, joint: Joint) -> Tensor:
+        """Logits (..., G, E) of G routers of this class that read one input, each through its own map: (..., G, P).
+
+        Without gradients, in evaluation.
+        """
+        if cls.from_projection is Router.from_projection:
+            return read
+        each = zip(routers, read.unbind(-2), joint.contexts(), strict=True)
+        return torch.stack([router.from_projection(part, context) for router, part, context in each], dim=-2)
+
+    @classmethod
+    def from_inputs(cls, routers: Sequence[Self], h: Tensor, joint: Joint) -> Tensor:
+        """Logits (..., G, E) of G routers of this class that read one input (..., d_in) by more than a map."""
+        each = zip(routers, joint.contexts(), strict=True)
+        return torch.stack([router(h, context) for router, context in each], dim=-2)
 
     def read_experts(self, A: Tensor, B: Tensor) -> None:
         """Told once, before any forward, of experts that are trained already: A (E*r, d_in) and B (E*r, d_out)."""
@@ -220,3 +263,9 @@ def float_linear(linear: nn.Linear, h: Tensor) -> Tensor:
     """A linear layer on float32 `h`, computed in float32 (float64 stays float64) whatever its weights were cast to."""
     bias = None if linear.bias is None else linear.bias.to(h.dtype)
     return F.linear(h, linear.weight.to(h.dtype), bias)
+
+
+def by_router(read: Tensor, weights: Tensor) -> Tensor:
+    """Each of G routers' products: read (..., G, P) by its own of the weights (G, P, n), in one: (..., G, n)."""
+    rows = read.reshape(-1, *read.shape[-2:]).transpose(0, 1)
+    return torch.bmm(rows, weights).transpose(0, 1).unflatten(0, read.shape[:-2])

@@ -12,8 +12,9 @@ Departures: none, there being no authors' code.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from moesaic.errors import ConfigError
 from moesaic.lora.config import MixtureConfig
 from moesaic.lora.kind import Kind
 from moesaic.lora.tasks import NEVER, own_expert
-from moesaic.routing import Gate, LinearRouter, Router, RoutingContext, Site, Softmax, TopK
+from moesaic.routing import Gate, Joint, LinearRouter, Router, RoutingContext, Site, Softmax, TopK
 
 
 class UniformRouter(Router):
@@ -30,6 +31,10 @@ class UniformRouter(Router):
 
     def score(self, h: Tensor, context: RoutingContext | None = None) -> Tensor:
         return h.new_zeros(*h.shape[:-1], self.num_experts)
+
+    @classmethod
+    def from_inputs(cls, routers: Sequence[Self], h: Tensor, joint: Joint) -> Tensor:
+        return h.new_zeros(*h.shape[:-1], len(routers), routers[0].num_experts)
 
 
 class RandomRouter(Router):

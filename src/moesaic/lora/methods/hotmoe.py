@@ -30,9 +30,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -47,11 +47,15 @@ from moesaic.lora.methods.hotmoe_kernels import (
     at_least_fp32,
     batched,
     by_column,
+    by_row,
     token_attention,
+    token_attention_by_row,
 )
 from moesaic.routing import (
     AuxiliaryLoss,
     Gate,
+    Joint,
+    Made,
     MutualInformation,
     Router,
     RoutingContext,
@@ -108,14 +112,18 @@ class HotMoERouter(Router, ABC):
         if context is None or torch.compiler.is_compiling() or getattr(self, "_is_replica", False):
             return self.fold()
         key = _key(self)
-        if self.decodes and key in context.memory:
-            return cast(Fold, context.memory[key])
+        if not self.decodes:
+            return self._made(context)
+        held: Made[Fold] | None = context.memory.get(key)
+        if held is None or not held.holds(self.read_from()):
+            held = context.memory[key] = Made(self._made(context), self.read_from())
+        return held.value
+
+    def _made(self, context: RoutingContext) -> Fold:
+        key = _key(self)
         if context.whole and key not in context.state:
             self.fold_group(context.state)
-        made = cast(Fold, context.state[key]) if context.whole else self.fold()
-        if self.decodes:
-            context.memory[key] = made
-        return made
+        return cast(Fold, context.state[key]) if context.whole else self.fold()
 
     @property
     def decodes(self) -> bool:
@@ -154,6 +162,9 @@ class ExpertExpertRouter(HotMoERouter):
 
     def projection(self, context: RoutingContext | None = None) -> tuple[Tensor, Tensor]:
         return self.folded(context)
+
+    def read_from(self) -> tuple[Tensor, ...]:
+        return self.folds()
 
     def extra_repr(self) -> str:
         return "expert-expert"
@@ -197,15 +208,7 @@ class TokenExpertRouter(HotMoERouter):
         if self.training and self.dropout.p > 0:
             parts = float_linear(self.value, h), float_linear(self.hidden, self.dropout(h))
             return self.from_projection(torch.cat(parts, dim=-1), context)
-        if not self.decodes or torch.compiler.is_compiling():
-            return super().score(h, context)
-        memory: MutableMapping[Any, Any] = {} if context is None else context.memory
-        key = *_key(self), h.dtype
-        if key not in memory:
-            memory[key] = [t.to(h.dtype) for t in (*self.folded(context), *self.columns())]
-        to_logits, to_variance, weight, bias = memory[key]
-        found = token_attention(torch.addmm(bias, weight, h.reshape(-1, h.shape[-1]).t()), to_logits, to_variance)[0]
-        return found.t().view(*h.shape[:-1], self.num_experts)
+        return super().score(h, context)
 
     def from_projection(self, read: Tensor, context: RoutingContext | None = None) -> Tensor:
         fold = (t if t.dtype == read.dtype else t.to(read.dtype) for t in self.folded(context))
@@ -213,10 +216,16 @@ class TokenExpertRouter(HotMoERouter):
             return cast(Tensor, TokenAttention.apply(read, *fold))
         return token_attention(by_column(read), *fold)[0].t().view(*read.shape[:-1], self.num_experts)
 
-    def columns(self) -> tuple[Tensor, Tensor]:
-        """Weight (E+6, d_in) and bias (E+6, 1) of the map to [u, z, 1, 1]."""
-        weight, bias = map(at_least_fp32, self.read_map())
-        return F.pad(weight, (0, 0, 0, 2)), F.pad(bias, (0, 2), value=1.0).unsqueeze(-1)
+    def read_from(self) -> tuple[Tensor, ...]:
+        value, hidden = self.value, self.hidden
+        return *self.folds(), value.weight, value.bias, hidden.weight, hidden.bias
+
+    @classmethod
+    def from_projections(cls, routers: Sequence[Self], read: Tensor, joint: Joint) -> Tensor:
+        if "folds" not in joint.kept:
+            folds = [router.folded(context) for router, context in zip(routers, joint.contexts(), strict=True)]
+            joint.kept["folds"] = by_row(folds, read.dtype)
+        return token_attention_by_row(read, *joint.kept["folds"])
 
     def read_map(self) -> tuple[Tensor, Tensor]:
         """Weight (E+4, d_in) and bias (E+4,) of the map to [u, z]."""

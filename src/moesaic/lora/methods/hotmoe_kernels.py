@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -94,6 +94,32 @@ def token_attention(columns: Tensor, to_logits: Tensor, to_variance: Tensor) -> 
 def by_column(read: Tensor) -> Tensor:
     """[u, z] of tokens (..., E+4) as the columns [u, z, 1, 1] (E+6, N)."""
     return F.pad(read.reshape(-1, read.shape[-1]).t(), (0, 0, 0, 2), value=1.0)
+
+
+def by_row(folds: Sequence[Fold], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Of G token-expert routers' folds: what takes z to [M z, L^T z] (G, 4, E*E+5), its bias, and c (G, 1, E*E).
+
+    L L^T is the variance's quadratic form V, so that std([z, 1]) is the length of L^T [z, 1].
+    """
+    to_logits, variance = (torch.stack(parts) for parts in zip(*folds, strict=True))
+    values, vectors = torch.linalg.eigh(variance.double())
+    length = values.clamp(min=0).sqrt().unsqueeze(-1) * vectors.transpose(1, 2)
+    both = torch.cat([to_logits[..., :-1], length.to(to_logits.dtype)], dim=1).to(dtype).transpose(1, 2)
+    return both[:, :-1], both[:, -1:], to_logits[..., -1].unsqueeze(1).to(dtype)
+
+
+def token_attention_by_row(read: Tensor, weight: Tensor, bias: Tensor, constant: Tensor) -> Tensor:
+    """`token_attention` of G routers that read one input: [u, z] (..., G, E+4) -> logits (..., G, E).
+
+    For few tokens: half the kernels, by routers and then tokens, with experts last.
+    """
+    num_experts = read.shape[-1] - HIDDEN
+    rows = read.reshape(-1, *read.shape[-2:]).transpose(0, 1)
+    value, z = rows.split_with_sizes([num_experts, HIDDEN], dim=-1)
+    asked, scaled = torch.baddbmm(bias, z.relu(), weight).split_with_sizes([num_experts**2, HIDDEN + 1], dim=-1)
+    logits = torch.addcdiv(constant, asked, torch.linalg.vector_norm(scaled, dim=-1, keepdim=True))
+    attention = torch.softmax(logits.unflatten(-1, (num_experts, num_experts)), dim=-2)
+    return torch.matmul(value.unsqueeze(-2), attention).squeeze(-2).transpose(0, 1).unflatten(0, read.shape[:-2])
 
 
 class TokenAttention(torch.autograd.Function):

@@ -26,7 +26,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ from moesaic.lora.tasks import NEVER, row_ids
 from moesaic.routing import (
     AuxiliaryLoss,
     Gate,
+    Joint,
     LinearRouter,
     Record,
     Router,
@@ -82,6 +83,10 @@ class MixerRouter(LinearRouter):
         own = ids.unsqueeze(-1) == torch.arange(self.num_experts, device=read.device)
         # A gradient of zero rather than none: data-parallel training waits for one from every parameter.
         return torch.where(own, 0.0, NEVER).to(read.dtype) + 0 * read
+
+    @classmethod
+    def from_projections(cls, routers: Sequence[Self], read: Tensor, joint: Joint) -> Tensor:
+        return read
 
     def drift(self, A: Tensor, B: Tensor) -> Tensor:
         """`sum ||theta - theta_0||^2` over the layer's experts; the first call takes theta_0."""

@@ -17,8 +17,9 @@ its best few.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from moesaic.lora.config import MixtureConfig
 from moesaic.routing import (
     AuxiliaryLoss,
     Gate,
+    Joint,
     LinearRouter,
     MutualInformation,
     Router,
@@ -52,6 +54,17 @@ class SequenceRouter(LinearRouter):
     def from_projection(self, read: Tensor, context: RoutingContext | None = None) -> Tensor:
         read = read / self.temperature if self.temperature != 1.0 else read
         return mean_read(read, context or RoutingContext(), self, causal=self.causal)
+
+    @classmethod
+    def from_projections(cls, routers: Sequence[Self], read: Tensor, joint: Joint) -> Tensor:
+        """While an answer is decoded its prompt's sums are known, and nothing is read."""
+        parts = zip(routers, joint.contexts(), read.unbind(-2), strict=True)
+        known = [context.sums.kept(router.identity, part) for router, context, part in parts if router.causal]
+        sums = [found for found in known if found is not None]
+        if read.dim() < 4 or len(sums) < len(routers):
+            return super().from_projections(routers, read, joint)
+        together = torch.stack(sums, dim=-2)
+        return (together[..., :-1] / together[..., -1:].clamp(min=1)).expand_as(read)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {'running' if self.causal else 'whole'} mean"

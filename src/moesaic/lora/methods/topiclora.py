@@ -25,7 +25,7 @@ import math
 import warnings
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,7 @@ from moesaic.lora.methods.topics.settings import PACKAGED, TopicSettings
 from moesaic.routing import (
     AuxiliaryLoss,
     Gate,
+    Joint,
     LinearRouter,
     Record,
     Router,
@@ -47,6 +48,7 @@ from moesaic.routing import (
     Softmax,
     SwitchBalance,
     TopK,
+    by_router,
 )
 from moesaic.routing.losses import Reduce, stacks
 
@@ -81,6 +83,16 @@ class PrototypeRouter(Router):
     def from_projection(self, read: Tensor, context: RoutingContext | None = None) -> Tensor:
         cosines = F.linear(F.normalize(read, dim=-1, eps=1e-6), self.prototypes.to(read.dtype))
         return cosines * torch.exp(-self.log_temperature.to(read.dtype)) if self.learn else cosines / self.temperature
+
+    def read_from(self) -> tuple[Tensor, ...]:
+        return self.read.weight, self.prototypes, *((self.log_temperature,) if self.learn else ())
+
+    @classmethod
+    def from_projections(cls, routers: Sequence[Self], read: Tensor, joint: Joint) -> Tensor:
+        if "prototypes" not in joint.kept:
+            sharpened = [r.prototypes / (r.log_temperature.exp() if r.learn else r.temperature) for r in routers]
+            joint.kept["prototypes"] = torch.stack(sharpened).to(read.dtype).transpose(1, 2)
+        return by_router(F.normalize(read, dim=-1, eps=1e-6), joint.kept["prototypes"])
 
     def extra_repr(self) -> str:
         return f"experts={self.num_experts}"

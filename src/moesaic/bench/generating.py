@@ -1,0 +1,120 @@
+"""What is measured of generation: reading a prompt, and steps of decoding with its KV cache."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from torch import nn
+from transformers import DynamicCache
+
+from moesaic.bench import measure
+from moesaic.bench.arms import (
+    COUNTED,
+    FROZEN,
+    LINEARS,
+    RANK,
+    TOP_K,
+    VOCABULARY,
+    Size,
+    Step,
+    arms,
+    llama,
+    lora,
+)
+from moesaic.host import find_host
+from moesaic.lora import MixtureConfig
+
+GENERATING = {"d": 1024, "layers": 4, "prompt": 64, "new": 4, "tokens": 256}
+"""Decoding: `new` tokens behind `prompt` others, again and again; prefill: a row of `tokens`."""
+ROWS = (1, 8, 32)
+ACTIVE = "lora, rank k*r"
+"""Plain LoRA of the rank that a token's experts have together."""
+
+Told = Callable[[str], Callable[[int, int], None]]
+
+
+def configs(names: Iterable[str]) -> dict[str, Any]:
+    """Name -> config, None for the frozen base."""
+    return {FROZEN: None, ACTIVE: lora(LINEARS, rank=TOP_K * RANK), **arms(LINEARS, names)}
+
+
+def adapted(base: nn.Module, config: Any) -> nn.Module:
+    """A model of its own with the weights of `base` themselves, in evaluation."""
+    model: Any = copy.deepcopy(base, {id(p): p for p in base.parameters()}).requires_grad_(False)
+    if config is None:
+        return model.eval()
+    torch.manual_seed(0)
+    model = get_peft_model(model, config)
+    if isinstance(config, MixtureConfig):
+        find_host(model).pinned_tasks = torch.tensor([1])
+    return model.eval()
+
+
+def decoding(model: nn.Module, size: Size, rows: int) -> Step:
+    """Steps of decoding for `new` tokens of each row; the cache is cut back to the prompt behind them."""
+    torch.manual_seed(0)
+    ids = torch.randint(0, VOCABULARY, (rows, size["prompt"]))
+    cache = DynamicCache()
+
+    @torch.no_grad()
+    def run() -> None:
+        if not cache.get_seq_length():
+            model(input_ids=ids, past_key_values=cache)
+        for n in range(size["new"]):
+            model(input_ids=ids[:, n : n + 1], past_key_values=cache)
+        cache.crop(-size["new"])
+
+    return run
+
+
+def prefill(model: nn.Module, size: Size) -> Step:
+    """A row of `tokens` into a new cache, with the logits of the last alone."""
+    torch.manual_seed(0)
+    ids = torch.randint(0, VOCABULARY, (1, size["tokens"]))
+
+    @torch.no_grad()
+    def run() -> None:
+        model(input_ids=ids, past_key_values=DynamicCache(), logits_to_keep=1)
+
+    return run
+
+
+def run_decoding(names: Iterable[str], rounds: int, size: Size, rows: Iterable[int], told: Told) -> dict[str, Any]:
+    """Number of rows -> arm -> milliseconds a step, ratios to LoRA and to the frozen base."""
+    found: dict[str, Any] = {}
+    torch.manual_seed(0)
+    base = llama(size["d"], size["layers"])
+    models = {name: adapted(base, config) for name, config in configs(names).items()}
+    for number in rows:
+        steps = {name: decoding(model, size, number) for name, model in models.items()}
+        seconds = measure.interleave(steps, rounds, progress=told(f"decoding, {number} rows"))
+        found[str(number)] = _beside(seconds, steps_a_turn=size["new"])
+    return found
+
+
+def run_prefill(names: Iterable[str], rounds: int, size: Size, told: Told) -> dict[str, Any]:
+    """Arm -> milliseconds, ratios to LoRA and to the frozen base."""
+    torch.manual_seed(0)
+    base = llama(size["d"], size["layers"])
+    steps = {name: prefill(adapted(base, config), size) for name, config in configs(names).items()}
+    return _beside(measure.interleave(steps, rounds, progress=told("prefill")))
+
+
+def _beside(seconds: measure.Seconds, *, steps_a_turn: int = 1) -> dict[str, Any]:
+    to_base = measure.table(seconds, FROZEN)
+    each = {name: [value / steps_a_turn for value in values] for name, values in seconds.items()}
+    return {name: {**row, "to_base": to_base[name]["ratio"]} for name, row in measure.table(each, "lora").items()}
+
+
+def count(names: Iterable[str], told: Callable[[str], None]) -> dict[str, dict[str, int]]:
+    """Arm -> events, kernels and syncs of one step of one row."""
+    base = llama(COUNTED["d"], COUNTED["layers"])
+    found = {}
+    for name, config in configs(names).items():
+        told(f"kernels of decoding: {name}")
+        found[name] = measure.kernels(decoding(adapted(base, config), {"prompt": 4, "new": 1}, 1))
+    return found

@@ -1,0 +1,199 @@
+"""Decoding: linears that read one input (q, k and v; gate and up) have it read, routed and weighted in one go.
+
+With one token a step a module costs what its calls cost. So on a KV cache the routers' maps and the A's of such linears
+are kept stacked, (G*P + G*R, d_in), and a step is one product of all, one gate over all, one multiply, and then a
+product with B for each linear.
+
+Which linears those are is seen while the cache's first tokens go through the model: the first forward computes each
+linear by itself, as do forwards with gradients, in training, and under `torch.compile`. What is kept lives as long as
+the cache, and is made anew when what it is made of changes (see `Made`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from moesaic.host import Host
+from moesaic.lora.factors import Factors
+from moesaic.lora.mix import weigh
+from moesaic.routing import Gate, Joint, Made, Router, Routing, RoutingContext
+
+
+class Linear(Protocol):
+    """What is asked of an adapted linear."""
+
+    host: Host
+    moe_lora_A: Factors
+    moe_lora_B: Factors
+    moe_lora_scaling: Factors
+    eval_gates: dict[str, Gate]
+
+    def router(self, adapter: str) -> Router | None: ...
+
+    def context(self, adapter: str, x: Tensor) -> RoutingContext: ...
+
+    def record(self, adapter: str, x: Tensor, routing: Routing, context: RoutingContext) -> None: ...
+
+    def only_weighs(self, adapter: str, x: Tensor) -> bool: ...
+
+    def depends_on(self, adapter: str) -> list[Any]: ...
+
+
+class Stacked(NamedTuple):
+    """What is kept of a group's parameters."""
+
+    weight: Tensor
+    """(d_in, G*P + G*R): what the routers read, then the A's."""
+    bias: Tensor | None
+    """(G*P + G*R,), zero for the A's."""
+    scaling: Tensor | None
+    """(G, E) where experts have their own."""
+    up: list[nn.Parameter]
+    """The B's (E*r, d_out)."""
+    routers: list[Router]
+    gate: Gate
+    width: int
+    """P: what one router reads; 0 where it is more than a map of the input."""
+    kept: dict[Any, Any]
+    """What the routers' class makes of the same tensors."""
+
+
+Part = tuple[Tensor, Tensor, Routing | None]
+"""A linear's `A x` with its weights (N, E*r), its B, and its routing where that is to be recorded."""
+
+
+@dataclass(eq=False)
+class Group:
+    """Linears of one adapter, alike, that were seen to read the same tensor."""
+
+    adapter: str
+    linears: list[Linear] = field(default_factory=list)
+    made: Made[Stacked | None] | None = None
+
+    def takes(self, linear: Linear) -> bool:
+        return self._kind(linear) == self._kind(self.linears[0])
+
+    def low(self, x: Tensor, *, recorded: bool) -> list[Part] | None:
+        """What each linear goes on with, of x (..., d_in).
+
+        None where they are to be left apart.
+        """
+        held = self._stacked(x)
+        if held is None:
+            return None
+        first, routers, count = self.linears[0], held.routers, len(self.linears)
+        z = first.host.in_float32(x)
+        flat, split, joint = z.reshape(-1, z.shape[-1]), count * held.width, Joint(self._contexts(x), held.kept)
+        product = torch.mm(flat, held.weight) if held.bias is None else torch.addmm(held.bias, flat, held.weight)
+        if held.width:
+            read = product[:, :split].view(*x.shape[:-1], count, held.width)
+            logits = type(routers[0]).from_projections(routers, read, joint)
+        else:
+            logits = type(routers[0]).from_inputs(routers, z, joint)
+        weights = held.gate.weights(logits)
+        routings: list[Routing | None] = [None] * count
+        if recorded:
+            parts = (weights, held.gate(logits).probs, logits)
+            routings = [Routing(*each) for each in zip(*(part.unbind(-2) for part in parts), strict=True)]
+        weights = weights if held.scaling is None else weights * held.scaling
+        low = weigh(product[:, split:], weights.flatten(0, -3), len(held.up[0]))
+        return list(zip(low.unbind(1), held.up, routings, strict=True))
+
+    def _routers(self) -> list[Router]:
+        return [router for linear in self.linears if (router := linear.router(self.adapter)) is not None]
+
+    def _contexts(self, x: Tensor) -> Callable[[], list[RoutingContext]]:
+        return lambda: [linear.context(self.adapter, x) for linear in self.linears]
+
+    def _stacked(self, x: Tensor) -> Stacked | None:
+        """What is kept, made anew where it is out of date."""
+        sources: list[Any] = [x.dtype]
+        for linear in self.linears:
+            sources += linear.depends_on(self.adapter)
+        if self.made is None or not self.made.holds(sources):
+            alike = all(linear.only_weighs(self.adapter, x) and self.takes(linear) for linear in self.linears)
+            self.made = Made(self._stack(x) if alike else None, sources)
+        return self.made.value
+
+    def _stack(self, x: Tensor) -> Stacked | None:
+        maps: list[tuple[Tensor, Tensor | None]] = []
+        if self._routers()[0].reads_by_projection:
+            for router, context in zip(self._routers(), self._contexts(x)(), strict=True):
+                projection = router.projection(context)
+                if projection is None or (maps and len(projection[0]) != len(maps[0][0])):
+                    return None
+                maps.append(projection)
+        down = [linear.moe_lora_A[self.adapter].detach() for linear in self.linears]
+        weight = torch.cat([*(weight.to(down[0].dtype) for weight, _ in maps), *down])
+        bias = scaling = None
+        if any(own is not None for _, own in maps):
+            each = [part.new_zeros(len(part)) if own is None else own for part, own in maps]
+            bias = torch.cat([*(own.to(weight.dtype) for own in each), weight.new_zeros(sum(map(len, down)))])
+        if self.adapter in self.linears[0].moe_lora_scaling:
+            scaling = torch.stack([linear.moe_lora_scaling[self.adapter].detach() for linear in self.linears])
+        up, gate = (
+            [linear.moe_lora_B[self.adapter] for linear in self.linears],
+            self.linears[0].eval_gates[self.adapter],
+        )
+        return Stacked(weight.t(), bias, scaling, up, self._routers(), gate, len(maps[0][0]) if maps else 0, {})
+
+    def _kind(self, linear: Linear) -> tuple[Any, ...]:
+        adapter, router = self.adapter, linear.router(self.adapter)
+        A, B = linear.moe_lora_A[adapter], linear.moe_lora_B[adapter]
+        own = adapter in linear.moe_lora_scaling
+        return (
+            type(router),
+            router and router.num_experts,
+            A.shape,
+            len(B),
+            A.dtype,
+            A.device,
+            own,
+            linear.eval_gates[adapter],
+        )
+
+
+def low_rank(linear: Linear, adapter: str, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The linear's `A x` with its weights (N, E*r), of x (..., d_in), and its B; None where it is computed by itself.
+
+    Without autocast. In the first forward on a KV cache: notes which linears read x.
+    """
+    host = linear.host
+    frame = host.frame
+    if frame is None or not frame.keeps or torch.is_grad_enabled() or x.dim() < 2:
+        return None
+    groups: dict[Linear, Group] = frame.memory.setdefault((Group, adapter), {})
+    group, version = groups.get(linear), 0 if x.is_inference() else x._version
+    if group is None:
+        if linear.only_weighs(adapter, x):
+            groups[linear] = _group(linear, adapter, x, frame.state)
+        return None
+    made = frame.state.get(group)
+    if made is None or made[0] is not x or made[1] != version or linear not in made[2]:
+        parts = group.low(x, recorded=host.wants(adapter))
+        if parts is None:
+            return None
+        frame.state[group] = made = x, version, dict(zip(group.linears, parts, strict=True))
+    low, B, routing = made[2].pop(linear)
+    if routing is not None:
+        linear.record(adapter, x, routing, linear.context(adapter, x))
+    return low, B
+
+
+def _group(linear: Linear, adapter: str, x: Tensor, state: dict[Any, Any]) -> Group:
+    """The group of those that have just read x, where there is one for the linear; else one of its own."""
+    last, groups = state.get(Group, (None, []))
+    if last is not x:
+        groups = []
+    group = next((g for g in groups if g.adapter == adapter and g.takes(linear)), None)
+    if group is None:
+        group = Group(adapter)
+        groups.append(group)
+    group.linears.append(linear)
+    state[Group] = x, groups
+    return group
