@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -144,19 +145,27 @@ def test_a_policy_is_trained_tried_asked_and_kept(here: Path, capsys: pytest.Cap
 
 def test_a_run_that_is_killed_goes_on_as_the_same_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = [sys.executable, "-m", "moesaic", "llm", "r1", "train", "data=train.jsonl", "catalog=models.yaml", *SMALL,
-               "warm=0"]  # fmt: skip
+               "warm=0", "steps=4"]  # fmt: skip
     for kind, name in ((signal.SIGKILL, "killed"), (signal.SIGINT, "stopped")):
         with subprocess.Popen([*command, f"out={name}"], stderr=subprocess.PIPE, text=True) as process:
-            while not [*(here / name).glob("checkpoints/checkpoint-*/cost_window.json")] and process.poll() is None:
+            while not [*(here / name).glob("checkpoints/checkpoint-*/whole.json")] and process.poll() is None:
                 time.sleep(0.05)
             process.send_signal(kind)
             assert process.stderr is not None
             said = process.stderr.read()
         assert process.returncode in ((-9,) if kind == signal.SIGKILL else (130,))
         assert kind == signal.SIGKILL or "the same command goes on" in said
+    (here / "killed/checkpoints/checkpoint-99").mkdir()  # as a kill in the middle of a save leaves it
+    shutil.copytree(here / "stopped", here / "damaged")
+    for optimizer in (here / "damaged").glob("checkpoints/*/optimizer.pt"):
+        optimizer.write_bytes(optimizer.read_bytes()[:1000])
+    assert run("train", "data=train.jsonl", "catalog=models.yaml", *SMALL, "warm=0", "steps=4", "out=damaged") == 2
+    assert "is damaged" in capsys.readouterr().err
     for name in ("whole", "killed", "stopped"):
-        assert run("train", "data=train.jsonl", "catalog=models.yaml", *SMALL, "warm=0", f"out={name}") == 0
-    assert capsys.readouterr().err.count("goes on from step") == 2
+        assert run("train", "data=train.jsonl", "catalog=models.yaml", *SMALL, "warm=0", "steps=4", f"out={name}") == 0
+    said = capsys.readouterr().err
+    assert said.count("goes on from step") == 2
+    assert "checkpoint-99 was not written whole" in said
     whole, *others = (
         json.loads((here / n / "results.json").read_text())["figures"] for n in ("whole", "killed", "stopped")
     )
@@ -215,7 +224,7 @@ def test_the_published_recipe_is_written_for_verl(here: Path, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
-    ((), "llm r1 : no such action"),
+    ((), "llm r1 wants an action: train, eval"),
     (("tune",), "no such action"),
     (("train", "catalog=models.yaml", "model=nano"), "data is missing"),
     (("train", "data=none.jsonl", "catalog=models.yaml", "model=nano"), "cannot read none.jsonl"),
@@ -230,10 +239,17 @@ def test_the_published_recipe_is_written_for_verl(here: Path, capsys: pytest.Cap
     (("train", "data=train.jsonl", "catalog=models.yaml", "model=nano", "out=."), "holds files that are not"),
     (("eval", "data=test.jsonl", "catalog=models.yaml"), "takes one folder"),
     (("eval", "nowhere", "data=test.jsonl", "catalog=models.yaml"), "nowhere"),
-    (("eval", "nano", "data=test.jsonl", "catalog=models.yaml", "out=x.txt"), "must be a .jsonl file"),
+    (("eval", "nano", "data=test.jsonl", "catalog=models.yaml", "out=x.txt"), "must end in .jsonl"),
     (("eval", "nano", "data=test.jsonl", "catalog=models.yaml", "budget=-1"), "budget=-1"),
     (("chat", "nano", "catalog=models.yaml"), "prompt is missing"),
+    (("eval", "nano", "data=test.jsonl", "catalog=models.yaml", "out=test.jsonl"), "is what is read here"),
+    (("eval", "nano", "data=test.jsonl", "catalog=models.yaml", "out=train.jsonl"), "is already there"),
+    (("eval", "nano", "data=test.jsonl", "catalog=models.yaml", "limit=-1"), "limit=-1"),
+    (("eval", "nano", "data=test.jsonl", "catalog=models.yaml", "turns=-1"), "turns=-1"),
     (("export", "data=train.jsonl"), "catalog is missing"),
+    (("export", "data=train.jsonl", "catalog=models.yaml", "out=."), "holds files that are not an export's"),
+    (("export", "data=train.jsonl", "catalog=models.yaml", "out=test.jsonl"), "is a file"),
+    (("export", "data=train.jsonl", "catalog=models.yaml", "alpha=nan"), "alpha=nan"),
 ])  # fmt: skip
 def test_what_cannot_be_is_told_in_a_line(
     here: Path,

@@ -29,6 +29,8 @@ ABOUT = """A policy thinks, asks models, reads what they say and answers; it lea
 def run(arguments: Sequence[str], *, as_json: bool = False) -> None:
     """Raises MoesaicError of the kind that fits."""
     action, *rest = [*arguments, ""]
+    if not action:
+        raise ConfigError(f"llm r1 wants an action: {', '.join(SETTINGS)}")
     if action not in SETTINGS:
         raise ConfigError(f"llm r1 {action}: no such action; {suggest(action, SETTINGS)}")
     places, given = [text for text in rest if text and "=" not in text], [text for text in rest if "=" in text]
@@ -75,7 +77,7 @@ def _eval(wanted: R1Eval, folder: str, *, as_json: bool) -> None:
 def _chat(wanted: R1Chat, folder: str, *, as_json: bool) -> None:
     from moesaic.llms.catalog import Catalog
     from moesaic.llms.router_r1.engine import Question, roll
-    from moesaic.llms.router_r1.evaluating import policy_of
+    from moesaic.llms.router_r1.evaluating import adjusted, policy_of
     from moesaic.llms.router_r1.questions import check_askable
     from moesaic.llms.router_r1.running import pool_of
 
@@ -83,7 +85,7 @@ def _chat(wanted: R1Chat, folder: str, *, as_json: bool) -> None:
     check_pool(wanted)
     catalog = Catalog.read(wanted.catalog)
     check_askable(catalog)
-    policy, asking = policy_of(folder)
+    policy, asking = adjusted(*policy_of(folder), wanted.turns, wanted.max_new_tokens)
     pool = pool_of(wanted, asking.max_tokens, bare=asking.bare)
 
     def answer(text: str) -> None:

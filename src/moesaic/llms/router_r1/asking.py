@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from threading import Lock
+from concurrent.futures import Future
+from threading import Lock, Semaphore, Thread
 from typing import Any
 
 from moesaic.errors import first_line
@@ -18,12 +20,19 @@ from moesaic.llms.gateway.tokens import estimate
 from moesaic.llms.router_r1.engine import Reply
 from moesaic.llms.router_r1.prompt import helper
 
+LONGEST_WAIT = 10.0
+"""Seconds between two tries at most, whatever an endpoint asks for."""
+LARGEST = 4 * 2**20
+"""Bytes of an answer."""
+MOST_TOKENS = 10_000_000
+"""Of a reply whose model's context is not known."""
+
 
 class HttpPool:
     """Models at OpenAI-compatible endpoints.
 
     Attributes:
-        asked, hits: queries so far, and those of them whose reply was known.
+        asked, hits: queries so far, and those of them whose reply was known. failed: why how many did not answer.
     """
 
     def __init__(
@@ -48,7 +57,8 @@ class HttpPool:
         self.timeout, self.bare, self._sleep = timeout, bare, sleep
         self.asked = self.hits = 0
         self._known: dict[tuple[str, str, str], Future[Reply]] = {}
-        self._lock, self._workers = Lock(), ThreadPoolExecutor(at_once, thread_name_prefix="pool")
+        self.failed: Counter[str] = Counter()
+        self._lock, self._slots = Lock(), Semaphore(at_once)
 
     def ask(self, calls: Sequence[tuple[Model, str]]) -> list[Reply]:
         return [future.result() for future in [self._begin(*call) for call in calls]]
@@ -56,15 +66,26 @@ class HttpPool:
     def _begin(self, model: Model, query: str) -> Future[Reply]:
         self.asked += 1
         if self.temperature:
-            return self._workers.submit(self._reply, model, query)
+            return self._submit(model, query)
         with self._lock:
             key = (model.endpoint, model.served_as or model.name, query)
             known = self._known.get(key)
             if known is not None and not (known.done() and known.result().failure):
                 self.hits += 1
                 return known
-            made = self._known[key] = self._workers.submit(self._reply, model, query)
+            made = self._known[key] = self._submit(model, query)
             return made
+
+    def _submit(self, model: Model, query: str) -> Future[Reply]:
+        future: Future[Reply] = Future()
+
+        def work() -> None:
+            with self._slots:
+                if future.set_running_or_notify_cancel():
+                    future.set_result(self._reply(model, query))
+
+        Thread(target=work, name="pool", daemon=True).start()  # one that hangs does not keep the process
+        return future
 
     def _reply(self, model: Model, query: str) -> Reply:
         content, begun = query if self.bare else helper(query), time.perf_counter()
@@ -74,15 +95,34 @@ class HttpPool:
         }  # fmt: skip
         try:
             said = post(model, body, timeout=self.timeout, retries=self.retries, sleep=self._sleep)
-            text = said["choices"][0]["message"]["content"] or ""
-            tokens = completion_tokens(said, text)
+            text = text_of(said["choices"][0]["message"]["content"])
+            tokens = completion_tokens(said, text, model)
         except Exception as error:  # whatever an endpoint sends: it is told, and the rollout goes on
-            why = first_line(error) or type(error).__name__
-            return Reply("", seconds=time.perf_counter() - begun, failure=f"{model.name}: {why}")
-        return Reply(text, tokens, time.perf_counter() - begun)
+            why = hidden(f"{model.name}: {first_line(error) or type(error).__name__}", model)
+            with self._lock:
+                self.failed[why] += 1
+            return Reply("", seconds=time.perf_counter() - begun, failure=why)
+        return Reply(hidden(text, model), tokens, time.perf_counter() - begun)
 
     def close(self) -> None:
-        self._workers.shutdown(cancel_futures=True)
+        """Ask no more of what waits."""
+        for future in self._known.values():
+            future.cancel()
+
+
+def text_of(content: object) -> str:
+    """A message's text: as it is, or of its parts; half surrogates become question marks. Raises ValueError."""
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content if part.get("type") == "text")
+    if content is not None and not isinstance(content, str):
+        raise ValueError("its answer is no text")
+    return (content or "").encode("utf-8", "replace").decode()
+
+
+def hidden(text: str, model: Model) -> str:
+    """A text without the model's key, which an endpoint may repeat."""
+    key = os.environ.get(model.key_env, "") if model.key_env else ""
+    return text.replace(key, "***") if key else text
 
 
 def post(
@@ -107,14 +147,16 @@ def post(
         except _Passing as error:
             if tries > retries:
                 raise
-            sleep(min(model.total, wait(tries) if error.seconds is None else error.seconds))
+            sleep(min(LONGEST_WAIT, wait(tries) if error.seconds is None else error.seconds))
     raise AssertionError("retries are from 0 on")
 
 
-def completion_tokens(said: Mapping[str, Any], text: str) -> int:
-    """As an endpoint counts them; estimated from the text where it does not."""
+def completion_tokens(said: Mapping[str, Any], text: str, model: Model) -> int:
+    """As an endpoint counts them; estimated from the text where it does not, or where there cannot be so many."""
     tokens = (said.get("usage") or {}).get("completion_tokens")
-    return tokens if isinstance(tokens, int) else estimate(len(text.encode("utf-8", "replace")))
+    if type(tokens) is int and 0 <= tokens <= (model.context or MOST_TOKENS):
+        return tokens
+    return estimate(len(text.encode("utf-8", "replace")))
 
 
 def _once(model: Model, body: Mapping[str, Any], timeout: float) -> Any:
@@ -126,9 +168,12 @@ def _once(model: Model, body: Mapping[str, Any], timeout: float) -> Any:
     request = urllib.request.Request(f"{model.endpoint}/chat/completions", data, headers)
     try:
         with _OPENER.open(request, timeout=timeout) as answer:
-            parts = []
+            parts, size = [], 0
             while part := answer.read1():
                 parts.append(part)
+                size += len(part)
+                if size > LARGEST:
+                    raise OverflowError(f"its answer has more than {LARGEST:,} bytes")
                 if time.monotonic() > end:
                     raise TimeoutError("timed out")
         return json.loads(b"".join(parts))

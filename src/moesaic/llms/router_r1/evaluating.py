@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from moesaic.errors import ConfigError, path_of
@@ -12,8 +14,8 @@ from moesaic.llms.router_r1 import folder as folders
 from moesaic.llms.router_r1 import scores
 from moesaic.llms.router_r1.engine import Pool, Question, Rollout, roll
 from moesaic.llms.router_r1.local import LocalPolicy
-from moesaic.llms.router_r1.questions import read_questions
-from moesaic.llms.router_r1.running import pool_of
+from moesaic.llms.router_r1.questions import check_named, read_questions
+from moesaic.llms.router_r1.running import pool_of, tell_failures
 from moesaic.llms.router_r1.settings import R1Eval
 from moesaic.runs.folder import check_writable, write_text
 
@@ -40,6 +42,32 @@ def policy_of(place: str) -> tuple[LocalPolicy, folders.Asking]:
     ), asking  # fmt: skip
 
 
+def adjusted(
+    policy: LocalPolicy, asking: folders.Asking, turns: int | None, max_new_tokens: int | None
+) -> tuple[LocalPolicy, folders.Asking]:
+    """A policy that goes as far as is asked for now, where anything is."""
+    if turns is not None:
+        asking = replace(asking, turns=turns)
+    if max_new_tokens is not None:
+        asking = replace(asking, max_new_tokens=max_new_tokens)
+        policy.max_new_tokens = max_new_tokens
+    return policy, asking
+
+
+def _check_out(out: Path, wanted: R1Eval) -> None:
+    """Raise ConfigError where transcripts cannot go, or would replace what is there."""
+    if out.is_dir():
+        raise ConfigError(f"out={wanted.out} is a folder; name a file, such as transcripts.jsonl")
+    if out.suffix != ".jsonl":
+        raise ConfigError(f"out={wanted.out} must end in .jsonl")
+    check_writable(out, f"out={wanted.out}")
+    given = [path_of(file) for file in (wanted.data, wanted.train, wanted.catalog) if file]
+    if out.exists() and any(file.exists() and out.samefile(file) for file in given):
+        raise ConfigError(f"out={wanted.out} is what is read here; name another file")
+    if out.exists() and not wanted.overwrite:
+        raise ConfigError(f"out={wanted.out} is already there; overwrite=true replaces it")
+
+
 def evaluate(wanted: R1Eval, place: str, *, say: Say = lambda line: None) -> dict[str, Any]:
     """Rows by who asks: figures as `scores.measured` gives them.
 
@@ -52,10 +80,10 @@ def evaluate(wanted: R1Eval, place: str, *, say: Say = lambda line: None) -> dic
     learned = read_questions(wanted.train, catalog) if wanted.train else []
     out = path_of(wanted.out) if wanted.out else None
     if out is not None:
-        check_writable(out, f"out={wanted.out}")
-        if out.suffix != ".jsonl" or out.is_dir():
-            raise ConfigError(f"out={wanted.out} must be a .jsonl file")
-    policy, asking = policy_of(place)
+        _check_out(out, wanted)
+    policy, asking = adjusted(*policy_of(place), wanted.turns, wanted.max_new_tokens)
+    if folders.is_policy(path_of(place)):
+        check_named(catalog, asking.dialect)
     beside = policy_of(wanted.beside)[0] if wanted.beside else None
     if beside is not None:
         beside = LocalPolicy(
@@ -84,8 +112,9 @@ def evaluate(wanted: R1Eval, place: str, *, say: Say = lambda line: None) -> dic
             rows |= _without(wanted, pool, asked, learned, asking.bare, say)
     finally:
         pool.close()
+        tell_failures(pool, say)
     if out is not None:
-        write_text(out, "".join(json.dumps(r.trace(), ensure_ascii=False) + "\n" for r in found))
+        write_text(out, "".join(json.dumps(r.trace()) + "\n" for r in found))
     return {"questions": len(asked), "rows": rows, "asked": pool.asked, "hits": pool.hits}
 
 

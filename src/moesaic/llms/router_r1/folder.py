@@ -81,11 +81,28 @@ def load(folder: str | Path) -> tuple[LocalPolicy, Asking]:
     if stored.keys() != {f.name for f in fields(Asking)}:
         raise AdapterError(f"{file} is not as it was written: train the policy again")
     asking = Asking(**{name: _plain(value) for name, value in stored.items()})
+    if not _sound(asking):
+        raise AdapterError(f"{file} is not as it was written: train the policy again")
     policy = LocalPolicy(
         loaded.model.eval(), loaded.tokenizer, temperature=0.0, max_new_tokens=asking.max_new_tokens,
         dialect=DIALECTS[asking.dialect],
     )  # fmt: skip
     return policy, asking
+
+
+_LEAST = {"turns": 0, "reply_tokens": 1, "max_tokens": 1, "max_new_tokens": 1}
+
+
+def _sound(asking: Asking) -> bool:
+    """Whether everything in it is of its kind."""
+    return (
+        all(type(value := getattr(asking, name)) is int and value >= least for name, least in _LEAST.items())
+        and all(isinstance(part, tuple) for part in (asking.models, asking.tell))
+        and all(isinstance(text, str) for text in (*asking.models, *asking.tell, asking.dialect))
+        and {*asking.tell} <= {*FIELDS}
+        and isinstance(asking.bare, bool)
+        and asking.dialect in DIALECTS
+    )
 
 
 def _plain(value: Any) -> Any:

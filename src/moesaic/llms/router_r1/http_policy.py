@@ -19,7 +19,7 @@ from typing import Any
 from moesaic.errors import ConfigError, first_line
 from moesaic.llms.catalog import Catalog, Model
 from moesaic.llms.gateway.tokens import BYTES
-from moesaic.llms.router_r1.asking import completion_tokens, post
+from moesaic.llms.router_r1.asking import completion_tokens, post, text_of
 from moesaic.llms.router_r1.calls import Calls, tools, written
 from moesaic.llms.router_r1.engine import Written
 from moesaic.llms.router_r1.transcript import TAGGED, Dialect
@@ -83,7 +83,7 @@ class HttpPolicy:
             said = post(self.model, body, timeout=self.timeout, retries=self.retries, sleep=self._sleep)
             choice = said["choices"][0]
             message, text = self._message(choice)
-            return message, Written(text, completion_tokens(said, text))
+            return message, Written(text, completion_tokens(said, text, self.model))
         except Exception as error:  # whatever an endpoint sends: this conversation ends, and the others go on
             why = f"{self.model.name}: {first_line(error) or type(error).__name__}"
             logger.warning("a conversation ends early: %s", why)
@@ -92,7 +92,7 @@ class HttpPolicy:
     def _message(self, choice: dict[str, Any]) -> tuple[dict[str, Any], str]:
         """What the chat keeps of a choice, and its text up to the stop; of native calls the first alone."""
         message, stops = choice["message"], self.dialect.stops
-        content = message.get("content") or ""
+        content = text_of(message.get("content"))
         if not self.tools and choice.get("finish_reason") != "length":
             named = choice.get("stop_reason", choice.get("matched_stop", ...))  # vLLM's and SGLang's: None for an end
             if named is ...:
@@ -106,7 +106,7 @@ class HttpPolicy:
         return kept, written({**message, "tool_calls": None, **kept}, self.dialect)
 
     def close(self) -> None:
-        self._workers.shutdown(cancel_futures=True)
+        self._workers.shutdown(wait=False, cancel_futures=True)
 
 
 class _Chats:

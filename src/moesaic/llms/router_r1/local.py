@@ -16,9 +16,13 @@ from moesaic.errors import ConfigError
 from moesaic.llms.router_r1.engine import STEP, Rounds, Written
 from moesaic.llms.router_r1.transcript import TAGGED, Dialect
 
+LONGEST_TOKEN = 200
+"""Characters of one at most."""
+
 
 def clipped(tokenizer: Any, text: str, tokens: int) -> str:
     """As much of a text as so many tokens hold."""
+    text = text[: tokens * LONGEST_TOKEN]
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return text if len(ids) <= tokens else str(tokenizer.decode(ids[:tokens]))
 

@@ -24,14 +24,17 @@ def read_questions(file: str, catalog: Catalog, alphas: Sequence[float] = (), se
     """
     check_askable(catalog)
     draw, found, taken = random.Random(f"alphas {seed}"), list[Question](), dict[tuple[str, ...], str]()
+    twice = list[str]()
     for where, line in lines(path_of(file)):
         row = decode(line, where)
         question = _question(row, where, catalog, draw.choice(alphas) if alphas else None)
         key = (question.text, *question.catalog)
         if key in taken:
-            raise DataError(f"{where}: this question stands in {taken[key]} already: keep one")
+            twice.append(f"{where}: this question stands in {taken[key]} already: keep one")
         taken[key] = where
         found.append(question)
+    if twice:
+        raise DataError(twice[0] + (f"; so do {len(twice) - 1:,} others" if len(twice) > 1 else ""))
     if not found:
         raise DataError(f"{file} is empty: {_SHAPE}")
     return found
@@ -51,7 +54,8 @@ def _question(row: Any, where: str, catalog: Catalog, alpha: float | None) -> Qu
         chosen = catalog if names is None else Catalog(_distinct(names, catalog), catalog.source)
     except ConfigError as error:
         raise DataError(f"{where}: {error}") from None
-    return Question(encodable(row["question"], "question", where), chosen, tuple(answers), alpha=alpha)
+    truths = tuple(encodable(answer, "answers", where) for answer in answers)
+    return Question(encodable(row["question"], "question", where), chosen, truths, alpha=alpha)
 
 
 def _distinct(names: Sequence[str], catalog: Catalog) -> list[Model]:
@@ -59,7 +63,18 @@ def _distinct(names: Sequence[str], catalog: Catalog) -> list[Model]:
 
 
 def check_askable(catalog: Catalog) -> None:
-    """Raise ConfigError for a model that cannot be asked over HTTP."""
+    """Raise ConfigError for a model that cannot be asked over HTTP, or whose key is not set."""
     for model in catalog.values():
         if not model.endpoint.startswith(("http://", "https://")):
             raise ConfigError(f"{catalog.source}: model {model.name} has no endpoint of its own (http://…/v1): add it")
+        model.key()
+
+
+def check_named(catalog: Catalog, dialect: str) -> None:
+    """Raise ConfigError for a name that a dialect cannot write."""
+    for model in catalog.values() if dialect == "tags" else ():
+        if ":" in model.name or "<" in model.name:
+            raise ConfigError(
+                f"{catalog.source}: model {model.name}: a search ends a name at its colon, so the tags cannot name it: "
+                f"name it otherwise, with served_as: {model.name}, or dialect=calls"
+            )

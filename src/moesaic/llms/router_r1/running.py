@@ -15,31 +15,35 @@ import shutil
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from moesaic.errors import ConfigError, MissingDependency, path_of
 from moesaic.llms.catalog import Catalog
-from moesaic.llms.router_r1 import folder, warm
+from moesaic.llms.router_r1 import checkpoints, folder, warm
 from moesaic.llms.router_r1.asking import HttpPool
 from moesaic.llms.router_r1.engine import Question, Rollout, roll
 from moesaic.llms.router_r1.for_trl import Rollouts
 from moesaic.llms.router_r1.local import LocalPolicy
-from moesaic.llms.router_r1.questions import read_questions
+from moesaic.llms.router_r1.questions import check_named, read_questions
 from moesaic.llms.router_r1.rewards import Rewards
 from moesaic.llms.router_r1.scores import measured
 from moesaic.llms.router_r1.settings import DIALECTS, Pool, R1Train
 from moesaic.runs import places
-from moesaic.runs.folder import atomic_folder, check_writable, locked, write_json, write_text, writing
+from moesaic.runs.folder import atomic_folder, check_writable, locked, read_json, write_json, write_text, writing
 from moesaic.runs.pace import Pace
 from moesaic.runs.results import command_line, versions
 
 CHECKPOINTS, METRICS, REPORT, WARM = "checkpoints", "metrics.jsonl", "report.html", "warm"
+BROKEN = 5
+"""Steps whose formats are all broken, after which that is said."""
 TRANSCRIPTS = "transcripts.jsonl"
 _MADE = (CHECKPOINTS, METRICS, REPORT, TRANSCRIPTS, WARM, folder.POLICY)
-_APART = frozenset(["out", "overwrite", "at_once", "save_every"])
+_APART = frozenset(["out", "overwrite", "at_once", "save_every", "retries", "timeout", "data", "eval_data", "catalog"])
 """Settings that another process may go on with otherwise."""
 
 Say = Callable[[str], None]
@@ -56,12 +60,14 @@ def train(wanted: R1Train, *, say: Say = lambda line: None) -> dict[str, Any]:
     _check_trl()
     wanted.check()
     out, catalog = path_of(wanted.out), Catalog.read(wanted.catalog)
+    check_named(catalog, wanted.dialect)
     asked = read_questions(wanted.data, catalog, wanted.alphas, wanted.seed)
     tried = read_questions(wanted.eval_data, catalog, wanted.alphas, wanted.seed) if wanted.eval_data else []
     check_writable(out, f"out={wanted.out}")
-    places.check_ours(out, "a run of Router-R1", {"data", "alpha", "turns"})
+    places.check_ours(out, "a run of Router-R1", {"alpha", "turns", "group"})
     places.check_unfinished(out, overwrite=wanted.overwrite)
     described = {key: value for key, value in dataclasses.asdict(wanted).items() if key not in _APART}
+    described |= {f"contents of {name}": _digest(getattr(wanted, name)) for name in ("data", "eval_data", "catalog")}
     policy = _policy(wanted)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -81,7 +87,7 @@ def _train(
         wanted.bare, wanted.dialect,
     )  # fmt: skip
     try:
-        if wanted.warm:
+        if wanted.warm and checkpoints.last_whole(out / CHECKPOINTS, say) is None:
             _warm(wanted, out / WARM, policy, pool, asking, asked, say)
         rollouts = Rollouts(
             policy, pool, asked, Rewards(wanted.alpha, wanted.metric, wanted.failure), asking.limits(),
@@ -91,6 +97,7 @@ def _train(
             _grpo(wanted, out, rollouts, tried, say)
     finally:
         pool.close()
+        tell_failures(pool, say)
     with atomic_folder(out / folder.POLICY) as staging:
         folder.save(policy, asking, staging)
     results = {
@@ -105,6 +112,17 @@ def _train(
     for part in (CHECKPOINTS, WARM):
         shutil.rmtree(out / part, ignore_errors=True)
     return results
+
+
+def _digest(file: str) -> str:
+    """What a file holds, in short: other questions or models make another run."""
+    return sha256(path_of(file).read_bytes()).hexdigest()[:16] if file else ""
+
+
+def tell_failures(pool: HttpPool, say: Say) -> None:
+    """Say why models did not answer, the commonest reasons first."""
+    for why, times in pool.failed.most_common(3):
+        say(f"{times:,} of {pool.asked - pool.hits:,} calls had no answer: {why}")
 
 
 def pool_of(wanted: Pool, max_tokens: int, *, bare: bool) -> HttpPool:
@@ -140,18 +158,40 @@ def _warm(
     asked: Sequence[Question], say: Say,
 ) -> None:  # fmt: skip
     """Imitate transcripts in which a model that is drawn is asked, and the answer is the right one."""
-    say(f"warm start: {wanted.warm} steps of imitation")
+    file = place / "rows.json"
+    if file.is_file():
+        rows = read_json(file)["rows"]
+    else:
+        rows = _shown(wanted, policy, pool, asking, asked, say)
+        place.mkdir(exist_ok=True)
+        write_json(file, {"rows": rows})
+    say(f"warm start: {wanted.warm} steps of imitation of {len(rows):,} transcripts")
+    try:
+        warm.imitate(
+            policy, rows, place, steps=wanted.warm, batch_size=wanted.warm_batch, lr=wanted.warm_lr, seed=wanted.seed,
+            say=say,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped in the warm start; the same command goes on") from None
+
+
+def _shown(
+    wanted: R1Train, policy: LocalPolicy, pool: HttpPool, asking: folder.Asking, asked: Sequence[Question], say: Say
+) -> list[dict[str, list[int]]]:
+    """Transcripts to imitate, as rows. Raises ConfigError where there is none."""
+    say(f"warm start: asks a model each of {len(asked):,} questions")
     script = warm.Showing(asked, wanted.seed, policy.dialect)
     shown = roll(script, pool, asked, asking.limits(), say=asking.say, dialect=policy.dialect)
-    pairs = [(r, asking.say(question)) for r, question in zip(shown, asked, strict=True) if not r.fault()]
-    rows = warm.rows(policy, [r for r, _ in pairs], [text for _, text in pairs])
-    warm.imitate(
-        policy, rows, place, steps=wanted.warm, batch_size=wanted.warm_batch, lr=wanted.warm_lr, seed=wanted.seed
-    )
+    sound = [(r, asking.say(question)) for r, question in zip(shown, asked, strict=True) if not r.fault()]
+    if len(sound) < len(asked):
+        why = Counter(r.fault() for r in shown if r.fault()).most_common(1)[0][0]
+        say(f"{len(asked) - len(sound):,} of {len(asked):,} transcripts cannot be imitated: {why}")
+    if not sound:
+        raise ConfigError("warm: there is no transcript to imitate; name models otherwise, or leave warm out")
+    return warm.rows(policy, [r for r, _ in sound], [text for _, text in sound])
 
 
 def _grpo(wanted: R1Train, out: Path, rollouts: Rollouts, tried: Sequence[Question], say: Say) -> None:
-    from transformers.trainer_utils import get_last_checkpoint
     from trl import GRPOConfig, GRPOTrainer
 
     place, policy = out / CHECKPOINTS, rollouts.policy
@@ -165,15 +205,17 @@ def _grpo(wanted: R1Train, out: Path, rollouts: Rollouts, tried: Sequence[Questi
     )  # fmt: skip
     trainer = GRPOTrainer(
         policy.model, rollouts.reward, arguments, rollouts.data(), processing_class=policy.tokenizer,
-        rollout_func=rollouts.rollout, callbacks=[rollouts.callback(), _following(wanted, out, rollouts, tried, say)],
+        rollout_func=rollouts.rollout, callbacks=[
+            rollouts.callback(), _following(wanted, out, rollouts, tried, say), checkpoints.marking(),
+        ],
     )  # fmt: skip
-    last = get_last_checkpoint(str(place)) if place.is_dir() else None
-    if last:
+    last = checkpoints.last_whole(place, say)
+    if last is not None:
         rollouts.take_back(last)
-        say(f"goes on from step {Path(last).name.rpartition('-')[2]} of {wanted.steps}")
+        say(f"goes on from step {checkpoints.step_of(last)} of {wanted.steps}")
     _keep_lines(out / METRICS, len(rollouts.figures.get("reward", ())))
     with _stopping(trainer):
-        trainer.train(resume_from_checkpoint=last)
+        checkpoints.train(trainer, last)
     policy.model.eval()
     if trainer.state.global_step < wanted.steps:
         raise KeyboardInterrupt(f"stopped after step {trainer.state.global_step}; the same command goes on from there")
@@ -187,7 +229,7 @@ def _following(wanted: R1Train, out: Path, rollouts: Rollouts, tried: Sequence[Q
 
     class Following(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.pace = Pace(wanted.steps, state.global_step)
+            self.pace, self.warned = Pace(wanted.steps, state.global_step), False
             if tried and not rollouts.tried:
                 self._try(0)
 
@@ -198,6 +240,12 @@ def _following(wanted: R1Train, out: Path, rollouts: Rollouts, tried: Sequence[Q
                 self._try(step)
             if step % wanted.save_every == 0 or step == wanted.steps:
                 write_text(out / TRANSCRIPTS, "".join(json.dumps(r.trace()) + "\n" for r in rollouts.last))
+            recent = rollouts.figures["broken"][-BROKEN:]
+            if len(recent) == BROKEN and min(recent) == 1.0 and not self.warned:
+                self.warned = True
+                say(
+                    f"{BROKEN} steps in which every format is broken: reward tells nothing; warm= and warm_lr= teach it"
+                )
             if self.pace.due(step) or step == wanted.steps:
                 say(f"step {step} of {wanted.steps}: {_said(now)}")
 
@@ -236,8 +284,17 @@ def _keep_lines(file: Path, steps: int) -> None:
     """Cut what was written after the checkpoint that a run goes on from."""
     if file.is_file():
         entries = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        kept = [line for line in entries if (at := json.loads(line)).get("step", at.get("tried", 0)) <= steps]
+        kept = [line for line in entries if _step_of(line) <= steps]
         write_text(file, "".join(line + "\n" for line in kept))
+
+
+def _step_of(line: str) -> float:
+    """Of a line of metrics; beyond all where it was not written whole."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return float("inf")
+    return float(entry.get("step", entry.get("tried", 0)))
 
 
 @contextmanager

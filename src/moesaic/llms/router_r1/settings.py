@@ -93,8 +93,11 @@ class R1Eval(Pool):
 
     data: str = field(default="", metadata=_DATA)
     out: str = field(default="", metadata={"help": "a .jsonl file for transcripts"})
+    overwrite: bool = field(default=False, metadata={"help": "replace a file that is there"})
     alpha: float | None = field(default=None, metadata={"help": "told to a policy that was trained with alphas"})
     budget: float | None = field(default=None, metadata={"help": "USD of a question"})
+    turns: int | None = field(default=None, metadata={"help": "generations that may ask; as it was trained where null"})
+    max_new_tokens: int | None = field(default=None, metadata={"help": "of a generation; as it was trained where null"})
     beside: str = field(default="", metadata={"help": "a model that is prompted alike, untrained"})
     every: bool = field(
         default=False, metadata={"help": "ask each model each question too: a row each, and the oracle"}
@@ -113,6 +116,8 @@ class R1Chat(Pool):
     prompt: str | None = field(default=None, metadata={"help": "a question; - reads it; asked for where left out"})
     alpha: float | None = field(default=None, metadata={"help": "told to a policy that was trained with alphas"})
     budget: float | None = field(default=None, metadata={"help": "USD of a question"})
+    turns: int | None = field(default=None, metadata={"help": "generations that may ask; as it was trained where null"})
+    max_new_tokens: int | None = field(default=None, metadata={"help": "of a generation; as it was trained where null"})
 
 
 @dataclass
@@ -124,6 +129,7 @@ class R1Export:
     model: str = field(default="Qwen/Qwen2.5-3B-Instruct", metadata={"help": "hub id of the policy's base"})
     alpha: float = field(default=0.0, metadata={"help": "weight of cost in the reward, 0 to 1"})
     out: str = field(default="verl", metadata={"help": "folder for a configuration and data"})
+    overwrite: bool = field(default=False, metadata={"help": "replace an export that is there"})
 
 
 SETTINGS: dict[str, type] = {"train": R1Train, "eval": R1Eval, "chat": R1Chat, "export": R1Export}
@@ -139,6 +145,10 @@ _TRAIN: dict[str, tuple[float, float]] = {
 def check_pool(settings: Pool) -> None:
     """Raise ConfigError for bounds that cannot be."""
     check_within(settings, {"at_once": (1, 1000), "retries": (0, 100)})
+    for name in ("turns", "max_new_tokens", "limit"):
+        value, least = getattr(settings, name, None), int(name == "max_new_tokens")
+        if value is not None and not least <= value <= 10**9:
+            raise ConfigError(f"{name}={value} must be a whole number from {least} on")
     for name in ("timeout", "budget", "alpha"):
         value = getattr(settings, name, None)
         if value is not None and not 0 <= value <= (1 if name == "alpha" else 1e6):

@@ -298,7 +298,7 @@ def _search_fault(body: str, catalog: Catalog) -> str:
         return "a search without a query"
     if any(word in body.lower() for word in PLACEHOLDERS):
         return "a search with the prompt's placeholder"
-    if name and name in query:
+    if name and re.search(rf"(?<!\w){re.escape(name)}(?!\w)", query):
         return "the name stands in the query"
     return "" if resolve(name, catalog) else f"no model {name[:40]!r}"
 

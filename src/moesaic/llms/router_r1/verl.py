@@ -9,12 +9,13 @@ from typing import Any
 
 import yaml
 
-from moesaic.errors import path_of
+from moesaic.errors import ConfigError, path_of
 from moesaic.llms.catalog import Catalog
 from moesaic.llms.router_r1.engine import Question, plainly
 from moesaic.llms.router_r1.questions import read_questions
 from moesaic.llms.router_r1.settings import R1Export
 from moesaic.runs.folder import check_writable, write_text, writing
+from moesaic.runs.settings import check_within
 
 CONFIG, DATA = "router_r1.yaml", "train.jsonl"
 _HEAD = """# Router-R1's published training (arXiv 2506.09033, released code) in verl's words; moesaic has not run it.
@@ -62,10 +63,18 @@ def rows(questions: Sequence[Question]) -> list[dict[str, Any]]:
 
 
 def export(wanted: R1Export) -> list[Path]:
-    """Write a configuration and its data. Raises ConfigError, DataError; files of those names are replaced."""
+    """Write a configuration and its data. Raises ConfigError, DataError."""
+    check_within(wanted, {"alpha": (0, 1)})
     questions = read_questions(wanted.data, Catalog.read(wanted.catalog))
     out = path_of(wanted.out)
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"out={wanted.out} is a file; name a folder")
     check_writable(out, f"out={wanted.out}")
+    there = {entry.name for entry in out.iterdir()} if out.is_dir() else set()
+    if there - {CONFIG, DATA} or (there and CONFIG not in there):
+        raise ConfigError(f"out={wanted.out} holds files that are not an export's; name another folder")
+    if there and not wanted.overwrite:
+        raise ConfigError(f"{wanted.out} holds an export; overwrite=true replaces it")
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         config, data = out / CONFIG, out / DATA

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from moesaic.llms.router_r1 import checkpoints
 from moesaic.llms.router_r1.engine import Question, Rollout, Written
 from moesaic.llms.router_r1.local import LocalPolicy
 from moesaic.llms.router_r1.transcript import TAGGED, TAGS, Dialect
+from moesaic.runs.pace import Pace
 
 IGNORED = -100
 
@@ -80,6 +82,7 @@ def imitate(
     batch_size: int = 32,
     lr: float = 1e-3,
     seed: int = 0,
+    say: Callable[[str], None] = lambda line: None,
 ) -> float:
     """Train a policy on rows with Transformers' Trainer, which goes on from its last checkpoint in `out`.
 
@@ -87,19 +90,25 @@ def imitate(
         The mean loss of the last tenth.
     """
     from datasets import Dataset
-    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
-    from transformers.trainer_utils import get_last_checkpoint
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+
+    pace = Pace(steps)
+
+    class Telling(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if pace.due(state.global_step) or state.global_step == steps:
+                say(f"warm start: step {state.global_step} of {steps}")
 
     arguments = TrainingArguments(
         str(out), max_steps=steps, per_device_train_batch_size=batch_size, learning_rate=lr, warmup_steps=steps // 20,
         lr_scheduler_type="cosine", seed=seed, save_steps=max(1, steps // 4), save_total_limit=1, report_to=[],
-        logging_steps=max(1, steps // 10), use_cpu=policy.model.device.type == "cpu", disable_tqdm=None,
+        logging_steps=max(1, steps // 10), use_cpu=policy.model.device.type == "cpu", disable_tqdm=True,
     )  # fmt: skip
     trainer = Trainer(
         policy.model, arguments, train_dataset=Dataset.from_list(list(given)),
         data_collator=DataCollatorForSeq2Seq(policy.tokenizer, label_pad_token_id=IGNORED),
+        callbacks=[Telling(), checkpoints.marking()],
     )  # fmt: skip
-    place = Path(out)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(place)) if place.is_dir() else None)
+    checkpoints.train(trainer, checkpoints.last_whole(Path(out), say))
     policy.model.eval()
     return float([entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-1])
