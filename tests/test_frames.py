@@ -37,7 +37,7 @@ def test_state_runs_through_one_forward_and_no_further(toy: str) -> None:
         assert all(s is states[0] for s in states[:3])
         assert all(s is states[3] for s in states[3:])
         assert states[0] is not states[3]
-        assert sorted(states[0]) == [0, 1, 2]
+        assert [key for key in states[0] if isinstance(key, int)] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mamba"])

@@ -43,7 +43,7 @@ together fit a budget. The gateway sends prompts to them, as one OpenAI-compatib
     settings=[
         *[Section(of, f"settings of {name} (key=value):", actions=(name,)) for name, of in SETTINGS.items()],
         Section(LlmServe, "serve has no settings: all that a gateway is told stands in its file", actions=("serve",)),
-        *[Section(of, f"settings of r1 {name} (key=value):", actions=("r1",)) for name, of in R1.items()],
+        *[Section(of, f"settings of r1 {name} (key=value):", actions=(f"r1 {name}",)) for name, of in R1.items()],
     ],
     operands={"action": "fit, frontier, route, serve, bench or r1"},
     takes="key=value | FOLDER | FILE",

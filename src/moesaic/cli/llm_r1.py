@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from moesaic.cli.show import print_json, show
 from moesaic.errors import ConfigError, path_of, suggest
 from moesaic.llms.router_r1.settings import SETTINGS, R1Chat, R1Eval, R1Export, R1Train, check_given, check_pool
-from moesaic.report.text import printable
 from moesaic.runs.process import standard_input
 from moesaic.runs.recipe import parse_settings
 
@@ -43,6 +42,8 @@ def run(arguments: Sequence[str], *, as_json: bool = False) -> None:
 
 
 def _tell(line: str) -> None:
+    from moesaic.report.text import printable
+
     print(printable(line), file=sys.stderr)
 
 
@@ -125,6 +126,8 @@ def _answered(rollout: Rollout, *, as_json: bool) -> None:
         if call.failure:
             _tell(f"{call.name}: {call.failure}")
     fault = f"; the format is broken: {rollout.fault()}" if rollout.fault() else ""
+    from moesaic.report.text import printable
+
     _tell(cost + fault)
     print(printable(rollout.answer))
 

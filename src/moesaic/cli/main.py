@@ -44,7 +44,7 @@ def _main(given: list[str]) -> int:
         hint = f"did you mean '{near[0]}'? " if near else ""
         print(f"moesaic: no verb '{name}'; {hint}known: {', '.join(verbs)}", file=sys.stderr)
         return 2
-    parser = verbs[name].parser(_common(), next((text for text in given if not text.startswith("-")), ""))
+    parser = verbs[name].parser(_common(), [text for text in given if not text.startswith("-")])
     args, rest = parser.parse_known_args(given, argparse.Namespace(json=False, verbose=False))
     if rest:  # argparse gives up on arguments that follow an option: `… lr=1e-3 --dry-run steps=9`
         if not verbs[name].takes or any(text.startswith("-") for text in rest):

@@ -22,7 +22,12 @@ class Section:
     brief: bool = False
     """Names alone: another verb's help tells them."""
     actions: Collection[str] = ()
-    """Of the verb's first operand, where they are those of some alone: the help of another leaves them out."""
+    """Of the verb's first words, where they are those of some alone: the help of another leaves them out."""
+
+    def is_of(self, words: Sequence[str]) -> bool:
+        """Whether it is of an action that the words name, or begin to."""
+        split = [action.split() for action in self.actions]
+        return bool(words) and any(all(map(str.__eq__, action, words)) for action in split)
 
     def fields(self) -> list[Field[Any]]:
         return [f for f in fields(self.of) if f.name not in self.but]
@@ -67,10 +72,10 @@ class Verb:
         options = {"dry_run": args.dry_run} if self.dry_run else {}
         return self.run(*given, *([args.settings] if self.takes else []), as_json=args.json, **options)
 
-    def parser(self, common: argparse.ArgumentParser, first: str = "") -> argparse.ArgumentParser:
-        """Its arguments; of settings that are an action's, help shows those of the one that was given `first`."""
-        known = any(first in section.actions for section in self.settings)
-        shown = [section for section in self.settings if not known or first in (section.actions or [first])]
+    def parser(self, common: argparse.ArgumentParser, words: Sequence[str] = ()) -> argparse.ArgumentParser:
+        """Its arguments; of settings that are an action's, help shows those of the one that the `words` begin with."""
+        known = [section for section in self.settings if section.is_of(words)]
+        shown = [section for section in self.settings if not known or section in known or not section.actions]
         parser = argparse.ArgumentParser(
             prog=f"moesaic {self.name}",
             description=self.summary,

@@ -8,7 +8,6 @@ from typing import Any
 from moesaic.errors import ConfigError, suggest
 from moesaic.llms.router_r1.calls import Calls
 from moesaic.llms.router_r1.prompt import FIELDS
-from moesaic.llms.router_r1.rewards import METRICS
 from moesaic.llms.router_r1.transcript import TAGGED, Dialect
 from moesaic.runs.settings import check_within
 
@@ -76,6 +75,8 @@ class R1Train(Pool):
         for alpha in self.alphas:
             if not 0 <= alpha <= 1:
                 raise ConfigError(f"alphas={alpha} must be from 0 to 1")
+        from moesaic.llms.router_r1.rewards import METRICS
+
         if self.metric not in METRICS:
             raise ConfigError(f"metric={self.metric}: {suggest(self.metric, METRICS)}")
         if self.tags and self.r:
