@@ -121,6 +121,19 @@ def test_the_mask_is_0_exactly_on_replies_whatever_they_say() -> None:
     assert [row[:12] for row in seen[0]] == [row[:12] for row in seen[1]]
 
 
+def test_a_warm_start_that_is_done_is_taken_as_it_is(tmp_path: Path) -> None:
+    questions, seen = asked(3), []
+    for _ in range(2):
+        made = policy(seed=1)
+        found = roll(scripts.Script(questions, scripts.cheapest), Knowing(), questions, say=world.told)
+        given = warm.rows(made, found, [world.told(q) for q in questions])
+        loss_ = warm.imitate(made, given, tmp_path, steps=2, batch_size=2)
+        seen.append((loss_, [p.detach().clone() for p in made.model.parameters()]))
+    assert seen[0][0] == seen[1][0]
+    assert all(map(torch.equal, *(weights for _, weights in seen)))
+    assert not (tmp_path / "checkpoint-3").exists()
+
+
 def episodes(made: LocalPolicy, n: int = 3) -> list[Episode]:
     questions = asked(n)
     found = roll(made, Knowing(), questions, Limits(turns=2), say=world.told)

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Retry-After", "100000")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(content)
+        with suppress(OSError):  # who asked is gone
+            self.wfile.write(content)
 
     def log_message(self, *args: Any) -> None:
         pass

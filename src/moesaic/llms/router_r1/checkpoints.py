@@ -40,8 +40,12 @@ def step_of(folder: Path) -> int:
 
 
 def train(trainer: Any, last: Path | None) -> None:
-    """Train, from a checkpoint where there is one. Raises TrainingError where that is damaged."""
-    from transformers import PrinterCallback, TrainerCallback
+    """Train, from a checkpoint where there is one, and not a step more where that is the last.
+
+    Raises:
+        TrainingError: it is damaged.
+    """
+    from transformers import PrinterCallback, TrainerCallback, TrainerState
 
     begun = [last is None]
 
@@ -52,7 +56,11 @@ def train(trainer: Any, last: Path | None) -> None:
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Begun())
     try:
-        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        if last is not None and step_of(last) >= trainer.args.max_steps:  # Trainer would make another step
+            trainer._load_from_checkpoint(str(last))
+            trainer.state = TrainerState.load_from_json(str(last / "trainer_state.json"))
+        else:
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
     except Exception as error:  # whatever torch, JSON and safetensors make of damage
         if begun[0]:
             raise
