@@ -54,7 +54,7 @@ def test_the_pictures_in_docs_are_those_that_the_results_give(monkeypatch):
     docs = SCRIPT.parents[1] / "docs"
     drawn = {}
     pages = importlib.import_module("pages")
-    for script in ("results_adapters", "results_ffn", "results_trees", "results_skills", "results_llms"):
+    for script in ("results_adapters", "results_ffn", "results_trees", "results_skills", "results_llms", "results_r1"):
         drawn |= pages.drawn(importlib.import_module(script).PICTURES, docs.parent / "results")
     assert drawn == {name: (docs / name).read_text(encoding="utf-8") for name in drawn}
     assert drawn.keys() == {path.name for path in docs.glob("*.svg")}
@@ -64,7 +64,9 @@ def test_the_figures_of_pages_are_those_that_the_results_give(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     docs = SCRIPT.parents[1] / "docs"
     pages = importlib.import_module("pages")
-    for script in map(importlib.import_module, ("results_ffn", "results_trees", "results_skills", "results_llms")):
+    for script in map(
+        importlib.import_module, ("results_ffn", "results_trees", "results_skills", "results_llms", "results_r1")
+    ):
         for name in script.BLOCKS:
             text = (docs / name).read_text(encoding="utf-8")
             assert pages.filled(script.BLOCKS, name, text, docs.parent / "results") == text
