@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from moesaic.cli.show import print_json, show
 from moesaic.errors import ConfigError, path_of, suggest
-from moesaic.llms.router_r1.settings import SETTINGS, R1Chat, R1Eval, R1Export, R1Train, check_given, check_pool
+from moesaic.llms.router_r1.settings import SETTINGS, R1Chat, R1Eval, R1Export, R1Train, check_pool
+from moesaic.llms.running import check_given
 from moesaic.runs.process import standard_input
 from moesaic.runs.recipe import parse_settings
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field
 
 from moesaic.errors import ConfigError, suggest
 from moesaic.llms.router_r1.calls import Calls
 from moesaic.llms.router_r1.prompt import FIELDS
 from moesaic.llms.router_r1.transcript import TAGGED, Dialect
+from moesaic.llms.running import check_given
 from moesaic.runs.settings import check_within
 
 DIALECTS: dict[str, Dialect] = {"tags": TAGGED, "calls": Calls()}
@@ -154,10 +154,3 @@ def check_pool(settings: Pool) -> None:
         value = getattr(settings, name, None)
         if value is not None and not 0 <= value <= (1 if name == "alpha" else 1e6):
             raise ConfigError(f"{name}={value} must be {'from 0 to 1' if name == 'alpha' else 'a number from 0 on'}")
-
-
-def check_given(settings: Any, *keys: str) -> None:
-    """Raise ConfigError for one of the settings that is empty."""
-    for own in fields(settings):
-        if own.name in keys and not getattr(settings, own.name):
-            raise ConfigError(f"{own.name} is missing: {own.name}=… ({own.metadata.get('help', '')})")
