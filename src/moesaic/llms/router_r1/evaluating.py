@@ -27,16 +27,12 @@ Say = Callable[[str], None]
 
 def policy_of(place: str) -> tuple[LocalPolicy, folders.Asking]:
     """A trained policy, or a base model as it is. Raises ConfigError where there is neither."""
-    from moesaic.models.embedded import load_model
-
     given = path_of(place)
     if folders.is_policy(given):
         return folders.load(place)
     if given.is_dir() and not (given / "config.json").is_file():
         raise ConfigError(f"{place} holds no policy; `moesaic llm r1 train` makes one")
-    asking, loaded = folders.Asking(), load_model(place)
-    if loaded.kind != "causal":
-        raise ConfigError(f"{place} writes no text: a policy is a causal language model")
+    asking, loaded = folders.Asking(), folders.base(place)
     return LocalPolicy(
         loaded.model.eval(), loaded.tokenizer, temperature=0.0, max_new_tokens=asking.max_new_tokens
     ), asking  # fmt: skip
@@ -84,15 +80,12 @@ def evaluate(wanted: R1Eval, place: str, *, say: Say = lambda line: None) -> dic
     policy, asking = adjusted(*policy_of(place), wanted.turns, wanted.max_new_tokens)
     if folders.is_policy(path_of(place)):
         check_named(catalog, asking.dialect)
-    beside = policy_of(wanted.beside)[0] if wanted.beside else None
-    if beside is not None:
+    beside = None
+    if wanted.beside:
+        other = policy_of(wanted.beside)[0]
         beside = LocalPolicy(
-            beside.model,
-            beside.tokenizer,
-            temperature=0.0,
-            max_new_tokens=asking.max_new_tokens,
-            dialect=policy.dialect,
-        )
+            other.model, other.tokenizer, temperature=0.0, max_new_tokens=asking.max_new_tokens, dialect=policy.dialect
+        )  # fmt: skip
     pool = pool_of(wanted, asking.max_tokens, bare=asking.bare)
 
     def rolled(who: LocalPolicy, name: str) -> list[Rollout]:

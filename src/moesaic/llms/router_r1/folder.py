@@ -14,6 +14,7 @@ from moesaic.runs.folder import read_json, write_json
 
 if TYPE_CHECKING:
     from moesaic.llms.router_r1.local import LocalPolicy
+    from moesaic.models.embedded import LoadedModel
 
 FILE = "router_r1.json"
 POLICY = "policy"
@@ -65,6 +66,16 @@ def is_policy(folder: Path) -> bool:
     return file_of(folder).is_file()
 
 
+def base(place: str) -> LoadedModel:
+    """A model to make a policy of, with its tokenizer, as loaded. Raises ConfigError where it writes no text."""
+    from moesaic.models.embedded import load_model
+
+    loaded = load_model(place)
+    if loaded.kind != "causal":
+        raise ConfigError(f"{place} writes no text: a policy is a causal language model")
+    return loaded
+
+
 def load(folder: str | Path) -> tuple[LocalPolicy, Asking]:
     """A policy, which takes the likeliest token, of its folder or of the run that made it.
 
@@ -72,12 +83,11 @@ def load(folder: str | Path) -> tuple[LocalPolicy, Asking]:
         ConfigError: there is none. AdapterError: it is damaged.
     """
     from moesaic.llms.router_r1.local import LocalPolicy
-    from moesaic.models.embedded import load_model
 
     file = file_of(path_of(folder))
     if not file.is_file():
         raise ConfigError(f"{folder} holds no policy; `moesaic llm r1 train` makes one")
-    loaded, stored = load_model(str(file.parent)), read_json(file)
+    loaded, stored = base(str(file.parent)), read_json(file)
     if stored.keys() != {f.name for f in fields(Asking)}:
         raise AdapterError(f"{file} is not as it was written: train the policy again")
     asking = Asking(**{name: _plain(value) for name, value in stored.items()})
