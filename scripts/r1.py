@@ -1,10 +1,10 @@
 """Router-R1 on the world of lists: results/r1.jsonl, a line a cell: `python scripts/r1.py FOLDER [seeds=0,1,2]`.
 
 FOLDER is of a seed from scripts/llm_pool.py: its four nano members are served over HTTP, and asked for real. For each
-seed one warm start imitates a script that asks at random; GRPO goes on from it with each weight of cost. Beside the
-policies, scripts that ask one model for all, at random, by the nearest training question (once, with the whole
-question), or as the prompt says (what can be had at most). Test questions: one and two hops, a specialist by a name
-that was never seen, and prices that have changed places. What a cell left in FOLDER/r1 it goes on from.
+seed one warm start imitates a script that asks one who knows, at any price; GRPO goes on with each weight of cost.
+Beside the policies, scripts that ask one model for all, at random, by the nearest training question (once, with the
+whole question), or as the prompt says (what can be had at most). Test questions: one and two hops, a specialist by a
+name that was never learned, and prices that have changed places. What a cell left in FOLDER/r1 it goes on from.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,11 +32,14 @@ from moesaic.models.embedded import load_model
 
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "results" / "r1.jsonl"
-ALPHAS = (0.0, 0.9, 0.6)
-WARM, STEPS, GROUP, QUESTIONS = 250, 150, 8, 8
+ALPHAS = (0.0, 0.6, 0.9)
+WARM, STEPS, GROUP, QUESTIONS = 500, 150, 8, 8
 LIMITS = Limits(turns=4, reply_tokens=16)
 TESTED = 200
 """Questions of each test."""
+UNTRAINED = 50
+"""Of those that an untrained policy is asked, whose prompt is longer by what a transcript is."""
+UNSEEN = world.HELD[0]
 
 
 @dataclass
@@ -46,13 +50,13 @@ class World:
     def questions(self, n: int, hops: int, seed: str, **how: Any) -> list[Question]:
         return world.questions(self.models, n, hops, seed, **how)
 
-    def tests(self) -> dict[str, list[Question]]:
+    def tests(self, n: int = TESTED) -> dict[str, list[Question]]:
         swapped = {"order": 8.0, "move": 8.0, "pick": 8.0, "lists": 1.0}
         return {
-            "two hops": self.questions(TESTED, 2, "test"),
-            "one hop": self.questions(TESTED, 1, "test"),
-            "unseen name": self.questions(TESTED, 2, "unseen", renamed={"order": "sorter"}),
-            "changed prices": self.questions(TESTED, 2, "prices", fewest=4, prices=swapped),
+            "two hops": self.questions(n, 2, "test"),
+            "one hop": self.questions(n, 1, "test"),
+            "unseen name": self.questions(n, 2, "unseen", renamed={"order": UNSEEN}),
+            "changed prices": self.questions(n, 2, "prices", fewest=4, prices=swapped),
         }
 
 
@@ -62,9 +66,17 @@ def measured(
     """Exact match, cost, calls, faults, and whom a policy asks."""
     found = roll(policy, pool, asked, LIMITS, say=say)
     theirs = {*world.KNOWS["order"]}
-    unseen = [r for r in found if "sorter" in r.question.catalog and theirs & {*r.question.about["tasks"]}]
-    asks = [any(call.model == "sorter" for call in r.calls) for r in unseen]
-    return {**scores.measured(found), "asks the unseen": statistics.fmean(asks) if asks else None}
+    unseen = [r for r in found if UNSEEN in r.question.catalog and theirs & {*r.question.about["tasks"]}]
+    asks = [any(call.model == UNSEEN for call in r.calls) for r in unseen]
+    named = Counter(_real(r.question, call.model) for r in found for call in r.calls if call.asked)
+    return {
+        **scores.measured(found), "asks the unseen": statistics.fmean(asks) if asks else None,
+        "named": dict(named.most_common()), "commonest": max(named.values(), default=0) / max(1, named.total()),
+    }  # fmt: skip
+
+
+def _real(question: Question, word: str) -> str:
+    return next(name for name in world.KNOWS if world.called(question, name) == word)
 
 
 def fresh(seed: int) -> LocalPolicy:
@@ -77,7 +89,8 @@ def greedy(policy: LocalPolicy, here: World, *, said: bool = False) -> dict[str,
     """Figures of every test. said: the prompt says what a transcript is, for a policy that has not learned it."""
     policy.temperature = 0.0
     say = plainly if said else world.told
-    found = {name: measured(policy, here.pool, asked, say) for name, asked in here.tests().items()}
+    tests = here.tests(UNTRAINED if said else TESTED)
+    found = {name: measured(policy, here.pool, asked, say) for name, asked in tests.items()}
     policy.temperature = 1.0
     return found
 
@@ -85,8 +98,8 @@ def greedy(policy: LocalPolicy, here: World, *, said: bool = False) -> dict[str,
 def warmed(place: Path, here: World, seed: int) -> tuple[LocalPolicy, dict[str, Any]]:
     """A policy that has learned to write transcripts, and what that took."""
     policy, out, begun = fresh(seed), place / f"warm-s{seed}", time.process_time()
-    asked = [*here.questions(600, 1, f"warm {seed}"), *here.questions(1400, 2, f"warm {seed}")]
-    script = scripts.Script(asked, scripts.at_random(seed))
+    asked = [*here.questions(1800, 1, f"warm {seed}"), *here.questions(4200, 2, f"warm {seed}")]
+    script = scripts.Script(asked, scripts.able_at_random(seed))
     shown = roll(script, here.pool, asked, LIMITS, say=world.told)
     rows = warm.rows(policy, shown, [world.told(question) for question in asked])
     loss = warm.imitate(policy, rows, out, steps=WARM, lr=2e-3, seed=seed)
@@ -104,7 +117,7 @@ def trained(place: Path, here: World, seed: int, alpha: float, policy: LocalPoli
     out = place / f"grpo-s{seed}-a{alpha:g}"
     arguments = GRPOConfig(
         str(out), max_steps=STEPS, per_device_train_batch_size=GROUP * QUESTIONS, num_generations=GROUP,
-        learning_rate=3e-4, warmup_steps=5, lr_scheduler_type="constant_with_warmup", beta=0.0, loss_type="grpo",
+        learning_rate=5e-4, warmup_steps=5, lr_scheduler_type="constant_with_warmup", beta=0.0, loss_type="grpo",
         adam_beta2=0.99, report_to=[], use_cpu=True, bf16=False, logging_steps=10, save_steps=25, save_total_limit=1,
         seed=seed, gradient_checkpointing=False, disable_tqdm=True,
     )  # fmt: skip
@@ -142,7 +155,7 @@ def baselines(here: World) -> dict[str, Any]:
     def nearest(question: Question, hop: int) -> str:
         cue = " ".join(word for word in question.text.split() if not word.isdecimal())
         name = str(near.predict([kinds.get(cue, [0.0] * len(kinds))])[0])
-        return name if name in question.catalog else next(iter(question.catalog))
+        return world.called(question, name) or next(iter(question.catalog))
 
     rules: dict[str, tuple[scripts.Choose, bool]] = {
         "best single model, once": (scripts.always("lists"), True), "k-NN, once": (nearest, True),

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from moesaic import bench
-from moesaic.bench import arms, generating, measure, suite
+from moesaic.bench import arms, generating, measure, peers, suite
 from moesaic.errors import ConfigError
 from moesaic.lora import METHODS
 
@@ -113,15 +113,17 @@ def result() -> Any:
 def test_every_table_has_the_arms_it_should(result: Any) -> None:
     linear = {"lora", "mola", "moelora", arms.LOOP}
     assert result["linear"].keys() == linear | {"frozen linear"}
-    assert result["model_step"].keys() == linear | {"mixlora", arms.FROZEN}
+    assert result["model_step"].keys() == linear | {"mixlora", arms.FROZEN, *peers.TRAINED}
     assert result["linear_overhead_share_of_loop"].keys() == {"lora", "mola", "moelora"}
-    assert result["model_overhead_share_of_loop"].keys() == {"lora", "mola", "moelora", "mixlora"}
-    assert result["kernels"].keys() == linear | {"mixlora"}
+    shares = {"lora", "mola", "moelora", "mixlora", *peers.TRAINED}
+    assert result["model_overhead_share_of_loop"].keys() == shares
+    assert result["model_overhead_share_of_xlora"].keys() == shares - {peers.XLORA} | {arms.LOOP}
+    assert result["kernels"].keys() == linear | {"mixlora", *peers.TRAINED}
     assert result["arithmetic"].keys() == {"mixlora"}
     assert result["peak_memory_mib"] == {}
     assert result["kernels"]["lora"]["events_ratio"] == result["kernels"]["lora"]["kernels_ratio"] == 1.0
     assert result["kernels"][arms.LOOP]["kernels"] > result["kernels"]["mola"]["kernels"]
-    generated = linear | {"mixlora", arms.FROZEN, generating.ACTIVE}
+    generated = linear | {"mixlora", arms.FROZEN, *peers.GENERATES}
     assert result["decode"].keys() == {"1", "8", "32"}
     for rows in (*result["decode"].values(), result["prefill"], result["decode_kernels"]):
         assert rows.keys() == generated
@@ -131,7 +133,7 @@ def test_every_table_has_the_arms_it_should(result: Any) -> None:
 
 def test_tables_have_a_row_for_each_arm_and_the_same_columns(result: Any) -> None:
     made = bench.tables(result)
-    assert [len(rows) for _, rows in made] == [5, 6, 1, 7, 7]
+    assert [len(rows) for _, rows in made] == [5, 10, 1, 11, 11]
     assert all(row.keys() == rows[0].keys() for _, rows in made for row in rows)
     for key in (
         "kernels",
@@ -140,7 +142,7 @@ def test_tables_have_a_row_for_each_arm_and_the_same_columns(result: Any) -> Non
         "generating",
     ):  # of later files
         del result[key]
-    assert [len(rows) for _, rows in bench.tables(result)] == [5, 6]
+    assert [len(rows) for _, rows in bench.tables(result)] == [5, 10]
 
 
 def test_suites_run_alone() -> None:
@@ -150,7 +152,7 @@ def test_suites_run_alone() -> None:
     assert found.keys() == {"settings", "machine", "generating", "prefill"}
     [(title, rows)] = bench.tables(found)
     assert "8 tokens" in title
-    assert len(rows) == 5
+    assert len(rows) == 9
 
 
 def test_steps_of_decoding_leave_the_prompt_in_the_cache() -> None:
@@ -209,3 +211,24 @@ def test_methods_are_named_with_or_without_brackets(monkeypatch: pytest.MonkeyPa
         with pytest.raises(ConfigError, match="enough"):
             bench.main([f"methods={text}"])
     assert asked == [["mola"], ["mola", "rmoe"], ["mola"]]
+
+
+def test_einsum_is_what_the_folded_mixture_gives() -> None:
+    """The peer is no straw man: with the same weights it answers as `mola` does."""
+    torch.manual_seed(0)
+    base = arms.llama(16, 1)
+    model: Any = generating.adapted(base, arms.mixture("mola", arms.LINEARS))
+    other = generating.adapted(base, peers.einsum)
+    layers: list[Any] = [module for module in model.modules() if type(module).__name__ == "MixtureLinear"]
+    written = [module for module in other.modules() if isinstance(module, peers.Einsum)]
+    assert len(layers) == len(written) == len(arms.LINEARS)
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        for layer, own in zip(layers, written, strict=True):
+            B = layer.moe_lora_B["default"].normal_()
+            own.lora_router.weight.copy_(layer.router("default").linear.weight)
+            own.lora_A.copy_(layer.moe_lora_A["default"].view_as(own.lora_A))
+            own.lora_B.copy_(
+                model.peft_config["default"].scaling * B.unflatten(0, own.lora_A.shape[:2]).transpose(1, 2)
+            )
+        torch.testing.assert_close(other(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-5, rtol=1e-4)

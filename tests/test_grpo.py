@@ -80,9 +80,12 @@ def test_a_question_is_what_its_tasks_make_of_its_list() -> None:
 
 def test_specialists_go_by_another_name_and_price_where_asked() -> None:
     given = world.questions(MODELS, 20, 2, 0, renamed={"order": "sorter"}, prices={**dict.fromkeys(MODELS, 2.0)})
-    assert not any("order" in q.catalog for q in given)
     assert any("sorter" in q.catalog for q in given)
     assert {model.output_price for q in given for model in q.catalog.values()} == {2.0}
+    assert all(world.called(q, "order") == ("sorter" if "sorter" in q.catalog else "") for q in given)
+    names = [name for q in asked(60) for name in q.catalog]
+    assert len({*names}) > 20
+    assert not {*names} & {*world.HELD}
     (named,) = {m.served_as for q in given for m in q.catalog.values() if m.name == "sorter"}
     assert named == "order"
 

@@ -134,6 +134,8 @@ def _timed(result: dict[str, Any], name: str, key: str) -> dict[str, str]:
         "overhead over frozen, of the loop's": "" if share is None else f"{100 * share:.0f} %",
     }
     if key == "model_step":
+        share = result.get("model_overhead_share_of_xlora", {}).get(name)
+        cells["of X-LoRA's"] = "" if share is None else f"{100 * share:.0f} %"
         counts, peak = result.get("kernels", {}).get(name), result.get("peak_memory_mib", {}).get(name)
         for key in ("events", "kernels"):
             cells[f"{key} (to LoRA)"] = f"{counts[key]} ({counts[f'{key}_ratio']:.2f})" if counts else ""

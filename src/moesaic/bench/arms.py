@@ -85,6 +85,11 @@ def arms(targets: list[str], names: Iterable[str], **settings: Any) -> dict[str,
     return configs
 
 
+def wrapped(base: nn.Module, config: Any) -> Any:
+    """The base with a config's adapter, or what a function of it makes."""
+    return config(base) if callable(config) else get_peft_model(cast(Any, base), config)
+
+
 def linear_steps(names: Iterable[str], tokens: int, d: int) -> dict[str, Step]:
     """Forward and backward of one wrapped linear, gradient to the input included."""
     x = torch.randn(1, tokens, d, requires_grad=True)
@@ -127,7 +132,7 @@ def batch_for(config: Any, size: Size) -> dict[str, Tensor]:
 def model_step(config: Any, size: Size, *, optimizer: bool = True) -> Step:
     """A whole training step: forward, loss with auxiliary losses, backward, AdamW."""
     torch.manual_seed(0)
-    model = get_peft_model(llama(size["d"], size["layers"]), config).train()
+    model = wrapped(llama(size["d"], size["layers"]), config).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     adamw = torch.optim.AdamW(trained, lr=1e-4)
     inputs = batch_for(config, size)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from peft import get_peft_model
 from torch import nn
 from transformers import DynamicCache
 
@@ -16,30 +15,27 @@ from moesaic.bench.arms import (
     COUNTED,
     FROZEN,
     LINEARS,
-    RANK,
-    TOP_K,
     VOCABULARY,
     Size,
     Step,
     arms,
     llama,
-    lora,
+    wrapped,
 )
+from moesaic.bench.peers import GENERATES
 from moesaic.host import find_host
 from moesaic.lora import MixtureConfig
 
 GENERATING = {"d": 1024, "layers": 4, "prompt": 64, "new": 4, "tokens": 256}
 """Decoding: `new` tokens behind `prompt` others, again and again; prefill: a row of `tokens`."""
 ROWS = (1, 8, 32)
-ACTIVE = "lora, rank k*r"
-"""Plain LoRA of the rank that a token's experts have together."""
 
 Told = Callable[[str], Callable[[int, int], None]]
 
 
 def configs(names: Iterable[str]) -> dict[str, Any]:
-    """Name -> config, None for the frozen base."""
-    return {FROZEN: None, ACTIVE: lora(LINEARS, rank=TOP_K * RANK), **arms(LINEARS, names)}
+    """Name -> config, or function of a base; None for the frozen base."""
+    return {FROZEN: None, **arms(LINEARS, names), **GENERATES}
 
 
 def adapted(base: nn.Module, config: Any) -> nn.Module:
@@ -48,7 +44,7 @@ def adapted(base: nn.Module, config: Any) -> nn.Module:
     if config is None:
         return model.eval()
     torch.manual_seed(0)
-    model = get_peft_model(model, config)
+    model = wrapped(model, config)
     if isinstance(config, MixtureConfig):
         find_host(model).pinned_tasks = torch.tensor([1])
     return model.eval()

@@ -27,6 +27,7 @@ from moesaic.bench.arms import (
     methods,
     model_step,
 )
+from moesaic.bench.peers import TRAINED, XLORA
 
 MODEL = {"d": 512, "layers": 4, "batch": 4, "tokens": 256}
 SUITES = ("mix", "train", "decode", "prefill")
@@ -96,7 +97,7 @@ def _training(
     progress: Callable[[str], None],
     counted: generating.Told,
 ) -> dict[str, Any]:
-    configs = arms(LINEARS, [*by_linear, *by_block])
+    configs = arms(LINEARS, [*by_linear, *by_block]) | TRAINED
     frozen, ffns = frozen_steps(size)
     steps = {FROZEN: frozen} | {name: model_step(config, size) for name, config in configs.items()}
     if by_block:
@@ -115,6 +116,7 @@ def _training(
         "model": {**size, "targets": "all seven linears"},
         "model_step": measure.table(whole, "lora"),
         "model_overhead_share_of_loop": measure.overhead_share(whole, base=FROZEN, loop=LOOP),
+        "model_overhead_share_of_xlora": measure.overhead_share(whole, base=FROZEN, loop=XLORA),
         "arithmetic": {name: arithmetic(whole[name], extra) for name in by_block},
         "kernels": {name: _beside(counts, launches["lora"]) for name, counts in launches.items()},
         "peak_memory_mib": {name: {"mib": v, "ratio": v / peaks["lora"]} for name, v in peaks.items()},
@@ -151,4 +153,5 @@ def measure_peak(name: str, size: Size) -> float:
     """Runs in the fresh process of `measure.peak_memory`."""
     method = name.partition(" (")[0]
     known = {*methods("linear"), *methods("block")}
-    return measure.peak_of(model_step(arms(LINEARS, [method] if method in known else [])[name], size))
+    configs = arms(LINEARS, [method] if method in known else []) | TRAINED
+    return measure.peak_of(model_step(configs[name], size))

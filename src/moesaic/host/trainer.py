@@ -66,7 +66,8 @@ class RoutedTrainerMixin(_Base):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if self._aux_values and "loss" in logs:
-            logs = {**logs, "router_aux_loss": torch.stack(self._aux_values).mean().item()}
+            mean = torch.stack(self._aux_values).mean()
+            logs = {**logs, "router_aux_loss": self.accelerator.reduce(mean, reduction="mean").item()}
             self._aux_values.clear()
         super().log(logs, *args, **kwargs)
 

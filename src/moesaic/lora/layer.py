@@ -372,7 +372,7 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         if host.needs_hidden(adapter):
             record.hidden = host.sequence_means(x, context)
         if host.needs_experts(adapter):
-            record.experts = (self.moe_lora_A[adapter], self.moe_lora_B[adapter])
+            record.experts = lambda: (self.moe_lora_A[adapter], self.moe_lora_B[adapter])
         host.record(adapter, record)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,8 +40,8 @@ class Record:
     task_ids: Tensor | None = None
     targets: Tensor | None = None
     progress: float = 1.0
-    experts: tuple[Tensor, Tensor] | None = None
-    """The layer's A and B; present when a loss asks for them."""
+    experts: Callable[[], tuple[Tensor, Tensor]] | None = None
+    """Gives the layer's A and B as they are when it is called; present when a loss asks for them."""
     router: Router | None = None
     hidden: Tensor | None = None
     """Mean input of each sequence (sequences, d_in), detached; present when a loss asks for it."""

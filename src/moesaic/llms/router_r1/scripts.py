@@ -10,8 +10,9 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from moesaic.llms.catalog import Model
 from moesaic.llms.router_r1.engine import Question, Written
-from moesaic.llms.router_r1.world import written
+from moesaic.llms.router_r1.world import called, written
 from moesaic.models.nano.tasks import CUES
 
 Choose = Callable[[Question, int], str]
@@ -23,16 +24,26 @@ def at_random(seed: int | str) -> Choose:
     return lambda question, hop: draw.choice(list(question.catalog))
 
 
+def able(question: Question, hop: int) -> list[Model]:
+    """Whom the prompt says to know the hop's task."""
+    cue = CUES[question.about["tasks"][hop]]
+    return [model for model in question.catalog.values() if cue in model.description.split()]
+
+
+def able_at_random(seed: int | str) -> Choose:
+    """One of those, whatever its price: reading is to be learned from it, choosing is not."""
+    draw = random.Random(f"script {seed}")
+    return lambda question, hop: draw.choice(able(question, hop)).name
+
+
 def always(name: str) -> Choose:
-    """One model where it is offered, and else the first that is."""
-    return lambda question, hop: name if name in question.catalog else next(iter(question.catalog))
+    """One of `KNOWS` where it is offered, and else the first that is."""
+    return lambda question, hop: called(question, name) or next(iter(question.catalog))
 
 
 def cheapest(question: Question, hop: int) -> str:
     """Of those that the prompt says know the hop's task, the cheapest: as good as it gets."""
-    cue = CUES[question.about["tasks"][hop]]
-    able = [model for model in question.catalog.values() if cue in model.description.split()]
-    return min(able, key=lambda model: (model.output_price, model.name)).name
+    return min(able(question, hop), key=lambda model: (model.output_price, model.name)).name
 
 
 @dataclass
@@ -64,7 +75,7 @@ class Script:
         if hop == len(cues):
             return f"<think> done </think><answer> {self._held[i]} </answer>"
         name = self.choose(question, hop)
-        return f"<think> {cues[hop]} </think><search> {name}: {self._held[i]} {cues[hop]} = </search>"
+        return f"<think> {cues[hop]} ? {name} </think><search> {name}: {self._held[i]} {cues[hop]} = </search>"
 
     def read(self, who: int, text: str) -> tuple[int, ...]:
         said = re.sub(r"</?information>", " ", text)

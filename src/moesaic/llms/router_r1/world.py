@@ -3,11 +3,12 @@
     single hop    4 1 8 2 up                one task of `models.nano.tasks`, by its cue
     two hops      4 1 8 2 up then turn      the second task on what the first one gives, and another specialist's
 
-Specialists know two tasks each, a generalist all six at a higher price. Whom a question may be put to, and at what
-price, is drawn for each question and stands in its prompt, a line a model:
+Specialists know two tasks each, a generalist all six at a higher price. Whom a question may be put to, by what name
+and at what price, is drawn for each question and stands in its prompt, a line a model: task, name and price of each of
+its tasks. So nobody can be asked by heart.
 
-    order $2: up down
-    lists $7: up down back turn even top
+    up eve 2 , down eve 2
+    up box 7 , down box 7 , back box 7 , turn box 7 , even box 7 , top box 7
     4 1 8 2 up then turn
 """
 
@@ -21,6 +22,7 @@ from typing import Any
 from moesaic.errors import ConfigError
 from moesaic.llms.catalog import Catalog, Model
 from moesaic.llms.router_r1.engine import Question
+from moesaic.models.nano.corpus import COLOURS, NAMES, THINGS
 from moesaic.models.nano.tasks import CUES, TASKS
 
 Digits = Sequence[int]
@@ -31,6 +33,10 @@ KNOWS = {
 GENERALIST = "lists"
 CHEAP, DEAR = (1, 3), (6, 9)
 """USD a million tokens, of specialists and of the generalist: whole numbers between these."""
+HELD = ("leo", "ring", "silver")
+"""Words that no model goes by in training."""
+WORDS = tuple(word for word in (*NAMES, *COLOURS, *THINGS) if word not in HELD)
+"""Those that models go by."""
 FIRST = ("asc", "desc", "reverse", "rotate")
 """Tasks that leave a list for a second one."""
 
@@ -56,9 +62,15 @@ def specialist(task: str) -> str:
 def told(question: Question) -> str:
     """The prompt: a line a model, and the question."""
     lines = [
-        f"{model.name} ${model.output_price:g}: {model.description}" for model in question.catalog.values()
-    ]  # fmt: skip
+        " , ".join(f"{cue} {model.name} {model.output_price:g}" for cue in model.description.split())
+        for model in question.catalog.values()
+    ]
     return "\n".join([*lines, question.text, ""])
+
+
+def called(question: Question, name: str) -> str:
+    """What one of `KNOWS` goes by in a question; empty where it is not offered."""
+    return str(question.about["named"].get(name, ""))
 
 
 def questions(
@@ -77,7 +89,7 @@ def questions(
     Args:
         models: of `KNOWS`, by name, as they are served. fewest: of them a question offers as many at least; those that
             its tasks need, or the generalist, are among them.
-        renamed: names that some go by here, which a policy has not seen. prices: in place of drawn ones.
+        renamed: words that some go by here, in place of drawn ones. prices: in place of drawn ones.
         exclude: lists that are not asked about.
     Raises:
         ConfigError: models are missing, or more hops are asked for than there are.
@@ -109,14 +121,18 @@ def _question(
     offered = draw.sample(list(KNOWS), draw.randint(fewest, len(KNOWS)))
     if any(not any(task in KNOWS[name] for name in offered) for task in tasks):
         offered.append(GENERALIST)
+    offered = draw.sample(offered, len(offered))
+    words = {
+        name: renamed.get(name, word) for name, word in zip(offered, draw.sample(WORDS, len(offered)), strict=True)
+    }
     catalog = []
-    for name in draw.sample(offered, len(offered)):
+    for name in offered:
         price = draw.randint(*(DEAR if name == GENERALIST else CHEAP)) if prices is None else prices[name]
         cues = " ".join(CUES[task] for task in KNOWS[name])
         model = models[name]
         catalog.append(
             replace(
-                model, name=renamed.get(name, name), served_as=model.served_as or model.name, aliases=[],
+                model, name=words[name], served_as=model.served_as or model.name, aliases=[],
                 output_price=float(price), description=cues,
             )
         )  # fmt: skip
@@ -124,5 +140,5 @@ def _question(
     for task in tasks:
         result = applied(task, result)
     text = f"{written(digits)} {' then '.join(CUES[task] for task in tasks)}"
-    about: dict[str, Any] = {"tasks": tuple(tasks), "digits": tuple(digits)}
+    about: dict[str, Any] = {"tasks": tuple(tasks), "digits": tuple(digits), "named": words}
     return Question(text, Catalog(catalog, "the world"), (written(result),), about=about)

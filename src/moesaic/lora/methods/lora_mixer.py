@@ -24,7 +24,7 @@ Over `adapters` that are trained already (the paper's plug-and-play regime) ther
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Self
 
@@ -99,6 +99,12 @@ class MixerRouter(LinearRouter):
         return total
 
 
+def whole(parameter: Tensor) -> Tensor:
+    """All of a parameter of which FSDP has a part here; its gradient goes to the parts."""
+    gather: Callable[[], Tensor] | None = getattr(parameter, "full_tensor", None)
+    return parameter if gather is None else gather()
+
+
 class SoftStageLoss(AuxiliaryLoss):
     """A loss of stage 2; zero in stage 1."""
 
@@ -167,7 +173,7 @@ class Preserve(SoftStageLoss):
         for record in records:
             assert isinstance(record.router, MixerRouter)
             assert record.experts is not None
-            yield record.router.drift(*record.experts).unsqueeze(0)
+            yield record.router.drift(*map(whole, record.experts())).unsqueeze(0)
 
 
 @dataclass

@@ -43,8 +43,12 @@ class TaskRouter(SharingRouter):
     def score(self, h: Tensor, context: RoutingContext | None = None) -> Tensor:
         passed: MutableMapping[Any, Any] = {} if context is None else context.state
         ids = row_ids(h, context, limit=self.num_tasks, setting="num_tasks")
-        table, gate = (self.module(name, passed).weight.to(h) for name in ("embedding", "linear"))
-        return F.linear(F.embedding(ids, table), gate).expand(*h.shape[:-1], self.num_experts)
+        key = TaskRouter, self.owner("embedding"), self.owner("linear"), h.dtype
+        by_task: Tensor | None = passed.get(key)
+        if by_task is None:  # once for all layers
+            embedding, gate = (self.module(name, passed).weight.to(h) for name in ("embedding", "linear"))
+            by_task = passed[key] = F.linear(embedding, gate)
+        return F.embedding(ids, by_task).expand(*h.shape[:-1], self.num_experts)
 
     def extra_repr(self) -> str:
         return f"tasks={self.num_tasks}"

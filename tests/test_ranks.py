@@ -1,0 +1,83 @@
+"""Every method on two processes, by torchrun: DDP in a trainer and FSDP2 in a loop give what one process gives."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+import moesaic
+from tests import ranks
+from tests.loops import collate
+from tests.tiny import llama
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def launched(folder: Path, how: str, *methods: str, seconds: int = 300) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks.RANKS)]
+    return subprocess.run(
+        [*command, "tests/ranks.py", str(folder), how, *methods], cwd=REPOSITORY, timeout=seconds, text=True,
+        capture_output=True, env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+SAMPLE = ("glider", "hotmoe", "lora-flow", "lora-mixer", "moelora", "rmoe", "topiclora")
+"""Methods that share modules or tell each other something across layers, or whose loss looks at more than routing."""
+REST = [method for method in ranks.TRAINED if method not in SAMPLE]
+
+
+@pytest.fixture(scope="module")
+def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where methods' runs on two processes are, by how the work is shared."""
+    how, methods = request.param
+    folder = tmp_path_factory.mktemp("ranks")
+    ended = launched(folder, how, *methods)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    return folder / how
+
+
+def logits(adapter: Path) -> Tensor:
+    """Of a plain model with a saved adapter."""
+    model = PeftModel.from_pretrained(llama(initializer_range=0.5), str(adapter)).eval()
+    by_prompt = model.peft_config["default"].scores(["one"]) is not None
+    with torch.no_grad(), moesaic.routing_prompts(model, ["one", "two"]) if by_prompt else nullcontext():
+        return model(**collate(ranks.examples()[:2])).logits  # type: ignore[no-any-return]
+
+
+def cases() -> Iterator[Any]:
+    for how in ("ddp", "fsdp"):
+        for methods in (SAMPLE, REST):
+            marks, launch = [pytest.mark.slow] if methods is REST else [], (how, methods)
+            yield from (pytest.param(launch, name, id=f"{how}-{name}", marks=marks) for name in methods)
+
+
+@pytest.mark.parametrize(("ran", "method"), cases(), indirect=["ran"])
+def test_losses_are_those_of_one_process_and_the_adapter_loads_anywhere(method: str, ran: Path, tmp_path: Path) -> None:
+    found = json.loads((ran / method / "losses.json").read_text())
+    if ran.name == "ddp":
+        alone = ranks.in_a_trainer(method, tmp_path, gradient_accumulation_steps=ranks.RANKS)
+    else:
+        alone = ranks.in_a_loop(method, tmp_path)
+    assert found.keys() == alone.keys()
+    assert len(found["loss"]) == ranks.STEPS
+    for key, values in alone.items():
+        assert found[key] == pytest.approx(values, abs=1e-4), key
+    torch.testing.assert_close(logits(ran / method / "adapter"), logits(tmp_path / "adapter"), atol=1e-3, rtol=1e-3)
+
+
+def test_a_rank_that_dies_ends_the_others(tmp_path: Path) -> None:
+    ended = launched(tmp_path, "dies", "mola", seconds=120)
+    assert ended.returncode != 0
+    assert "SIGKILL" in ended.stderr
+    assert not (tmp_path / "dies" / "mola" / "losses.json").exists()
