@@ -4,7 +4,8 @@ FOLDER is of a seed from scripts/llm_pool.py: its four nano members are served o
 seed one warm start imitates a script that asks one who knows, at any price; GRPO goes on with each weight of cost.
 Beside the policies, scripts that ask one model for all, at random, by the nearest training question (once, with the
 whole question), or as the prompt says (what can be had at most). Test questions: one and two hops, a specialist by a
-name that was never learned, and prices that have changed places. What a cell left in FOLDER/r1 it goes on from.
+name that was never learned, a specialist whose tasks nobody had together, and prices that have changed places. What a
+cell left in FOLDER/r1 it goes on from.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ from moesaic.models.embedded import load_model
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "results" / "r1.jsonl"
 ALPHAS = (0.0, 0.6, 0.9)
-WARM, STEPS, GROUP, QUESTIONS = 500, 150, 8, 8
+WARM, STEPS, GROUP, QUESTIONS = 700, 150, 8, 8
 LIMITS = Limits(turns=4, reply_tokens=16)
 TESTED = 200
 """Questions of each test."""
 UNTRAINED = 50
 """Of those that an untrained policy is asked, whose prompt is longer by what a transcript is."""
-UNSEEN = world.HELD[0]
+UNSEEN, TOGETHER = world.HELD[0], ("asc", "reverse")
 
 
 @dataclass
@@ -56,6 +57,7 @@ class World:
             "two hops": self.questions(n, 2, "test"),
             "one hop": self.questions(n, 1, "test"),
             "unseen name": self.questions(n, 2, "unseen", renamed={"order": UNSEEN}),
+            "newcomer": self.questions(n, 2, "newcomer", newcomer=TOGETHER),
             "changed prices": self.questions(n, 2, "prices", fewest=4, prices=swapped),
         }
 
@@ -69,14 +71,21 @@ def measured(
     unseen = [r for r in found if UNSEEN in r.question.catalog and theirs & {*r.question.about["tasks"]}]
     asks = [any(call.model == UNSEEN for call in r.calls) for r in unseen]
     named = Counter(_real(r.question, call.model) for r in found for call in r.calls if call.asked)
+    hops = [
+        (r.question, call.model) for r in found for task, call in zip(r.question.about["tasks"], r.calls, strict=False)
+        if task in TOGETHER and world.called(r.question, world.NEWCOMER)
+    ]  # fmt: skip
+    new = [name == world.called(question, world.NEWCOMER) for question, name in hops]
     return {
         **scores.measured(found), "asks the unseen": statistics.fmean(asks) if asks else None,
+        "asks the newcomer": statistics.fmean(new) if new else None,
+        "by chance": statistics.fmean(1 / len(question.catalog) for question, _ in hops) if hops else None,
         "named": dict(named.most_common()), "commonest": max(named.values(), default=0) / max(1, named.total()),
     }  # fmt: skip
 
 
 def _real(question: Question, word: str) -> str:
-    return next(name for name in world.KNOWS if world.called(question, name) == word)
+    return next(name for name, other in question.about["named"].items() if other == word)
 
 
 def fresh(seed: int) -> LocalPolicy:
@@ -117,7 +126,7 @@ def trained(place: Path, here: World, seed: int, alpha: float, policy: LocalPoli
     out = place / f"grpo-s{seed}-a{alpha:g}"
     arguments = GRPOConfig(
         str(out), max_steps=STEPS, per_device_train_batch_size=GROUP * QUESTIONS, num_generations=GROUP,
-        learning_rate=5e-4, warmup_steps=5, lr_scheduler_type="constant_with_warmup", beta=0.0, loss_type="grpo",
+        learning_rate=3e-4, warmup_steps=5, lr_scheduler_type="constant_with_warmup", beta=0.0, loss_type="grpo",
         adam_beta2=0.99, report_to=[], use_cpu=True, bf16=False, logging_steps=10, save_steps=25, save_total_limit=1,
         seed=seed, gradient_checkpointing=False, disable_tqdm=True,
     )  # fmt: skip

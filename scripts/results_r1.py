@@ -14,7 +14,6 @@ from moesaic.report import charts
 from moesaic.report.page import alone
 from moesaic.report.router_r1 import smoothed
 
-TESTS = ("two hops", "one hop", "unseen name", "changed prices")
 ORDER = ("untrained", "warm start", "alpha 0", "alpha 0.6", "alpha 0.9")
 NAMES = {"untrained": "prompted, untrained", "warm start": "warm start alone"}
 

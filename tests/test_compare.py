@@ -10,8 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-import types
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import closing, redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 
@@ -904,28 +903,22 @@ def test_an_interrupted_comparison_says_how_it_goes_on(world, tmp_path, quick, m
 
 
 def test_ray_runs_the_same_jobs(world, tmp_path, quick, monkeypatch):
-    """Against a stand-in with Ray's few calls; with Ray itself, `engine=ray` is the same command."""
     asked = []
 
-    class Remote:
-        def __init__(self, function):
-            self.remote = function
+    def on_ray(work, jobs, *, cpus, gpus):
+        asked.extend((job.name, cpus(job), gpus) for job in jobs)
+        found = {"lora-s0": "its task ended: lost"} if lost else {}
+        return closing((job, found.get(job.name) or work(job)) for job in jobs)
 
-    def remote(**options):
-        asked.append(options)
-        return Remote
-
-    ray = types.SimpleNamespace(
-        cancel=lambda _: None,
-        is_initialized=lambda: False, init=lambda **_: None, remote=remote, get=lambda refs: refs,
-        wait=lambda refs: (refs[:1], refs[1:]),
-    )  # fmt: skip
-    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setattr(cells, "on_ray", on_ray)
     monkeypatch.setattr("moesaic.compare.settings.find_spec", lambda name: name)
     monkeypatch.setattr("moesaic.compare.run.os.cpu_count", lambda: 8)
-    out = tmp_path / "out"
-    assert run(small(world, out, "engine=ray", "gpus=0.5", "seeds=0", "steps=1", "threads=null")) == 0
-    assert asked == [{"num_cpus": 1, "num_gpus": 0.5, "max_retries": 0}] * 2
+    out, lost = tmp_path / "out", True
+    line = small(world, out, "engine=ray", "gpus=0.5", "seeds=0", "steps=1", "threads=null")
+    assert run(line) == 1
+    assert asked == [("lora-s0", 1, 0.5), ("mola-s0", 1, 0.5)]
+    lost = False
+    assert run(line) == 0
     assert sorted(quick.ran) == ["lora-s0", "mola-s0"]
 
 

@@ -84,10 +84,22 @@ def test_specialists_go_by_another_name_and_price_where_asked() -> None:
     assert {model.output_price for q in given for model in q.catalog.values()} == {2.0}
     assert all(world.called(q, "order") == ("sorter" if "sorter" in q.catalog else "") for q in given)
     names = [name for q in asked(60) for name in q.catalog]
-    assert len({*names}) > 20
+    assert {*names} == {*world.WORDS}
     assert not {*names} & {*world.HELD}
     (named,) = {m.served_as for q in given for m in q.catalog.values() if m.name == "sorter"}
     assert named == "order"
+
+
+def test_a_newcomer_knows_what_nobody_knows_together_and_is_the_generalist() -> None:
+    given = world.questions(MODELS, 20, 2, 0, newcomer=("asc", "reverse"))
+    for question in given:
+        assert {*question.about["tasks"]} & {"asc", "reverse"}
+        model = question.catalog[world.called(question, world.NEWCOMER)]
+        assert model.description.split() == [CUES["asc"], CUES["reverse"]]
+        assert model.served_as == world.GENERALIST
+        assert model.output_price is not None
+        assert model.output_price <= world.CHEAP[1]
+    assert not any(world.called(question, world.NEWCOMER) for question in asked(9))
 
 
 def test_a_script_that_reads_the_prompt_is_always_right_and_costs_least() -> None:

@@ -17,6 +17,9 @@ from peft import PeftModel
 from torch import Tensor
 
 import moesaic
+from moesaic.errors import ConfigError
+from moesaic.runs.folder import RunFolder
+from moesaic.training.place import check_place
 from tests import ranks
 from tests.loops import collate
 from tests.tiny import llama
@@ -81,3 +84,9 @@ def test_a_rank_that_dies_ends_the_others(tmp_path: Path) -> None:
     assert ended.returncode != 0
     assert "SIGKILL" in ended.stderr
     assert not (tmp_path / "dies" / "mola" / "losses.json").exists()
+
+
+def test_a_run_of_ours_is_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="a run is one process: for several"):
+        check_place(RunFolder(tmp_path / "run"), overwrite=False)

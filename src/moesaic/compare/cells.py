@@ -18,12 +18,14 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from moesaic.compare import scores
-from moesaic.errors import ConfigError, MissingDependency
+from moesaic.errors import ConfigError
 from moesaic.evaluation.settings import EvalSettings
+from moesaic.runs.cluster import on_ray
 from moesaic.runs.folder import RunFolder, claim, locked, read_json, write_json, write_text, writing
 from moesaic.runs.process import exit_code
 from moesaic.runs.recipe import Recipe, dump, load_recipe, parse_settings
@@ -33,6 +35,8 @@ from moesaic.runs.settings import differences
 Status = Literal["done", "failed", "pending"]
 
 _LOOK_EVERY = 0.1
+_PATIENCE = 120.0
+"""Seconds: a process whose worker has died writes a checkpoint before it ends."""
 
 
 @dataclass(frozen=True)
@@ -116,11 +120,12 @@ def _damaged(job: Job, error: ConfigError) -> Outcome:
     return Outcome(job, "failed", f"{error}; remove {job.run.path} to run it again")
 
 
-def run_job(job: Job, stops: Callable[[], int] = lambda: 0) -> Outcome:
+def run_job(job: Job, stops: Callable[[], int] = lambda: 0, *, patience: float = 0.0) -> Outcome:
     """Run what is left of a job in a process of its own, and wait for it.
 
     Args:
         stops: how often the user has asked to stop: once lets the process write a checkpoint, twice ends it at once.
+        patience: seconds to wait for another process that runs it, as the one that a dead worker has left may do.
     """
     if not job.commands():
         return state(job)
@@ -129,7 +134,10 @@ def run_job(job: Job, stops: Callable[[], int] = lambda: 0) -> Outcome:
         folder.mkdir(parents=True, exist_ok=True)
         file = log.open("ab")
     with file:
-        if not claim(file) or _is_locked(folder):
+        until = time.monotonic() + patience
+        while not (free := claim(file) and not _is_locked(folder)) and time.monotonic() < until:
+            time.sleep(_LOOK_EVERY)
+        if not free:
             return Outcome(job, "pending", "another process runs it")
         with writing(folder):
             file.truncate(0)
@@ -246,36 +254,15 @@ def local(jobs: Sequence[Job], *, workers: int) -> Generator[Outcome]:
                 break
 
 
-def on_ray(jobs: Sequence[Job], *, gpus: float) -> Generator[Outcome]:
-    """Tasks of a Ray cluster, whose machines share the folders of data and runs; of this machine where none is up.
+def ray_cluster(jobs: Sequence[Job], *, gpus: float) -> Generator[Outcome]:
+    """Tasks of a Ray cluster; a job whose worker dies is gone on with by another.
 
     Raises:
         MissingDependency: the `ray` extra is not installed.
     """
-    try:
-        import ray
-    except ImportError:
-        raise MissingDependency("ray", "ray") from None
-    if not ray.is_initialized():
-        ray.init(log_to_driver=False)
-    here = os.getcwd()
-
-    def run_here(job: Job) -> Outcome:
-        os.chdir(here)  # folders may be given relative to it
-        return run_job(job)
-
-    waiting: list[Any] = [
-        ray.remote(num_cpus=job.threads, num_gpus=gpus, max_retries=0)(run_here).remote(job) for job in jobs
-    ]
-    try:
-        while waiting:
-            ended, waiting = ray.wait(waiting)
-            yield from ray.get(ended)
-    finally:
-        for task in waiting:
-            ray.cancel(task)
-        if waiting:  # those that run write a checkpoint first
-            ray.wait(waiting, num_returns=len(waiting))
+    with on_ray(partial(run_job, patience=_PATIENCE), jobs, cpus=lambda job: job.threads, gpus=gpus) as ended:
+        for job, found in ended:
+            yield Outcome(job, "failed", found) if isinstance(found, str) else found
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ def _outcomes(jobs: Sequence[Job], what: str, settings: CompareSettings, report:
             report(outcome, quietly=True)
     left = [job for job in jobs if found[job.name].status != "done"]
     on_ray = settings.engine == "ray"
-    engine = cells.on_ray(left, gpus=settings.gpus) if on_ray else cells.local(left, workers=settings.workers)
+    engine = cells.ray_cluster(left, gpus=settings.gpus) if on_ray else cells.local(left, workers=settings.workers)
     try:
         with closing(engine):
             for outcome in engine:

@@ -161,8 +161,7 @@ def locked(folder: Path) -> Iterator[None]:
     with writing(folder):
         file = (folder / ".lock").open("a")
     with file:
-        first = int(os.environ.get("RANK", "0")) == 0  # the ranks of a distributed run share a folder
-        if first and not claim(file):
+        if not claim(file):
             raise ConfigError(f"another process is writing {folder}: wait for it, or another out=")
         for old in folder.glob(f"{_OLD}*"):
             settle(folder / old.name.removeprefix(_OLD))

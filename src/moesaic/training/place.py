@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from contextlib import suppress
 from typing import Any
 
@@ -15,7 +16,12 @@ logger = logging.getLogger(__name__)
 
 
 def check_place(folder: RunFolder, *, overwrite: bool, longer: bool = False) -> None:
-    """Refuse, before anything is read, a place that `RunFolder.prepared` would refuse in the end."""
+    """Refuse, before anything is read, a place that `RunFolder.prepared` would refuse in the end, and several ranks."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "a run is one process: for several, start a script with a trainer of your own by torchrun "
+            "(docs/training.md, Several processes)"
+        )
     path = folder.path
     check_writable(path.absolute(), f"out={path}")
     if path.exists() and not path.is_dir():

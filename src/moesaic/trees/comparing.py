@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import zlib
@@ -10,11 +9,13 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from moesaic.errors import ConfigError, MissingDependency, MoesaicError, first_line, path_of, suggest
+from moesaic.errors import ConfigError, MoesaicError, first_line, path_of, suggest
+from moesaic.runs.cluster import on_ray
 from moesaic.runs.folder import check_writable, locked, read_json, write_json, write_text, writing
 from moesaic.runs.places import SETTINGS, check_ours
 from moesaic.runs.results import command_line, versions
@@ -118,7 +119,9 @@ def _is_whole(cell: Cell, found: dict[str, Any], wanted: StreamComparison) -> bo
 
 def _all(cells: Sequence[Cell], wanted: StreamComparison) -> Iterable[tuple[Cell, dict[str, Any]]]:
     if wanted.engine == "ray":
-        yield from _by_ray(cells, wanted)
+        with on_ray(partial(measure, wanted=wanted), cells) as ended:
+            for cell, found in ended:
+                yield cell, {"failed": found} if isinstance(found, str) else found
     elif wanted.workers == 1:
         for cell in cells:
             yield cell, measure(cell, wanted)
@@ -141,34 +144,6 @@ def _all(cells: Sequence[Cell], wanted: StreamComparison) -> Iterable[tuple[Cell
 def _quiet() -> None:
     """Ctrl-C in the terminal is the first process's, which ends the others."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _by_ray(cells: Sequence[Cell], wanted: StreamComparison) -> Iterable[tuple[Cell, dict[str, Any]]]:
-    """A task of one CPU for each cell, on whatever cluster there is; its machines share the folders of files."""
-    try:
-        import ray
-    except ImportError:
-        raise MissingDependency("ray", "ray") from None
-    here = os.getcwd()
-
-    def measure_here(cell: Cell) -> dict[str, Any]:
-        os.chdir(here)  # files may be given relative to it
-        return measure(cell, wanted)
-
-    ray.init(ignore_reinit_error=True, log_to_driver=False)
-    remote = ray.remote(num_cpus=1)(measure_here)
-    running = {remote.remote(cell): cell for cell in cells}
-    try:
-        while running:
-            (done,), _ = ray.wait([*running])
-            try:
-                found = ray.get(done)
-            except ray.exceptions.RayError as error:
-                found = {"failed": f"its task ended: {first_line(error)}"}
-            yield running.pop(done), found
-    finally:
-        for task in running:
-            ray.cancel(task)
 
 
 def measure(cell: Cell, wanted: StreamComparison) -> dict[str, Any]:

@@ -15,14 +15,14 @@ its tasks. So nobody can be asked by heart.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from moesaic.errors import ConfigError
 from moesaic.llms.catalog import Catalog, Model
 from moesaic.llms.router_r1.engine import Question
-from moesaic.models.nano.corpus import COLOURS, NAMES, THINGS
+from moesaic.models.nano.corpus import NAMES
 from moesaic.models.nano.tasks import CUES, TASKS
 
 Digits = Sequence[int]
@@ -30,13 +30,12 @@ Digits = Sequence[int]
 KNOWS = {
     "order": ("asc", "desc"), "move": ("reverse", "rotate"), "pick": ("evens", "max"), "lists": tuple(TASKS),
 }  # fmt: skip
-GENERALIST = "lists"
+GENERALIST, NEWCOMER = "lists", "newcomer"
+"""The newcomer knows two tasks that no specialist knows together; it is the generalist, at a specialist's price."""
 CHEAP, DEAR = (1, 3), (6, 9)
 """USD a million tokens, of specialists and of the generalist: whole numbers between these."""
-HELD = ("leo", "ring", "silver")
-"""Words that no model goes by in training."""
-WORDS = tuple(word for word in (*NAMES, *COLOURS, *THINGS) if word not in HELD)
-"""Those that models go by."""
+WORDS, HELD = NAMES[:-2], NAMES[-2:]
+"""Words that models go by; words that none goes by in training."""
 FIRST = ("asc", "desc", "reverse", "rotate")
 """Tasks that leave a list for a second one."""
 
@@ -69,7 +68,7 @@ def told(question: Question) -> str:
 
 
 def called(question: Question, name: str) -> str:
-    """What one of `KNOWS` goes by in a question; empty where it is not offered."""
+    """What one of `KNOWS`, or the newcomer, goes by in a question; empty where it is not offered."""
     return str(question.about["named"].get(name, ""))
 
 
@@ -83,6 +82,7 @@ def questions(
     renamed: Mapping[str, str] | None = None,
     prices: Mapping[str, float] | None = None,
     exclude: frozenset[str] = frozenset(),
+    newcomer: Collection[str] = (),
 ) -> list[Question]:
     """Questions of so many hops, each with a list of its own.
 
@@ -90,7 +90,7 @@ def questions(
         models: of `KNOWS`, by name, as they are served. fewest: of them a question offers as many at least; those that
             its tasks need, or the generalist, are among them.
         renamed: words that some go by here, in place of drawn ones. prices: in place of drawn ones.
-        exclude: lists that are not asked about.
+        exclude: lists that are not asked about. newcomer: tasks of one that is offered too; each question has one.
     Raises:
         ConfigError: models are missing, or more hops are asked for than there are.
     """
@@ -102,10 +102,10 @@ def questions(
         tasks = [draw.choice(FIRST if hops == 2 else list(TASKS))]
         if hops == 2:
             tasks.append(draw.choice([t for t in TASKS if specialist(t) != specialist(tasks[0])]))
-        if written(digits) in taken:
+        if written(digits) in taken or (newcomer and not {*tasks} & {*newcomer}):
             continue
         taken.add(written(digits))
-        found.append(_question(models, digits, tasks, draw, fewest, renamed or {}, prices))
+        found.append(_question(models, digits, tasks, draw, fewest, renamed or {}, prices, newcomer))
     return found
 
 
@@ -117,10 +117,13 @@ def _question(
     fewest: int,
     renamed: Mapping[str, str],
     prices: Mapping[str, float] | None,
+    newcomer: Collection[str],
 ) -> Question:
     offered = draw.sample(list(KNOWS), draw.randint(fewest, len(KNOWS)))
     if any(not any(task in KNOWS[name] for name in offered) for task in tasks):
         offered.append(GENERALIST)
+    knows = {**KNOWS, NEWCOMER: newcomer}
+    offered += [NEWCOMER] if newcomer else []
     offered = draw.sample(offered, len(offered))
     words = {
         name: renamed.get(name, word) for name, word in zip(offered, draw.sample(WORDS, len(offered)), strict=True)
@@ -128,8 +131,8 @@ def _question(
     catalog = []
     for name in offered:
         price = draw.randint(*(DEAR if name == GENERALIST else CHEAP)) if prices is None else prices[name]
-        cues = " ".join(CUES[task] for task in KNOWS[name])
-        model = models[name]
+        cues = " ".join(CUES[task] for task in knows[name])
+        model = models[GENERALIST if name == NEWCOMER else name]
         catalog.append(
             replace(
                 model, name=words[name], served_as=model.served_as or model.name, aliases=[],
