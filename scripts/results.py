@@ -12,6 +12,7 @@ import pages
 import results_adapters
 import results_ffn
 import results_llms
+import results_paper
 import results_r1
 import results_skills
 import results_trees
@@ -383,7 +384,7 @@ def main() -> None:
             parts.append(on_smollm2(results / "bench-smollm2.json"))
         if files := sorted(results.glob("bench-experts*.json"), reverse=True):
             parts.append(results_ffn.backends(files))
-        (docs / "performance.md").write_text("\n".join([*parts, "", LOG, ""]))
+        (docs / "performance.md").write_text("\n".join([*parts, "", LOG, "", results_paper.section(), ""]))
 
 
 if __name__ == "__main__":

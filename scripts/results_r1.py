@@ -19,10 +19,14 @@ NAMES = {"untrained": "prompted, untrained", "warm start": "warm start alone"}
 
 _ABOUT = """**A world that fits two cores**: questions about lists of digits that want one task or two, one after the
 other, and four small language models behind HTTP (`scripts/llm_pool.py`): three know two tasks each at 1 to 3 dollars
-a million tokens, one all six at 6 to 9; whom a question may be put to, and at what price, stands in its prompt. The
-policy is nano (2.9 million parameters). Exact match on 200 questions a test, cost in micro-dollars a question, mean ±
-standard deviation over {seeds}; scripts (one run) know how a question is taken apart, and choose whom they ask.
-`unseen name`: a specialist goes by a name that training never had. Command: `python scripts/r1.py FOLDER`."""
+a million tokens, one all six at 6 to 9. Whom a question may be put to, by what name and at what price, is drawn for
+each question and stands in its prompt, so that nobody can be asked by heart. The policy is nano (2.9 million
+parameters); its warm start imitates a script that asks one who knows, at any price. Exact match on 200 questions a test
+(50 for the untrained policy, which is told the format), cost in micro-dollars a question, mean ± standard deviation
+over {seeds}; scripts (one run) know how a question is taken apart, and choose whom they ask. `newcomer`: a cheap
+specialist is offered whose two tasks no specialist had together; it is asked for that share of the hops that are its
+own, {chance} % by chance. `unseen name`: a specialist goes by a word that training never had. Command:
+`python scripts/r1.py FOLDER`."""
 
 Cells = list[dict[str, Any]]
 
@@ -41,12 +45,16 @@ def read(results: Path) -> dict[str, Cells]:
 def measured(results: Path) -> str:
     arms = read(results)
     header = ["who asks", "two hops, EM %", "cost", "calls", "commonest, %", "broken, %", "one hop, EM %",
+              "newcomer, EM %", "asks it, %",
               "unseen name, EM %", "asks it, %", "changed prices, EM %", "cost"]  # fmt: skip
     rows = [[NAMES.get(arm, arm.replace("alpha", "α =")), *_cells(cells)] for arm, cells in arms.items()]
     trained = {arm: cells for arm, cells in arms.items() if arm.startswith("alpha")}
     if not trained:
         return ""
-    lines = [_ABOUT.format(seeds=seeds(map(len, trained.values()))), "", *table(header, rows), ""]
+    chances = [c["tests"]["newcomer"]["by chance"] for cells in trained.values() for c in cells]
+    chance = f"{100 * statistics.fmean(chances):.0f}"
+    about = _ABOUT.format(seeds=seeds(map(len, trained.values())), chance=chance)
+    lines = [about, "", *table(header, rows), ""]
     took = [
         f"{arm.replace('alpha', 'α =')}: {spread([100 * _first(c) for c in cells], 0)} % of sampled answers are right "
         f"in the first ten steps, {spread([100 * _last(c) for c in cells], 0)} % in the last ten"
@@ -71,8 +79,8 @@ def _cells(cells: Cells) -> list[str]:
     return [
         of("two hops", "em", 100), of("two hops", "cost"), of("two hops", "calls", 1, 2),
         of("two hops", "commonest", 100, 0), of("two hops", "broken", 100), of("one hop", "em", 100),
-        of("unseen name", "em", 100), of("unseen name", "asks the unseen", 100, 0), of("changed prices", "em", 100),
-        of("changed prices", "cost"),
+        of("newcomer", "em", 100), of("newcomer", "asks the newcomer", 100, 0), of("unseen name", "em", 100),
+        of("unseen name", "asks the unseen", 100, 0), of("changed prices", "em", 100), of("changed prices", "cost"),
     ]  # fmt: skip
 
 
