@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from moesaic import bench
-from moesaic.bench import arms, generating, measure, peers, suite
+from moesaic.bench import arms, generating, measure, peers, scale, suite
 from moesaic.errors import ConfigError
 from moesaic.lora import METHODS
 
@@ -105,7 +105,7 @@ def result() -> Any:
             patch.setattr(module, "COUNTED", TINY)
         threads = torch.get_num_threads()
         sizes: Any = {"tokens": 8, "d": 16, "size": TINY, "generating_size": GENERATING}
-        found = suite.run(rounds=2, **sizes, only=["mola", "moelora", "mixlora"], memory=False)
+        found = suite.run(rounds=2, **sizes, only=["mola", "moelora", "mixlora"], memory=False, suites=suite.SUITES[:4])
         torch.set_num_threads(threads)
     return json.loads(json.dumps(found))
 
@@ -143,6 +143,26 @@ def test_tables_have_a_row_for_each_arm_and_the_same_columns(result: Any) -> Non
     ):  # of later files
         del result[key]
     assert [len(rows) for _, rows in bench.tables(result)] == [5, 10]
+
+
+def test_scale_follows_experts_adapters_length_and_depth(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, values in (("LENGTHS", (4, 8)), ("DEPTHS", (1, 2))):
+        monkeypatch.setattr(scale, name, values)
+    told: list[str] = []
+
+    def progress(what: str) -> Any:
+        told.append(what)
+        return lambda index, total: None
+
+    found = scale.run(2, TINY, progress, experts=(2, 8), adapters=(2, 8))
+    assert found["experts"].keys() == {"lora, rank k*r", "2", "8"}
+    assert found["experts"]["8"]["ratio"] == found["adapters, decoding"]["8"]["ratio"] == 1.0
+    assert found["length"].keys() == {"4 tokens", "8 tokens"}
+    assert found["depth"].keys() == {"1 layers", "2 layers"}
+    assert found["adapters, prefill"]["8"]["megabytes"] == 4 * found["adapters, prefill"]["2"]["megabytes"]
+    assert len(told) == 7
+    titles = [title for title, _ in bench.tables({"settings": {}, "scale": found})]
+    assert titles == [f"How cost grows: {what}" for what in found]
 
 
 def test_suites_run_alone() -> None:

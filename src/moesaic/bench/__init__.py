@@ -17,7 +17,7 @@ class BenchSettings:
     """Settings of `moesaic bench`."""
 
     suites: list[str] | None = field(
-        default=None, metadata={"help": "of mix (one linear), train, decode and prefill; all where left out"}
+        default=None, metadata={"help": "of mix (one linear), train, decode, prefill and scale; all where left out"}
     )
     rounds: int = field(default=20, metadata={"help": "times that all arms run in turn"})
     tokens: int = field(default=1024, metadata={"help": "tokens of the single linear"})
@@ -93,7 +93,18 @@ def tables(result: dict[str, Any]) -> list[tuple[str, Rows]]:
         found.append(("FFNs as experts: a training step beside its arithmetic", _arithmetic(result["arithmetic"])))
     if "generating" in result:
         found += _generating(result)
+    for what, rows in result.get("scale", {}).items():
+        found.append((f"How cost grows: {what}", [_grown(name, row) for name, row in rows.items()]))
     return found
+
+
+def _grown(name: str, row: dict[str, float]) -> dict[str, str]:
+    """A column for megabytes on disk where they are counted."""
+    cells = {
+        "arm": name, "ms": f"{row['ms']:.1f}",
+        "ratio": f"{row['ratio']:.2f} [{row['low']:.2f}, {row['high']:.2f}]",
+    }  # fmt: skip
+    return cells | ({"on disk, MB": f"{row['megabytes']:.1f}"} if "megabytes" in row else {})
 
 
 def _generating(result: dict[str, Any]) -> list[tuple[str, Rows]]:

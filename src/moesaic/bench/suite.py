@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from moesaic.bench import generating, measure
+from moesaic.bench import generating, measure, scale
 from moesaic.bench.arms import (
     ATTENTION,
     COUNTED,
@@ -30,8 +30,8 @@ from moesaic.bench.arms import (
 from moesaic.bench.peers import TRAINED, XLORA
 
 MODEL = {"d": 512, "layers": 4, "batch": 4, "tokens": 256}
-SUITES = ("mix", "train", "decode", "prefill")
-"""One linear; a training step; steps of decoding with a KV cache; reading a prompt into one."""
+SUITES = ("mix", "train", "decode", "prefill", "scale")
+"""One linear; a training step; steps of decoding with a KV cache; reading a prompt into one; how cost grows."""
 
 FFNS, MATCHED = "frozen FFNs", "lora, rank r on attention"
 """Two more arms, from which the arithmetic of methods with FFNs as experts is reckoned."""
@@ -45,6 +45,7 @@ def run(
     d: int = 1024,
     size: Size = MODEL,
     generating_size: Size = generating.GENERATING,
+    scale_size: Size = scale.SIZE,
     only: Collection[str] | None = None,
     memory: bool = True,
     progress: Callable[[str], None] = lambda line: None,
@@ -55,7 +56,8 @@ def run(
         suites: these of SUITES.
         rounds: of each suite; the single linear, which is quick and noisy, runs three times as often.
         tokens, d: of the single linear.
-        size: of the model that is trained; `generating_size`: of the one that generates.
+        size: of the model that is trained; `generating_size`: of the one that generates; `scale_size`: of
+            those that cost is followed in.
         only: these methods instead of all.
         memory: also the peak memory of training, in a fresh process for each arm.
     """
@@ -85,6 +87,8 @@ def run(
         found["decode"] = generating.run_decoding(names, rounds, generating_size, generating.ROWS, counted)
     if "prefill" in suites:
         found["prefill"] = generating.run_prefill(names, rounds, generating_size, counted)
+    if "scale" in suites:
+        found["scale"] = scale.run(rounds, scale_size, counted)
     return found
 
 
