@@ -138,6 +138,28 @@ def test_going_back_to_a_checkpoint_repeats_the_losses_bit_for_bit(world, tmp_pa
     assert metrics_of(again) == metrics_of(whole)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(),
+     RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: 9 bytes")],
+)  # fmt: skip
+def test_memory_that_is_not_there_gives_advice_and_keeps_the_checkpoint(world, tmp_path, monkeypatch, error):
+    from moesaic.training.trainer import RunMixin
+
+    whole, out = RunMixin.compute_loss, tmp_path / "run"
+
+    def full(self, *args, **kwargs):
+        if self.state.global_step == 4:
+            raise error
+        return whole(self, *args, **kwargs)
+
+    monkeypatch.setattr(RunMixin, "compute_loss", full)
+    with pytest.raises(TrainingError, match=r"out of memory: lower batch_size .*; the checkpoint of step 4 is kept"):
+        run("lora", world, "encoder", out)
+    monkeypatch.undo()
+    assert run("lora", world, "encoder", out)["resumed_from_step"] == 4
+
+
 def test_interrupting_saves_after_the_step_and_the_same_command_goes_on(world, tmp_path, monkeypatch):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     run("lora", world, "encoder", whole)

@@ -28,7 +28,7 @@ def exit_code(command: Callable[[], int | None], *, verbose: bool = False) -> in
     except OSError as error:
         return _told(first_line(error), 2)
     except (MemoryError, RuntimeError) as error:
-        if not _is_memory(error):
+        if not is_memory(error):
             raise
         return _told(f"out of memory: make what was asked for smaller ({first_line(error)})", 2)
 
@@ -60,7 +60,7 @@ def termination_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _is_memory(error: Exception) -> bool:
+def is_memory(error: Exception) -> bool:
     """Whether memory was asked for that is not there; torch has no class of its own for a CPU's."""
     return isinstance(error, MemoryError) or any(said in str(error) for said in ("allocate memory", "out of memory"))
 

@@ -13,6 +13,7 @@ from moesaic.data.sampling import InterleavedSampler
 from moesaic.errors import MoesaicError, TrainingError, first_line
 from moesaic.models.encoder import EncoderCollator
 from moesaic.runs.folder import RunFolder, atomic_folder, write_json, write_text, writing
+from moesaic.runs.process import is_memory
 from moesaic.runs.recipe import Recipe, adapter_config, as_used, dump
 from moesaic.runs.results import (
     command_line,
@@ -242,13 +243,16 @@ def fit(trainer: Any, folder: RunFolder, step: int) -> None:
         raise folder.damaged(step, f"no {lost[0]}")
     try:
         trainer.train(resume_from_checkpoint=str(folder.checkpoint(step)) if step else None)
-    except torch.OutOfMemoryError as error:
-        raise TrainingError(
-            f"out of memory: lower batch_size or the length of a row, or checkpointing=true ({first_line(error)})"
-        ) from None
     except MoesaicError:
         raise
     except Exception as error:
+        if is_memory(error):
+            steps = folder.steps()
+            kept = f"; the checkpoint of step {steps[-1]} is kept" if steps else ""
+            raise TrainingError(
+                "out of memory: lower batch_size (and raise accumulation as much), or max_length, or give "
+                f"checkpointing=true{kept} ({first_line(error)})"
+            ) from None
         if not step or trainer.tokens:
             raise
         raise folder.damaged(step, first_line(error)) from None
