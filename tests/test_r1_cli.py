@@ -147,7 +147,8 @@ def test_a_run_that_is_killed_goes_on_as_the_same_run(here: Path, capsys: pytest
     command = [sys.executable, "-m", "moesaic", "llm", "r1", "train", "data=train.jsonl", "catalog=models.yaml", *SMALL,
                "warm=0", "steps=4"]  # fmt: skip
     for kind, name in ((signal.SIGKILL, "killed"), (signal.SIGINT, "stopped")):
-        with subprocess.Popen([*command, f"out={name}"], stderr=subprocess.PIPE, text=True) as process:
+        longer = ["steps=9"] if kind == signal.SIGINT else []
+        with subprocess.Popen([*command, *longer, f"out={name}"], stderr=subprocess.PIPE, text=True) as process:
             while not [*(here / name).glob("checkpoints/checkpoint-*/whole.json")] and process.poll() is None:
                 time.sleep(0.05)
             process.send_signal(kind)
@@ -161,6 +162,12 @@ def test_a_run_that_is_killed_goes_on_as_the_same_run(here: Path, capsys: pytest
         optimizer.write_bytes(optimizer.read_bytes()[:1000])
     assert run("train", "data=train.jsonl", "catalog=models.yaml", *SMALL, "warm=0", "steps=4", "out=damaged") == 2
     assert "is damaged" in capsys.readouterr().err
+    shutil.copytree(here / "stopped", here / "further")
+    further = max((here / "further").glob("checkpoints/checkpoint-*"))
+    further.rename(further.with_name("checkpoint-7"))
+    assert run("train", "data=train.jsonl", "catalog=models.yaml", *SMALL, "warm=0", "steps=4", "out=further") == 2
+    assert "steps=4: " in (said := capsys.readouterr().err)
+    assert "is at step 7; ask for more" in said
     for name in ("whole", "killed", "stopped"):
         assert run("train", "data=train.jsonl", "catalog=models.yaml", *SMALL, "warm=0", "steps=4", f"out={name}") == 0
     said = capsys.readouterr().err

@@ -35,7 +35,9 @@ from moesaic.runs.results import command_line, versions
 
 CHECKPOINTS, REPORT, WARM = "checkpoints", "report.html", "warm"
 _MADE = (CHECKPOINTS, METRICS, REPORT, TRANSCRIPTS, WARM, folder.POLICY)
-_APART = frozenset(["out", "overwrite", "at_once", "save_every", "retries", "timeout", "data", "eval_data", "catalog"])
+_APART = frozenset([
+    "out", "overwrite", "at_once", "save_every", "retries", "timeout", "data", "eval_data", "catalog", "steps",
+])  # fmt: skip
 """Settings that another process may go on with otherwise."""
 
 
@@ -197,6 +199,8 @@ def _grpo(wanted: R1Train, out: Path, rollouts: Rollouts, tried: Sequence[Questi
     )  # fmt: skip
     last = checkpoints.last_whole(place, say)
     if last is not None:
+        if checkpoints.step_of(last) > wanted.steps:
+            raise ConfigError(f"steps={wanted.steps}: {out} is at step {checkpoints.step_of(last)}; ask for more")
         rollouts.take_back(last)
         say(f"goes on from step {checkpoints.step_of(last)} of {wanted.steps}")
     keep_lines(out / METRICS, len(rollouts.figures.get("reward", ())))
