@@ -24,7 +24,7 @@ Over `adapters` that are trained already (the paper's plug-and-play regime) ther
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Self
 
@@ -47,6 +47,7 @@ from moesaic.routing import (
     TopK,
 )
 from moesaic.routing.losses import entropy, stacks
+from moesaic.routing.sharded import whole
 
 EntropySign = Literal["as_written", "sharpen"]
 Frequency = Literal["argmax", "mass"]
@@ -97,12 +98,6 @@ class MixerRouter(LinearRouter):
             total = total + (now - anchor).square().sum()
         self.anchored.fill_(True)
         return total
-
-
-def whole(parameter: Tensor) -> Tensor:
-    """All of a parameter of which FSDP has a part here; its gradient goes to the parts."""
-    gather: Callable[[], Tensor] | None = getattr(parameter, "full_tensor", None)
-    return parameter if gather is None else gather()
 
 
 class SoftStageLoss(AuxiliaryLoss):

@@ -24,6 +24,7 @@ from moesaic.lora.config import MixtureConfig
 from moesaic.lora.kind import Kind
 from moesaic.lora.tasks import row_ids
 from moesaic.routing import Gate, Router, RoutingContext, SharingRouter, Site, Softmax
+from moesaic.routing.sharded import whole
 
 
 class TaskRouter(SharingRouter):
@@ -43,12 +44,8 @@ class TaskRouter(SharingRouter):
     def score(self, h: Tensor, context: RoutingContext | None = None) -> Tensor:
         passed: MutableMapping[Any, Any] = {} if context is None else context.state
         ids = row_ids(h, context, limit=self.num_tasks, setting="num_tasks")
-        key = TaskRouter, self.owner("embedding"), self.owner("linear"), h.dtype
-        by_task: Tensor | None = passed.get(key)
-        if by_task is None:  # once for all layers
-            embedding, gate = (self.module(name, passed).weight.to(h) for name in ("embedding", "linear"))
-            by_task = passed[key] = F.linear(embedding, gate)
-        return F.embedding(ids, by_task).expand(*h.shape[:-1], self.num_experts)
+        table, gate = (whole(self.module(name, passed).weight).to(h) for name in ("embedding", "linear"))
+        return F.linear(F.embedding(ids, table), gate).expand(*h.shape[:-1], self.num_experts)
 
     def extra_repr(self) -> str:
         return f"tasks={self.num_tasks}"
