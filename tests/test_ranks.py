@@ -6,8 +6,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,26 +29,33 @@ REPOSITORY = Path(__file__).parents[1]
 
 
 def launched(folder: Path, how: str, *methods: str, seconds: int = 300) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks.RANKS)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
     return subprocess.run(
-        [*command, "tests/ranks.py", str(folder), how, *methods], cwd=REPOSITORY, timeout=seconds, text=True,
-        capture_output=True, env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        [*command, "--nproc-per-node", str(ranks.RANKS), "tests/ranks.py", str(folder), how, *methods],
+        cwd=REPOSITORY, timeout=seconds, text=True, capture_output=True,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
 
-SAMPLE = ("glider", "hotmoe", "lora-flow", "lora-mixer", "moelora", "rmoe", "topiclora")
-"""Methods that share modules or tell each other something across layers, or whose loss looks at more than routing."""
-REST = [method for method in ranks.TRAINED if method not in SAMPLE]
+SAMPLE = {"ddp": ("hotmoe", "moelora"), "fsdp": ("lora-mixer", "moelora")}
+"""Methods that share modules across layers, or whose loss looks at more than routing; the others are slow."""
+
+
+Runs = Callable[[str, tuple[str, ...]], Path]
 
 
 @pytest.fixture(scope="module")
-def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where methods' runs on two processes are, by how the work is shared."""
-    how, methods = request.param
-    folder = tmp_path_factory.mktemp("ranks")
-    ended = launched(folder, how, *methods)
-    assert ended.returncode == 0, ended.stderr[-2000:]
-    return folder / how
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Where methods' runs on two processes are, by how the work is shared; each is made once."""
+
+    @cache
+    def made(how: str, methods: tuple[str, ...]) -> Path:
+        folder = tmp_path_factory.mktemp("ranks")
+        ended = launched(folder, how, *methods)
+        assert ended.returncode == 0, ended.stderr[-2000:]
+        return folder / how
+
+    return made
 
 
 def logits(adapter: Path) -> Tensor:
@@ -59,16 +67,19 @@ def logits(adapter: Path) -> Tensor:
 
 
 def cases() -> Iterator[Any]:
-    for how in ("ddp", "fsdp"):
-        for methods in (SAMPLE, REST):
-            marks, launch = [pytest.mark.slow] if methods is REST else [], (how, methods)
-            yield from (pytest.param(launch, name, id=f"{how}-{name}", marks=marks) for name in methods)
+    for how, sample in SAMPLE.items():
+        for methods in (sample, tuple(method for method in ranks.TRAINED if method not in sample)):
+            marks = [] if methods is sample else [pytest.mark.slow]
+            yield from (pytest.param(how, methods, name, id=f"{how}-{name}", marks=marks) for name in methods)
 
 
-@pytest.mark.parametrize(("ran", "method"), cases(), indirect=["ran"])
-def test_losses_are_those_of_one_process_and_the_adapter_loads_anywhere(method: str, ran: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("how", "methods", "method"), cases())
+def test_losses_are_those_of_one_process_and_the_adapter_loads_anywhere(
+    how: str, methods: tuple[str, ...], method: str, runs: Runs, tmp_path: Path
+) -> None:
+    ran = runs(how, methods)
     found = json.loads((ran / method / "losses.json").read_text())
-    if ran.name == "ddp":
+    if how == "ddp":
         alone = ranks.in_a_trainer(method, tmp_path, gradient_accumulation_steps=ranks.RANKS)
     else:
         alone = ranks.in_a_loop(method, tmp_path)
@@ -79,6 +90,7 @@ def test_losses_are_those_of_one_process_and_the_adapter_loads_anywhere(method: 
     torch.testing.assert_close(logits(ran / method / "adapter"), logits(tmp_path / "adapter"), atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_ends_the_others(tmp_path: Path) -> None:
     ended = launched(tmp_path, "dies", "mola", seconds=120)
     assert ended.returncode != 0
