@@ -80,7 +80,7 @@ def measured(
         **scores.measured(found), "asks the unseen": statistics.fmean(asks) if asks else None,
         "asks the newcomer": statistics.fmean(new) if new else None,
         "by chance": statistics.fmean(1 / len(question.catalog) for question, _ in hops) if hops else None,
-        "named": dict(named.most_common()), "commonest": max(named.values(), default=0) / max(1, named.total()),
+        **scores.who(named),
     }  # fmt: skip
 
 

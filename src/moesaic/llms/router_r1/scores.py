@@ -34,11 +34,12 @@ def measured(found: Sequence[Rollout]) -> dict[str, Any]:
         "failed": statistics.fmean(r.failed for r in found), "cost": statistics.fmean(r.cost for r in found),
         "calls": statistics.fmean(len(r.calls) for r in found),
         "tokens": statistics.fmean(r.policy_tokens for r in found),
-        "seconds": statistics.fmean(sum(call.seconds for call in r.calls) for r in found), **_who(named),
+        "seconds": statistics.fmean(sum(call.seconds for call in r.calls) for r in found), **who(named),
     }  # fmt: skip
 
 
-def _who(named: Counter[str]) -> dict[str, Any]:
+def who(named: Counter[str]) -> dict[str, Any]:
+    """`named` and `commonest` of calls by model."""
     return {
         "commonest": max(named.values(), default=0) / max(1, sum(named.values())),
         "named": dict(named.most_common()),
@@ -73,7 +74,7 @@ def once(questions: Sequence[Question], replies: Sequence[Asked], whom: Sequence
         "em": statistics.fmean(exact_match(reply.text, q.truths) for q, reply in pairs),
         "f1": statistics.fmean(f1(reply.text, q.truths) for q, reply in pairs),
         "failed": statistics.fmean(bool(reply.failure) for reply in said), "cost": statistics.fmean(costs),
-        "calls": 1.0, "seconds": statistics.fmean(reply.seconds for reply in said), **_who(Counter(whom)),
+        "calls": 1.0, "seconds": statistics.fmean(reply.seconds for reply in said), **who(Counter(whom)),
     }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ and at what price, is drawn for each question and stands in its prompt, a line a
 its tasks. So nobody can be asked by heart.
 
     up eve 2 , down eve 2
-    up box 7 , down box 7 , back box 7 , turn box 7 , even box 7 , top box 7
+    up gus 7 , down gus 7 , back gus 7 , turn gus 7 , even gus 7 , top gus 7
     4 1 8 2 up then turn
 """
 
