@@ -343,7 +343,7 @@ def compiled(method: str) -> str | None:
     torch._dynamo.reset()
     with torch.no_grad():
         wanted = model(**inputs).logits
-        same(torch.compile(model, backend="aot_eager")(**inputs).logits, wanted)
+        same(torch.compile(model, backend="aot_eager", fullgraph=True)(**inputs).logits, wanted)
     return "decode without it" if find_host(model).asks("by_prompt") and method in ("sequence", "smear") else None
 
 

@@ -8,14 +8,17 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._inductor.exc import InvalidCxxCompiler
 
 from moesaic import bench
-from moesaic.bench import arms, generating, measure, peers, scale, suite
+from moesaic.bench import arms, compiled, generating, measure, peers, scale, suite
 from moesaic.errors import ConfigError
 from moesaic.lora import METHODS
 
 TINY = {"d": 16, "layers": 1, "batch": 2, "tokens": 8}
 GENERATING = {"d": 16, "layers": 1, "prompt": 4, "new": 2, "tokens": 8}
+SUITES = ("mix", "train", "decode", "prefill")
+"""Those that run here together; the others have tests of their own."""
 
 
 def test_ratios_are_medians_round_by_round() -> None:
@@ -105,7 +108,7 @@ def result() -> Any:
             patch.setattr(module, "COUNTED", TINY)
         threads = torch.get_num_threads()
         sizes: Any = {"tokens": 8, "d": 16, "size": TINY, "generating_size": GENERATING}
-        found = suite.run(rounds=2, **sizes, only=["mola", "moelora", "mixlora"], memory=False, suites=suite.SUITES[:4])
+        found = suite.run(rounds=2, **sizes, only=["mola", "moelora", "mixlora"], memory=False, suites=SUITES)
         torch.set_num_threads(threads)
     return json.loads(json.dumps(found))
 
@@ -173,6 +176,37 @@ def test_suites_run_alone() -> None:
     [(title, rows)] = bench.tables(found)
     assert "8 tokens" in title
     assert len(rows) == 9
+
+
+def test_compiled_decoding_is_timed_apart_from_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a backend that compiles nothing; one graph a step, of each arm its own."""
+    traced: list[int] = []
+
+    def nothing(graph: Any, inputs: Any) -> Any:
+        traced.append(len(inputs))
+        return graph
+
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda run, fullgraph: compile(run, backend=nothing, fullgraph=fullgraph))
+    threads = torch.get_num_threads()
+    found = suite.run(suites=["compiled"], rounds=2, generating_size=GENERATING, only=["mola", "sequence", "rmoe"])
+    torch.set_num_threads(threads)
+    assert found["compiled"].keys() == {arms.FROZEN, "lora", "mola", "rmoe", arms.LOOP}
+    assert len(traced) == len(found["compiled"])
+    assert found["compiled"]["lora"]["compiling_ratio"] == 1.0
+    assert found["compiled"]["mola"]["compiling"] > 0
+    [(title, rows)] = bench.tables(found)
+    assert "compiled" in title
+    assert len(rows) == 5
+
+
+def test_a_machine_without_a_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(step: Any) -> float:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(compiled, "compiling", fails)
+    with pytest.raises(ConfigError, match=r"install g\+\+"):
+        compiled.run(["mola"], 2, GENERATING, lambda what: lambda index, total: None, lambda line: None)
 
 
 def test_steps_of_decoding_leave_the_prompt_in_the_cache() -> None:

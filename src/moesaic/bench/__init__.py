@@ -17,7 +17,8 @@ class BenchSettings:
     """Settings of `moesaic bench`."""
 
     suites: list[str] | None = field(
-        default=None, metadata={"help": "of mix (one linear), train, decode, prefill and scale; all where left out"}
+        default=None,
+        metadata={"help": "of mix (one linear), train, decode, compiled, prefill and scale; all where left out"},
     )
     rounds: int = field(default=20, metadata={"help": "times that all arms run in turn"})
     tokens: int = field(default=1024, metadata={"help": "tokens of the single linear"})
@@ -118,6 +119,16 @@ def _generating(result: dict[str, Any]) -> list[tuple[str, Rows]]:
             for name in counts
         ]
         found.append((f"A step of decoding ({what}, behind {m['prompt']} tokens)", rows))
+    if "compiled" in result:
+        rows = [
+            {
+                "arm": name,
+                **_ratios(row),
+                "compiling, s (to LoRA)": f"{row['compiling']:.0f} ({row['compiling_ratio']:.2f})",
+            }
+            for name, row in result["compiled"].items()
+        ]
+        found.append((f"A step of decoding, compiled ({what}, behind {m['prompt']} tokens)", rows))
     if "prefill" in result:
         rows = [{"arm": name, **_ratios(row)} for name, row in result["prefill"].items()]
         found.append((f"Reading a prompt ({what}, {m['tokens']} tokens)", rows))

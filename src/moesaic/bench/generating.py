@@ -88,7 +88,7 @@ def run_decoding(names: Iterable[str], rounds: int, size: Size, rows: Iterable[i
     for number in rows:
         steps = {name: decoding(model, size, number) for name, model in models.items()}
         seconds = measure.interleave(steps, rounds, progress=told(f"decoding, {number} rows"))
-        found[str(number)] = _beside(seconds, steps_a_turn=size["new"])
+        found[str(number)] = beside(seconds, steps_a_turn=size["new"])
     return found
 
 
@@ -97,10 +97,11 @@ def run_prefill(names: Iterable[str], rounds: int, size: Size, told: Told) -> di
     torch.manual_seed(0)
     base = llama(size["d"], size["layers"])
     steps = {name: prefill(adapted(base, config), size) for name, config in configs(names).items()}
-    return _beside(measure.interleave(steps, rounds, progress=told("prefill")))
+    return beside(measure.interleave(steps, rounds, progress=told("prefill")))
 
 
-def _beside(seconds: measure.Seconds, *, steps_a_turn: int = 1) -> dict[str, Any]:
+def beside(seconds: measure.Seconds, *, steps_a_turn: int = 1) -> dict[str, Any]:
+    """Milliseconds a step, ratios to LoRA and to the frozen base."""
     to_base = measure.table(seconds, FROZEN)
     each = {name: [value / steps_a_turn for value in values] for name, values in seconds.items()}
     return {name: {**row, "to_base": to_base[name]["ratio"]} for name, row in measure.table(each, "lora").items()}

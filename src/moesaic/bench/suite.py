@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from moesaic.bench import generating, measure, scale
+from moesaic.bench import compiled, generating, measure, scale
 from moesaic.bench.arms import (
     ATTENTION,
     COUNTED,
@@ -30,8 +30,9 @@ from moesaic.bench.arms import (
 from moesaic.bench.peers import TRAINED, XLORA
 
 MODEL = {"d": 512, "layers": 4, "batch": 4, "tokens": 256}
-SUITES = ("mix", "train", "decode", "prefill", "scale")
-"""One linear; a training step; steps of decoding with a KV cache; reading a prompt into one; how cost grows."""
+SUITES = ("mix", "train", "decode", "compiled", "prefill", "scale")
+"""One linear; a training step; steps of decoding with a KV cache, and compiled; reading a prompt into one; how cost
+grows."""
 
 FFNS, MATCHED = "frozen FFNs", "lora, rank r on attention"
 """Two more arms, from which the arithmetic of methods with FFNs as experts is reckoned."""
@@ -79,12 +80,14 @@ def run(
         found["linear_overhead_share_of_loop"] = measure.overhead_share(linear, base="frozen linear", loop=LOOP)
     if "train" in suites:
         found |= _training(by_linear, by_block, rounds, size, memory, progress, counted)
-    if {"decode", "prefill"} & set(suites):
+    if {"decode", "compiled", "prefill"} & set(suites):
         found["generating"] = {**generating_size, "targets": "all seven linears"}
     if "decode" in suites:
         counts = generating.count(names, progress)
         found["decode_kernels"] = {name: _beside(own, counts["lora"]) for name, own in counts.items()}
         found["decode"] = generating.run_decoding(names, rounds, generating_size, generating.ROWS, counted)
+    if "compiled" in suites:
+        found["compiled"] = compiled.run(names, rounds, generating_size, counted, progress)
     if "prefill" in suites:
         found["prefill"] = generating.run_prefill(names, rounds, generating_size, counted)
     if "scale" in suites:

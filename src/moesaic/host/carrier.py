@@ -19,6 +19,7 @@ from collections.abc import Callable, Hashable, Mapping
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.utils import ModelOutput
@@ -57,6 +58,10 @@ def carry(frame: Frame, output: Any, aux: Tensor, *, external: bool, warn: Warn)
                 "the training loss is computed from logits, where the routers' auxiliary loss cannot be added: train "
                 "with moesaic.RoutedTrainerMixin, or add output.router_aux_loss to your loss"
             )
+    if torch.compiler.is_compiling():  # a graph cannot declare a class
+        made = type(output)(**values)
+        made["router_aux_loss"] = aux
+        return made
     return with_router_aux_loss(type(output))(**values, router_aux_loss=aux)
 
 

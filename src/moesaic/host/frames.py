@@ -25,7 +25,7 @@ class StackView:
     """(batch, tokens), True on the tokens that are given, where the stack's differ from the model's: a decoder's."""
     cached: bool = False
     """Whether its tokens are those of the forward's KV cache."""
-    past: int = 0
+    past: int | Tensor = 0
     """Tokens a row that are in the KV cache already."""
     seen: Tensor | None = None
     """Which of those and of its own tokens are real (batch, past + tokens); None if all are."""
@@ -52,7 +52,7 @@ class StackView:
         places = torch.arange(tokens, device=None if self.seen is None else self.seen.device)
         real = (places < length).expand(rows, -1)
         if self.seen is not None:
-            real = real & torch.nn.functional.pad(self.seen, (0, tokens - length))
+            real = real & torch.nn.functional.pad(self.seen, (0, tokens - self.seen.shape[1]))
         return StackView(mask=real, tokens=tokens, prompt=real & (places < given))
 
 

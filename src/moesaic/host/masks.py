@@ -27,6 +27,8 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from moesaic.host.frames import StackView
 
+Past = int | Tensor
+"""A number of tokens: of a compiled forward perhaps a tensor ()."""
 _CACHES = ("past_key_values", "past_key_value", "cache_params")
 
 
@@ -87,26 +89,33 @@ def cache_of(arguments: Mapping[str, Any]) -> Any | None:
     return None
 
 
-def past_length(arguments: Mapping[str, Any]) -> int | None:
-    """Tokens already in the cache; None for some, in a cache that does not count them."""
+def past_length(arguments: Mapping[str, Any]) -> Past | None:
+    """Tokens already in the cache; None for some, in a cache that does not count them.
+
+    A tensor () where a compiled forward finds it on a static cache: to look at it would break the graph.
+    """
     held = cache_of(arguments)
     if held is None:
         return 0
     if hasattr(held, "get_seq_length"):
         try:
-            return int(held.get_seq_length())
+            length = held.get_seq_length()
+            return length.clone() if torch.compiler.is_compiling() and isinstance(length, Tensor) else int(length)
         except (ValueError, TypeError, NotImplementedError):  # caches without attention layers
             pass
     begun = getattr(held, "has_previous_state", False)
     return None if (begun() if callable(begun) else begun) else 0
 
 
-def two_d(mask: Any, tokens: int | None, past: int = 0) -> Tensor | None:
+def two_d(mask: Any, tokens: int | None, past: Past = 0) -> Tensor | None:
     """Any mask as bool (B, tokens), True where a token is real; None when there is none or it cannot be told."""
     found = _allowed(mask, tokens, past, 0)
     if found is not None or tokens is None or not isinstance(mask, Tensor) or mask.dim() != 2:
         return found
-    begin = min(past, mask.shape[1] - tokens)  # a static cache's mask may have room behind the tokens
+    room = mask.shape[1] - tokens  # a static cache's mask may have some behind the tokens
+    if isinstance(past, Tensor):
+        return mask.index_select(1, _places(past, tokens, room)).bool() if room >= 0 else None
+    begin = min(past, room)
     return mask[:, begin : begin + tokens].bool() if begin >= 0 else None
 
 
@@ -115,7 +124,12 @@ def _entry(mask: Any) -> Any:
     return mask.get("full_attention", next(iter(mask.values()), None)) if isinstance(mask, Mapping) else mask
 
 
-def _allowed(mask: Any, tokens: int | None, past: int, back: int) -> Tensor | None:
+def _places(past: Tensor, tokens: int, room: int) -> Tensor:
+    """The columns of a mask at which `tokens` behind `past` stand (tokens,)."""
+    return past.clamp(max=room) + torch.arange(tokens, device=past.device)
+
+
+def _allowed(mask: Any, tokens: int | None, past: Past, back: int) -> Tensor | None:
     """Whether each token may see the one `back` places before it, or itself (B, tokens - back), by a prepared mask."""
     mask = _entry(mask)
     if tokens is None:
@@ -126,9 +140,12 @@ def _allowed(mask: Any, tokens: int | None, past: int, back: int) -> Tensor | No
         return found.expand(len(rows), len(at))
     if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[-1] < tokens:
         return None
-    column = min(past, mask.shape[-1] - tokens)
+    room = mask.shape[-1] - tokens
     queries = mask[:, 0].expand(-1, tokens, -1) if mask.shape[-2] == 1 else mask[:, 0, -tokens:]
-    return _visible(queries.diagonal(column - back, dim1=-2, dim2=-1)[:, : tokens - back])
+    if isinstance(past, Tensor):
+        queries, past = queries.index_select(-1, _places(past, tokens, room)), 0
+    seen_by = queries[:, back:].diagonal(min(past, room), dim1=-2, dim2=-1)
+    return _visible(seen_by[:, : tokens - back])
 
 
 def _visible(mask: Tensor) -> Tensor:
@@ -148,10 +165,10 @@ def unlabelled(model: nn.Module, arguments: Mapping[str, Any]) -> Tensor | None:
     return None if is_encoder_decoder(model) else labels == -100
 
 
-def leading(count: int, arguments: Mapping[str, Any]) -> Tensor | None:
+def leading(count: Past, arguments: Mapping[str, Any]) -> Tensor | None:
     """True on the first `count` tokens of each row (batch, tokens); None where that is all, or no tokens are seen."""
     value = next((arguments[name] for name in _TOKENS if isinstance(arguments.get(name), Tensor)), None)
-    if value is None or value.dim() < 2 or count >= value.shape[1]:
+    if value is None or value.dim() < 2 or (isinstance(count, int) and count >= value.shape[1]):
         return None
     return (torch.arange(value.shape[1], device=value.device) < count).expand(value.shape[:2])
 
@@ -183,7 +200,7 @@ def packed_sequences(arguments: Mapping[str, Any], *, training: bool) -> Tensor 
         starts = torch.ones_like(seq_idx, dtype=torch.bool)
         starts[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
     elif prepared and tokens is not None and tokens > 1:
-        past = past_length(arguments) or 0
+        past = _known(past_length(arguments))
         real, apart = two_d(mask, tokens, past), _allowed(mask, tokens, past, 1)
         if real is None or apart is None:
             return None
@@ -200,12 +217,22 @@ def packed_sequences(arguments: Mapping[str, Any], *, training: bool) -> Tensor 
     return starts.flatten().cumsum(0).view_as(starts) - 1
 
 
-def seen(mask: Any, length: int) -> Tensor | None:
-    """Which of the first `length` tokens are real (batch, length), those in the cache included; None where all are."""
+def _known(past: Past | None) -> Past:
+    return 0 if past is None else past
+
+
+def seen(mask: Any, length: Past) -> Tensor | None:
+    """Which of the first `length` tokens are real (batch, length), those in the cache included; None where all are.
+
+    Of a length that is a tensor, for all tokens that the mask has room for.
+    """
     mask = _entry(mask)
-    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4) or mask.shape[-1] < length:
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
         return None
-    return mask[:, :length].bool() if mask.dim() == 2 else _visible(mask[:, 0, -1, :length])
+    last = mask if mask.dim() == 2 else mask[:, 0, -1]
+    if isinstance(length, Tensor):
+        return _visible(last) & (torch.arange(last.shape[-1], device=last.device) < length)
+    return None if last.shape[-1] < length else _visible(last[:, :length])
 
 
 def view_of(
@@ -220,7 +247,7 @@ def view_of(
     own, mask = num_tokens(arguments), arguments.get("attention_mask")
     states = arguments.get("encoder_hidden_states")
     decoder = isinstance(states, Tensor)
-    past = past_length(arguments) or 0
+    past = _known(past_length(arguments))
     real, rows = two_d(mask, own, past), num_rows(arguments)
     if real is not None and rows is not None and len(real) == 1:
         real = real.expand(rows, -1)
@@ -229,6 +256,6 @@ def view_of(
     view.seen = seen(mask, past + (own or 0))
     view.cached = decoder or (own is not None and own == tokens)
     if decoder:
-        view.prompt = leading(max(prompt - past, 0), arguments)
+        view.prompt = leading(prompt - past, arguments)
     length = states.shape[1] if isinstance(states, Tensor) else None
     return view, StackView(two_d(arguments.get("encoder_attention_mask"), length), tokens=length)

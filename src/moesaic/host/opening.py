@@ -15,6 +15,7 @@ from moesaic.host.frames import Frame
 from moesaic.host.memory import CachedSums, Memory, memory_of
 from moesaic.host.paged import Paged, is_paged
 from moesaic.host.prompts import Prompt
+from moesaic.routing import TokenSums
 
 NEGATIVE = (
     "generate runs a second sequence (a negative prompt) without a cache, where its prompt and answer cannot be told "
@@ -46,7 +47,7 @@ def of_model(model: nn.Module, arguments: Mapping[str, Any], known: Known) -> Fr
     frame, past = _frame(model, known), masks.past_length(arguments)
     frame.labelled = arguments.get("labels") is not None
     frame.share = share_of_step(model, arguments)
-    frame.complete = arguments.get("encoder_outputs") is None and past == 0
+    frame.complete = arguments.get("encoder_outputs") is None and isinstance(past, int) and past == 0
     frame.tokens, frame.parts = masks.num_tokens(arguments), masks.parts_of(model, arguments)
     frame.prompt = masks.unlabelled(model, arguments)
     frame.keeps = not torch.compiler.is_compiling() and not (frame.training and frame.grad)
@@ -56,12 +57,15 @@ def of_model(model: nn.Module, arguments: Mapping[str, Any], known: Known) -> Fr
             frame.paged = Paged(arguments, known.batched)
             frame.prompt, frame.sums = frame.paged.prompt, frame.paged.sums
     elif frame.keeps:
+        assert not isinstance(past, torch.Tensor)  # only a compiled forward's is
         _remember(frame, model, arguments, past, known)
     return frame
 
 
 def _frame(module: nn.Module, known: Known) -> Frame:
-    frame = Frame(training=module.training, grad=torch.is_grad_enabled())
+    # Made by name here: torch.compile cannot call a dataclass's default factory that is a class.
+    made = Memory(), TokenSums()
+    frame = Frame(training=module.training, grad=torch.is_grad_enabled(), memory=made[0], sums=made[1])
     frame.task_ids, frame.scores = known.pinned_tasks, known.pinned_scores
     return frame
 

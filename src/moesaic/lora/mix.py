@@ -23,6 +23,7 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
+from torch._inductor import config as inductor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
@@ -106,8 +107,13 @@ def choose(x: Tensor, B: Tensor, num_experts: int, top_k: int | None) -> Literal
 
 
 def thin(x: Tensor, A: Tensor) -> bool:
-    """Few tokens, as in decoding on a CPU: neither bf16 nor a copy of A behind a router's map pays for them."""
+    """Few tokens, as in decoding on a CPU: neither bf16 nor a copy of A behind a router's map pays for them.
+
+    Where a compiler takes weights for constants, the copy is made once.
+    """
     if x.device.type != "cpu" or A.dtype != torch.float32 or torch.is_grad_enabled():
+        return False
+    if torch.compiler.is_compiling() and inductor.freezing:
         return False
     return x.numel() * A.shape[0] <= THIN
 
@@ -219,7 +225,8 @@ def weigh_and_expand(
     `weights` (..., E) and `base` (..., d_out) may have more axes than z.
     """
     under_autocast = torch.is_autocast_enabled(z.device.type)
-    if base is not None and base.dtype == z.dtype == B.dtype and not under_autocast:
+    alike = base is not None and base.dtype == z.dtype == B.dtype and not under_autocast
+    if base is not None and alike and not torch.compiler.is_compiling():
         weights, flat = weights.to(z.dtype), base.reshape(len(z), base.shape[-1])
         if torch.is_grad_enabled():
             added = cast(Tensor, _WeighAndExpand.apply(z, weights, B, flat, scaling))
@@ -229,7 +236,7 @@ def weigh_and_expand(
     z = _weigh(z, (weights if scaling == 1.0 else weights * scaling).to(z.dtype), len(B))
     if base is None:
         return z @ B
-    if base.dtype == z.dtype and under_autocast:
+    if base.dtype == z.dtype and under_autocast and not torch.compiler.is_compiling():
         return torch.addmm(base.reshape(len(z), base.shape[-1]), z, B).view(base.shape)
     return base + (z @ B).to(base.dtype).view(base.shape)
 

@@ -37,6 +37,21 @@ class Routing:
     logits: Tensor
 
 
+PAIRS = 64
+"""Experts up to which a compiled gate compares each with each: one fused kernel, where a sort is several of its own."""
+
+
+def before(values: Tensor) -> Tensor:
+    """Whether expert j comes before i in falling order of values (..., E), of equals the first: (..., E, E) at i, j."""
+    other, own = values.unsqueeze(-2), values.unsqueeze(-1)
+    number = torch.arange(values.shape[-1], device=values.device)
+    return (other > own) | ((other == own) & (number < number.unsqueeze(-1)))
+
+
+def _by_pairs(values: Tensor) -> bool:
+    return torch.compiler.is_compiling() and values.shape[-1] <= PAIRS
+
+
 class Gate(ABC):
     """Turns logits (..., E) into a `Routing`."""
 
@@ -95,6 +110,8 @@ class TopK(Gate):
 
     def weights(self, logits: Tensor) -> Tensor:
         """Kept probabilities over their sum are the softmax of the kept logits."""
+        if _by_pairs(logits):
+            return self.weigh(logits)[0]
         if self.normalize == "sum":
             top, index = logits.topk(self.k, dim=-1)
             return torch.softmax(torch.full_like(logits, -torch.inf).scatter_(-1, index, top), dim=-1)
@@ -108,6 +125,12 @@ class TopK(Gate):
     def weigh(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Weights and dense probabilities, both (..., E)."""
         probs = torch.softmax(logits, dim=-1)
+        if _by_pairs(probs):
+            kept = before(probs).sum(dim=-1) < self.k
+            if self.normalize == "softmax":
+                return torch.softmax((probs / self.temperature).masked_fill(~kept, -torch.inf), dim=-1), probs
+            weights = probs * kept
+            return weights / weights.sum(dim=-1, keepdim=True) if self.normalize == "sum" else weights, probs
         top, index = probs.topk(self.k, dim=-1)
         if self.normalize == "sum":
             top = top / top.sum(dim=-1, keepdim=True)
@@ -178,9 +201,12 @@ class TopP(Gate):
         probs = torch.softmax(logits, dim=-1)
         if self.p >= 1:  # rounding must not decide whether the mass of the others is 1
             return Routing(probs, probs, logits)
-        ordered, index = probs.sort(dim=-1, descending=True, stable=True)
-        keep_ordered = ordered.cumsum(dim=-1) - ordered < self.p
-        keep = torch.zeros_like(keep_ordered).scatter(-1, index, keep_ordered)
+        if _by_pairs(probs):
+            keep = (before(probs) * probs.unsqueeze(-2)).sum(dim=-1) < self.p
+        else:
+            ordered, index = probs.sort(dim=-1, descending=True, stable=True)
+            keep_ordered = ordered.cumsum(dim=-1) - ordered < self.p
+            keep = torch.zeros_like(keep_ordered).scatter(-1, index, keep_ordered)
         weights = probs * keep
         if self.renormalize:
             weights = weights / weights.sum(dim=-1, keepdim=True)
@@ -241,6 +267,8 @@ class EntropyHybrid(Gate):
         probs = torch.softmax(logits, dim=-1)
         if self.top_p >= 1:
             return probs
+        if _by_pairs(probs):
+            return probs * self.keep(probs)
         ordered, index = probs.sort(dim=-1, descending=True, stable=True)
         mass = ordered.cumsum(dim=-1)
         rest, mass = ordered[..., self.keep_top_k :], mass[..., self.keep_top_k :]
@@ -255,11 +283,17 @@ class EntropyHybrid(Gate):
         """Which experts take part (..., E), as booleans."""
         if self.top_p >= 1:  # rounding must not decide whether the mass of all is above 1
             return torch.ones_like(probs, dtype=torch.bool)
-        ordered, index = probs.sort(dim=-1, descending=True, stable=True)
-        mass = ordered.cumsum(dim=-1)
-        keep_ordered = mass - ordered < self.top_p if self.include_crossing else mass <= self.top_p
-        keep_ordered[..., : self.keep_top_k] = True
-        keep = torch.zeros_like(keep_ordered).scatter(-1, index, keep_ordered)
+        if _by_pairs(probs):
+            pairs = before(probs)
+            mass = (pairs * probs.unsqueeze(-2)).sum(dim=-1)
+            keep = mass < self.top_p if self.include_crossing else mass + probs <= self.top_p
+            keep = keep | (pairs.sum(dim=-1) < self.keep_top_k)
+        else:
+            ordered, index = probs.sort(dim=-1, descending=True, stable=True)
+            mass = ordered.cumsum(dim=-1)
+            keep_ordered = mass - ordered < self.top_p if self.include_crossing else mass <= self.top_p
+            keep_ordered[..., : self.keep_top_k] = True
+            keep = torch.zeros_like(keep_ordered).scatter(-1, index, keep_ordered)
         if self.threshold >= 1:
             return keep
         uncertain = generalised_entropy(self.kind, probs, self.q, eps=self.eps) > self.threshold

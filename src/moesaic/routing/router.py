@@ -113,6 +113,10 @@ class Joint:
     """For what is made of tensors in `read_from`: empty whenever one of these has changed."""
 
 
+class Identity:
+    """Equal to itself alone. torch.compile takes no `object()` for a key."""
+
+
 class Router(nn.Module):
     """Scores experts: `h (..., d_in) -> logits (..., num_experts)`, float32.
 
@@ -145,7 +149,7 @@ class Router(nn.Module):
     def __init__(self, num_experts: int) -> None:
         super().__init__()
         self.num_experts = num_experts
-        self.identity = object()
+        self.identity = Identity()
         """Which router it is: the replicas that `nn.DataParallel` makes of one share it, deep copies do not."""
 
     def keep(self, name: str, values: Tensor) -> None:

@@ -1,0 +1,81 @@
+"""Decoding under `torch.compile`: what a step costs, and what compiling does."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch._inductor import config as inductor
+from torch._inductor.exc import InvalidCxxCompiler
+from torch._inductor.utils import fresh_cache
+from transformers import StaticCache
+
+from moesaic.bench import measure
+from moesaic.bench.arms import FROZEN, LINEARS, VOCABULARY, Size, Step, arms, llama
+from moesaic.bench.generating import Told, adapted, beside
+from moesaic.errors import ConfigError
+from moesaic.host import find_host
+from moesaic.lora import MixtureConfig
+
+
+@inductor.patch(freezing=True)
+def run(names: Iterable[str], rounds: int, size: Size, told: Told, progress: Callable[[str], None]) -> dict[str, Any]:
+    """Arm -> milliseconds a step of one row, ratios to LoRA and to the frozen base, and seconds of compiling.
+
+    One graph for the whole step, weights as constants (`freezing`). Methods that route by the prompt are left out:
+    they do not decode under `torch.compile`.
+
+    Raises:
+        ConfigError: there is no C++ compiler.
+    """
+    torch.manual_seed(0)
+    base = llama(size["d"], size["layers"])
+    steps: dict[str, Step] = {}
+    taken: dict[str, float] = {}
+    for name, config in {FROZEN: None, **arms(LINEARS, names)}.items():
+        model = adapted(base, config)
+        if isinstance(config, MixtureConfig) and find_host(model).asks("by_prompt"):
+            continue
+        progress(f"compiling {name}")
+        steps[name] = decoding(model, size, rounds)
+        try:
+            taken[name] = compiling(steps[name])
+        except InvalidCxxCompiler:
+            raise ConfigError("the suite compiled needs a C++ compiler: install g++, or leave it out") from None
+    table = beside(measure.interleave(steps, rounds, progress=told("compiled")), steps_a_turn=size["new"])
+    return {name: {**row, "compiling": taken[name], "compiling_ratio": taken[name] / taken["lora"]}
+            for name, row in table.items()}  # fmt: skip
+
+
+def compiling(step: Step) -> float:
+    """Seconds of a first step, nothing of which was compiled before."""
+    start = time.perf_counter()
+    with fresh_cache():
+        step()
+    return time.perf_counter() - start
+
+
+def decoding(model: nn.Module, size: Size, rounds: int) -> Step:
+    """`new` steps of one row, compiled, on a static cache that has room for all rounds behind a prompt."""
+    torch.manual_seed(0)
+    ids = torch.randint(0, VOCABULARY, (1, size["prompt"]))
+    config: Any = model.config
+    cache = StaticCache(config=config, max_cache_len=size["prompt"] + size["new"] * (rounds + 3))
+    with torch.no_grad():
+        model(input_ids=ids, past_key_values=cache)
+
+    def logits(token: Tensor) -> Tensor:
+        return cast(Tensor, model(input_ids=token, past_key_values=cache).logits)
+
+    logits.__code__ = logits.__code__.replace()  # graphs are kept by code object: this arm's are its own
+    step = torch.compile(logits, fullgraph=True)
+
+    @torch.no_grad()
+    def run() -> None:
+        for n in range(size["new"]):
+            step(ids[:, n : n + 1])
+
+    return run
