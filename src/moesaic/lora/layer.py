@@ -17,6 +17,7 @@ from moesaic.errors import ConfigError
 from moesaic.host import Host
 from moesaic.host.fitting import in_three
 from moesaic.lora.block import FeedForward
+from moesaic.lora.dropping import drop_once
 from moesaic.lora.factors import Factors
 from moesaic.lora.mix import (
     Backend,
@@ -225,12 +226,12 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         A, B, scaling = self.moe_lora_A[adapter], self.moe_lora_B[adapter], self.scaling[adapter]
         router = self.router(adapter)
         if router is None:
-            z = self._drop(adapter, z)
+            z = self._drop(adapter, z, x)
             return mix(z, A, B, z.new_full((*z.shape[:-1], 1), scaling), base=out, backend=self.backends[adapter])
         context = self.context(adapter, x)
         if adapter in self.merging:
             weights = self._weights(adapter, x, router, context)
-            low = F.linear(self._drop(adapter, z).reshape(-1, z.shape[-1]), A)
+            low = F.linear(self._drop(adapter, z, x).reshape(-1, z.shape[-1]), A)
             return merge_and_expand(low, B, weights, self._scaling_of(adapter), out)
         in_rank_space = self._in_rank_space(adapter, router, z)
         projection = router.projection(context) if in_rank_space and not few and self._unwatched(router) else None
@@ -245,7 +246,7 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
             weights = self._weights(adapter, x, router, context, read)
         else:
             weights = self._scaled(adapter, self._weights(adapter, x, router, context))
-            z = self._drop(adapter, z)
+            z = self._drop(adapter, z, x)
             return mix(z, A, B, weights, base=out, backend=self.backends[adapter], top_k=self._gate_of(adapter).top_k)
         if adapter in self.moe_lora_scaling:
             return weigh_and_expand(low, B, self._scaled(adapter, weights), out)
@@ -334,10 +335,14 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else A.dtype
         z = x if x.dtype == dtype else x.to(dtype)
-        return self._drop(adapter, z.reshape(-1, z.shape[-1])), A.to(dtype), B.to(dtype)
+        return self._drop(adapter, z, x).reshape(-1, z.shape[-1]), A.to(dtype), B.to(dtype)
 
-    def _drop(self, adapter: str, z: Tensor) -> Tensor:
-        return cast(Tensor, self.moe_lora_dropout[adapter](z)) if self._drops(adapter) else z
+    def _drop(self, adapter: str, z: Tensor, x: Tensor) -> Tensor:
+        """z with dropout: the layer's input x, perhaps in another dtype."""
+        if not self._drops(adapter):
+            return z
+        frame, module = self.host.frame, cast(nn.Dropout, self.moe_lora_dropout[adapter])
+        return drop_once(z, module.p, x, None if frame is None else frame.state, reader="experts")
 
     def _drops(self, adapter: str) -> bool:
         """Whether dropout does anything: its number is the module's, which trainers set to 0."""

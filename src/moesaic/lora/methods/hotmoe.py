@@ -40,6 +40,7 @@ from torch.nn import functional as F
 
 from moesaic.errors import ConfigError
 from moesaic.lora.config import MixtureConfig
+from moesaic.lora.dropping import drop_once
 from moesaic.lora.methods.hotmoe_kernels import (
     HIDDEN,
     Fold,
@@ -206,7 +207,8 @@ class TokenExpertRouter(HotMoERouter):
 
     def score(self, h: Tensor, context: RoutingContext | None = None) -> Tensor:
         if self.training and self.dropout.p > 0:
-            parts = float_linear(self.value, h), float_linear(self.hidden, self.dropout(h))
+            dropped = drop_once(h, self.dropout.p, h, None if context is None else context.state, reader="routers")
+            parts = float_linear(self.value, h), float_linear(self.hidden, dropped)
             return self.from_projection(torch.cat(parts, dim=-1), context)
         return super().score(h, context)
 
