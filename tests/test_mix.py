@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moesaic.errors import ConfigError
-from moesaic.lora.mix import RANK_SPACE_LIMIT, choose, mix, read_and_reduce, read_and_reduce_in_bf16, weigh_and_expand
+from moesaic.lora.mix import RANK_SPACE_LIMIT, choose, mix, read_and_reduce_in_bf16, weigh_and_expand
 
 BACKENDS = ["reference", "rank", "grouped"]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-6}
@@ -291,17 +291,6 @@ def test_shapes_that_would_broadcast_or_not_fit_are_refused(backend, x, weights,
         mix(
             torch.randn(x), A, B, torch.rand(weights), base=None if base is None else torch.zeros(base), backend=backend
         )
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("leading", [(4,), (2, 3), ()])
-def test_reading_and_reducing_is_two_linear_maps(leading: tuple[int, ...], bias: bool) -> None:
-    sizes = [(*leading, 5), (6, 5), (3, 5), *[(3,)] * bias]
-    x, A, weight, *b = (torch.randn(size, dtype=torch.float64, requires_grad=True) for size in sizes)
-    read, z = read_and_reduce(x, A, weight, *(b or [None]))
-    torch.testing.assert_close(read, x @ weight.T + (b[0] if b else 0))
-    torch.testing.assert_close(z, (x @ A.T).reshape(-1, 6))
-    assert torch.autograd.gradcheck(read_and_reduce, (x, A, weight, *(b or [None])))
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -85,6 +85,7 @@ class Host:
         self._collected: dict[threading.Thread, Tensor] = {}
         self._warned: set[str] = set()
         self._delivery = Delivery()
+        self.neighbours: Mapping[Any, Sequence[Any]] = {}
         self._handles: list[Any] = []
         self._undo: list[Callable[[], None]] = []
 
@@ -114,14 +115,14 @@ class Host:
     def detach(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self.neighbours = [], {}
         while self._undo:
             self._undo.pop()()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies take the hooks and settings along, not what belongs to a running forward."""
         state = self.__dict__.copy()
-        state.update(_collected={})
+        state.update(_collected={}, neighbours={})
         return state
 
     # -- what layers call ----------------------------------------------------------------------------------------
@@ -247,6 +248,7 @@ class Host:
         reader = next((self.readers[name] for name in self.active() if name in self.readers), None)
         scores.find(self.frame, arguments, reader)
         if self.frame.training and self.frame.grad:
+            self.frame.neighbours = self.neighbours
             bind_frames(model, self)
         return args, kwargs
 
@@ -259,6 +261,8 @@ class Host:
         made = masks.cache_of(output) if frame.keeps and isinstance(output, Mapping) else None
         if made is not None:  # perhaps a cache that the model made within this forward
             remember(made, frame.memory)
+        if frame.noted and frame.complete:
+            self.neighbours = {**self.neighbours, **frame.noted}
         aux = self.auxiliary_loss(frame) if frame.training and frame.grad else None
         if aux is None:
             frame.release()

@@ -25,11 +25,11 @@ from moesaic.lora.mix import (
     expand,
     merge_and_expand,
     mix,
-    read_and_reduce,
     read_and_reduce_in_bf16,
     thin,
     weigh_and_expand,
 )
+from moesaic.lora.reading import read
 from moesaic.lora.together import low_rank
 from moesaic.routing import Gate, Record, Router, Routing, RoutingContext, Site, no_autocast
 
@@ -226,27 +226,25 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         A, B, scaling = self.moe_lora_A[adapter], self.moe_lora_B[adapter], self.scaling[adapter]
         router = self.router(adapter)
         if router is None:
-            z = self._drop(adapter, z, x)
+            z = self.dropped(adapter, z, x)
             return mix(z, A, B, z.new_full((*z.shape[:-1], 1), scaling), base=out, backend=self.backends[adapter])
         context = self.context(adapter, x)
         if adapter in self.merging:
             weights = self._weights(adapter, x, router, context)
-            low = F.linear(self._drop(adapter, z, x).reshape(-1, z.shape[-1]), A)
+            low = F.linear(self.dropped(adapter, z, x).reshape(-1, z.shape[-1]), A)
             return merge_and_expand(low, B, weights, self._scaling_of(adapter), out)
-        in_rank_space = self._in_rank_space(adapter, router, z)
-        projection = router.projection(context) if in_rank_space and not few and self._unwatched(router) else None
-        if projection is not None:
-            read, low = read_and_reduce(z, A, *projection)
-            weights = self._weights(adapter, x, router, context, read)
-        elif in_rank_space:
+        if not few and (found := read(self, adapter, x, z)) is not None:
+            low = found.low
+            weights = self._weights(adapter, x, router, context, found.mapped)
+        elif self._in_rank_space(adapter, router, z) and not self._drops(adapter):
             weights = self._weights(adapter, x, router, context)
             low = F.linear(z.reshape(-1, z.shape[-1]), A)
         elif (projection := self._read_in_bf16(adapter, router, z, context)) is not None:
-            read, low = read_and_reduce_in_bf16(x, self.host.in_float32(x), A, *projection)
-            weights = self._weights(adapter, x, router, context, read)
+            mapped, low = read_and_reduce_in_bf16(x, self.host.in_float32(x), A, *projection)
+            weights = self._weights(adapter, x, router, context, mapped)
         else:
             weights = self._scaled(adapter, self._weights(adapter, x, router, context))
-            z = self._drop(adapter, z, x)
+            z = self.dropped(adapter, z, x)
             return mix(z, A, B, weights, base=out, backend=self.backends[adapter], top_k=self._gate_of(adapter).top_k)
         if adapter in self.moe_lora_scaling:
             return weigh_and_expand(low, B, self._scaled(adapter, weights), out)
@@ -281,12 +279,23 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         )
 
     def _in_rank_space(self, adapter: str, router: Router, z: Tensor) -> bool:
-        """Whether A reads what the router reads, in its dtype, and all experts of every token are computed."""
+        """Whether A reads in the dtype of what the router reads, and all experts of every token are computed."""
         if torch.is_autocast_enabled(z.device.type) or z.dtype not in (torch.float32, torch.float64):
             return False
-        if self._drops(adapter):
-            return False
         return self.moe_lora_B[adapter].dtype == z.dtype and self._is_dense(adapter, router, z)
+
+    def reads(self, adapter: str, x: Tensor, z: Tensor) -> tuple[tuple[Tensor, Tensor | None], Tensor] | None:
+        """The router's map and A, where both are products of the layer's input x, which A reads as z; else None."""
+        router = self.router(adapter)
+        if router is None or adapter in self.merging or not self._unwatched(router):
+            return None
+        A = self.moe_lora_A[adapter]
+        if type(A) not in (nn.Parameter, Tensor) or A.device != z.device or A.dtype != z.dtype:  # sharded, for example
+            return None
+        if not self._in_rank_space(adapter, router, z):
+            return None
+        projection = router.projection(self.context(adapter, x))
+        return None if projection is None else (projection, A)
 
     def only_weighs(self, adapter: str, x: Tensor) -> bool:
         """Whether all that is done to x here is to weigh `A x`: in evaluation, in rank space, watched by nobody."""
@@ -335,9 +344,9 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else A.dtype
         z = x if x.dtype == dtype else x.to(dtype)
-        return self._drop(adapter, z, x).reshape(-1, z.shape[-1]), A.to(dtype), B.to(dtype)
+        return self.dropped(adapter, z, x).reshape(-1, z.shape[-1]), A.to(dtype), B.to(dtype)
 
-    def _drop(self, adapter: str, z: Tensor, x: Tensor) -> Tensor:
+    def dropped(self, adapter: str, z: Tensor, x: Tensor) -> Tensor:
         """z with dropout: the layer's input x, perhaps in another dtype."""
         if not self._drops(adapter):
             return z

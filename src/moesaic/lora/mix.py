@@ -134,44 +134,6 @@ def rank_space(x: Tensor, A: Tensor, B: Tensor, weights: Tensor, base: Tensor | 
     return weigh_and_expand(F.linear(x, A), B, weights, base)
 
 
-def read_and_reduce(x: Tensor, A: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """A router's map and half of rank space in one product: `x weight^T + bias` (..., P) and `x A^T` (N, E*r)."""
-    weight = weight if weight.dtype == A.dtype else weight.to(A.dtype)
-    if not torch.is_grad_enabled():
-        return _read_and_reduce(x, A, weight, bias)
-    return cast(tuple[Tensor, Tensor], _ReadAndReduce.apply(x, A, weight, bias))
-
-
-def _read_and_reduce(x: Tensor, A: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    product = torch.mm(x.reshape(-1, x.shape[-1]), torch.cat([weight, A]).t())
-    if bias is not None:
-        product[:, : len(weight)].add_(bias)
-    read, z = product.split_with_sizes([len(weight), len(A)], dim=1)
-    return read.view(*x.shape[:-1], len(weight)), z
-
-
-class _ReadAndReduce(torch.autograd.Function):
-    """Keeps none of the stacked matrix: it is made again in the backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, A: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(x, A, weight)
-        return _read_and_reduce(x, A, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad_read: Tensor, grad_z: Tensor) -> tuple[Tensor | None, ...]:
-        x, A, weight = ctx.saved_tensors
-        to_x, to_a, to_weight, to_bias = ctx.needs_input_grad
-        grad_read = grad_read.reshape(-1, len(weight))
-        grad = torch.cat([grad_read, grad_z], dim=1)
-        grad_x = torch.mm(grad, torch.cat([weight, A])).view(x.shape) if to_x else None
-        grad_weight = grad_a = None
-        if to_a or to_weight:
-            stacked = torch.mm(grad.t(), x.reshape(-1, x.shape[-1]))
-            grad_weight, grad_a = stacked.split_with_sizes([len(weight), len(A)])
-        return grad_x, grad_a, grad_weight, grad_read.sum(dim=0) if to_bias else None
-
-
 def read_and_reduce_in_bf16(
     x: Tensor, wide: Tensor, A: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
