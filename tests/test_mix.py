@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moesaic.errors import ConfigError
-from moesaic.lora.mix import RANK_SPACE_LIMIT, choose, mix, read_and_reduce_in_bf16, weigh_and_expand
+from moesaic.lora.mix import RANK_SPACE_LIMIT, choose, mix, weigh_and_expand
 
 BACKENDS = ["reference", "rank", "grouped"]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-6}
@@ -300,29 +300,3 @@ def test_the_scaling_is_on_what_is_added_and_on_every_gradient(shared: bool) -> 
     twice = weigh_and_expand(z, B, weights, base, scaling=2.0) - base
     torch.testing.assert_close(twice, 2 * (weigh_and_expand(z, B, weights, base) - base))
     assert torch.autograd.gradcheck(lambda *t: weigh_and_expand(*t, scaling=2.0), (z, B, weights, base))
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_reading_in_bf16_has_the_logits_of_float32_and_the_gradients_of_autocast(
-    dtype: torch.dtype, bias: bool
-) -> None:
-    torch.manual_seed(0)
-    x = torch.randn(3, 7, 32).to(dtype).requires_grad_()
-    a, w = torch.randn(8, 32, requires_grad=True), torch.randn(5, 32, requires_grad=True)
-    b = torch.randn(5, requires_grad=True) if bias else None
-    to_read, to_z = torch.randn(3, 7, 5), torch.randn(21, 8)
-    leaves = [t for t in (x, a, w, b) if t is not None]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        read, z = read_and_reduce_in_bf16(x, x.float(), a, w, b)
-    assert (read.dtype, z.dtype) == (torch.float32, torch.bfloat16)
-    got = torch.autograd.grad((read * to_read).sum() + (z.float() * to_z).sum(), leaves)
-    wide = x.detach().float().requires_grad_()
-    whole = [wide, *(t for t in (a, w, b) if t is not None)]
-    wanted_read = torch.nn.functional.linear(wide, w, b)
-    torch.testing.assert_close(read, wanted_read)
-    reduced = wide.reshape(-1, 32) @ a.t()
-    wanted = torch.autograd.grad((wanted_read * to_read).sum() + (reduced * to_z).sum(), whole)
-    assert [g.dtype for g in got] == [leaf.dtype for leaf in leaves]
-    for one, other in zip(got, wanted, strict=True):
-        assert (one.float() - other).norm() < 0.01 * other.norm()

@@ -39,6 +39,62 @@ def test_products_are_linear_maps(leading: tuple[int, ...], biases: tuple[bool, 
     assert torch.autograd.gradcheck(run, (x, *given))
 
 
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_products_in_bf16_have_logits_of_float32_and_gradients_of_autocast(
+    dtype: torch.dtype, bias: bool, split: bool
+) -> None:
+    """split: maps and downs in a product each, as with dropout."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 7, 32).to(dtype).requires_grad_()
+    downs = [torch.randn(n, 32, requires_grad=True) for n in (8, 4)]
+    maps = [(torch.randn(5, 32, requires_grad=True), torch.randn(5, requires_grad=True) if bias else None)
+            for _ in range(2)]  # fmt: skip
+    cotangents = [torch.randn(21, n) for n in (5, 5, 8, 4)]
+    given = [t for own in maps for t in own if t is not None]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = reading.products_in_bf16(x, x.float(), maps, [] if split else downs)
+        found += reading.products_in_bf16(x, None, [], downs) if split else []
+    assert [t.dtype for t in found] == [torch.float32] * 2 + [torch.bfloat16] * 2
+    leaves = [x, *given, *downs]
+    got = torch.autograd.grad(sum((own.float() * to).sum() for own, to in zip(found, cotangents, strict=True)), leaves)
+    wide = x.detach().float().requires_grad_()
+    flat = wide.reshape(-1, 32)
+    exact = [nn.functional.linear(flat, w, b) for w, b in maps] + [flat @ A.t() for A in downs]
+    for own, other in zip(found[:2], exact[:2], strict=True):
+        torch.testing.assert_close(own, other)
+    wanted = torch.autograd.grad(
+        sum((own * to).sum() for own, to in zip(exact, cotangents, strict=True)), [wide, *given, *downs]
+    )
+    assert [grad.dtype for grad in got] == [leaf.dtype for leaf in leaves]
+    for one, other in zip(got, wanted, strict=True):
+        assert (one.float() - other).norm() < 0.01 * other.norm()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_under_autocast_they_are_read_together_too(dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[tuple[int, int]] = []
+    products = reading.products_in_bf16
+
+    def counting(x: Tensor, wide: Any, maps: Any, downs: Any) -> list[Tensor]:
+        sizes.append((len(maps), len(downs)))
+        return products(x, wide, maps, downs)
+
+    monkeypatch.setattr(reading, "products_in_bf16", counting)
+    config = tiny.small("mola", target_modules=tiny.LINEARS, lora_dropout=dropout)
+    model = tiny.wrap(tiny.llama(layers=1), config).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        together = step(model, tiny.batch(model))
+        made = list(sizes)
+        find_host(model).neighbours = {}
+        alone = step(model, tiny.batch(model))
+    whole = [(3, 3), (1, 1), (2, 2), (1, 1)]
+    assert made == ([part for n, _ in whole for part in ((n, 0), (0, n))] if dropout else whole)
+    for name, grad in together.items():
+        torch.testing.assert_close(grad, alone[name], atol=2e-3, rtol=5e-2)
+
+
 def step(model: nn.Module, batch: dict[str, Tensor]) -> Gradients:
     torch.manual_seed(0)
     model(**batch).loss.backward()
@@ -72,48 +128,36 @@ def test_gradients_are_those_of_linears_by_themselves(name: str, checkpointing: 
     for loss in host.losses["default"]:
         if hasattr(loss, "window"):
             loss.window = False  # a second backward would count as the same step's
-    alone = step(model, batch)
-    if any(len(group) > 1 for group in host.neighbours.values()):
-        torch.testing.assert_close(step(model, batch), alone, atol=1e-6, rtol=1e-4)
-    else:
-        assert not any(layer.reads("default", x, x) for layer, x in _inputs(model, batch))
-
-
-def _inputs(model: Any, batch: dict[str, Tensor]) -> list[tuple[Any, Tensor]]:
-    """What the layers of a model were called with."""
-    found: list[tuple[Any, Tensor]] = []
-    hooks = [
-        layer.register_forward_pre_hook(lambda layer, args: found.append((layer, args[0])))
-        for layer in tiny.mixtures(model).values()
-    ]
-    model(**batch)
-    for hook in hooks:
-        hook.remove()
-    return found
+    assert any(len(group) == 3 for group in host.neighbours.values())
+    together = step(model, batch)
+    host.neighbours = {}
+    torch.testing.assert_close(together, step(model, batch), atol=1e-6, rtol=1e-4)
 
 
 def test_q_k_and_v_are_a_product_and_gate_and_up(counted: list[int]) -> None:
     model = tiny.wrap(tiny.llama(layers=1), tiny.small("mola", target_modules=tiny.LINEARS)).train()
     batch = tiny.batch(model)
     step(model, batch)
-    assert counted == [2] * 7
-    counted.clear()
-    step(model, batch)
     assert counted == [6, 2, 4, 2]
+    counted.clear()
+    find_host(model).neighbours = {}
+    step(model, batch)
+    assert counted == [2] * 7
 
 
 def test_with_dropout_maps_and_downs_are_a_product_each(counted: list[int]) -> None:
     config = tiny.small("mola", target_modules=tiny.LINEARS, lora_dropout=0.3)
     model: Any = tiny.wrap(tiny.llama(layers=1), config).train()
     batch = tiny.batch(model)
-    alone = step(model, batch)
-    counted.clear()
     together = step(model, batch)
     assert counted == [3, 3, 1, 1, 2, 2, 1, 1]
-    torch.testing.assert_close(together, alone, atol=1e-6, rtol=1e-4)  # the masks are the same: of inputs, not linears
+    apart = copy.deepcopy(model)
+    find_host(apart).neighbours = {}
+    # The masks are the same: they are of inputs, not of linears.
+    torch.testing.assert_close(step(apart, batch), together, atol=1e-6, rtol=1e-4)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
-    torch.testing.assert_close(step(model, batch), alone, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(step(model, batch), together, atol=1e-6, rtol=1e-4)
 
 
 class Branching(nn.Module):
@@ -121,51 +165,60 @@ class Branching(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([nn.ModuleDict({"one": nn.Linear(6, 6), "two": nn.Linear(6, 6)})])
+        self.layers = nn.ModuleList([nn.ModuleDict({"q_proj": nn.Linear(6, 6), "k_proj": nn.Linear(6, 6)})])
 
     def forward(self, x: Tensor, how: str) -> Tensor:
         layer: Any = self.layers[0]
-        first = layer["one"](x)
-        return first if how == "one" else first + layer["two"](x if how == "same" else 2 * x)
+        first = layer["q_proj"](x)
+        return first if how == "one" else first + layer["k_proj"](x if how == "same" else 2 * x)
+
+
+def gradients(model: nn.Module, x: Tensor, how: str) -> tuple[Tensor, list[Tensor | None]]:
+    out = model(x, how)
+    out.square().sum().backward()
+    return out, [p.grad for p in model.parameters()]
 
 
 @pytest.mark.parametrize("how", ["other", "one"])
 def test_who_reads_another_tensor_reads_it_alone(how: str) -> None:
-    model = tiny.wrap(Branching(), tiny.small("mola", target_modules=["one", "two"])).train()
-    x = torch.randn(2, 3, 6)
-    fresh = copy.deepcopy(model)
-    model(x, "same").sum().backward()
-    model.zero_grad()
-    assert any(len(group) > 1 for group in find_host(model).neighbours.values())
-    found, wanted = model(x, how), fresh(x, how)
-    torch.testing.assert_close(found, wanted)
-    for out in (found, wanted):
-        out.square().sum().backward()
-    for (name, own), other in zip(model.named_parameters(), fresh.parameters(), strict=True):
-        if other.grad is None:
-            assert own.grad is None or not own.grad.any(), name
+    model = tiny.wrap(Branching(), tiny.small("mola", target_modules=["q_proj", "k_proj"])).train()
+    apart, x = copy.deepcopy(model), torch.randn(2, 3, 6)
+    find_host(apart).neighbours = {}
+    found, wanted = gradients(model, x, how), gradients(apart, x, how)
+    torch.testing.assert_close(found[0], wanted[0])
+    for own, other in zip(found[1], wanted[1], strict=True):
+        if other is None:
+            assert own is None or not own.any()
         else:
-            torch.testing.assert_close(own.grad, other.grad)
+            torch.testing.assert_close(own, other)
+    assert bool(find_host(model).neighbours) == (how == "one")  # those that were found to differ go apart from then on
 
 
 def test_a_tensor_that_was_written_to_is_read_anew() -> None:
     class Writing(Branching):
         def forward(self, x: Tensor, how: str) -> Tensor:
             layer: Any = self.layers[0]
-            first, x = layer["one"](x), x.mul_(3) if how == "write" else x
-            return first + layer["two"](x)
+            first = layer["q_proj"](x)
+            return first + layer["k_proj"](x.mul_(3))
 
-    model = tiny.wrap(Writing(), tiny.small("mola", target_modules=["one", "two"])).train()
-    fresh, x = copy.deepcopy(model), torch.randn(2, 3, 6)
-    model(x, "same").sum().backward()
-    torch.testing.assert_close(model(x.clone(), "write"), fresh(x.clone(), "write"))
+    model = tiny.wrap(Writing(), tiny.small("mola", target_modules=["q_proj", "k_proj"])).train()
+    apart, x = copy.deepcopy(model), torch.randn(2, 3, 6)
+    find_host(apart).neighbours = {}
+    torch.testing.assert_close(model(x.clone(), ""), apart(x.clone(), ""))
 
 
-def test_copies_begin_anew_and_a_new_adapter_too() -> None:
-    model = tiny.wrap(tiny.llama(layers=1), tiny.small("mola")).train()
-    step(model, tiny.batch(model))
-    host = find_host(model)
-    assert host.neighbours
-    assert not find_host(copy.deepcopy(model)).neighbours
-    model.add_adapter("other", tiny.small("mola"))
-    assert not find_host(model).neighbours
+def test_names_tell_who_reads_together() -> None:
+    def found(model: Any) -> list[set[str]]:
+        names = {layer: name.rpartition("layers.0.")[2] or name for name, layer in tiny.mixtures(model).items()}
+        groups = {id(group): {names[one] for one in group} for group in find_host(model).neighbours.values()}
+        return sorted(groups.values(), key=sorted)
+
+    llama = tiny.wrap(tiny.llama(layers=1), tiny.small("mola", target_modules=tiny.LINEARS))
+    qkv = {f"self_attn.{part}_proj" for part in "qkv"}
+    assert found(llama) == [{"mlp.gate_proj", "mlp.up_proj"}, qkv]
+    assert found(copy.deepcopy(llama)) == found(llama)
+    t5 = tiny.wrap(tiny.t5(layers=1), tiny.small("mola", target_modules=["q", "k", "v"]))
+    sizes = {tuple(sorted(name.rpartition("block.0.")[2] for name in group)) for group in found(t5)}
+    cross = "layer.1.EncDecAttention"
+    own = tuple(f"layer.0.SelfAttention.{part}" for part in "kqv")
+    assert sizes == {own, (f"{cross}.k", f"{cross}.v")}

@@ -96,8 +96,7 @@ class Frame:
     """The last layer input that was cast to float32, its version, whether with gradients, and itself in float32."""
     called: set[str] = field(default_factory=set)
     neighbours: Mapping[Any, Sequence[Any]] = field(default_factory=dict)
-    """By adapter and linear, the linears that read the same tensor, as an earlier forward of training has noted."""
-    noted: dict[Any, list[Any]] = field(default_factory=dict)
+    """By linear, all that are expected to read what it reads."""
     state: dict[Any, Any] = field(default_factory=dict)
     memory: Memory = field(default_factory=Memory)
     """What the routers keep on the forward's KV cache."""

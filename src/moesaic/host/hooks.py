@@ -115,14 +115,14 @@ class Host:
     def detach(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles, self.neighbours = [], {}
+        self._handles = []
         while self._undo:
             self._undo.pop()()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies take the hooks and settings along, not what belongs to a running forward."""
         state = self.__dict__.copy()
-        state.update(_collected={}, neighbours={})
+        state.update(_collected={})
         return state
 
     # -- what layers call ----------------------------------------------------------------------------------------
@@ -261,8 +261,6 @@ class Host:
         made = masks.cache_of(output) if frame.keeps and isinstance(output, Mapping) else None
         if made is not None:  # perhaps a cache that the model made within this forward
             remember(made, frame.memory)
-        if frame.noted and frame.complete:
-            self.neighbours = {**self.neighbours, **frame.noted}
         aux = self.auxiliary_loss(frame) if frame.training and frame.grad else None
         if aux is None:
             frame.release()

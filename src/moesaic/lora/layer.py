@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from moesaic.errors import ConfigError
 from moesaic.host import Host
 from moesaic.host.fitting import in_three
+from moesaic.lora import reading
 from moesaic.lora.block import FeedForward
 from moesaic.lora.dropping import drop_once
 from moesaic.lora.factors import Factors
@@ -25,11 +26,9 @@ from moesaic.lora.mix import (
     expand,
     merge_and_expand,
     mix,
-    read_and_reduce_in_bf16,
     thin,
     weigh_and_expand,
 )
-from moesaic.lora.reading import read
 from moesaic.lora.together import low_rank
 from moesaic.routing import Gate, Record, Router, Routing, RoutingContext, Site, no_autocast
 
@@ -233,15 +232,12 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
             weights = self._weights(adapter, x, router, context)
             low = F.linear(self.dropped(adapter, z, x).reshape(-1, z.shape[-1]), A)
             return merge_and_expand(low, B, weights, self._scaling_of(adapter), out)
-        if not few and (found := read(self, adapter, x, z)) is not None:
+        if not few and (found := reading.read(self, adapter, x, z)) is not None:
             low = found.low
             weights = self._weights(adapter, x, router, context, found.mapped)
         elif self._in_rank_space(adapter, router, z) and not self._drops(adapter):
             weights = self._weights(adapter, x, router, context)
             low = F.linear(z.reshape(-1, z.shape[-1]), A)
-        elif (projection := self._read_in_bf16(adapter, router, z, context)) is not None:
-            mapped, low = read_and_reduce_in_bf16(x, self.host.in_float32(x), A, *projection)
-            weights = self._weights(adapter, x, router, context, mapped)
         else:
             weights = self._scaled(adapter, self._weights(adapter, x, router, context))
             z = self.dropped(adapter, z, x)
@@ -262,16 +258,6 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         """Whether a router's map may be computed together with A: it says which, and nobody watches it."""
         return router.reads_by_projection and not router._forward_pre_hooks and not router._forward_hooks
 
-    def _read_in_bf16(self, adapter: str, router: Router, z: Tensor, context: RoutingContext) -> Any:
-        """The router's map, where it is trained beside A under bf16 autocast; else None."""
-        kind = z.device.type
-        if not (torch.is_grad_enabled() and torch.is_autocast_enabled(kind) and self._unwatched(router)):
-            return None
-        if torch.get_autocast_dtype(kind) != torch.bfloat16 or self._drops(adapter) or torch.compiler.is_compiling():
-            return None
-        with no_autocast(kind):
-            return router.projection(context) if self._is_dense(adapter, router, z) else None
-
     def _is_dense(self, adapter: str, router: Router, z: Tensor) -> bool:
         B, backend = self.moe_lora_B[adapter], self.backends[adapter]
         return backend == "rank" or (
@@ -290,11 +276,16 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         if router is None or adapter in self.merging or not self._unwatched(router):
             return None
         A = self.moe_lora_A[adapter]
-        if type(A) not in (nn.Parameter, Tensor) or A.device != z.device or A.dtype != z.dtype:  # sharded, for example
+        if type(A) not in (nn.Parameter, Tensor) or A.device != z.device:  # sharded, for example
             return None
-        if not self._in_rank_space(adapter, router, z):
+        if torch.is_autocast_enabled(z.device.type):
+            fits = reading.in_bf16(z.device.type) and self._is_dense(adapter, router, z)
+        else:
+            fits = A.dtype == z.dtype and self._in_rank_space(adapter, router, z)
+        if not fits:
             return None
-        projection = router.projection(self.context(adapter, x))
+        with no_autocast(z.device.type):
+            projection = router.projection(self.context(adapter, x))
         return None if projection is None else (projection, A)
 
     def only_weighs(self, adapter: str, x: Tensor) -> bool:

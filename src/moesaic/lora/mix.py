@@ -24,7 +24,6 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor
 from torch._inductor import config as inductor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from moesaic.errors import ConfigError
@@ -132,51 +131,6 @@ def reference(x: Tensor, A: Tensor, B: Tensor, weights: Tensor, base: Tensor | N
 def rank_space(x: Tensor, A: Tensor, B: Tensor, weights: Tensor, base: Tensor | None = None) -> Tensor:
     """All experts on all tokens, weighted between the two products."""
     return weigh_and_expand(F.linear(x, A), B, weights, base)
-
-
-def read_and_reduce_in_bf16(
-    x: Tensor, wide: Tensor, A: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Under bf16 autocast: a router's map of x in float32, and `x A^T` (N, E*r) in bf16, to be trained.
-
-    What goes back to x is one product of bf16 for both. The map's own gradient is in float32, as its logits are.
-
-    Args:
-        wide: x in float32.
-    """
-    return cast(tuple[Tensor, Tensor], _ReadAndReduceInBf16.apply(x, wide.detach(), A, weight, bias))
-
-
-class _ReadAndReduceInBf16(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, wide: Tensor, A: Tensor, weight: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(x, A, weight)
-        with torch.autocast(x.device.type, enabled=False):
-            read = F.linear(wide, weight.float(), bias)
-            return read, torch.mm(_bf16(x).reshape(-1, x.shape[-1]), _bf16(A).t())
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_read: Tensor, grad_z: Tensor) -> tuple[Tensor | None, ...]:
-        x, A, weight = ctx.saved_tensors
-        to_x, _, to_a, to_weight, to_bias = ctx.needs_input_grad
-        grad_read = grad_read.reshape(-1, len(weight))
-        grad = torch.cat([_bf16(grad_read), _bf16(grad_z)], dim=1)
-        grad_x = grad_weight = grad_a = None
-        if to_x:
-            grad_x = torch.mm(grad, torch.cat([_bf16(weight), _bf16(A)])).view(x.shape).to(x.dtype)
-        flat = x.reshape(-1, x.shape[-1])
-        if to_weight:
-            grad_weight = torch.mm(grad_read.t(), flat.float()).to(weight.dtype)
-        if to_a:
-            grad_a = torch.mm(_bf16(grad_z).t(), _bf16(flat)).to(A.dtype)
-        return grad_x, None, grad_a, grad_weight, grad_read.sum(dim=0) if to_bias else None
-
-
-def _bf16(t: Tensor) -> Tensor:
-    return t if t.dtype == torch.bfloat16 else t.bfloat16()
 
 
 def weigh_and_expand(

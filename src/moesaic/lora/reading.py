@@ -4,13 +4,15 @@ q, k and v read one tensor, gate and up another. So the maps of their routers an
 forwards and two backwards for all of them: products of 64 to 72 columns each run far below a CPU's pace. With dropout
 it is one for the maps, and one for the A's.
 
-Which linears read together is seen in the first forward of training, and holds for the next: whoever turns out to read
-another tensor reads it alone. A forward and what checkpointing runs again of it go by the same.
+Which linears do goes by their names, so that a run that is resumed computes as one that was not: one that turns out to
+read another tensor reads it alone, and in later forwards so do its neighbours. A forward and what checkpointing runs
+again of it go by the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -27,10 +29,29 @@ class Reader(Protocol):
     """What is asked of an adapted linear."""
 
     host: Host
+    cross: bool
 
     def reads(self, adapter: str, x: Tensor, z: Tensor) -> tuple[Map, Tensor] | None: ...
 
     def dropped(self, adapter: str, z: Tensor, x: Tensor) -> Tensor: ...
+
+
+_FAMILIES = re.compile(
+    r"(?P<attention>(q|k|v|query|key|value)(_proj|_lin|_linear)?|w[qkv])|(?P<ffn>gate_proj|up_proj|w1|w3|wi_0|wi_1)"
+)
+
+
+def neighbours(readers: Mapping[str, Reader]) -> dict[Any, tuple[Any, ...]]:
+    """Linear -> all that by their names read what it reads, itself included: q, k and v, or gate and up, of one module.
+
+    Keys and values of cross-attention read the encoder's tokens, the queries do not.
+    """
+    found: dict[Any, list[Any]] = {}
+    for name, reader in readers.items():
+        parent, _, leaf = name.rpartition(".")
+        if kind := _FAMILIES.fullmatch(leaf):
+            found.setdefault((parent, kind.lastgroup, reader.cross), []).append(reader)
+    return {reader: group for group in map(tuple, found.values()) if len(group) > 1 for reader in group}
 
 
 class Read(NamedTuple):
@@ -42,33 +63,36 @@ class Read(NamedTuple):
 
 def read(reader: Reader, adapter: str, x: Tensor, z: Tensor) -> Read | None:
     """Of a linear's input x, which A reads as z; None where its router does not read a map of x, in the dtype of A."""
-    own = reader.reads(adapter, x, z)
-    frame = reader.host.frame
-    if own is None or frame is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return None if own is None else _read([reader], [own], adapter, x, z)[0]
-    version = (0 if x.is_inference() else x._version), torch._C._current_graph_task_id()
-    state, key = frame.state, (read, adapter)
-    made = state.get(key)
-    if made is not None and made[0] is x and made[1] == version and reader in made[2]:
-        return cast(Read, made[2].pop(reader))
-    together = frame.neighbours.get((adapter, reader))
-    if together is None and not getattr(reader, "_is_replica", False):
-        _note(reader, adapter, x, frame)
-    if together is None or together[0] is not reader:
-        return _read([reader], [own], adapter, x, z)[0]
-    each = [other.reads(adapter, x, z) for other in together]
-    found = [(other, wanted) for other, wanted in zip(together, each, strict=True) if wanted is not None]
-    parts = _read([other for other, _ in found], [wanted for _, wanted in found], adapter, x, z)
-    state[key] = x, version, dict(zip((other for other, _ in found), parts, strict=True))
-    return cast(Read, state[key][2].pop(reader))
+    host, together = reader.host, (reader,)
+    frame, left = host.frame, {}
+    if frame is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        version = (0 if x.is_inference() else x._version), torch._C._current_graph_task_id()
+        state, key = frame.state, (read, adapter)
+        of, when, left = state.get(key, (None, None, {}))
+        if of is x and when == version and reader in left:
+            return cast(Read, left.pop(reader))
+        group = frame.neighbours.get(reader, together)
+        if reader in left:  # its neighbours read another tensor
+            host.neighbours = {one: others for one, others in host.neighbours.items() if others is not group}
+        else:
+            together, left = group, {}
+            state[key] = x, version, left
+    wanted = {other: parts for other in together if (parts := other.reads(adapter, x, z)) is not None}
+    if reader not in wanted:
+        return None
+    left.update(zip(wanted, _read(reader, list(wanted.values()), adapter, x, z), strict=True))
+    return cast(Read, left.pop(reader))
 
 
-def _read(
-    readers: Sequence[Reader], wanted: Sequence[tuple[Map, Tensor]], adapter: str, x: Tensor, z: Tensor
-) -> list[Read]:
+def _read(reader: Reader, wanted: Sequence[tuple[Map, Tensor]], adapter: str, x: Tensor, z: Tensor) -> list[Read]:
     maps, downs = [own for own, _ in wanted], [(A, None) for _, A in wanted]
-    dropped = readers[0].dropped(adapter, z, x)
-    if dropped is z:
+    dropped, host = reader.dropped(adapter, z, x), reader.host
+    if torch.is_autocast_enabled(z.device.type):
+        wide, only = host.in_float32(x), [A for _, A in wanted]
+        found = products_in_bf16(x, wide, maps, [] if dropped is not z else only)
+        lows = found[len(maps) :] or products_in_bf16(dropped, None, [], only)
+        pairs = list(zip(found, lows, strict=False))
+    elif dropped is z:
         found = products(z, [part for pair in zip(maps, downs, strict=True) for part in pair])
         pairs = list(zip(found[::2], found[1::2], strict=True))
     else:
@@ -76,14 +100,10 @@ def _read(
     return [Read(mapped.view(*x.shape[:-1], mapped.shape[-1]), low) for mapped, low in pairs]
 
 
-def _note(reader: Reader, adapter: str, x: Tensor, frame: Any) -> None:
-    """That a linear has read x, in the group of those that just have."""
-    last, group = frame.state.get((_note, adapter), (None, []))
-    if last is not x or reader in group:
-        group = []
-    group.append(reader)
-    frame.state[_note, adapter] = x, group
-    frame.noted[adapter, reader] = group
+def in_bf16(kind: str) -> bool:
+    """Whether this is training under bf16 autocast, eager."""
+    wanted = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return wanted and torch.get_autocast_dtype(kind) == torch.bfloat16
 
 
 def products(x: Tensor, parts: Sequence[Map]) -> list[Tensor]:
@@ -98,7 +118,7 @@ def products(x: Tensor, parts: Sequence[Map]) -> list[Tensor]:
 def _products(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
     product = torch.mm(x.reshape(-1, x.shape[-1]), torch.cat(list(weights)).t())
     found = product.split_with_sizes([len(weight) for weight in weights], dim=1)
-    for part, bias in zip(found, biases, strict=True):
+    for part, bias in zip(found, biases, strict=False):
         if bias is not None:
             part.add_(bias)
     return found
@@ -131,3 +151,68 @@ class _Products(torch.autograd.Function):
             *(own if asked else None for own, asked in zip(to_weights, wanted[2:], strict=False)),
             *to_biases,
         )
+
+
+def products_in_bf16(x: Tensor, wide: Tensor | None, maps: Sequence[Map], downs: Sequence[Tensor]) -> list[Tensor]:
+    """Under bf16 autocast: each map of x (N, P) in float32, then each `x A^T` (N, R) in bf16.
+
+    What goes back to x is one product of bf16 for all. A map's own gradient is in float32, as its logits are.
+
+    Args:
+        wide: x in float32; needed for maps alone.
+    """
+    weights, biases = [weight for weight, _ in maps], [bias for _, bias in maps]
+    wide = None if wide is None else wide.detach()
+    return list(_ProductsInBf16.apply(x, wide, len(maps), *weights, *downs, *biases))
+
+
+class _ProductsInBf16(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, wide: Tensor | None, count: int, *parts: Tensor | None) -> tuple[Tensor, ...]:
+        weights, biases = cast(tuple[Tensor, ...], parts[: len(parts) - count]), parts[len(parts) - count :]
+        ctx.save_for_backward(x, *weights)
+        ctx.count = count
+        found: tuple[Tensor, ...] = ()
+        with torch.autocast(x.device.type, enabled=False):
+            if wide is not None and count:
+                found += _products(wide, [weight.float() for weight in weights[:count]], biases)
+            if downs := [_bf16(A) for A in weights[count:]]:
+                found += _products(_bf16(x), downs, ())
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        count, wanted = ctx.count, ctx.needs_input_grad
+        flat, asked = x.reshape(-1, x.shape[-1]), wanted[3 : 3 + len(weights)]
+        to_x = None
+        if wanted[0]:
+            narrow = torch.cat([_bf16(grad) for grad in grads], dim=1)
+            to_x = torch.mm(narrow, torch.cat([_bf16(weight) for weight in weights])).view(x.shape).to(x.dtype)
+        each: list[Tensor | None] = [None] * len(weights)
+        if any(asked[:count]):
+            each[:count] = _to_weights(grads[:count], flat, torch.float32)
+        if any(asked[count:]):
+            each[count:] = _to_weights(grads[count:], flat, torch.bfloat16)
+        to_weights = (
+            own.to(weight.dtype) if own is not None and needed else None
+            for own, weight, needed in zip(each, weights, asked, strict=True)
+        )
+        biases = wanted[3 + len(weights) :]
+        return (
+            to_x,
+            None,
+            None,
+            *to_weights,
+            *(g.sum(dim=0) if b else None for g, b in zip(grads, biases, strict=False)),
+        )
+
+
+def _to_weights(grads: Sequence[Tensor], flat: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    stacked = torch.mm(torch.cat(list(grads), dim=1).to(dtype).t(), flat.to(dtype))
+    return list(stacked.split_with_sizes([grad.shape[1] for grad in grads]))
+
+
+def _bf16(t: Tensor) -> Tensor:
+    return t if t.dtype == torch.bfloat16 else t.bfloat16()

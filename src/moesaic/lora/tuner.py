@@ -17,6 +17,7 @@ from moesaic.host import Host, optimizer_steps
 from moesaic.lora import targets
 from moesaic.lora.factors import named_now
 from moesaic.lora.layer import NOT_MERGED, MixtureLinear, features
+from moesaic.lora.reading import neighbours
 from moesaic.lora.size import tell_once
 from moesaic.routing import Site
 
@@ -82,6 +83,7 @@ class MixtureModel(BaseTuner):
     def _attach(self, model: nn.Module) -> None:
         layers = {n: m for n, m in model.named_modules() if isinstance(m, MixtureLinear)}
         stack_of = self.host.attach(model, set(layers))
+        self.host.neighbours = neighbours(layers)
         for name, layer in layers.items():
             layer.stack = stack_of[name]
         adapters = Adapters(next(iter(layers.values())))
