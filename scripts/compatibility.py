@@ -62,8 +62,8 @@ NOTES = """
   chat's answers (but for its last token, which `generate` leaves to the next turn). A fresh forward over the whole chat
   counts it.
 - **`torch.compile`**: a forward is one graph (`tests/test_compile.py`): reading a prompt, decoding with a static cache,
-  as `generate(cache_implementation="static")` does on a GPU, and training, losses included. One thread at a time, and no
-  decoding by the prompt.
+  as `generate(cache_implementation="static")` does on a GPU, and training, losses included. One thread at a time, and
+  no decoding by the prompt.
 - **CUDA graphs**: `generate_batch` of a method by the prompt needs `use_cuda_graph=False`.
 """
 

@@ -1,5 +1,7 @@
 """Router-R1 on the world of lists: results/r1.jsonl, a line a cell: `python scripts/r1.py FOLDER [seeds=0,1,2]`.
 
+`steps=15 threads=2` instead times so many steps of GRPO, from seed 0's warm start, into results/r1-steps.jsonl.
+
 FOLDER is of a seed from scripts/llm_pool.py: its four nano members are served over HTTP, and asked for real. For each
 seed one warm start imitates a script that asks one who knows, at any price; GRPO goes on with each weight of cost.
 Beside the policies, scripts that ask one model for all, at random, by the nearest training question (once, with the
@@ -14,12 +16,15 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from moesaic.llms.catalog import Model
 from moesaic.llms.pool import MEMBERS, serving
@@ -30,6 +35,7 @@ from moesaic.llms.router_r1.for_trl import Rollouts
 from moesaic.llms.router_r1.local import LocalPolicy
 from moesaic.llms.router_r1.rewards import Rewards, exact_match
 from moesaic.models.embedded import load_model
+from moesaic.runs.results import versions
 
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "results" / "r1.jsonl"
@@ -207,6 +213,20 @@ def cells(place: Path, here: World, seeds: Sequence[int]) -> None:
             keep(f"alpha {alpha:g}", seed, {"tests": greedy(policy, here), **made})
 
 
+def timed(place: Path, here: World, steps: int, threads: int) -> None:
+    """A line of seconds and CPU seconds a step of training that is begun anew."""
+    global STEPS
+    policy, _ = warmed(place, here, 0)
+    STEPS = steps
+    torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as anew:
+        made = trained(Path(anew), here, 0, 0.0, policy)
+    found = {"steps": steps, "threads": threads, **{key: made[key] / steps for key in ("seconds", "cpu_seconds")}}
+    with FILE.with_name("r1-steps.jsonl").open("a") as out:
+        out.write(json.dumps({**found, "versions": versions(("torch", "transformers", "trl"))}) + "\n")
+    print(found)
+
+
 def main(folder: str, *rest: str) -> None:
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     given = dict(text.split("=", 1) for text in rest)
@@ -215,7 +235,10 @@ def main(folder: str, *rest: str) -> None:
     with serving(MEMBERS, runs, place) as catalog:
         models = {name.removeprefix("nano-"): model for name, model in catalog.items()}
         here = World(models, HttpPool(bare=True, max_tokens=16))
-        cells(place / "r1", here, [int(seed) for seed in given.get("seeds", "0,1,2").split(",")])
+        if "steps" in given:
+            timed(place / "r1", here, int(given["steps"]), int(given.get("threads", 1)))
+        else:
+            cells(place / "r1", here, [int(seed) for seed in given.get("seeds", "0,1,2").split(",")])
 
 
 if __name__ == "__main__":

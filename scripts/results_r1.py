@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,23 +113,36 @@ def speed(results: Path) -> str:
     ]
     return "\n".join([
         f"**Rollouts**, the published prompt, five generations and four replies, one thread, the two ways in turn "
-        f"{found['rounds']} times. Command: `python scripts/r1_speed.py`.", "", *table(header, rows),
+        f"{found['rounds']} times. Command: `python scripts/r1_speed.py`.", "", *table(header, rows), "",
+        f"**A step of GRPO** (64 transcripts, α = 0, the members beside it on the same two cores): {_steps(results)}.",
     ])  # fmt: skip
 
 
-def curves(results: Path) -> str:
-    """Right answers and cost of training, means over seeds."""
+def _steps(results: Path) -> str:
+    lines = (results / "r1-steps.jsonl").read_text(encoding="utf-8").splitlines()
+    return "; ".join(
+        f"{one['seconds']:.1f} s with {one['threads']} thread{'s' if one['threads'] > 1 else ''} "
+        f"(`python scripts/r1.py FOLDER steps={one['steps']} threads={one['threads']}`)"
+        for one in map(json.loads, lines)
+    )  # fmt: skip
+
+
+def curves(results: Path, figure: str, up: str) -> str:
+    """A figure of training by step, means over seeds."""
     trained = {arm: cells for arm, cells in read(results).items() if arm.startswith("alpha")}
     if not trained:
         return ""
     series = [
-        charts.Line(arm.replace("alpha", "α ="), smoothed(_mean([c["figures"]["outcome"] for c in cells])), i)
+        charts.Line(arm.replace("alpha", "α ="), smoothed(_mean([c["figures"][figure] for c in cells])), i)
         for i, (arm, cells) in enumerate(trained.items())
     ]
     return alone(charts.lines(
-        series, across="step of GRPO", up="sampled answers that are right", title="Router-R1 in training",
-        description="Share of right answers by step and weight of cost",
+        series, across="step of GRPO", up=up, title="Router-R1 in training", description=f"{up}, by step and α",
     ))  # fmt: skip
+
+
+right = partial(curves, figure="outcome", up="sampled answers that are right")
+cost = partial(curves, figure="cost", up="micro-dollars a question")
 
 
 def _mean(runs: Sequence[Sequence[float]]) -> list[float]:
@@ -136,4 +150,4 @@ def _mean(runs: Sequence[Sequence[float]]) -> list[float]:
 
 
 BLOCKS: Blocks = {"router-r1.md": {"r1": ("r1.jsonl", measured), "speed": ("r1-speed.json", speed)}}
-PICTURES: Pictures = {"router-r1.svg": ("r1.jsonl", curves)}
+PICTURES: Pictures = {"router-r1.svg": ("r1.jsonl", right), "router-r1-cost.svg": ("r1.jsonl", cost)}
