@@ -77,7 +77,11 @@ def read(reader: Reader, adapter: str, x: Tensor, z: Tensor) -> Read | None:
         else:
             together, left = group, {}
             state[key] = x, version, left
-    wanted = {other: parts for other in together if (parts := other.reads(adapter, x, z)) is not None}
+    wanted: dict[Reader, tuple[Map, Tensor]] = {}
+    for other in together:  # torch.compile follows no assignment in a comprehension
+        parts = other.reads(adapter, x, z)
+        if parts is not None:
+            wanted[other] = parts
     if reader not in wanted:
         return None
     left.update(zip(wanted, _read(reader, list(wanted.values()), adapter, x, z), strict=True))
