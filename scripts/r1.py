@@ -121,17 +121,19 @@ def warmed(place: Path, here: World, seed: int) -> tuple[LocalPolicy, dict[str, 
     return policy, {"loss": loss, "cpu_seconds": time.process_time() - begun}
 
 
-def trained(place: Path, here: World, seed: int, alpha: float, policy: LocalPolicy) -> dict[str, Any]:
+def trained(
+    place: Path, here: World, seed: int, alpha: float, policy: LocalPolicy, *, steps: int = STEPS
+) -> dict[str, Any]:
     """GRPO from a warm start; figures of every step, and what it took."""
     from transformers.trainer_utils import get_last_checkpoint
     from trl import GRPOConfig, GRPOTrainer
 
     held = frozenset(world.written(q.about["digits"]) for asked in here.tests().values() for q in asked)
-    asked = here.questions(STEPS * QUESTIONS, 2, f"train {seed}", exclude=held)
+    asked = here.questions(steps * QUESTIONS, 2, f"train {seed}", exclude=held)
     rollouts = Rollouts(policy, here.pool, asked, Rewards(alpha), LIMITS, say=world.told)
     out = place / f"grpo-s{seed}-a{alpha:g}"
     arguments = GRPOConfig(
-        str(out), max_steps=STEPS, per_device_train_batch_size=GROUP * QUESTIONS, num_generations=GROUP,
+        str(out), max_steps=steps, per_device_train_batch_size=GROUP * QUESTIONS, num_generations=GROUP,
         learning_rate=3e-4, warmup_steps=5, lr_scheduler_type="constant_with_warmup", beta=0.0, loss_type="grpo",
         adam_beta2=0.99, report_to=[], use_cpu=True, bf16=False, logging_steps=10, save_steps=25, save_total_limit=1,
         seed=seed, gradient_checkpointing=False, disable_tqdm=True,
@@ -215,12 +217,10 @@ def cells(place: Path, here: World, seeds: Sequence[int]) -> None:
 
 def timed(place: Path, here: World, steps: int, threads: int) -> None:
     """A line of seconds and CPU seconds a step of training that is begun anew."""
-    global STEPS
     policy, _ = warmed(place, here, 0)
-    STEPS = steps
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as anew:
-        made = trained(Path(anew), here, 0, 0.0, policy)
+        made = trained(Path(anew), here, 0, 0.0, policy, steps=steps)
     found = {"steps": steps, "threads": threads, **{key: made[key] / steps for key in ("seconds", "cpu_seconds")}}
     with FILE.with_name("r1-steps.jsonl").open("a") as out:
         out.write(json.dumps({**found, "versions": versions(("torch", "transformers", "trl"))}) + "\n")

@@ -201,12 +201,14 @@ def test_compiled_decoding_is_timed_apart_from_compiling(monkeypatch: pytest.Mon
 
 
 def test_a_machine_without_a_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(step: Any) -> float:
+    def fails() -> str:
         raise InvalidCxxCompiler
 
-    monkeypatch.setattr(compiled, "compiling", fails)
+    monkeypatch.setattr(compiled, "get_cpp_compiler", fails)
+    told: list[str] = []
     with pytest.raises(ConfigError, match=r"install g\+\+"):
-        compiled.run(["mola"], 2, GENERATING, lambda what: lambda index, total: None, lambda line: None)
+        suite.run(rounds=2, progress=told.append)
+    assert not told  # nothing was measured in vain
 
 
 def test_steps_of_decoding_leave_the_prompt_in_the_cache() -> None:

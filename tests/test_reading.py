@@ -207,6 +207,19 @@ def test_a_tensor_that_was_written_to_is_read_anew() -> None:
     torch.testing.assert_close(model(x.clone(), ""), apart(x.clone(), ""))
 
 
+def test_who_drops_otherwise_reads_alone() -> None:
+    model = tiny.wrap(Branching(), tiny.small("mola", target_modules=["q_proj", "k_proj"], lora_dropout=0.5)).train()
+    layers: Any = tiny.mixtures(model)
+    next(layer for name, layer in layers.items() if name.endswith("k_proj")).moe_lora_dropout["default"].p = 0.0
+    apart, x = copy.deepcopy(model), torch.randn(2, 3, 6)
+    find_host(apart).neighbours = {}
+    found = []
+    for one in (model, apart):
+        torch.manual_seed(0)
+        found.append(gradients(one, x, "same"))
+    torch.testing.assert_close(found[0], found[1])
+
+
 def test_names_tell_who_reads_together() -> None:
     def found(model: Any) -> list[set[str]]:
         names = {layer: name.rpartition("layers.0.")[2] or name for name, layer in tiny.mixtures(model).items()}

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch._inductor import config as inductor
+from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 from torch._inductor.utils import fresh_cache
 from transformers import StaticCache
@@ -21,15 +22,20 @@ from moesaic.host import find_host
 from moesaic.lora import MixtureConfig
 
 
+def check() -> None:
+    """Raise ConfigError where there is no C++ compiler."""
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        raise ConfigError("the suite compiled needs a C++ compiler: install g++, or name other suites") from None
+
+
 @inductor.patch(freezing=True)
 def run(names: Iterable[str], rounds: int, size: Size, told: Told, progress: Callable[[str], None]) -> dict[str, Any]:
     """Arm -> milliseconds a step of one row, ratios to LoRA and to the frozen base, and seconds of compiling.
 
     One graph for the whole step, weights as constants (`freezing`). Methods that route by the prompt are left out:
     they do not decode under `torch.compile`.
-
-    Raises:
-        ConfigError: there is no C++ compiler.
     """
     torch.manual_seed(0)
     base = llama(size["d"], size["layers"])
@@ -41,10 +47,7 @@ def run(names: Iterable[str], rounds: int, size: Size, told: Told, progress: Cal
             continue
         progress(f"compiling {name}")
         steps[name] = decoding(model, size, rounds)
-        try:
-            taken[name] = compiling(steps[name])
-        except InvalidCxxCompiler:
-            raise ConfigError("the suite compiled needs a C++ compiler: install g++, or leave it out") from None
+        taken[name] = compiling(steps[name])
     table = beside(measure.interleave(steps, rounds, progress=told("compiled")), steps_a_turn=size["new"])
     return {name: {**row, "compiling": taken[name], "compiling_ratio": taken[name] / taken["lora"]}
             for name, row in table.items()}  # fmt: skip

@@ -62,6 +62,8 @@ def run(
         only: these methods instead of all.
         memory: also the peak memory of training, in a fresh process for each arm.
     """
+    if "compiled" in suites:
+        compiled.check()
     torch.manual_seed(0)
     torch.set_num_threads(1)
     by_linear, by_block = ([n for n in methods(level) if only is None or n in only] for level in ("linear", "block"))

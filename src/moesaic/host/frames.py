@@ -14,6 +14,9 @@ from moesaic.host.paged import Paged
 from moesaic.host.prompts import Prompt
 from moesaic.routing import Record, TokenSums
 
+Past = int | Tensor
+"""A number of tokens: of a compiled forward perhaps a tensor ()."""
+
 
 @dataclass
 class StackView:
@@ -26,7 +29,7 @@ class StackView:
     """(batch, tokens), True on the tokens that are given, where the stack's differ from the model's: a decoder's."""
     cached: bool = False
     """Whether its tokens are those of the forward's KV cache."""
-    past: int | Tensor = 0
+    past: Past = 0
     """Tokens a row that are in the KV cache already."""
     seen: Tensor | None = None
     """Which of those and of its own tokens are real (batch, past + tokens); None if all are."""

@@ -25,10 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from moesaic.host.frames import StackView
+from moesaic.host.frames import Past, StackView
 
-Past = int | Tensor
-"""A number of tokens: of a compiled forward perhaps a tensor ()."""
 _CACHES = ("past_key_values", "past_key_value", "cache_params")
 
 

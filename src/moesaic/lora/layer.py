@@ -85,6 +85,8 @@ NOT_MERGED = (
 class MixtureLinear(nn.Module, BaseTunerLayer):
     """`base(x) + scaling * sum_e w_e(x) B_e A_e dropout(x)`, with w from a router and a gate.
 
+    The experts of a linear share a dropout mask, and so do the linears that read the same x.
+
     Per adapter: `moe_lora_A` (E*r, d_in; r where experts share it), `moe_lora_B` (E*r, d_out), `moe_lora_router`,
     each named `<kind>.<adapter>.…`.
     A target in `lora_target_modules` has one expert and no router: plain LoRA. Where experts are whole FFNs, each
@@ -227,19 +229,18 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         if router is None:
             z = self.dropped(adapter, z, x)
             return mix(z, A, B, z.new_full((*z.shape[:-1], 1), scaling), base=out, backend=self.backends[adapter])
-        context = self.context(adapter, x)
         if adapter in self.merging:
-            weights = self._weights(adapter, x, router, context)
+            weights = self._weights(adapter, x, router, self.context(adapter, x))
             low = F.linear(self.dropped(adapter, z, x).reshape(-1, z.shape[-1]), A)
             return merge_and_expand(low, B, weights, self._scaling_of(adapter), out)
         if not few and (found := reading.read(self, adapter, x, z)) is not None:
             low = found.low
-            weights = self._weights(adapter, x, router, context, found.mapped)
+            weights = self._weights(adapter, x, router, found.context, found.mapped)
         elif self._in_rank_space(adapter, router, z) and not self._drops(adapter):
-            weights = self._weights(adapter, x, router, context)
+            weights = self._weights(adapter, x, router, self.context(adapter, x))
             low = F.linear(z.reshape(-1, z.shape[-1]), A)
         else:
-            weights = self._scaled(adapter, self._weights(adapter, x, router, context))
+            weights = self._scaled(adapter, self._weights(adapter, x, router, self.context(adapter, x)))
             z = self.dropped(adapter, z, x)
             return mix(z, A, B, weights, base=out, backend=self.backends[adapter], top_k=self._gate_of(adapter).top_k)
         if adapter in self.moe_lora_scaling:
@@ -270,7 +271,7 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
             return False
         return self.moe_lora_B[adapter].dtype == z.dtype and self._is_dense(adapter, router, z)
 
-    def reads(self, adapter: str, x: Tensor, z: Tensor) -> tuple[tuple[Tensor, Tensor | None], Tensor] | None:
+    def reads(self, adapter: str, x: Tensor, z: Tensor) -> reading.Wanted | None:
         """The router's map and A, where both are products of the layer's input x, which A reads as z; else None."""
         router = self.router(adapter)
         if router is None or adapter in self.merging or not self._unwatched(router):
@@ -284,9 +285,10 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
             fits = A.dtype == z.dtype and self._in_rank_space(adapter, router, z)
         if not fits:
             return None
+        context = self.context(adapter, x)
         with no_autocast(z.device.type):
-            projection = router.projection(self.context(adapter, x))
-        return None if projection is None else (projection, A)
+            projection = router.projection(context)
+        return None if projection is None else reading.Wanted(projection, A, context)
 
     def only_weighs(self, adapter: str, x: Tensor) -> bool:
         """Whether all that is done to x here is to weigh `A x`: in evaluation, in rank space, watched by nobody."""

@@ -20,9 +20,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moesaic.host import Host
+from moesaic.routing import RoutingContext
 
 Map = tuple[Tensor, Tensor | None]
 """Weight (P, d) and bias (P,) of what a router reads."""
+
+
+class Wanted(NamedTuple):
+    """What a linear has to read of its input: its router's map, and A."""
+
+    mapping: Map
+    A: Tensor
+    context: RoutingContext
 
 
 class Reader(Protocol):
@@ -31,7 +40,7 @@ class Reader(Protocol):
     host: Host
     cross: bool
 
-    def reads(self, adapter: str, x: Tensor, z: Tensor) -> tuple[Map, Tensor] | None: ...
+    def reads(self, adapter: str, x: Tensor, z: Tensor) -> Wanted | None: ...
 
     def dropped(self, adapter: str, z: Tensor, x: Tensor) -> Tensor: ...
 
@@ -55,10 +64,11 @@ def neighbours(readers: Mapping[str, Reader]) -> dict[Any, tuple[Any, ...]]:
 
 
 class Read(NamedTuple):
-    """What one linear goes on with: its router's map of x (..., P), and `A x` (N, E*r)."""
+    """What one linear goes on with: its router's map of x (..., P), `A x` (N, E*r), and its router's context."""
 
     mapped: Tensor
     low: Tensor
+    context: RoutingContext
 
 
 def read(reader: Reader, adapter: str, x: Tensor, z: Tensor) -> Read | None:
@@ -77,22 +87,23 @@ def read(reader: Reader, adapter: str, x: Tensor, z: Tensor) -> Read | None:
         else:
             together, left = group, {}
             state[key] = x, version, left
-    wanted: dict[Reader, tuple[Map, Tensor]] = {}
-    for other in together:  # torch.compile follows no assignment in a comprehension
-        parts = other.reads(adapter, x, z)
-        if parts is not None:
-            wanted[other] = parts
-    if reader not in wanted:
+    own = reader.reads(adapter, x, z)
+    if own is None:
         return None
-    left.update(zip(wanted, _read(reader, list(wanted.values()), adapter, x, z), strict=True))
+    wanted, dropped = {reader: own}, reader.dropped(adapter, z, x)
+    for other in together:
+        parts = None if other is reader else other.reads(adapter, x, z)
+        if parts is not None and other.dropped(adapter, z, x) is dropped:
+            wanted[other] = parts
+    left.update(zip(wanted, _read(host, list(wanted.values()), x, z, dropped), strict=True))
     return cast(Read, left.pop(reader))
 
 
-def _read(reader: Reader, wanted: Sequence[tuple[Map, Tensor]], adapter: str, x: Tensor, z: Tensor) -> list[Read]:
-    maps, downs = [own for own, _ in wanted], [(A, None) for _, A in wanted]
-    dropped, host = reader.dropped(adapter, z, x), reader.host
+def _read(host: Host, wanted: Sequence[Wanted], x: Tensor, z: Tensor, dropped: Tensor) -> list[Read]:
+    maps, only = [own.mapping for own in wanted], [own.A for own in wanted]
+    downs = [(A, None) for A in only]
     if torch.is_autocast_enabled(z.device.type):
-        wide, only = host.in_float32(x), [A for _, A in wanted]
+        wide = host.in_float32(x)
         found = products_in_bf16(x, wide, maps, [] if dropped is not z else only)
         lows = found[len(maps) :] or products_in_bf16(dropped, None, [], only)
         pairs = list(zip(found, lows, strict=False))
@@ -101,7 +112,10 @@ def _read(reader: Reader, wanted: Sequence[tuple[Map, Tensor]], adapter: str, x:
         pairs = list(zip(found[::2], found[1::2], strict=True))
     else:
         pairs = list(zip(products(z, maps), products(dropped, downs), strict=True))
-    return [Read(mapped.view(*x.shape[:-1], mapped.shape[-1]), low) for mapped, low in pairs]
+    return [
+        Read(mapped.view(*x.shape[:-1], mapped.shape[-1]), low, own.context)
+        for (mapped, low), own in zip(pairs, wanted, strict=True)
+    ]
 
 
 def in_bf16(kind: str) -> bool:
