@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,12 +13,20 @@ from torch import nn
 from torch._inductor.exc import InvalidCxxCompiler
 
 from moesaic import bench
-from moesaic.bench import arms, compiled, generating, measure, peers, scale, suite
+from moesaic.bench import arms, compiled, crossover, generating, measure, peers, quantised, scale, suite
 from moesaic.errors import ConfigError
 from moesaic.lora import METHODS
 
 TINY = {"d": 16, "layers": 1, "batch": 2, "tokens": 8}
 GENERATING = {"d": 16, "layers": 1, "prompt": 4, "new": 2, "tokens": 8}
+SIZES = {
+    "linear": {"d": 16, "tokens": 8},
+    "model": TINY,
+    "generating": GENERATING,
+    "scale": TINY,
+    "crossover": {"d": 16, "tokens": 8},
+    "quantised": {"d": 64, "layers": 1, "batch": 1, "tokens": 8, "prompt": 4, "new": 2},
+}
 SUITES = ("mix", "train", "decode", "prefill")
 """Those that run here together; the others have tests of their own."""
 
@@ -107,8 +117,8 @@ def result() -> Any:
         for module in (suite, generating):
             patch.setattr(module, "COUNTED", TINY)
         threads = torch.get_num_threads()
-        sizes: Any = {"tokens": 8, "d": 16, "size": TINY, "generating_size": GENERATING}
-        found = suite.run(rounds=2, **sizes, only=["mola", "moelora", "mixlora"], memory=False, suites=SUITES)
+        only = ["mola", "moelora", "mixlora"]
+        found = suite.run(rounds=2, sizes=SIZES, only=only, memory=False, suites=SUITES)
         torch.set_num_threads(threads)
     return json.loads(json.dumps(found))
 
@@ -164,15 +174,16 @@ def test_scale_follows_experts_adapters_length_and_depth(monkeypatch: pytest.Mon
     assert found["depth"].keys() == {"1 layers", "2 layers"}
     assert found["adapters, prefill"]["8"]["megabytes"] == 4 * found["adapters, prefill"]["2"]["megabytes"]
     assert len(told) == 7
-    titles = [title for title, _ in bench.tables({"settings": {}, "scale": found})]
+    titles = [title for title, _ in bench.tables({"scale": found})]
     assert titles == [f"How cost grows: {what}" for what in found]
 
 
 def test_suites_run_alone() -> None:
     threads = torch.get_num_threads()
-    found = suite.run(suites=["prefill"], rounds=2, generating_size=GENERATING, only=["mola"])
+    found = suite.run(suites=["prefill"], rounds=2, sizes=SIZES, only=["mola"])
     torch.set_num_threads(threads)
-    assert found.keys() == {"settings", "machine", "generating", "prefill"}
+    assert found.keys() == {"settings", "machine", "ceiling", "generating", "prefill"}
+    assert found["ceiling"]["gflops"] > 0
     [(title, rows)] = bench.tables(found)
     assert "8 tokens" in title
     assert len(rows) == 9
@@ -187,9 +198,9 @@ def test_compiled_decoding_is_timed_apart_from_compiling(monkeypatch: pytest.Mon
         return graph
 
     compile = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda run, fullgraph: compile(run, backend=nothing, fullgraph=fullgraph))
+    monkeypatch.setattr(torch, "compile", lambda run, fullgraph, mode: compile(run, backend=nothing, fullgraph=True))
     threads = torch.get_num_threads()
-    found = suite.run(suites=["compiled"], rounds=2, generating_size=GENERATING, only=["mola", "sequence", "rmoe"])
+    found = suite.run(suites=["compiled"], rounds=2, sizes=SIZES, only=["mola", "sequence", "rmoe"])
     torch.set_num_threads(threads)
     assert found["compiled"].keys() == {arms.FROZEN, "lora", "mola", "rmoe", arms.LOOP}
     assert len(traced) == len(found["compiled"])
@@ -209,6 +220,121 @@ def test_a_machine_without_a_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(ConfigError, match=r"install g\+\+"):
         suite.run(rounds=2, progress=told.append)
     assert not told  # nothing was measured in vain
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_crossover_is_where_pairs_alone_become_the_faster_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(ratios: list[float]) -> Any:
+        left = iter(ratios)
+        row = {"ms": 1.0, "low": 1.0, "high": 1.0}
+        monkeypatch.setattr(measure, "table", lambda *args: {"rank": row, "grouped": {**row, "ratio": next(left)}})
+        return crossover.run(2, SIZES["crossover"], lambda what: lambda index, total: None)
+
+    monkeypatch.setattr(crossover, "EXPERTS", (4, 8, 16))
+    assert run([1.5, 1.0, 0.9])["limit"] == 64
+    assert run([1.5, 0.9, 1.2])["limit"] == 32
+    assert run([0.9, 0.9, 0.9])["limit"] == 0
+    found = run([1.5, 1.2, 1.1])
+    assert found["limit"] == 128
+    [(title, rows)] = bench.tables({"crossover": {**found, **SIZES["crossover"]}})
+    assert "up to E*r = 128" in title
+    assert [row["E*r"] for row in rows] == ["32", "64", "128"]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_both_ways_of_the_crossover_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Any] = []
+    plain = crossover.mix
+    monkeypatch.setattr(crossover, "mix", lambda *args, **how: found.append(plain(*args, **how)) or found[-1])
+    for way in ("rank", "grouped"):
+        crossover._step(8, {"d": 16, "tokens": 8}, way)()
+    torch.testing.assert_close(found[0], found[1])
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_quantised_bases_train_and_decode_beside_lora() -> None:
+    found = suite.run(suites=["quantised"], rounds=2, sizes=SIZES, only=["mola"])["quantised"]
+    bases = [quantised.PLAIN, *quantised.WAYS]
+    for kind in ("training", "decoding"):
+        assert list(found[kind]) == bases
+        assert all(arms.keys() == {"lora", "mola"} for arms in found[kind].values())
+        assert found[kind][quantised.PLAIN]["mola"]["to_plain"] == found[kind][bases[1]]["lora"]["ratio"] == 1.0
+    assert [len(rows) for _, rows in bench.tables({"quantised": found})] == [8, 8]
+
+
+def test_a_machine_without_quantisers_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantised, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="pip install bitsandbytes torchao"):
+        suite.run(suites=["quantised"], rounds=2)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_shape_is_every_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    made = arms.llama
+
+    def llama(d: int, layers: int) -> Any:
+        model = made(d, layers)
+        monkeypatch.setattr(type(model), "to", lambda self, dtype: (seen.append((d, layers, dtype)), self)[1])
+        return model
+
+    monkeypatch.setattr(arms, "llama", llama)
+    shape = {"d": 32, "layers": 2, "dtype": "bfloat16", "dropout": 0.1}
+    suite.run(suites=["prefill"], rounds=2, sizes=SIZES, shape=shape, only=["mola"])
+    assert seen == [(32, 2, torch.bfloat16)]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_half_precision_and_dropout_train(result: Any) -> None:
+    shape = {"dtype": "bfloat16", "dropout": 0.1}
+    found = suite.run(suites=["mix", "train"], rounds=2, sizes=SIZES, shape=shape, only=["mola"], memory=False)
+    assert found["settings"]["dropout"] == found["model"]["dropout"] == 0.1
+    assert found["model_step"].keys() == {
+        arms.FROZEN,
+        "lora",
+        "mola",
+        arms.LOOP,
+    }  # those that drop nothing are left out
+    assert [len(rows) for _, rows in bench.tables(found)] == [4, 4]
+    configs = arms.arms(arms.LINEARS, ["mola"], **arms.dropout_of(found["model"]))
+    assert {config.lora_dropout for config in configs.values()} == {0.1}
+
+
+def test_figures_of_other_suites_stay_in_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "made" / "bench.json"
+    monkeypatch.setattr(measure, "keep_freed_memory", lambda: None)
+
+    def run(*, rounds: int, shape: Any, device: str, suites: Any, **settings: Any) -> Any:
+        return {**suite.described(rounds, shape, device), **dict.fromkeys(suites, 1)}
+
+    monkeypatch.setattr(suite, "run", run)
+    monkeypatch.setattr(bench, "tables", lambda result: [])
+    for name in ("mix", "train"):
+        bench.main([f"suites={name}", f"out={file}"])
+    assert {"mix", "train"} < json.loads(file.read_text()).keys()
+    kept = file.read_text()
+    for other in ("dtype=bfloat16", "rounds=4", "d=64"):
+        with pytest.raises(ConfigError, match=r"bench.json holds figures of other settings .*name another file"):
+            bench.main(["suites=scale", f"out={file}", other])
+    assert file.read_text() == kept
+
+
+def test_a_crossover_is_kept_for_this_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from moesaic.lora import crossover as own
+
+    monkeypatch.setattr(own, "file", lambda: tmp_path / "made" / "crossover.json")
+    monkeypatch.setattr(measure, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(suite, "run", lambda **settings: {"crossover": {"limit": 96, "table": {}}})
+    monkeypatch.setattr(bench, "tables", lambda result: [])
+    bench.main(["suites=crossover", "dtype=bfloat16"])
+    assert own.read("cpu") == {"bfloat16": 96}
 
 
 def test_steps_of_decoding_leave_the_prompt_in_the_cache() -> None:
@@ -240,7 +366,11 @@ def test_arms_share_the_weights_of_their_base() -> None:
     [
         (["rounds=1"], "rounds=1 must be at least 2"),
         (["suites=decoding"], "suites: there is no suite 'decoding'; did you mean 'decode'"),
-        (["tokens=0"], "tokens=0 must be at least 1"),
+        (["d=40"], "d=40 must be a multiple of 16"),
+        (["layers=0"], "layers=0 must be at least 1"),
+        (["dropout=1"], "dropout=1.0 must be at least 0 and below 1"),
+        (["dtype=bf16"], "dtype: there is no 'bf16'; did you mean 'bfloat16'"),
+        (["device=tpu"], "device=tpu cannot be used: "),
         (["methods=[mol]"], "methods: no method 'mol' to measure; did you mean 'mola'"),
         (["methods=mol"], "methods: no method 'mol' to measure"),
         (["out=/dev/null/x.json"], "out=/dev/null/x.json cannot be written: Not a directory"),

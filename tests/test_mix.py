@@ -6,14 +6,18 @@ Tolerances are relative to the largest entry of the exact tensor, computed in fl
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from moesaic.errors import ConfigError
-from moesaic.lora.mix import RANK_SPACE_LIMIT, choose, mix, weigh_and_expand
+from moesaic.lora import crossover
+from moesaic.lora.crossover import LIMITS, runs_grouped
+from moesaic.lora.mix import choose, mix, weigh_and_expand
 
 BACKENDS = ["reference", "rank", "grouped"]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-6}
@@ -236,10 +240,29 @@ def test_no_weights_mean_plain_lora() -> None:
     torch.testing.assert_close(mix(x, A, B), x @ A.t() @ B)
 
 
-def test_grouped_refuses_float64() -> None:
+def test_where_grouped_products_do_not_run_all_experts_are_computed_and_that_is_said_once() -> None:
     p = problem(CASES[0], torch.float32).to(torch.float64)
-    with pytest.raises(ConfigError, match=r"float64.*rank"):
+    runs_grouped.cache_clear()
+    with pytest.warns(UserWarning, match=r"grouped products do not run on cpu in float64 .*backend='rank'"):
+        out = mix(p.x, p.A, p.B, p.weights, backend="grouped")
+    torch.testing.assert_close(out, mix(p.x, p.A, p.B, p.weights, backend="reference"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         mix(p.x, p.A, p.B, p.weights, backend="grouped")
+
+
+def test_auto_takes_all_experts_where_grouped_products_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: object, **settings: object) -> None:
+        raise NotImplementedError("no such kernel")
+
+    p = problem(Case((40,), 32, 48, 16, 8, 2), torch.float32)
+    wanted = mix(p.x, p.A, p.B, p.weights, base=p.base, backend="rank")
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", fails)
+    runs_grouped.cache_clear()
+    with pytest.warns(UserWarning, match="no such kernel"):
+        found = mix(p.x, p.A, p.B, p.weights, base=p.base, top_k=2)
+    runs_grouped.cache_clear()
+    assert torch.equal(found, wanted)
 
 
 def test_rows_that_do_not_divide_by_the_experts_are_refused() -> None:
@@ -255,7 +278,7 @@ def test_an_unknown_backend_is_refused() -> None:
 
 
 def test_auto_takes_grouped_only_for_many_sparse_ranks() -> None:
-    limit = RANK_SPACE_LIMIT["cpu"]
+    limit = LIMITS["cpu"]
     x = torch.randn(2, 4)
     few, many = torch.randn(limit, 4), torch.randn(2 * limit, 4)
     assert choose(x, few, 8, 2) == "rank"
@@ -263,6 +286,55 @@ def test_auto_takes_grouped_only_for_many_sparse_ranks() -> None:
     assert choose(x, many, 8, None) == "rank"
     assert choose(x, many, 8, 5) == "rank"
     assert choose(x.double(), many.double(), 8, 2) == "rank"
+    assert choose(x, many, 32, 2) == "grouped"
+    with torch.no_grad():
+        assert choose(x, many, 32, 2) == "gathered"
+        assert choose(x, many, 31, 2) == "grouped"
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_few_pairs_read_their_own_experts(shared: bool, autocast: bool) -> None:
+    torch.manual_seed(0)
+    x, base = torch.randn(2, 3, 20), torch.randn(2, 3, 12)
+    A, B = torch.randn(2 if shared else 192, 20), torch.randn(192, 12)
+    weights = torch.zeros(2, 3, 96)
+    weights.scatter_(-1, torch.rand(2, 3, 96).topk(2).indices, torch.tensor([[[0.7, -0.4]]]).expand(2, 3, 2))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert choose(x, B, 96, 2) == "gathered"
+        found = mix(x, A, B, weights, base=base, top_k=2)
+    tolerance = 2e-2 if autocast else 1e-5
+    wanted = mix(x, A, B, weights, base=base, backend="reference")
+    torch.testing.assert_close(found, wanted, atol=tolerance * wanted.abs().max().item(), rtol=tolerance)
+
+
+def test_a_measured_crossover_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(crossover, "file", lambda: tmp_path / "crossover.json")
+    monkeypatch.setattr(crossover, "_kept", {})
+    monkeypatch.setattr(crossover, "_asked", set())
+    crossover.keep("cpu", "float32", 128)
+    crossover.keep("cpu", "bfloat16", 32)
+    assert crossover.read("cpu") == {"float32": 128, "bfloat16": 32}
+    x, B = torch.randn(2, 4), torch.randn(96, 4)
+    assert choose(x, B, 8, 2) == "rank"
+    assert choose(x.bfloat16(), B.bfloat16(), 8, 2) == "grouped"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert choose(x, B, 8, 2) == "grouped"
+
+
+@pytest.mark.parametrize(
+    "text", [None, "{", "[]", '{"%s": 3}', '{"%s": {"float32": "many", "int7": 3, "bfloat16": -1}}']
+)
+def test_a_damaged_crossover_is_as_none(text: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(crossover, "file", lambda: tmp_path / "crossover.json")
+    if text is not None:
+        (tmp_path / "crossover.json").write_text(text.replace("%s", crossover.device_name("cpu")))
+    assert crossover.read("cpu") == {}
+    monkeypatch.setattr(crossover, "_asked", set())
+    monkeypatch.setattr(crossover, "_kept", {})
+    assert crossover.limit("cpu", torch.float32) == LIMITS["cpu"]
+    crossover.keep("cpu", "float32", 128)  # and is mended
+    assert crossover.read("cpu") == {"float32": 128}
 
 
 def test_auto_answers_as_the_backend_it_chose() -> None:

@@ -9,7 +9,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+from moesaic.bench.shown import Rows, tables
+
+__all__ = ["BenchSettings", "main", "tables"]
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -18,55 +25,57 @@ class BenchSettings:
 
     suites: list[str] | None = field(
         default=None,
-        metadata={"help": "of mix (one linear), train, decode, compiled, prefill and scale; all where left out"},
+        metadata={
+            "help": "of mix (one linear), train, decode, compiled, prefill, scale, crossover (measured and kept for "
+            "this device) and quantised; all where left out"
+        },
     )
     rounds: int = field(default=20, metadata={"help": "times that all arms run in turn"})
-    tokens: int = field(default=1024, metadata={"help": "tokens of the single linear"})
     methods: list[str] | None = field(default=None, metadata={"help": "these methods only, e.g. methods=rmoe,mola"})
+    device: str = field(default="cpu", metadata={"help": "cpu, cuda or another that torch has"})
+    dtype: str = field(
+        default="float32", metadata={"help": "of the base: float32, bfloat16 or float16, trained under autocast"}
+    )
+    dropout: float = field(default=0.0, metadata={"help": "of what adapters read, LoRA's too"})
+    d: int | None = field(default=None, metadata={"help": "hidden size of all models; each suite's own where left out"})
+    layers: int | None = field(default=None, metadata={"help": "of all models; each suite's own where left out"})
     memory: bool = field(default=True, metadata={"help": "also measure peak memory, a fresh process for each arm"})
-    out: str | None = field(default=None, metadata={"help": "a JSON file for the figures"})
+    out: str | None = field(
+        default=None, metadata={"help": "a JSON file for the figures; suites that are there and not measured stay"}
+    )
 
 
 def main(overrides: list[str], *, as_json: bool = False) -> None:
     """Run everything, print the tables, and write them to `out=` if given."""
     from rich.console import Console
 
-    from moesaic.bench import arms, measure, suite
-    from moesaic.errors import ConfigError, path_of, suggest
-    from moesaic.runs.folder import check_writable, write_json
+    from moesaic.bench import measure, suite
+    from moesaic.lora import crossover
+    from moesaic.runs.folder import write_json
     from moesaic.runs.recipe import parse_settings
 
     settings = parse_settings(BenchSettings, overrides)
-    if settings.rounds < 2:
-        raise ConfigError(f"rounds={settings.rounds} must be at least 2: quartiles need them")
-    if settings.tokens < 1:
-        raise ConfigError(f"tokens={settings.tokens} must be at least 1")
-    known = [*arms.methods("linear"), *arms.methods("block")]
-    for name in settings.methods or ():
-        if name not in known:
-            raise ConfigError(f"methods: no method {name!r} to measure; {suggest(name, known)}")
-    for name in settings.suites or ():
-        if name not in suite.SUITES:
-            raise ConfigError(f"suites: there is no suite {name!r}; {suggest(name, suite.SUITES)}")
-    path = None if settings.out is None else path_of(settings.out)
-    if path is not None:
-        if path.is_dir():
-            raise ConfigError(f"out={path} is a folder; name a file for the figures")
-        check_writable(path, f"out={path}")
-    measure.keep_freed_memory()
+    shape = _checked(settings)
+    asked = suite.described(settings.rounds, shape, settings.device)
+    path, before = _kept(settings.out, asked)
+    if settings.device == "cpu":
+        measure.keep_freed_memory()
     console = Console()
     with Console(stderr=True).status("warming up") as status:
         result = suite.run(
             suites=settings.suites or suite.SUITES,
             rounds=settings.rounds,
-            tokens=settings.tokens,
+            shape=shape,
+            device=settings.device,
             only=settings.methods,
             memory=settings.memory,
             progress=status.update,
         )
+    if "crossover" in result:
+        crossover.keep(settings.device.partition(":")[0], settings.dtype, result["crossover"]["limit"])
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, result)
+        write_json(path, {**before, **result})
     if as_json:
         console.print_json(json.dumps(result))
         return
@@ -74,110 +83,54 @@ def main(overrides: list[str], *, as_json: bool = False) -> None:
         console.print(_rich(title, rows))
 
 
-Rows = list[dict[str, str]]
-"""Column -> cell, a dictionary a row."""
+def _checked(settings: BenchSettings) -> dict[str, Any]:
+    """What is asked of every model. Raises ConfigError for what cannot be measured."""
+    import torch
+
+    from moesaic.bench import arms, suite
+    from moesaic.errors import ConfigError, first_line, suggest
+
+    if settings.rounds < 2:
+        raise ConfigError(f"rounds={settings.rounds} must be at least 2: quartiles need them")
+    known = [*arms.methods("linear"), *arms.methods("block")]
+    for name in settings.methods or ():
+        if name not in known:
+            raise ConfigError(f"methods: no method {name!r} to measure; {suggest(name, known)}")
+    for name in settings.suites or ():
+        if name not in suite.SUITES:
+            raise ConfigError(f"suites: there is no suite {name!r}; {suggest(name, suite.SUITES)}")
+    if settings.dtype not in DTYPES:
+        raise ConfigError(f"dtype: there is no {settings.dtype!r}; {suggest(settings.dtype, DTYPES)}")
+    if not 0 <= settings.dropout < 1:
+        raise ConfigError(f"dropout={settings.dropout} must be at least 0 and below 1")
+    if settings.d is not None and (settings.d < 16 or settings.d % 16):
+        raise ConfigError(f"d={settings.d} must be a multiple of 16: models have 8 heads of even size")
+    if settings.layers is not None and settings.layers < 1:
+        raise ConfigError(f"layers={settings.layers} must be at least 1")
+    try:
+        torch.empty(1, device=settings.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device={settings.device} cannot be used: {first_line(error)}") from None
+    shape = {"dtype": settings.dtype, "dropout": settings.dropout, "d": settings.d, "layers": settings.layers}
+    return {key: value for key, value in shape.items() if value}
 
 
-def tables(result: dict[str, Any]) -> list[tuple[str, Rows]]:
-    """The figures as titled tables of text, for the terminal and for documents."""
-    s, found = result["settings"], []
-    if "linear" in result:
-        linear = [_timed(result, name, "linear") for name in result["linear"]]
-        found.append((f"One linear, forward and backward ({s['tokens']} tokens, d={s['d']})", linear))
-    if "model_step" in result:
-        m = result["model"]
-        what = f"Llama, {m['layers']} layers, d={m['d']}, {m['targets']}, {m['batch']} x {m['tokens']} tokens"
-        found.append(
-            (f"A training step ({what})", [_timed(result, name, "model_step") for name in result["model_step"]])
-        )
-    if result.get("arithmetic"):
-        found.append(("FFNs as experts: a training step beside its arithmetic", _arithmetic(result["arithmetic"])))
-    if "generating" in result:
-        found += _generating(result)
-    for what, rows in result.get("scale", {}).items():
-        found.append((f"How cost grows: {what}", [_grown(name, row) for name, row in rows.items()]))
-    return found
+def _kept(out: str | None, asked: dict[str, Any]) -> tuple[Path | None, dict[str, Any]]:
+    """The file for the figures, and what it holds already: of the same settings, versions and device."""
+    from moesaic.errors import ConfigError, path_of
+    from moesaic.runs.folder import check_writable, read_json
 
-
-def _grown(name: str, row: dict[str, float]) -> dict[str, str]:
-    """A column for megabytes on disk where they are counted."""
-    cells = {
-        "arm": name, "ms": f"{row['ms']:.1f}",
-        "ratio": f"{row['ratio']:.2f} [{row['low']:.2f}, {row['high']:.2f}]",
-    }  # fmt: skip
-    return cells | ({"on disk, MB": f"{row['megabytes']:.1f}"} if "megabytes" in row else {})
-
-
-def _generating(result: dict[str, Any]) -> list[tuple[str, Rows]]:
-    m, found = result["generating"], []
-    what = f"Llama, {m['layers']} layers, d={m['d']}, {m['targets']}"
-    if "decode" in result:
-        tables, counts = result["decode"], result["decode_kernels"]
-        rows = [
-            {"arm": name, "kernels (to LoRA)": f"{counts[name]['kernels']} ({counts[name]['kernels_ratio']:.2f})"}
-            | {key: cell for number, table in tables.items() for key, cell in _ratios(table[name], number).items()}
-            for name in counts
-        ]
-        found.append((f"A step of decoding ({what}, behind {m['prompt']} tokens)", rows))
-    if "compiled" in result:
-        rows = [
-            {
-                "arm": name,
-                **_ratios(row),
-                "compiling, s (to LoRA)": f"{row['compiling']:.0f} ({row['compiling_ratio']:.2f})",
-            }
-            for name, row in result["compiled"].items()
-        ]
-        found.append((f"A step of decoding, compiled ({what}, behind {m['prompt']} tokens)", rows))
-    if "prefill" in result:
-        rows = [{"arm": name, **_ratios(row)} for name, row in result["prefill"].items()]
-        found.append((f"Reading a prompt ({what}, {m['tokens']} tokens)", rows))
-    return found
-
-
-def _ratios(row: dict[str, float], number: str | None = None) -> dict[str, str]:
-    """Columns of one table; of `number` rows of text, where there are several such tables."""
-    of = "" if number is None else "1 row, " if number == "1" else f"{number} rows, "
-    return {
-        f"{of}ms": f"{row['ms']:.1f}",
-        f"{of}to LoRA": f"{row['ratio']:.2f} [{row['low']:.2f}, {row['high']:.2f}]",
-        f"{of}to the base": f"{row['to_base']:.2f}",
-    }
-
-
-def _timed(result: dict[str, Any], name: str, key: str) -> dict[str, str]:
-    row = result[key][name]
-    share = result.get(f"{key.partition('_')[0]}_overhead_share_of_loop", {}).get(name)
-    cells = {
-        "arm": name,
-        "ms": f"{row['ms']:.1f}",
-        "ratio to LoRA": f"{row['ratio']:.3f}",
-        "quartiles": f"{row['low']:.2f} to {row['high']:.2f}",
-        "overhead over frozen, of the loop's": "" if share is None else f"{100 * share:.0f} %",
-    }
-    if key == "model_step":
-        share = result.get("model_overhead_share_of_xlora", {}).get(name)
-        cells["of X-LoRA's"] = "" if share is None else f"{100 * share:.0f} %"
-        counts, peak = result.get("kernels", {}).get(name), result.get("peak_memory_mib", {}).get(name)
-        for key in ("events", "kernels"):
-            cells[f"{key} (to LoRA)"] = f"{counts[key]} ({counts[f'{key}_ratio']:.2f})" if counts else ""
-        cells["syncs"] = str(counts["syncs"]) if counts else ""
-        cells["peak memory added, MiB (to LoRA)"] = f"{peak['mib']:.0f} ({peak['ratio']:.2f})" if peak else ""
-    return cells
-
-
-def _arithmetic(rows: dict[str, dict[str, float]]) -> Rows:
-    return [
-        {
-            "arm": name,
-            "ms": f"{row['ms']:.1f}",
-            "LoRA + (k-1)/3 of the frozen FFNs, ms": f"{row['expected_ms']:.1f}",
-            "frozen FFNs, ms": f"{row['ffn_ms']:.1f}",
-            "ratio": f"{row['ratio']:.3f}",
-            "quartiles": f"{row['low']:.2f} to {row['high']:.2f}",
-        }
-        for name, row in rows.items()
-    ]
+    if out is None:
+        return None, {}
+    path = path_of(out)
+    if path.is_dir():
+        raise ConfigError(f"out={path} is a folder; name a file for the figures")
+    check_writable(path, f"out={path}")
+    found = read_json(path) if path.exists() else {}
+    for key, value in asked.items():
+        if found and found.get(key) != value:
+            raise ConfigError(f"out={path} holds figures of other {key} ({found.get(key)}); name another file")
+    return path, found
 
 
 def _rich(title: str, rows: Rows) -> Any:

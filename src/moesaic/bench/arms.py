@@ -27,8 +27,8 @@ COUNTED = {"d": 64, "layers": 4, "batch": 2, "tokens": 32}
 """Kernels are counted on a smaller model: their number does not depend on the width."""
 
 Step = Callable[[], None]
-Size = dict[str, int]
-"""Of the model that is trained: d, layers, batch and tokens."""
+Size = dict[str, Any]
+"""Of a model: d, layers, batch and tokens; its dtype by name (float32 where left out), and adapters' dropout."""
 
 
 class OneLinear(nn.Module):
@@ -42,6 +42,26 @@ class OneLinear(nn.Module):
         block = self.layers[0]
         assert isinstance(block, nn.ModuleDict)
         return cast(Tensor, block["linear"](x))
+
+
+def dtype_of(size: Size) -> torch.dtype:
+    return cast(torch.dtype, getattr(torch, size.get("dtype", "float32")))
+
+
+def in_autocast(size: Size) -> Any:
+    """As a training loop does where the base is not in float32."""
+    dtype = dtype_of(size)
+    return torch.autocast(torch.get_default_device().type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def dropout_of(size: Size) -> dict[str, float]:
+    """The setting of a config."""
+    return {"lora_dropout": size["dropout"]} if size.get("dropout") else {}
+
+
+def model_of(size: Size) -> LlamaForCausalLM:
+    model: Any = llama(size["d"], size["layers"])
+    return cast(LlamaForCausalLM, model.to(dtype_of(size)))
 
 
 def llama(d: int, layers: int) -> LlamaForCausalLM:
@@ -70,12 +90,13 @@ def mixture(method: str, targets: list[str], **settings: Any) -> MixtureConfig:
 
 
 def lora(targets: list[str], *, rank: int = EXPERTS * RANK, **settings: Any) -> LoraConfig:
-    return LoraConfig(r=rank, target_modules=targets, lora_dropout=0.0, **settings)
+    return LoraConfig(r=rank, target_modules=targets, **{"lora_dropout": 0.0, **settings})
 
 
 def arms(targets: list[str], names: Iterable[str], **settings: Any) -> dict[str, Any]:
     """Name -> config: LoRA of rank E*r, the named methods, HotMoE's two routers alone, and a loop over experts."""
-    configs: dict[str, Any] = {"lora": lora(targets)}
+    dropout = {key: settings[key] for key in ("lora_dropout",) if key in settings}
+    configs: dict[str, Any] = {"lora": lora(targets, **dropout)}
     for name in names:
         configs[name] = mixture(name, targets, **settings)
         if name == "hotmoe":
@@ -90,25 +111,28 @@ def wrapped(base: nn.Module, config: Any) -> Any:
     return config(base) if callable(config) else get_peft_model(cast(Any, base), config)
 
 
-def linear_steps(names: Iterable[str], tokens: int, d: int) -> dict[str, Step]:
+def linear_steps(names: Iterable[str], size: Size) -> dict[str, Step]:
     """Forward and backward of one wrapped linear, gradient to the input included."""
-    x = torch.randn(1, tokens, d, requires_grad=True)
-    grad = torch.randn(1, tokens, d)
+    dtype, d = dtype_of(size), size["d"]
+    x = torch.randn(1, size["tokens"], d, dtype=dtype, requires_grad=True)
+    grad = torch.randn(x.shape, dtype=dtype)
 
     def step(model: nn.Module) -> Step:
         def run() -> None:
-            model(x).backward(grad)
+            with in_autocast(size):
+                out = model(x)
+            out.backward(grad)
             x.grad = None
             for p in model.parameters():
                 p.grad = None
 
         return run
 
-    steps = {"frozen linear": step(OneLinear(d).requires_grad_(False))}
-    configs = arms(["linear"], names, aux_weight=0.0)
+    steps = {"frozen linear": step(OneLinear(d).to(dtype).requires_grad_(False))}
+    configs = arms(["linear"], names, aux_weight=0.0, **dropout_of(size))
     configs.pop("hotmoe", None)  # its two routers are measured by themselves: one layer has one of them
     for name, config in configs.items():
-        model = get_peft_model(OneLinear(d), config).train()
+        model = get_peft_model(cast(Any, OneLinear(d).to(dtype)), config).train()
         if isinstance(config, MixtureConfig):
             find_host(model).pinned_tasks = torch.tensor([1])
         steps[name] = step(model)
@@ -132,13 +156,19 @@ def batch_for(config: Any, size: Size) -> dict[str, Tensor]:
 def model_step(config: Any, size: Size, *, optimizer: bool = True) -> Step:
     """A whole training step: forward, loss with auxiliary losses, backward, AdamW."""
     torch.manual_seed(0)
-    model = wrapped(llama(size["d"], size["layers"]), config).train()
+    return stepping(wrapped(model_of(size), config).train(), config, size, optimizer=optimizer)
+
+
+def stepping(model: Any, config: Any, size: Size, *, optimizer: bool = True) -> Step:
+    """`model_step` of a model that is adapted already."""
     trained = [p for p in model.parameters() if p.requires_grad]
     adamw = torch.optim.AdamW(trained, lr=1e-4)
     inputs = batch_for(config, size)
 
     def run() -> None:
-        model(**inputs).loss.backward()
+        with in_autocast(size):
+            loss = model(**inputs).loss
+        loss.backward()
         if optimizer:
             adamw.step()
         adamw.zero_grad()
@@ -149,14 +179,16 @@ def model_step(config: Any, size: Size, *, optimizer: bool = True) -> Step:
 def frozen_steps(size: Size) -> tuple[Step, Step]:
     """Forward and backward to the input, nothing trained: of the whole model, and of its FFNs alone."""
     torch.manual_seed(0)
-    model = llama(size["d"], size["layers"]).train().requires_grad_(False)
+    model, dtype = model_of(size).train().requires_grad_(False), dtype_of(size)
     labels = batch_for(None, size)["labels"]
-    x = torch.randn(*labels.shape, size["d"], requires_grad=True)
-    grad = torch.randn(x.shape)
+    x = torch.randn(*labels.shape, size["d"], dtype=dtype, requires_grad=True)
+    grad = torch.randn(x.shape, dtype=dtype)
     ffns: list[Any] = [layer.mlp for layer in model.model.layers]
 
     def whole() -> None:
-        model(inputs_embeds=x, labels=labels).loss.backward()
+        with in_autocast(size):
+            loss = model(inputs_embeds=x, labels=labels).loss
+        loss.backward()
         x.grad = None
 
     def ffn() -> None:

@@ -19,15 +19,13 @@ from moesaic.bench.arms import (
     Size,
     Step,
     arms,
-    llama,
+    model_of,
     wrapped,
 )
 from moesaic.bench.peers import GENERATES
 from moesaic.host import find_host
 from moesaic.lora import MixtureConfig
 
-GENERATING = {"d": 1024, "layers": 4, "prompt": 64, "new": 4, "tokens": 256}
-"""Decoding: `new` tokens behind `prompt` others, again and again; prefill: a row of `tokens`."""
 ROWS = (1, 8, 32)
 
 Told = Callable[[str], Callable[[int, int], None]]
@@ -83,7 +81,7 @@ def run_decoding(names: Iterable[str], rounds: int, size: Size, rows: Iterable[i
     """Number of rows -> arm -> milliseconds a step, ratios to LoRA and to the frozen base."""
     found: dict[str, Any] = {}
     torch.manual_seed(0)
-    base = llama(size["d"], size["layers"])
+    base = model_of(size)
     models = {name: adapted(base, config) for name, config in configs(names).items()}
     for number in rows:
         steps = {name: decoding(model, size, number) for name, model in models.items()}
@@ -95,7 +93,7 @@ def run_decoding(names: Iterable[str], rounds: int, size: Size, rows: Iterable[i
 def run_prefill(names: Iterable[str], rounds: int, size: Size, told: Told) -> dict[str, Any]:
     """Arm -> milliseconds, ratios to LoRA and to the frozen base."""
     torch.manual_seed(0)
-    base = llama(size["d"], size["layers"])
+    base = model_of(size)
     steps = {name: prefill(adapted(base, config), size) for name, config in configs(names).items()}
     return beside(measure.interleave(steps, rounds, progress=told("prefill")))
 
@@ -109,9 +107,10 @@ def beside(seconds: measure.Seconds, *, steps_a_turn: int = 1) -> dict[str, Any]
 
 def count(names: Iterable[str], told: Callable[[str], None]) -> dict[str, dict[str, int]]:
     """Arm -> events, kernels and syncs of one step of one row."""
-    base = llama(COUNTED["d"], COUNTED["layers"])
     found = {}
-    for name, config in configs(names).items():
-        told(f"kernels of decoding: {name}")
-        found[name] = measure.kernels(decoding(adapted(base, config), {"prompt": 4, "new": 1}, 1))
+    with torch.device("cpu"):
+        base = model_of(COUNTED)
+        for name, config in configs(names).items():
+            told(f"kernels of decoding: {name}")
+            found[name] = measure.kernels(decoding(adapted(base, config), {"prompt": 4, "new": 1}, 1))
     return found

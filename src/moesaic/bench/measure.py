@@ -33,9 +33,16 @@ def interleave(steps: dict[str, Step], rounds: int, *, progress: Callable[[int, 
         for name in names:
             start = time.perf_counter()
             steps[name]()
+            finish()
             if index >= 2:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def finish() -> None:
+    """Wait for what a GPU has been told to do."""
+    if torch.get_default_device().type == "cuda":
+        torch.cuda.synchronize()
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -62,6 +69,18 @@ def overhead_share(seconds: Seconds, *, base: str, loop: str) -> dict[str, float
         for name, values in seconds.items()
         if name not in (base, loop)
     }
+
+
+def ceiling(dtype: torch.dtype) -> dict[str, float]:
+    """What the device does at its best: a square product, and a copy of what no cache holds; of eight each."""
+    n, megabytes = 2048, 256
+    a, b = (torch.randn(n, n).to(dtype) for _ in range(2))
+    source = torch.zeros(megabytes * 2**18)
+    target = torch.zeros_like(source)
+    steps: dict[str, Step] = {"product": lambda: torch.mm(a, b), "copy": lambda: target.copy_(source)}  # type: ignore[dict-item]
+    seconds = {name: min(own) for name, own in interleave(steps, 8, progress=lambda index, total: None).items()}
+    moved = 2 * source.numel() * source.element_size()
+    return {"gflops": 2 * n**3 / seconds["product"] / 1e9, "gigabytes_per_second": moved / seconds["copy"] / 1e9}
 
 
 # -- kernels ----------------------------------------------------------------------------------------------------------
@@ -194,9 +213,15 @@ def in_fresh_process(code: str) -> float:
 
 
 def peak_of(step: Step) -> float:
-    """The highest resident memory of three steps, less that before the first, in MiB."""
+    """The highest resident memory of three steps, less that before the first, in MiB; on a GPU what is allocated."""
     torch.set_num_threads(1)
     gc.collect()
+    if torch.get_default_device().type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        for _ in range(3):
+            step()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     before = _status("VmRSS")
     for _ in range(3):

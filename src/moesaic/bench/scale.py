@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from moesaic.bench import measure
-from moesaic.bench.arms import LINEARS, TOP_K, Size, Step, llama, lora, mixture, model_step
+from moesaic.bench.arms import LINEARS, TOP_K, Size, Step, lora, mixture, model_of, model_step
 from moesaic.bench.generating import Told, adapted, decoding, prefill
 from moesaic.lora import METHODS
 
@@ -22,7 +22,6 @@ LENGTHS = (64, 256, 1024)
 DEPTHS = (1, 4, 16)
 REFERENCE = 8
 """Experts, or adapters, that the others are compared with."""
-SIZE = {"d": 512, "layers": 2, "batch": 4, "tokens": 256}
 
 Table = dict[str, dict[str, float]]
 
@@ -60,7 +59,7 @@ def _adapters(rounds: int, size: Size, told: Told, numbers: Any) -> dict[str, Ta
     """Arrow over so many adapters, in decoding and reading a prompt; `megabytes` are theirs on disk."""
     with tempfile.TemporaryDirectory() as place:
         folders = _saved(size, Path(place), max(numbers))
-        base = llama(size["d"], size["layers"])
+        base = model_of(size)
         models = {str(n): adapted(base, _composed(folders[:n])) for n in numbers}
         each = sum(file.stat().st_size for file in Path(folders[0]).glob("*.safetensors"))
     given = {"prompt": 16, "new": 4, "tokens": size["tokens"]}
@@ -82,7 +81,7 @@ def _composed(folders: list[str]) -> Callable[[Any], Any]:
 def _saved(size: Size, place: Path, number: int) -> list[str]:
     """Folders of random adapters of one model."""
     torch.manual_seed(0)
-    model = get_peft_model(llama(size["d"], size["layers"]), LoraConfig(r=RANK, target_modules=["q_proj", "v_proj"]))
+    model = get_peft_model(model_of(size), LoraConfig(r=RANK, target_modules=["q_proj", "v_proj"]))
     folders = [str(place / f"adapter{i}") for i in range(number)]
     for folder in folders:
         with torch.no_grad():

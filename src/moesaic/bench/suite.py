@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import platform
 import statistics
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+import peft
 import torch
+import transformers
 
-from moesaic.bench import compiled, generating, measure, scale
+from moesaic.bench import compiled, crossover, generating, measure, quantised, scale
 from moesaic.bench.arms import (
     ATTENTION,
     COUNTED,
@@ -21,6 +22,8 @@ from moesaic.bench.arms import (
     TOP_K,
     Size,
     arms,
+    dropout_of,
+    dtype_of,
     frozen_steps,
     linear_steps,
     lora,
@@ -28,11 +31,21 @@ from moesaic.bench.arms import (
     model_step,
 )
 from moesaic.bench.peers import TRAINED, XLORA
+from moesaic.lora.crossover import device_name
 
-MODEL = {"d": 512, "layers": 4, "batch": 4, "tokens": 256}
-SUITES = ("mix", "train", "decode", "compiled", "prefill", "scale")
+SIZES: dict[str, Size] = {
+    "linear": {"d": 1024, "tokens": 1024},
+    "model": {"d": 1024, "layers": 2, "batch": 2, "tokens": 256},
+    "generating": {"d": 1024, "layers": 4, "prompt": 64, "new": 4, "tokens": 256},
+    "scale": {"d": 512, "layers": 2, "batch": 4, "tokens": 256},
+    "crossover": {"d": 1024, "tokens": 512},
+    "quantised": {"d": 1024, "layers": 1, "batch": 1, "tokens": 256, "prompt": 64, "new": 4},
+}
+"""What the suites measure: a linear; the model that is trained; that which generates (`new` tokens behind a `prompt`,
+again and again, or a prompt of `tokens`); those that cost is followed in; a mixture by itself; quantised models."""
+SUITES = ("mix", "train", "decode", "compiled", "prefill", "scale", "crossover", "quantised")
 """One linear; a training step; steps of decoding with a KV cache, and compiled; reading a prompt into one; how cost
-grows."""
+grows; from where on products over routed pairs alone are faster; quantised bases."""
 
 FFNS, MATCHED = "frozen FFNs", "lora, rank r on attention"
 """Two more arms, from which the arithmetic of methods with FFNs as experts is reckoned."""
@@ -42,11 +55,9 @@ def run(
     *,
     suites: Collection[str] = SUITES,
     rounds: int = 20,
-    tokens: int = 1024,
-    d: int = 1024,
-    size: Size = MODEL,
-    generating_size: Size = generating.GENERATING,
-    scale_size: Size = scale.SIZE,
+    sizes: Mapping[str, Size] = SIZES,
+    shape: Size | None = None,
+    device: str = "cpu",
     only: Collection[str] | None = None,
     memory: bool = True,
     progress: Callable[[str], None] = lambda line: None,
@@ -56,45 +67,77 @@ def run(
     Args:
         suites: these of SUITES.
         rounds: of each suite; the single linear, which is quick and noisy, runs three times as often.
-        tokens, d: of the single linear.
-        size: of the model that is trained; `generating_size`: of the one that generates; `scale_size`: of
-            those that cost is followed in.
+        shape: what every size has instead of its own: d, layers, dtype, dropout.
+        device: as torch names it.
         only: these methods instead of all.
-        memory: also the peak memory of training, in a fresh process for each arm.
+        memory: also the peak memory of training, on a CPU in a fresh process for each arm.
     """
-    if "compiled" in suites:
-        compiled.check()
+    sizes = {name: {**size, **(shape or {})} for name, size in sizes.items()}
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    found: dict[str, Any] = described(rounds, shape or {}, device)
+    with torch.device(device):
+        if "compiled" in suites:
+            compiled.check()
+        if "quantised" in suites:
+            quantised.check()
+        found["ceiling"] = measure.ceiling(dtype_of(sizes["linear"]))
+        _measure(found, suites, rounds, sizes, only, memory, progress)
+    return found
+
+
+def described(rounds: int, shape: Size, device: str) -> dict[str, Any]:
+    """What figures hold for: settings, versions and the device."""
+    versions = {package.__name__: package.__version__ for package in (torch, transformers, peft)}
+    with torch.device(device):
+        machine = {"device": device_name(torch.get_default_device().type), "threads": 1, **versions}
+    return {
+        "settings": {"experts": EXPERTS, "r": RANK, "top_k": TOP_K, "rounds": rounds, "dtype": "float32", **shape},
+        "machine": machine,
+    }
+
+
+def _measure(
+    found: dict[str, Any],
+    suites: Collection[str],
+    rounds: int,
+    sizes: Mapping[str, Size],
+    only: Collection[str] | None,
+    memory: bool,
+    progress: Callable[[str], None],
+) -> None:
     by_linear, by_block = ([n for n in methods(level) if only is None or n in only] for level in ("linear", "block"))
     names = [*by_linear, *by_block]
 
     def counted(what: str) -> Callable[[int, int], None]:
         return lambda index, total: progress(f"{what}: round {index + 1} of {total}")
 
-    found: dict[str, Any] = {
-        "settings": {"experts": EXPERTS, "r": RANK, "top_k": TOP_K, "tokens": tokens, "d": d, "rounds": rounds},
-        "machine": {"processor": platform.machine(), "threads": 1, "torch": torch.__version__},
-    }
     if "mix" in suites:
-        linear = measure.interleave(linear_steps(by_linear, tokens, d), 3 * rounds, progress=counted("one linear"))
+        size = found["linear_size"] = sizes["linear"]
+        linear = measure.interleave(linear_steps(by_linear, size), 3 * rounds, progress=counted("one linear"))
         found["linear"] = measure.table(linear, "lora")
         found["linear_overhead_share_of_loop"] = measure.overhead_share(linear, base="frozen linear", loop=LOOP)
     if "train" in suites:
-        found |= _training(by_linear, by_block, rounds, size, memory, progress, counted)
+        found |= _training(by_linear, by_block, rounds, sizes["model"], memory, progress, counted)
+    size = sizes["generating"]
     if {"decode", "compiled", "prefill"} & set(suites):
-        found["generating"] = {**generating_size, "targets": "all seven linears"}
+        found["generating"] = {**size, "targets": "all seven linears"}
     if "decode" in suites:
         counts = generating.count(names, progress)
         found["decode_kernels"] = {name: _beside(own, counts["lora"]) for name, own in counts.items()}
-        found["decode"] = generating.run_decoding(names, rounds, generating_size, generating.ROWS, counted)
+        found["decode"] = generating.run_decoding(names, rounds, size, generating.ROWS, counted)
     if "compiled" in suites:
-        found["compiled"] = compiled.run(names, rounds, generating_size, counted, progress)
+        found["compiled"] = compiled.run(names, rounds, size, counted, progress)
     if "prefill" in suites:
-        found["prefill"] = generating.run_prefill(names, rounds, generating_size, counted)
+        found["prefill"] = generating.run_prefill(names, rounds, size, counted)
     if "scale" in suites:
-        found["scale"] = scale.run(rounds, scale_size, counted)
-    return found
+        found["scale"] = scale.run(rounds, sizes["scale"], counted)
+    if "crossover" in suites:
+        found["crossover"] = {**crossover.run(rounds, sizes["crossover"], counted), **sizes["crossover"]}
+    if "quantised" in suites:
+        size = sizes["quantised"]
+        own = [name for name in by_linear if only is not None or name in quantised.METHODS]
+        found["quantised"] = {"size": size, **quantised.run(own, rounds, size, counted)}
 
 
 def _training(
@@ -106,26 +149,31 @@ def _training(
     progress: Callable[[str], None],
     counted: generating.Told,
 ) -> dict[str, Any]:
-    configs = arms(LINEARS, [*by_linear, *by_block]) | TRAINED
+    peers = {} if size.get("dropout") else TRAINED
+    configs = arms(LINEARS, [*by_linear, *by_block], **dropout_of(size)) | peers
     frozen, ffns = frozen_steps(size)
     steps = {FROZEN: frozen} | {name: model_step(config, size) for name, config in configs.items()}
     if by_block:
-        steps |= {FFNS: ffns, MATCHED: model_step(matched_lora(), size)}
+        steps |= {FFNS: ffns, MATCHED: model_step(matched_lora(**dropout_of(size)), size)}
     whole = measure.interleave(steps, rounds, progress=counted("model step"))
     extra = {name: whole.pop(name) for name in (FFNS, MATCHED) if name in whole}
     launches: dict[str, dict[str, int]] = {}
     peaks: dict[str, float] = {}
     for name, config in configs.items():
         progress(f"kernels: {name}")
-        launches[name] = measure.kernels(model_step(config, COUNTED, optimizer=False))
-    for name in configs if memory and measure.can_measure_memory() else ():
+        with torch.device("cpu"):
+            launches[name] = measure.kernels(model_step(config, COUNTED, optimizer=False))
+    del steps
+    for name, config in configs.items() if memory and measure.can_measure_memory() else ():
         progress(f"peak memory: {name}")
-        peaks[name] = measure.peak_memory(name, size)
+        on_cpu = torch.get_default_device().type == "cpu"
+        peaks[name] = measure.peak_memory(name, size) if on_cpu else measure.peak_of(model_step(config, size))
+    shares = measure.overhead_share(whole, base=FROZEN, loop=XLORA) if XLORA in whole else {}
     return {
         "model": {**size, "targets": "all seven linears"},
         "model_step": measure.table(whole, "lora"),
         "model_overhead_share_of_loop": measure.overhead_share(whole, base=FROZEN, loop=LOOP),
-        "model_overhead_share_of_xlora": measure.overhead_share(whole, base=FROZEN, loop=XLORA),
+        "model_overhead_share_of_xlora": shares,
         "arithmetic": {name: arithmetic(whole[name], extra) for name in by_block},
         "kernels": {name: _beside(counts, launches["lora"]) for name, counts in launches.items()},
         "peak_memory_mib": {name: {"mib": v, "ratio": v / peaks["lora"]} for name, v in peaks.items()},
@@ -136,9 +184,10 @@ def _beside(counts: dict[str, int], reference: dict[str, int]) -> dict[str, floa
     return {**counts, **{f"{key}_ratio": counts[key] / reference[key] for key in ("events", "kernels")}}
 
 
-def matched_lora() -> Any:
+def matched_lora(**settings: Any) -> Any:
     """LoRA with the total rank that a method with FFNs as experts has: E*r on the FFNs, r on attention."""
-    return lora(LINEARS, rank_pattern=dict.fromkeys(ATTENTION, RANK), alpha_pattern=dict.fromkeys(ATTENTION, RANK))
+    own = dict.fromkeys(ATTENTION, RANK)
+    return lora(LINEARS, rank_pattern=own, alpha_pattern=own, **settings)
 
 
 def arithmetic(seconds: list[float], extra: measure.Seconds) -> dict[str, float]:
@@ -162,5 +211,5 @@ def measure_peak(name: str, size: Size) -> float:
     """Runs in the fresh process of `measure.peak_memory`."""
     method = name.partition(" (")[0]
     known = {*methods("linear"), *methods("block")}
-    configs = arms(LINEARS, [method] if method in known else []) | TRAINED
+    configs = arms(LINEARS, [method] if method in known else [], **dropout_of(size)) | TRAINED
     return measure.peak_of(model_step(configs[name], size))

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moesaic.errors import ConfigError
+from moesaic.lora.crossover import runs_grouped
 from moesaic.lora.mix import Backend, pad_strides
 
 Kernel = Literal["grouped", "masked"]
@@ -93,10 +93,11 @@ class Pairs:
 
 def kernel_for(rows: Tensor, backend: Backend) -> Kernel:
     """The kernel for these rows. Tracing knows `grouped_mm` for bf16 alone."""
-    if backend == "grouped" and rows.dtype == torch.float64:
-        raise ConfigError("the grouped backend has no float64 kernel: use backend='rank' or 'reference'")
-    traced = torch.compiler.is_compiling() and rows.dtype != torch.bfloat16
-    return "masked" if backend == "reference" or traced or rows.dtype == torch.float64 else "grouped"
+    if backend == "reference" or (rows.dtype == torch.float64 and backend != "grouped"):
+        return "masked"
+    if torch.compiler.is_compiling():
+        return "grouped" if rows.dtype == torch.bfloat16 else "masked"
+    return "grouped" if runs_grouped(rows.device.type, rows.dtype) else "masked"
 
 
 def spread(base: Tensor | None, z: Tensor, m: Tensor, pairs: Pairs, kernel: Kernel) -> Tensor:
