@@ -27,7 +27,7 @@ bench: $(VENV)/.dev
 	$(BIN)/moesaic bench
 
 gpu: $(VENV)/.dev
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python scripts/gpu.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -21,11 +21,10 @@ _IMPLIED = """What that implies:
 
 - **Training.** Rank space does E/k times the arithmetic that is needed, and is still the faster way while that is a
   few percent of the base's: at E = 8 it adds {small} to an 8B forward. At E = 64 it would add {middle}: sorted
-  products over routed pairs (`grouped`) take over. Where they do is a constant so far (E*r above 64 on a CPU, 256 on
-  a GPU).
+  products over routed pairs (`grouped`) take over, from where on `moesaic bench suites=crossover` measures.
 - **A router** costs {router} of what 8 experts cost, and reads the input in the same product as A.
-- **Decoding.** To read all of 8 experts is {read} of the base's bytes, of 256 experts {much}. Then the k that a token
-  is routed to should be read alone, which a step of few rows can; T rows read min(E, T k) experts.
+- **Decoding.** To read all of 8 experts is {read} of the base's bytes, of 256 experts {much}. So past
+  the crossover the k that a token is routed to are read alone; T rows read min(E, T k) experts.
 - **Eager decoding is bound by launches, not by bytes**: eight launches a linear are {launches:,} a step of the 8B
   base, at five microseconds each {slow:.0f} ms, beside {floor:.1f} ms for reading the base. That is why linears that
   read one input decode together, and why a step wants one graph.

@@ -67,14 +67,13 @@ def test_what_sixteen_bits_cannot_say_is_torchs(p: float, monkeypatch: pytest.Mo
 
 def test_one_draw_serves_all_that_read_a_tensor_and_no_other() -> None:
     x, passed = torch.ones(64, 64), {}  # type: ignore[var-annotated]
-    first = drop_once(x, 0.5, x, passed, reader="experts")
-    assert drop_once(x, 0.5, x, passed, reader="experts") is first
-    assert not torch.equal(drop_once(x, 0.5, x, passed, reader="routers"), first)
-    assert not torch.equal(drop_once(x.clone(), 0.5, x.clone(), passed, reader="experts"), first)
-    again = drop_once(x, 0.5, x, passed, reader="experts")
+    first = drop_once(x, 0.5, x, passed)
+    assert drop_once(x, 0.5, x, passed) is first
+    assert not torch.equal(drop_once(x.clone(), 0.5, x.clone(), passed), first)
+    again = drop_once(x, 0.5, x, passed)
     x.mul_(2)
-    assert drop_once(x, 0.5, x, passed, reader="experts").max() == 2 * again.max()
-    assert drop_once(x, 0.5, x, None, reader="experts") is not drop_once(x, 0.5, x, None, reader="experts")
+    assert drop_once(x, 0.5, x, passed).max() == 2 * again.max()
+    assert drop_once(x, 0.5, x, None) is not drop_once(x, 0.5, x, None)
 
 
 def test_q_k_and_v_share_a_mask_and_o_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

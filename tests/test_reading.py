@@ -73,7 +73,8 @@ def test_products_in_bf16_have_logits_of_float32_and_gradients_of_autocast(
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_under_autocast_they_are_read_together_too(dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["mola", "hotmoe"])
+def test_under_autocast_they_are_read_together_too(name: str, dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[tuple[int, int]] = []
     products = reading.products_in_bf16
 
@@ -82,7 +83,7 @@ def test_under_autocast_they_are_read_together_too(dropout: float, monkeypatch: 
         return products(x, wide, maps, downs)
 
     monkeypatch.setattr(reading, "products_in_bf16", counting)
-    config = tiny.small("mola", target_modules=tiny.LINEARS, lora_dropout=dropout)
+    config = tiny.small(name, target_modules=tiny.LINEARS, lora_dropout=dropout)
     model = tiny.wrap(tiny.llama(layers=1), config).train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         together = step(model, tiny.batch(model))
@@ -90,9 +91,17 @@ def test_under_autocast_they_are_read_together_too(dropout: float, monkeypatch: 
         find_host(model).neighbours = {}
         alone = step(model, tiny.batch(model))
     whole = [(3, 3), (1, 1), (2, 2), (1, 1)]
-    assert made == ([part for n, _ in whole for part in ((n, 0), (0, n))] if dropout else whole)
+    late = name == "hotmoe"  # its MLP reads what dropout has left
+    assert made == ([part for n, _ in whole for part in ((n, 0), (n if late else 0, n))] if dropout else whole)
     for name, grad in together.items():
         torch.testing.assert_close(grad, alone[name], atol=2e-3, rtol=5e-2)
+
+
+def without_windows(model: nn.Module) -> None:
+    """A second backward would count as the same step's."""
+    for loss in find_host(model).losses["default"]:
+        if hasattr(loss, "window"):
+            loss.window = False
 
 
 def step(model: nn.Module, batch: dict[str, Tensor]) -> Gradients:
@@ -125,9 +134,7 @@ def test_gradients_are_those_of_linears_by_themselves(name: str, checkpointing: 
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     batch, host = tiny.batch(model), find_host(model)
-    for loss in host.losses["default"]:
-        if hasattr(loss, "window"):
-            loss.window = False  # a second backward would count as the same step's
+    without_windows(model)
     assert any(len(group) == 3 for group in host.neighbours.values())
     together = step(model, batch)
     host.neighbours = {}
@@ -145,12 +152,15 @@ def test_q_k_and_v_are_a_product_and_gate_and_up(counted: list[int]) -> None:
     assert counted == [2] * 7
 
 
-def test_with_dropout_maps_and_downs_are_a_product_each(counted: list[int]) -> None:
-    config = tiny.small("mola", target_modules=tiny.LINEARS, lora_dropout=0.3)
+@pytest.mark.parametrize(("name", "sizes"), [("mola", [3, 3, 1, 1, 2, 2, 1, 1]), ("hotmoe", [3, 6, 1, 2, 2, 4, 1, 2])])
+def test_with_dropout_maps_and_downs_are_a_product_each(name: str, sizes: list[int], counted: list[int]) -> None:
+    """HotMoE's token-expert MLP reads what dropout has left, with the A's."""
+    config = tiny.small(name, target_modules=tiny.LINEARS, lora_dropout=0.3)
     model: Any = tiny.wrap(tiny.llama(layers=1), config).train()
     batch = tiny.batch(model)
+    without_windows(model)
     together = step(model, batch)
-    assert counted == [3, 3, 1, 1, 2, 2, 1, 1]
+    assert counted == sizes
     apart = copy.deepcopy(model)
     find_host(apart).neighbours = {}
     # The masks are the same: they are of inputs, not of linears.

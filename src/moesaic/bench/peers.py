@@ -85,6 +85,7 @@ class Einsum(nn.Module):
         self.lora_router = nn.Linear(linear.in_features, EXPERTS, bias=False)
         self.lora_A = nn.Parameter(torch.randn(EXPERTS, RANK, linear.in_features) * 0.02)
         self.lora_B = nn.Parameter(torch.zeros(EXPERTS, linear.out_features, RANK))
+        self.to(linear.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         p, chosen = self.lora_router(x).softmax(-1).topk(TOP_K, dim=-1)

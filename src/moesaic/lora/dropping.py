@@ -24,8 +24,8 @@ def drop(z: Tensor, p: float) -> Tensor:
     return cast(Tensor, _Drop.apply(z, level))
 
 
-def drop_once(z: Tensor, p: float, of: Tensor, passed: MutableMapping[Any, Any] | None, *, reader: str) -> Tensor:
-    """`drop`, drawn once for all readers of a kind that read the same tensor.
+def drop_once(z: Tensor, p: float, of: Tensor, passed: MutableMapping[Any, Any] | None) -> Tensor:
+    """`drop`, drawn once for all that read the same tensor.
 
     Args:
         z: `of` itself, or in another dtype.
@@ -35,7 +35,7 @@ def drop_once(z: Tensor, p: float, of: Tensor, passed: MutableMapping[Any, Any] 
         return drop(z, p)
     # What checkpointing runs again within a backward draws for itself, in the order of the first time.
     what = 0 if of.is_inference() else of._version, torch.is_grad_enabled(), torch._C._current_graph_task_id()
-    key = drop, reader, p, z.dtype
+    key = drop, p, z.dtype
     made = passed.get(key)
     if made is None or made[0] is not of or made[1] != what:
         passed[key] = made = of, what, drop(z, p)

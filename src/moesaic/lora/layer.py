@@ -287,8 +287,10 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
             return None
         context = self.context(adapter, x)
         with no_autocast(z.device.type):
-            projection = router.projection(context)
-        return None if projection is None else reading.Wanted(projection, A, context)
+            maps = router.maps(context)
+        if maps is None or (maps[1] is not None and not self._drops(adapter)):
+            return None
+        return reading.Wanted(*maps, A, context)
 
     def only_weighs(self, adapter: str, x: Tensor) -> bool:
         """Whether all that is done to x here is to weigh `A x`: in evaluation, in rank space, watched by nobody."""
@@ -344,7 +346,7 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         if not self._drops(adapter):
             return z
         frame, module = self.host.frame, cast(nn.Dropout, self.moe_lora_dropout[adapter])
-        return drop_once(z, module.p, x, None if frame is None else frame.state, reader="experts")
+        return drop_once(z, module.p, x, None if frame is None else frame.state)
 
     def _drops(self, adapter: str) -> bool:
         """Whether dropout does anything: its number is the module's, which trainers set to 0."""

@@ -20,16 +20,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moesaic.host import Host
-from moesaic.routing import RoutingContext
-
-Map = tuple[Tensor, Tensor | None]
-"""Weight (P, d) and bias (P,) of what a router reads."""
+from moesaic.routing import Map, RoutingContext
 
 
 class Wanted(NamedTuple):
     """What a linear has to read of its input: its router's map, and A."""
 
     mapping: Map
+    of_dropped: Map | None
+    """What the router reads of the input as dropout has left it."""
     A: Tensor
     context: RoutingContext
 
@@ -101,20 +100,30 @@ def read(reader: Reader, adapter: str, x: Tensor, z: Tensor) -> Read | None:
 
 def _read(host: Host, wanted: Sequence[Wanted], x: Tensor, z: Tensor, dropped: Tensor) -> list[Read]:
     maps, only = [own.mapping for own in wanted], [own.A for own in wanted]
+    late = [own.of_dropped for own in wanted if own.of_dropped is not None]
     downs = [(A, None) for A in only]
+    features: list[Tensor] = []
     if torch.is_autocast_enabled(z.device.type):
         wide = host.in_float32(x)
         found = products_in_bf16(x, wide, maps, [] if dropped is not z else only)
-        lows = found[len(maps) :] or products_in_bf16(dropped, None, [], only)
-        pairs = list(zip(found, lows, strict=False))
+        mapped, lows = found[: len(maps)], found[len(maps) :]
+        if not lows:
+            found = products_in_bf16(dropped, dropped.float() if late else None, late, only)
+            features, lows = found[: len(late)], found[len(late) :]
     elif dropped is z:
         found = products(z, [part for pair in zip(maps, downs, strict=True) for part in pair])
-        pairs = list(zip(found[::2], found[1::2], strict=True))
+        mapped, lows = found[::2], found[1::2]
     else:
-        pairs = list(zip(products(z, maps), products(dropped, downs), strict=True))
+        mapped, found = products(z, maps), products(dropped, [*late, *downs])
+        features, lows = found[: len(late)], found[len(late) :]
+    rest = iter(features)
+    mapped = [
+        own if wants.of_dropped is None else torch.cat((own, next(rest)), dim=1)
+        for own, wants in zip(mapped, wanted, strict=True)
+    ]
     return [
-        Read(mapped.view(*x.shape[:-1], mapped.shape[-1]), low, own.context)
-        for (mapped, low), own in zip(pairs, wanted, strict=True)
+        Read(read.view(*x.shape[:-1], read.shape[-1]), low, own.context)
+        for read, low, own in zip(mapped, lows, wanted, strict=True)
     ]
 
 

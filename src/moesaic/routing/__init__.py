@@ -16,6 +16,7 @@ from moesaic.routing.made import Made
 from moesaic.routing.router import (
     Joint,
     LinearRouter,
+    Map,
     Router,
     RoutingContext,
     SharingRouter,
@@ -35,6 +36,7 @@ __all__ = [
     "Joint",
     "LinearRouter",
     "Made",
+    "Map",
     "MutualInformation",
     "Record",
     "Records",

@@ -94,6 +94,9 @@ class RoutingContext:
     """Sums over a sequence's tokens up to each, those that lie in the KV cache included."""
 
 
+Map = tuple[Tensor, Tensor | None]
+"""Weight (P, d_in) and bias (P,) of what is read of an input."""
+
 _TOGETHER = {
     "projection": "read_from",
     "from_projection": "from_projections",
@@ -174,9 +177,17 @@ class Router(nn.Module):
         bias = None if bias is None else bias.to(h.dtype)
         return self.from_projection(F.linear(h, weight.to(h.dtype), bias), context)
 
-    def projection(self, context: RoutingContext | None = None) -> tuple[Tensor, Tensor | None] | None:
+    def projection(self, context: RoutingContext | None = None) -> Map | None:
         """Weight (P, d_in) and bias (P,) of the map through which `h` is read; None while it is not one linear map."""
         return None
+
+    def maps(self, context: RoutingContext | None = None) -> tuple[Map, Map | None] | None:
+        """`projection`, where need be in two parts, the second of what the experts' dropout has left of the input.
+
+        What is read by both, one behind the other, is what `from_projection` takes.
+        """
+        projection = self.projection(context)
+        return None if projection is None else (projection, None)
 
     def from_projection(self, read: Tensor, context: RoutingContext | None = None) -> Tensor:
         """Logits (..., E) from the projected input (..., P), autocast off; the projection itself by default."""

@@ -18,12 +18,13 @@ tests/naive_hotmoe.py, which this file is tested against in values, losses and g
 Both losses are over all micro-batches of the optimizer step so far, the earlier ones detached (`step_window`): a
 micro-batch of one task may so go to one expert, as long as the step is balanced.
 
-Departures from the authors' code: the two losses switch independently (theirs turns both off with one flag); padding is
-left out (theirs counts it in sequence means); earlier micro-batches are kept by the loss, not in the layer, so gradient
-checkpointing is safe; accumulating n micro-batches weighs the losses once a step (theirs: in full for each, so n times:
-their script's accumulation of 5 makes aux_weight=0.01 a fifth of theirs here); any model with linear layers works
-(theirs: Qwen2 only). Defaults are those of their dataclass, with top-k and both losses on as in their training script,
-which for the rest uses E=5, a=256.
+Departures from the authors' code: the two losses switch independently (theirs turns both off with one flag); padding
+is left out (theirs counts it in sequence means); the token-expert MLP and the experts share a dropout mask (theirs:
+one each); earlier micro-batches are kept by the loss, not in the layer, so gradient checkpointing is safe;
+accumulating n micro-batches weighs the losses once a step (theirs: in full for each, so n times: their script's
+accumulation of 5 makes aux_weight=0.01 a fifth of theirs here); any model with linear layers works (theirs: Qwen2
+only). Defaults are those of their dataclass, with top-k and both losses on as in their training script, which for the
+rest uses E=5, a=256.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ from moesaic.routing import (
     Gate,
     Joint,
     Made,
+    Map,
     MutualInformation,
     Router,
     RoutingContext,
@@ -201,13 +203,23 @@ class TokenExpertRouter(HotMoERouter):
         variance = torch.baddbmm(constant, flat.transpose(1, 2), flat, alpha=1 / flat.shape[1])
         return [logits], [variance]
 
+    @property
+    def drops(self) -> bool:
+        return self.training and self.dropout.p > 0
+
     def projection(self, context: RoutingContext | None = None) -> tuple[Tensor, Tensor] | None:
         """Values and MLP features in one map, unless dropout parts their inputs."""
-        return None if self.training and self.dropout.p > 0 else self.read_map()
+        return None if self.drops else self.read_map()
+
+    def maps(self, context: RoutingContext | None = None) -> tuple[Map, Map | None] | None:
+        """With dropout: values of the input, MLP features of what is left of it."""
+        if not self.drops:
+            return super().maps(context)
+        return (self.value.weight, self.value.bias), (self.hidden.weight, self.hidden.bias)
 
     def score(self, h: Tensor, context: RoutingContext | None = None) -> Tensor:
-        if self.training and self.dropout.p > 0:
-            dropped = drop_once(h, self.dropout.p, h, None if context is None else context.state, reader="routers")
+        if self.drops:
+            dropped = drop_once(h, self.dropout.p, h, None if context is None else context.state)
             parts = float_linear(self.value, h), float_linear(self.hidden, dropped)
             return self.from_projection(torch.cat(parts, dim=-1), context)
         return super().score(h, context)
