@@ -87,8 +87,9 @@ class Group:
         if held is None:
             return None
         first, routers, count = self.linears[0], held.routers, len(self.linears)
+        state = first.host.frame.state if first.host.frame is not None else {}
         z = first.host.in_float32(x)
-        flat, split, joint = z.reshape(-1, z.shape[-1]), count * held.width, Joint(self._contexts(x), held.kept)
+        flat, split, joint = z.reshape(-1, z.shape[-1]), count * held.width, Joint(self._contexts(x), state, held.kept)
         product = torch.mm(flat, held.weight) if held.bias is None else torch.addmm(held.bias, flat, held.weight)
         if held.width:
             read = product[:, :split].view(*x.shape[:-1], count, held.width)

@@ -33,6 +33,18 @@ class State(NamedTuple):
     logits: Tensor
 
 
+class Share(NamedTuple):
+    """One router's part of what several have made together, (..., G, p)."""
+
+    whole: State
+    place: int
+
+    @property
+    def state(self) -> State:
+        cell, logits = self.whole
+        return State(tuple(part.select(-2, self.place) for part in cell), logits.select(-2, self.place))
+
+
 class RecurrentRouter(SharingRouter):
     """`logits = G h`, with h the state of a recurrent cell that has run through the layers below.
 
@@ -96,26 +108,33 @@ class RecurrentRouter(SharingRouter):
     @classmethod
     def from_projections(cls, routers: Sequence[Self], read: Tensor, joint: Joint) -> Tensor:
         """One step of the cell for all, whose states stay together: so do the routers of the layer above find them."""
-        first, passed = routers[0], joint.contexts()[0].state
-        owner, chains = first.owner("cell"), tuple(router.chain for router in routers)
-        levels = {router.nearest(passed) for router in routers}
-        below: State | None = passed.get((owner, chains, next(iter(levels))))
-        if len(levels) > 1 or (below is None and levels != {None}) or len({r.setting for r in routers}) > 1:
+        first, passed, kept = routers[0], joint.state, joint.kept
+        if "alike" not in kept:
+            kept["alike"] = len({router.setting for router in routers}) == 1
+            kept["chains"] = first.owner("cell"), tuple(router.chain for router in routers)
+        owner, chains = kept["chains"]
+        below: State | None = passed.get((owner, chains, first.layer - 1))
+        apart = not kept["alike"]
+        if below is None:
+            levels = {router.nearest(passed) for router in routers}
+            below = passed.get((owner, chains, next(iter(levels))))
+            apart = apart or len(levels) > 1 or (below is None and levels != {None})
+        if apart:
             return super().from_projections(routers, read, joint)
         below = below if below is not None and below.cell[0].shape == read.shape else None
-        if "heads" not in joint.kept:
+        if "heads" not in kept:
             heads = [router.head.weight for router in routers if isinstance(router.head, nn.Linear)]
-            joint.kept["heads"] = torch.stack(heads).to(read.dtype).transpose(1, 2)
-            joint.kept["cell"] = joined(first.cell) if first.kind == "gru" else None
-        passed.setdefault((owner, False), joint.kept["cell"])
+            kept["heads"] = torch.stack(heads).to(read.dtype).transpose(1, 2)
+            kept["cell"] = joined(first.cell) if first.kind == "gru" else None
+        passed.setdefault((owner, False), kept["cell"])
         state = first.step(read, below.cell if below is not None and first.recurrence != "none" else None, passed)
-        logits = by_router(state[0], joint.kept["heads"])
+        logits = by_router(state[0], kept["heads"])
         if below is not None and first.residual_alpha:
             logits = logits + first.residual_alpha * below.logits
-        passed.setdefault((owner, chains, first.layer), State(state, logits))
+        whole = State(state, logits)
+        passed.setdefault((owner, chains, first.layer), whole)
         for i, chain in enumerate(chains):
-            own = State(tuple(part.select(-2, i) for part in state), logits.select(-2, i))
-            passed.setdefault((owner, chain, first.layer), own)
+            passed.setdefault((owner, chain, first.layer), Share(whole, i))
         return logits
 
     @property
@@ -133,7 +152,8 @@ class RecurrentRouter(SharingRouter):
         """The state of the nearest lower layer of the chain; None if there is none, or not of these tokens."""
         if self.dealt:  # tokens that a model's own experts were dealt: others in each layer
             return None
-        found: State | None = passed.get((self.owner("cell"), self.chain, self.nearest(passed)))
+        found: State | Share | None = passed.get((self.owner("cell"), self.chain, self.nearest(passed)))
+        found = found.state if isinstance(found, Share) else found
         return found if found is not None and found.cell[0].shape == read.shape else None
 
     def step(

@@ -112,6 +112,8 @@ class Joint:
 
     contexts: Callable[[], list[RoutingContext]]
     """Makes each router's context: not needed by all."""
+    state: MutableMapping[Any, Any] = field(default_factory=dict)
+    """The contexts' own."""
     kept: dict[Any, Any] = field(default_factory=dict)
     """For what is made of tensors in `read_from`: empty whenever one of these has changed."""
 
