@@ -312,13 +312,20 @@ def test_figures_of_other_suites_stay_in_the_file(monkeypatch: pytest.MonkeyPatc
     file = tmp_path / "made" / "bench.json"
     monkeypatch.setattr(measure, "keep_freed_memory", lambda: None)
 
-    def run(*, rounds: int, shape: Any, device: str, suites: Any, **settings: Any) -> Any:
-        return {**suite.described(rounds, shape, device), **dict.fromkeys(suites, 1)}
+    def run(*, rounds: int, shape: Any, device: str, suites: Any, keep: Any, **settings: Any) -> Any:
+        found = suite.described(rounds, shape, device)
+        for name in suites:
+            if name == "scale":
+                raise KeyboardInterrupt
+            found[name] = 1
+            keep(found)
+        return found
 
     monkeypatch.setattr(suite, "run", run)
     monkeypatch.setattr(bench, "tables", lambda result: [])
-    for name in ("mix", "train"):
-        bench.main([f"suites={name}", f"out={file}"])
+    bench.main(["suites=mix", f"out={file}"])
+    with pytest.raises(KeyboardInterrupt):
+        bench.main(["suites=train,scale", f"out={file}"])
     assert {"mix", "train"} < json.loads(file.read_text()).keys()
     kept = file.read_text()
     for other in ("dtype=bfloat16", "rounds=4", "d=64"):
@@ -371,7 +378,8 @@ def test_arms_share_the_weights_of_their_base() -> None:
         (["layers=0"], "layers=0 must be at least 1"),
         (["dropout=1"], "dropout=1.0 must be at least 0 and below 1"),
         (["dtype=bf16"], "dtype: there is no 'bf16'; did you mean 'bfloat16'"),
-        (["device=tpu"], "device=tpu cannot be used: "),
+        (["device=meta"], "device: there is no 'meta'; known: cpu, cuda"),
+        (["device=cpu:x"], "device=cpu:x cannot be used: "),
         (["methods=[mol]"], "methods: no method 'mol' to measure; did you mean 'mola'"),
         (["methods=mol"], "methods: no method 'mol' to measure"),
         (["out=/dev/null/x.json"], "out=/dev/null/x.json cannot be written: Not a directory"),

@@ -32,7 +32,7 @@ class BenchSettings:
     )
     rounds: int = field(default=20, metadata={"help": "times that all arms run in turn"})
     methods: list[str] | None = field(default=None, metadata={"help": "these methods only, e.g. methods=rmoe,mola"})
-    device: str = field(default="cpu", metadata={"help": "cpu, cuda or another that torch has"})
+    device: str = field(default="cpu", metadata={"help": "cpu or cuda"})
     dtype: str = field(
         default="float32", metadata={"help": "of the base: float32, bfloat16 or float16, trained under autocast"}
     )
@@ -41,7 +41,8 @@ class BenchSettings:
     layers: int | None = field(default=None, metadata={"help": "of all models; each suite's own where left out"})
     memory: bool = field(default=True, metadata={"help": "also measure peak memory, a fresh process for each arm"})
     out: str | None = field(
-        default=None, metadata={"help": "a JSON file for the figures; suites that are there and not measured stay"}
+        default=None,
+        metadata={"help": "a JSON file for the figures, written whenever a suite ends; others stay in it"},
     )
 
 
@@ -61,6 +62,12 @@ def main(overrides: list[str], *, as_json: bool = False) -> None:
     if settings.device == "cpu":
         measure.keep_freed_memory()
     console = Console()
+
+    def keep(found: dict[str, Any]) -> None:
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, {**before, **found})
+
     with Console(stderr=True).status("warming up") as status:
         result = suite.run(
             suites=settings.suites or suite.SUITES,
@@ -70,12 +77,10 @@ def main(overrides: list[str], *, as_json: bool = False) -> None:
             only=settings.methods,
             memory=settings.memory,
             progress=status.update,
+            keep=keep,
         )
     if "crossover" in result:
         crossover.keep(settings.device.partition(":")[0], settings.dtype, result["crossover"]["limit"])
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {**before, **result})
     if as_json:
         console.print_json(json.dumps(result))
         return
@@ -107,6 +112,8 @@ def _checked(settings: BenchSettings) -> dict[str, Any]:
         raise ConfigError(f"d={settings.d} must be a multiple of 16: models have 8 heads of even size")
     if settings.layers is not None and settings.layers < 1:
         raise ConfigError(f"layers={settings.layers} must be at least 1")
+    if settings.device.partition(":")[0] not in ("cpu", "cuda"):
+        raise ConfigError(f"device: there is no {settings.device!r}; {suggest(settings.device, ('cpu', 'cuda'))}")
     try:
         torch.empty(1, device=settings.device)
     except (RuntimeError, AssertionError) as error:

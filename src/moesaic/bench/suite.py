@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import peft
@@ -61,6 +61,7 @@ def run(
     only: Collection[str] | None = None,
     memory: bool = True,
     progress: Callable[[str], None] = lambda line: None,
+    keep: Callable[[dict[str, Any]], None] = lambda found: None,
 ) -> dict[str, Any]:
     """Measure everything.
 
@@ -71,6 +72,7 @@ def run(
         device: as torch names it.
         only: these methods instead of all.
         memory: also the peak memory of training, on a CPU in a fresh process for each arm.
+        keep: is handed what was found so far whenever a suite ends.
     """
     sizes = {name: {**size, **(shape or {})} for name, size in sizes.items()}
     torch.manual_seed(0)
@@ -82,7 +84,8 @@ def run(
         if "quantised" in suites:
             quantised.check()
         found["ceiling"] = measure.ceiling(dtype_of(sizes["linear"]))
-        _measure(found, suites, rounds, sizes, only, memory, progress)
+        for _ in _measure(found, suites, rounds, sizes, only, memory, progress):
+            keep(found)
     return found
 
 
@@ -105,7 +108,8 @@ def _measure(
     only: Collection[str] | None,
     memory: bool,
     progress: Callable[[str], None],
-) -> None:
+) -> Iterator[None]:
+    """Yields whenever a suite is in `found`."""
     by_linear, by_block = ([n for n in methods(level) if only is None or n in only] for level in ("linear", "block"))
     names = [*by_linear, *by_block]
 
@@ -117,8 +121,10 @@ def _measure(
         linear = measure.interleave(linear_steps(by_linear, size), 3 * rounds, progress=counted("one linear"))
         found["linear"] = measure.table(linear, "lora")
         found["linear_overhead_share_of_loop"] = measure.overhead_share(linear, base="frozen linear", loop=LOOP)
+        yield
     if "train" in suites:
         found |= _training(by_linear, by_block, rounds, sizes["model"], memory, progress, counted)
+        yield
     size = sizes["generating"]
     if {"decode", "compiled", "prefill"} & set(suites):
         found["generating"] = {**size, "targets": "all seven linears"}
@@ -126,18 +132,24 @@ def _measure(
         counts = generating.count(names, progress)
         found["decode_kernels"] = {name: _beside(own, counts["lora"]) for name, own in counts.items()}
         found["decode"] = generating.run_decoding(names, rounds, size, generating.ROWS, counted)
+        yield
     if "compiled" in suites:
         found["compiled"] = compiled.run(names, rounds, size, counted, progress)
+        yield
     if "prefill" in suites:
         found["prefill"] = generating.run_prefill(names, rounds, size, counted)
+        yield
     if "scale" in suites:
         found["scale"] = scale.run(rounds, sizes["scale"], counted)
+        yield
     if "crossover" in suites:
         found["crossover"] = {**crossover.run(rounds, sizes["crossover"], counted), **sizes["crossover"]}
+        yield
     if "quantised" in suites:
         size = sizes["quantised"]
         own = [name for name in by_linear if only is not None or name in quantised.METHODS]
         found["quantised"] = {"size": size, **quantised.run(own, rounds, size, counted)}
+        yield
 
 
 def _training(
