@@ -345,6 +345,13 @@ def test_a_crossover_is_kept_for_this_device(monkeypatch: pytest.MonkeyPatch, tm
     assert own.read("cpu") == {"bfloat16": 96}
 
 
+def test_a_crossover_that_could_not_be_kept_is_told_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOESAIC_CACHE", "/dev/null/cache")
+    monkeypatch.setattr(suite, "run", lambda **settings: pytest.fail("measured in vain"))
+    with pytest.raises(ConfigError, match=r"crossover.json, where crossovers are kept .* cannot be written"):
+        bench.main(["suites=crossover"])
+
+
 def test_steps_of_decoding_leave_the_prompt_in_the_cache() -> None:
     seen: list[int] = []
 

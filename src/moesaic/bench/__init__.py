@@ -94,6 +94,8 @@ def _checked(settings: BenchSettings) -> dict[str, Any]:
 
     from moesaic.bench import arms, suite
     from moesaic.errors import ConfigError, first_line, suggest
+    from moesaic.lora import crossover
+    from moesaic.runs.folder import check_writable
 
     if settings.rounds < 2:
         raise ConfigError(f"rounds={settings.rounds} must be at least 2: quartiles need them")
@@ -104,6 +106,8 @@ def _checked(settings: BenchSettings) -> dict[str, Any]:
     for name in settings.suites or ():
         if name not in suite.SUITES:
             raise ConfigError(f"suites: there is no suite {name!r}; {suggest(name, suite.SUITES)}")
+    if "crossover" in (settings.suites or suite.SUITES):
+        check_writable(crossover.file(), f"{crossover.file()}, where crossovers are kept (set MOESAIC_CACHE),")
     if settings.dtype not in DTYPES:
         raise ConfigError(f"dtype: there is no {settings.dtype!r}; {suggest(settings.dtype, DTYPES)}")
     if not 0 <= settings.dropout < 1:
