@@ -31,6 +31,17 @@ SUITES = ("mix", "train", "decode", "prefill")
 """Those that run here together; the others have tests of their own."""
 
 
+CEILING = measure.ceiling
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_ceiling() -> Iterator[None]:
+    """It takes a second or two whenever something is measured."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "ceiling", lambda dtype: CEILING(dtype, n=16, megabytes=1))
+        yield
+
+
 def test_ratios_are_medians_round_by_round() -> None:
     seconds = {"lora": [1.0, 2.0, 4.0], "slow": [2.0, 3.0, 20.0]}
     rows = measure.table(seconds, "lora")
@@ -200,15 +211,15 @@ def test_compiled_decoding_is_timed_apart_from_compiling(monkeypatch: pytest.Mon
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda run, fullgraph, mode: compile(run, backend=nothing, fullgraph=True))
     threads = torch.get_num_threads()
-    found = suite.run(suites=["compiled"], rounds=2, sizes=SIZES, only=["mola", "sequence", "rmoe"])
+    found = suite.run(suites=["compiled"], rounds=2, sizes=SIZES, only=["mola", "sequence"])
     torch.set_num_threads(threads)
-    assert found["compiled"].keys() == {arms.FROZEN, "lora", "mola", "rmoe", arms.LOOP}
+    assert found["compiled"].keys() == {arms.FROZEN, "lora", "mola", arms.LOOP}
     assert len(traced) == len(found["compiled"])
     assert found["compiled"]["lora"]["compiling_ratio"] == 1.0
     assert found["compiled"]["mola"]["compiling"] > 0
     [(title, rows)] = bench.tables(found)
     assert "compiled" in title
-    assert len(rows) == 5
+    assert len(rows) == 4
 
 
 def test_a_machine_without_a_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

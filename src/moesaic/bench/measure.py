@@ -71,9 +71,8 @@ def overhead_share(seconds: Seconds, *, base: str, loop: str) -> dict[str, float
     }
 
 
-def ceiling(dtype: torch.dtype) -> dict[str, float]:
-    """What the device does at its best: a square product, and a copy of what no cache holds; of eight each."""
-    n, megabytes = 2048, 256
+def ceiling(dtype: torch.dtype, *, n: int = 2048, megabytes: int = 256) -> dict[str, float]:
+    """What the device does at its best: a product of (n, n) matrices, and a copy of what no cache holds; of 8 each."""
     a, b = (torch.randn(n, n).to(dtype) for _ in range(2))
     source = torch.zeros(megabytes * 2**18)
     target = torch.zeros_like(source)
