@@ -52,6 +52,17 @@ def test_a_prompt_and_a_step_of_decoding_are_a_graph_each(name: str) -> None:
     torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("mola", {"num_experts": 32, "r": 4, "target_modules": ["q_proj"]}), ("mixlora", {})],
+)
+def test_experts_that_are_read_alone_and_whole_ffns_are_in_the_graph_too(name: str, settings: dict[str, Any]) -> None:
+    model = tiny.wrap(tiny.llama(), tiny.small(name, **settings))
+    ids = tiny.batch(model, rows=1, labels=False)["input_ids"]
+    found = [_logits(model, ids, torch.ones_like(ids), how) for how in (lambda run: run, in_one_graph)]
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-4)
+
+
 @torch.no_grad()
 def _logits(model: Any, ids: Tensor, mask: Tensor, how: Callable[..., Any]) -> list[Tensor]:
     """Of the prompt, and behind it of a token with a static cache that an eager forward has filled."""

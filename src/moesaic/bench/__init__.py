@@ -16,6 +16,8 @@ from moesaic.bench.shown import Rows, tables
 
 __all__ = ["BenchSettings", "main", "tables"]
 
+SOME_MODELS = 512
+"""Hidden size from which a crossover says something of models: it is kept."""
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -79,7 +81,7 @@ def main(overrides: list[str], *, as_json: bool = False) -> None:
             progress=status.update,
             keep=keep,
         )
-    if "crossover" in result:
+    if "crossover" in result and result["crossover"]["d"] >= SOME_MODELS:
         crossover.keep(settings.device.partition(":")[0], settings.dtype, result["crossover"]["limit"])
     if as_json:
         console.print_json(json.dumps(result))

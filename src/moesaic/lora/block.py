@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from moesaic.errors import ConfigError, TrainingError
 from moesaic.host import Host
 from moesaic.lora.factors import Factors
-from moesaic.lora.mix import choose
+from moesaic.lora.mix import by_expert, choose
 from moesaic.lora.pairs import Pairs, down, kernel_for, spread, weighted_sum
 from moesaic.routing import Gate
 
@@ -141,7 +141,7 @@ class FeedForward:
 
 
 def _by_expert(m: Tensor, pairs: Pairs) -> Tensor:
-    return m.unflatten(0, (len(pairs.ends), -1))
+    return by_expert(m, len(pairs.ends))
 
 
 def _in_rank_space(layer: Linear, adapter: str, z: Tensor, pairs: Pairs) -> bool:

@@ -246,7 +246,7 @@ def grouped(x: Tensor, A: Tensor, B: Tensor, weights: Tensor, base: Tensor | Non
     x, A, B = x.to(dtype), A.to(dtype), B.to(dtype)
     num_experts, d_out = weights.shape[-1], B.shape[-1]
     shared = len(A) < len(B)
-    a, b = A.unflatten(0, (1 if shared else num_experts, -1)), B.unflatten(0, (num_experts, -1))
+    a, b = by_expert(A, 1 if shared else num_experts), by_expert(B, num_experts)
     a, b, x = pad_strides(a), pad_strides(b), pad_strides(x)
 
     expert, token = weights.t().nonzero(as_tuple=True)
@@ -264,15 +264,20 @@ def gathered(x: Tensor, A: Tensor, B: Tensor, weights: Tensor, base: Tensor | No
     num_experts = weights.shape[-1]
     chosen = weights.abs().topk(top_k, dim=-1).indices
     w = weights.gather(-1, chosen).to(x.dtype)
-    b = B.unflatten(0, (num_experts, -1))[chosen].flatten(1, 2).to(x.dtype)
+    b = by_expert(B, num_experts)[chosen].flatten(1, 2).to(x.dtype)
     if len(A) < len(B):
         z = F.linear(x, A.to(x.dtype)).unsqueeze(1)
     else:
-        a = A.unflatten(0, (num_experts, -1))[chosen].flatten(1, 2).to(x.dtype)
+        a = by_expert(A, num_experts)[chosen].flatten(1, 2).to(x.dtype)
         z = torch.bmm(a, x.unsqueeze(-1)).view(len(x), top_k, -1)
     low = (z * w.unsqueeze(-1)).view(len(x), 1, -1)
     out = torch.bmm(low, b).squeeze(1)
     return out if base is None else base + out.to(base.dtype)
+
+
+def by_expert(m: Tensor, num_experts: int) -> Tensor:
+    """(E*r, d) as (E, r, d). Not by `unflatten`, which no compiler follows on a parameter."""
+    return m.view(num_experts, -1, m.shape[-1])
 
 
 def pad_strides(m: Tensor) -> Tensor:

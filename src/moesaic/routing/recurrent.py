@@ -103,7 +103,7 @@ class RecurrentRouter(SharingRouter):
     def read_from(self) -> tuple[Tensor, ...]:
         """What `from_projections` keeps something of, too."""
         head = (self.head.weight,) if isinstance(self.head, nn.Linear) else ()
-        return self.projection()[0], *head, *_weights(self.cell)
+        return self.projector.weight, *head, *(self.cell._parameters.values() or _weights(self.cell))
 
     @classmethod
     def from_projections(cls, routers: Sequence[Self], read: Tensor, joint: Joint) -> Tensor:
