@@ -111,7 +111,7 @@ def spread(base: Tensor | None, z: Tensor, m: Tensor, pairs: Pairs, kernel: Kern
 def down(rows: Tensor, m: Tensor, pairs: Pairs, kernel: Kernel) -> Tensor:
     """`rows M_e^T`: rows (P, F), m (E, r, F) -> (P, r)."""
     if kernel == "masked":
-        every = (rows @ m.flatten(0, 1).t()).unflatten(1, (len(m), -1))
+        every = (rows @ m.flatten(0, 1).t()).view(len(rows), len(m), -1)
         return (_mask(pairs, rows) * every).sum(dim=1)
     return cast(Tensor, _Down.apply(rows, m, pairs))
 
