@@ -350,9 +350,12 @@ def test_a_crossover_is_kept_for_this_device(monkeypatch: pytest.MonkeyPatch, tm
 
     monkeypatch.setattr(own, "file", lambda: tmp_path / "made" / "crossover.json")
     monkeypatch.setattr(measure, "keep_freed_memory", lambda: None)
-    monkeypatch.setattr(suite, "run", lambda **settings: {"crossover": {"limit": 96, "table": {}}})
+    size = {"d": 1024}
+    monkeypatch.setattr(suite, "run", lambda **settings: {"crossover": {"limit": 96, "table": {}, **size}})
     monkeypatch.setattr(bench, "tables", lambda result: [])
     bench.main(["suites=crossover", "dtype=bfloat16"])
+    size["d"] = 64  # which says nothing of models
+    bench.main(["suites=crossover", "dtype=float32"])
     assert own.read("cpu") == {"bfloat16": 96}
 
 

@@ -101,8 +101,8 @@ def run_prefill(names: Iterable[str], rounds: int, size: Size, told: Told) -> di
 def beside(seconds: measure.Seconds, *, steps_a_turn: int = 1) -> dict[str, Any]:
     """Milliseconds a step, ratios to LoRA and to the frozen base."""
     to_base = measure.table(seconds, FROZEN)
-    each = {name: [value / steps_a_turn for value in values] for name, values in seconds.items()}
-    return {name: {**row, "to_base": to_base[name]["ratio"]} for name, row in measure.table(each, "lora").items()}
+    each = measure.table(measure.each_of(steps_a_turn, seconds), "lora")
+    return {name: {**row, "to_base": to_base[name]["ratio"]} for name, row in each.items()}
 
 
 def count(names: Iterable[str], told: Callable[[str], None]) -> dict[str, dict[str, int]]:

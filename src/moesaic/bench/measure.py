@@ -62,6 +62,11 @@ def table(seconds: Seconds, reference: str) -> dict[str, dict[str, float]]:
     }
 
 
+def each_of(number: int, seconds: Seconds) -> Seconds:
+    """Seconds of one of so many that were timed together."""
+    return {name: [value / number for value in values] for name, values in seconds.items()}
+
+
 def overhead_share(seconds: Seconds, *, base: str, loop: str) -> dict[str, float]:
     """Each arm's overhead over `base`, as a share of `loop`'s: median over rounds."""
     return {

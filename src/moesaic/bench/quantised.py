@@ -65,6 +65,8 @@ def run(names: Iterable[str], rounds: int, size: Size, told: Told) -> dict[str, 
     found: dict[str, Any] = {}
     for kind, each in steps.items():
         seconds = measure.interleave(each, rounds, progress=told(f"quantised bases, {kind}"))
+        if kind == "decoding":
+            seconds = measure.each_of(size["new"], seconds)
         found[kind] = {base: _beside(seconds, base, list(arms)) for base in bases}
     return found
 

@@ -69,7 +69,10 @@ def _adapters(rounds: int, size: Size, told: Told, numbers: Any) -> dict[str, Ta
     found: dict[str, Table] = {}
     for kind, step in kinds.items():
         steps = {name: step(model) for name, model in models.items()}
-        table = measure.table(measure.interleave(steps, rounds, progress=told(f"adapters, {kind}")), str(REFERENCE))
+        seconds = measure.interleave(steps, rounds, progress=told(f"adapters, {kind}"))
+        if kind == "decoding":
+            seconds = measure.each_of(given["new"], seconds)
+        table = measure.table(seconds, str(REFERENCE))
         found[kind] = {name: {**row, "megabytes": int(name) * each / 1e6} for name, row in table.items()}
     return found
 
