@@ -41,7 +41,9 @@ PLAIN = "as it is"
 def check() -> None:
     """Raise ConfigError where none of the packages is installed."""
     if not installed():
-        raise ConfigError("the suite quantised needs bitsandbytes or torchao: pip install bitsandbytes torchao")
+        raise ConfigError(
+            "the suite quantised needs bitsandbytes or torchao: pip install bitsandbytes torchao, or name other suites"
+        )
 
 
 def installed() -> list[str]:

@@ -11,7 +11,7 @@ the cache, and is made anew when what it is made of changes (see `Made`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -78,7 +78,7 @@ class Group:
     def takes(self, linear: Linear) -> bool:
         return self._kind(linear) == self._kind(self.linears[0])
 
-    def low(self, x: Tensor, *, recorded: bool) -> list[Part] | None:
+    def low(self, x: Tensor, state: MutableMapping[Any, Any], *, recorded: bool) -> list[Part] | None:
         """What each linear goes on with, of x (..., d_in).
 
         None where they are to be left apart.
@@ -87,7 +87,6 @@ class Group:
         if held is None:
             return None
         first, routers, count = self.linears[0], held.routers, len(self.linears)
-        state = first.host.frame.state if first.host.frame is not None else {}
         z = first.host.in_float32(x)
         flat, split, joint = z.reshape(-1, z.shape[-1]), count * held.width, Joint(self._contexts(x), state, held.kept)
         product = torch.mm(flat, held.weight) if held.bias is None else torch.addmm(held.bias, flat, held.weight)
@@ -176,7 +175,7 @@ def low_rank(linear: Linear, adapter: str, x: Tensor) -> tuple[Tensor, Tensor] |
         return None
     made = frame.state.get(group)
     if made is None or made[0] is not x or made[1] != version or linear not in made[2]:
-        parts = group.low(x, recorded=host.wants(adapter))
+        parts = group.low(x, frame.state, recorded=host.wants(adapter))
         if parts is None:
             return None
         frame.state[group] = made = x, version, dict(zip(group.linears, parts, strict=True))
