@@ -21,7 +21,7 @@ from moesaic.lora import METHODS
 from moesaic.lora import layer as layers
 from moesaic.lora.methods.topiclora import PrototypeRouter
 from moesaic.lora.together import Group, Stacked
-from moesaic.routing import AsTheyAre, EntropyHybrid, Gate, Joint, Made, RoutingContext, Softmax, TopK, TopP
+from moesaic.routing import AsTheyAre, EntropyHybrid, Gate, Joint, RoutingContext, Seen, Softmax, TopK, TopP
 from moesaic.routing.entropy import EntropyType, exceeds, generalised_entropy
 from tests import tiny
 
@@ -344,22 +344,96 @@ def test_with_gradients_every_linear_is_computed_by_itself(stacked: Counter[int]
 # -- parts ------------------------------------------------------------------------------------------------------------
 
 
-def test_what_was_made_holds_until_a_tensor_is_replaced_or_written_to() -> None:
-    a, b = nn.Parameter(torch.ones(2)), torch.ones(2)
-    made = Made("value", [a, b, made_of := object()])
-    assert made.holds([a, b, made_of])
-    assert not made.holds([a, b])
-    assert not made.holds([a, b.clone(), made_of])
-    assert not made.holds([a, b, object()])
+class Held(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(2, 3)
+        self.register_buffer("kept", torch.ones(2))
+        self.plain = torch.ones(2)
+        self.lent: nn.Module
+        object.__setattr__(self, "lent", nn.Linear(2, 2))
+
+
+def written(held: Held) -> None:
     with torch.no_grad():
-        a.add_(0)
-    assert not made.holds([a, b, made_of])
-    made = Made("value", [a])
-    a.data = torch.ones(2)
-    assert not made.holds([a])
+        held.inner.weight.add_(0)
+
+
+def in_a_buffer(held: Held) -> None:
+    cast(Tensor, held.kept).mul_(1)
+
+
+def beside_the_parameters(held: Held) -> None:
+    held.plain.mul_(1)
+
+
+def in_what_is_lent(held: Held) -> None:
+    with torch.no_grad():
+        held.lent.weight.add_(0)  # type: ignore[operator]
+
+
+def moved(held: Held) -> None:
+    held.inner.weight.data = held.inner.weight.data.clone()
+
+
+def another_parameter(held: Held) -> None:
+    held.inner.weight = nn.Parameter(held.inner.weight.detach().clone())
+
+
+def another_module(held: Held) -> None:
+    held.inner = nn.Linear(2, 3)
+
+
+def no_parameter(held: Held) -> None:
+    del held.inner.bias
+
+
+def in_training(held: Held) -> None:
+    held.train()
+
+
+def heard(held: Held) -> None:
+    held.register_forward_hook(lambda *args: None)
+
+
+SEEN = [
+    written,
+    in_a_buffer,
+    beside_the_parameters,
+    in_what_is_lent,
+    moved,
+    another_parameter,
+    another_module,
+    no_parameter,
+    in_training,
+    heard,
+]
+
+
+@pytest.mark.parametrize("change", SEEN, ids=lambda change: change.__name__)
+def test_what_was_seen_holds_until_a_tensor_a_mode_or_a_hook_changes(change: Callable[[Held], None]) -> None:
+    held, seen = Held().eval(), Seen()
+    seen.module({"held": held}, "held")
+    assert seen.holds()
+    change(held)
+    assert not seen.holds()
+
+
+def test_what_nobody_can_tell_never_holds() -> None:
     with torch.inference_mode():
-        untracked = torch.ones(2)
-    assert not Made("value", [untracked]).holds([untracked])
+        held = Held()
+    seen = Seen()
+    seen.inside(held)
+    assert not seen.holds()
+
+
+def test_what_need_not_be_unwritten_counts_by_identity() -> None:
+    held, seen = Held(), Seen()
+    seen.inside(held, written=False)
+    written(held)
+    assert seen.holds()
+    another_parameter(held)
+    assert not seen.holds()
 
 
 def test_a_router_that_goes_its_own_way_does_not_inherit_how_others_go_together() -> None:
@@ -367,18 +441,12 @@ def test_a_router_that_goes_its_own_way_does_not_inherit_how_others_go_together(
         def from_projection(self, read: Tensor, context: RoutingContext | None = None) -> Tensor:
             return -super().from_projection(read, context)
 
-    class Moved(PrototypeRouter):
-        def projection(self, context: RoutingContext | None = None) -> tuple[Tensor, None]:
-            return 2 * self.read.weight, None
-
     torch.manual_seed(0)
     prototypes, read = torch.eye(4), torch.randn(3, 2, 4)
     turned, plain = ([cls(5, prototypes) for _ in range(2)] for cls in (Turned, PrototypeRouter))
     joint = [Joint(lambda: [RoutingContext()] * 2) for _ in range(2)]
     wanted = PrototypeRouter.from_projections(plain, read, joint[0])
     torch.testing.assert_close(Turned.from_projections(turned, read, joint[1]), -wanted)
-    assert Moved(5, prototypes).read_from()[0] is not plain[0].read.weight
-    assert plain[0].read_from()[0] is plain[0].read.weight
 
 
 GATES: list[Gate] = [

@@ -30,7 +30,7 @@ from moesaic.lora.mix import (
     weigh_and_expand,
 )
 from moesaic.lora.together import low_rank
-from moesaic.routing import Gate, Record, Router, Routing, RoutingContext, Site, no_autocast
+from moesaic.routing import Gate, Record, Router, Routing, RoutingContext, Seen, Site, no_autocast
 
 _CROSS_ATTENTION = re.compile(r"cross_?att|EncDecAttention|encoder_attn", re.IGNORECASE)
 _KEY_OR_VALUE = re.compile(r"^(k|v|key|value|k_proj|v_proj|key_proj|value_proj|kv_proj|c_attn)$")
@@ -304,23 +304,22 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         here = type(A) is nn.Parameter and A.device == x.device and A.shape[-1] == x.shape[-1]
         return here and A.dtype == B.dtype == dtype and self._is_dense(adapter, router, A)
 
-    def depends_on(self, adapter: str) -> list[Any]:
-        """All that a step's weighting of `A x` depends on beside x. Asked at every step, so short of detours."""
-        modules = self._modules
-        factors = [cast(Factors, modules[name]) for name in ("moe_lora_A", "moe_lora_B", "moe_lora_scaling")]
-        held = [holder[adapter] for holder in factors if adapter in holder._modules]
-        router, dropout = self.router(adapter), cast(Any, modules["moe_lora_dropout"])._modules.get(adapter)
-        if router is None or dropout is None:
-            return []
-        watched = bool(router._forward_pre_hooks or router._forward_hooks)
-        modes = self.training, router.training, dropout.training, dropout.p, watched, self.backends[adapter]
-        return [
-            router,
-            self.eval_gates[adapter],
-            *modes,
-            *held,
-            *(router.read_from() if router.reads_by_projection else ()),
-        ]
+    def look(self, adapter: str, seen: Seen) -> None:
+        """Have all looked at that a step's weighting of `A x` depends on beside x. B is read anew each time."""
+        if self.router(adapter) is None:  # the adapter has left
+            return
+        seen.value(vars(self), "training")
+        for factors in (self.moe_lora_A, self.moe_lora_B, self.moe_lora_scaling):
+            if adapter in factors:
+                seen.value(factors._modules, adapter)
+                seen.inside(factors.get_submodule(adapter), written=factors is not self.moe_lora_B)
+        seen.module(self.moe_lora_router._modules, adapter)
+        seen.value(self.moe_lora_dropout._modules, adapter)
+        dropout = vars(self.moe_lora_dropout[adapter])
+        for settings, key in ((self.eval_gates, adapter), (self.backends, adapter), (dropout, "training")):
+            seen.value(settings, key)
+        if dropout["training"]:
+            seen.value(dropout, "p")
 
     def context(self, adapter: str, x: Tensor) -> RoutingContext:
         """What the adapter's router may see of the running forward, for this layer's input."""

@@ -6,7 +6,7 @@ product with B for each linear.
 
 Which linears those are is seen while the cache's first tokens go through the model: the first forward computes each
 linear by itself, as do forwards with gradients, in training, and under `torch.compile`. What is kept lives as long as
-the cache, and is made anew when what it is made of changes (see `Made`).
+the cache, and is made anew when what it is made of changes (see `Seen`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from moesaic.host import Host
 from moesaic.lora.factors import Factors
 from moesaic.lora.mix import weigh
-from moesaic.routing import Gate, Joint, Made, Router, Routing, RoutingContext
+from moesaic.routing import Gate, Joint, Router, Routing, RoutingContext, Seen
 
 
 class Linear(Protocol):
@@ -41,7 +41,7 @@ class Linear(Protocol):
 
     def only_weighs(self, adapter: str, x: Tensor) -> bool: ...
 
-    def depends_on(self, adapter: str) -> list[Any]: ...
+    def look(self, adapter: str, seen: Seen) -> None: ...
 
 
 class Stacked(NamedTuple):
@@ -73,7 +73,8 @@ class Group:
 
     adapter: str
     linears: list[Linear] = field(default_factory=list)
-    made: Made[Stacked | None] | None = None
+    made: tuple[torch.dtype, Stacked | None] | None = None
+    """Of inputs of this dtype; None where it is to be made."""
 
     def takes(self, linear: Linear) -> bool:
         return self._kind(linear) == self._kind(self.linears[0])
@@ -111,14 +112,10 @@ class Group:
         return lambda: [linear.context(self.adapter, x) for linear in self.linears]
 
     def _stacked(self, x: Tensor) -> Stacked | None:
-        """What is kept, made anew where it is out of date."""
-        sources: list[Any] = [x.dtype]
-        for linear in self.linears:
-            sources += linear.depends_on(self.adapter)
-        if self.made is None or not self.made.holds(sources):
+        if self.made is None or self.made[0] != x.dtype:
             alike = all(linear.only_weighs(self.adapter, x) and self.takes(linear) for linear in self.linears)
-            self.made = Made(self._stack(x) if alike else None, sources)
-        return self.made.value
+            self.made = x.dtype, self._stack(x) if alike else None
+        return self.made[1]
 
     def _stack(self, x: Tensor) -> Stacked | None:
         maps: list[tuple[Tensor, Tensor | None]] = []
@@ -158,6 +155,38 @@ class Group:
         )
 
 
+@dataclass(eq=False)
+class Groups:
+    """An adapter's, on the KV cache."""
+
+    adapter: str
+    of: dict[Linear, Group] = field(default_factory=dict)
+    seen: Seen = field(default_factory=Seen)
+
+    def add(self, linear: Linear, x: Tensor, state: MutableMapping[Any, Any]) -> None:
+        """Into the group of those that have just read x, where there is one for it; else into one of its own."""
+        last, groups = state.get(Group, (None, []))
+        if last is not x:
+            groups = []
+        group = next((g for g in groups if g.adapter == self.adapter and g.takes(linear)), None)
+        if group is None:
+            group = Group(self.adapter)
+            groups.append(group)
+        group.linears.append(linear)
+        state[Group] = x, groups
+        self.of[linear] = group
+        linear.look(self.adapter, self.seen)
+
+    def refresh(self, state: MutableMapping[Any, Any]) -> None:
+        """Let go of what is kept where anything it was made of has changed: asked once a forward."""
+        if self not in state and not self.seen.holds():
+            self.seen = Seen()
+            for linear, group in self.of.items():
+                group.made = None
+                linear.look(self.adapter, self.seen)
+        state[self] = True
+
+
 def low_rank(linear: Linear, adapter: str, x: Tensor) -> tuple[Tensor, Tensor] | None:
     """The linear's `A x` with its weights (N, E*r), of x (..., d_in), and its B; None where it is computed by itself.
 
@@ -167,14 +196,17 @@ def low_rank(linear: Linear, adapter: str, x: Tensor) -> tuple[Tensor, Tensor] |
     frame = host.frame
     if frame is None or not frame.keeps or torch.is_grad_enabled() or x.dim() < 2:
         return None
-    groups: dict[Linear, Group] = frame.memory.setdefault((Group, adapter), {})
-    group, version = groups.get(linear), 0 if x.is_inference() else x._version
+    groups: Groups | None = frame.memory.get((Group, adapter))
+    if groups is None:
+        groups = frame.memory[Group, adapter] = Groups(adapter)
+    group, version = groups.of.get(linear), 0 if x.is_inference() else x._version
     if group is None:
         if linear.only_weighs(adapter, x):
-            groups[linear] = _group(linear, adapter, x, frame.state)
+            groups.add(linear, x, frame.state)
         return None
     made = frame.state.get(group)
     if made is None or made[0] is not x or made[1] != version or linear not in made[2]:
+        groups.refresh(frame.state)
         parts = group.low(x, frame.state, recorded=host.wants(adapter))
         if parts is None:
             return None
@@ -183,17 +215,3 @@ def low_rank(linear: Linear, adapter: str, x: Tensor) -> tuple[Tensor, Tensor] |
     if routing is not None:
         linear.record(adapter, x, routing, linear.context(adapter, x))
     return low, B
-
-
-def _group(linear: Linear, adapter: str, x: Tensor, state: dict[Any, Any]) -> Group:
-    """The group of those that have just read x, where there is one for the linear; else one of its own."""
-    last, groups = state.get(Group, (None, []))
-    if last is not x:
-        groups = []
-    group = next((g for g in groups if g.adapter == adapter and g.takes(linear)), None)
-    if group is None:
-        group = Group(adapter)
-        groups.append(group)
-    group.linears.append(linear)
-    state[Group] = x, groups
-    return group

@@ -12,7 +12,7 @@ from moesaic.routing.losses import (
     ZLoss,
     pool,
 )
-from moesaic.routing.made import Made
+from moesaic.routing.made import Seen
 from moesaic.routing.router import (
     Joint,
     LinearRouter,
@@ -35,7 +35,6 @@ __all__ = [
     "Gate",
     "Joint",
     "LinearRouter",
-    "Made",
     "Map",
     "MutualInformation",
     "Record",
@@ -44,6 +43,7 @@ __all__ = [
     "Routing",
     "RoutingContext",
     "RoutingTrace",
+    "Seen",
     "SharingRouter",
     "Similarity",
     "Site",

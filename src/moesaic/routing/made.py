@@ -1,40 +1,79 @@
-"""What was made of parameters, kept for as long as it would be made the same."""
+"""What was made of modules, kept for as long as it would be made the same."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from operator import is_
-from typing import Any, Generic, TypeVar
+from collections.abc import Mapping
+from operator import attrgetter, getitem, is_
+from typing import Any
 
 from torch import Tensor, nn
 
-Value = TypeVar("Value")
+_version, _place = attrgetter("_version"), Tensor.data_ptr
 
 
-class Made(Generic[Value]):
-    """A value, and the tensors that it was made of.
+class Seen:
+    """Modules as they were when they were looked at: which tensors they hold, unwritten, in which mode, heard by whom.
 
-    It holds until one of them is another tensor, was written to, or lies elsewhere: optimizer steps, loading, moving
-    and assigning show by that. What is written through `.data` does not.
+    Optimizer steps, loading, moving and assigning show; what is written through `.data` does not. A step of decoding
+    asks once, between products that leave nothing of this in the processor's caches: so it is flat lists, and short.
     """
 
-    def __init__(self, value: Value, sources: Sequence[Any]) -> None:
-        self.value, self.sources = value, tuple(sources)
-        self.tensors = [source for source in self.sources if isinstance(source, Tensor)]
-        self.marks = _marks(self.tensors) if all(map(_tells, self.tensors)) else None
+    def __init__(self) -> None:
+        self._holders: list[Mapping[Any, Any]] = []
+        self._keys: list[Any] = []
+        self._values: list[Any] = []
+        self._hooks: list[Mapping[Any, Any]] = []
+        self._heard: list[int] = []
+        self._tensors: list[Tensor] = []
+        self._versions: list[int] = []
+        self._places: list[int] = []
+        self._modules: set[nn.Module] = set()
+        self._tells = True
 
-    def holds(self, sources: Sequence[Any]) -> bool:
-        """Whether it would be the same, made of `sources`: tensors, and objects that count by identity."""
-        if len(sources) != len(self.sources) or not all(map(is_, sources, self.sources)):
+    def value(self, holder: Mapping[Any, Any], key: Any) -> None:
+        """Look at which object a dictionary has under a key."""
+        self._holders.append(holder)
+        self._keys.append(key)
+        self._values.append(holder[key])
+
+    def module(self, holder: Mapping[Any, Any], key: Any) -> None:
+        """Look at a module that a dictionary has under a key: its mode, who hears it, and what it is made of."""
+        self.value(holder, key)
+        module: nn.Module = holder[key]
+        self.value(vars(module), "training")
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            self._hooks.append(hooks)
+            self._heard.append(len(hooks))
+        self.inside(module)
+
+    def inside(self, module: nn.Module, *, written: bool = True) -> None:
+        """Look at a module's tensors and modules, also at those that it borrows, and whether one is `written` to."""
+        if module in self._modules:
+            return
+        self._modules.add(module)
+        own = vars(module)
+        borrowed = {key: own for key, value in own.items() if isinstance(value, (Tensor, nn.Module))}
+        held = {key: each for each in (module._parameters, module._buffers, module._modules) for key in each}
+        for key, holder in (held | borrowed).items():
+            self.value(holder, key)
+            if isinstance(value := holder[key], nn.Module):
+                self.inside(value, written=written)
+            elif value is not None and written:
+                self._tensor(value)
+
+    def _tensor(self, tensor: Tensor) -> None:
+        self._tells = self._tells and type(tensor) in (Tensor, nn.Parameter) and not tensor.is_inference()
+        if self._tells:  # not one that is spread over processes, for example
+            self._tensors.append(tensor)
+            self._versions.append(_version(tensor))
+            self._places.append(_place(tensor))
+
+    def holds(self) -> bool:
+        """Whether all is as it was."""
+        try:
+            same = all(map(is_, map(getitem, self._holders, self._keys), self._values))
+        except KeyError:
             return False
-        return self.marks is not None and _marks(self.tensors) == self.marks
-
-
-def _marks(tensors: list[Tensor]) -> list[tuple[int, int]]:
-    """Version and place of each."""
-    return [(tensor._version, tensor.data_ptr()) for tensor in tensors]
-
-
-def _tells(tensor: Tensor) -> bool:
-    """Not one that is spread over processes, for example."""
-    return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_inference()
+        unwritten = self._tells and list(map(_version, self._tensors)) == self._versions
+        heard = list(map(len, self._hooks)) == self._heard
+        return same and heard and unwritten and list(map(_place, self._tensors)) == self._places

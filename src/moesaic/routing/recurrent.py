@@ -100,11 +100,6 @@ class RecurrentRouter(SharingRouter):
         passed.setdefault((self.owner("cell"), self.chain, self.layer), State(state, logits))
         return logits
 
-    def read_from(self) -> tuple[Tensor, ...]:
-        """What `from_projections` keeps something of, too."""
-        head = (self.head.weight,) if isinstance(self.head, nn.Linear) else ()
-        return self.projector.weight, *head, *(self.cell._parameters.values() or _weights(self.cell))
-
     @classmethod
     def from_projections(cls, routers: Sequence[Self], read: Tensor, joint: Joint) -> Tensor:
         """One step of the cell for all, whose states stay together: so do the routers of the layer above find them."""

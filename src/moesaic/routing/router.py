@@ -98,7 +98,6 @@ Map = tuple[Tensor, Tensor | None]
 """Weight (P, d_in) and bias (P,) of what is read of an input."""
 
 _TOGETHER = {
-    "projection": "read_from",
     "from_projection": "from_projections",
     "score": "from_inputs",
     "forward": "from_inputs",
@@ -115,7 +114,7 @@ class Joint:
     state: MutableMapping[Any, Any] = field(default_factory=dict)
     """The contexts' own."""
     kept: dict[Any, Any] = field(default_factory=dict)
-    """For what is made of tensors in `read_from`: empty whenever one of these has changed."""
+    """For what is made of the routers' own tensors: empty whenever one of these has changed."""
 
 
 class Identity:
@@ -180,7 +179,10 @@ class Router(nn.Module):
         return self.from_projection(F.linear(h, weight.to(h.dtype), bias), context)
 
     def projection(self, context: RoutingContext | None = None) -> Map | None:
-        """Weight (P, d_in) and bias (P,) of the map through which `h` is read; None while it is not one linear map."""
+        """Weight (P, d_in) and bias (P,) of the map through which `h` is read; None while it is not one linear map.
+
+        In decoding it is kept on the KV cache until one of the router's tensors changes.
+        """
         return None
 
     def maps(self, context: RoutingContext | None = None) -> tuple[Map, Map | None] | None:
@@ -194,10 +196,6 @@ class Router(nn.Module):
     def from_projection(self, read: Tensor, context: RoutingContext | None = None) -> Tensor:
         """Logits (..., E) from the projected input (..., P), autocast off; the projection itself by default."""
         return read
-
-    def read_from(self) -> Sequence[Tensor]:
-        """The tensors that `projection` is made of: the map may be kept until one of them changes."""
-        return [part for part in self.projection() or () if part is not None]
 
     @classmethod
     def from_projections(cls, routers: Sequence[Self], read: Tensor, joint: Joint) -> Tensor:

@@ -55,9 +55,6 @@ class SumRouter(Router):
         biases = [weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in known]
         return torch.cat([weight for weight, _ in known]), torch.cat(biases)
 
-    def read_from(self) -> list[Tensor]:
-        return [part for router in self.routers for part in router.read_from()]
-
     def from_projection(self, read: Tensor, context: RoutingContext | None = None) -> Tensor:
         widths = [len(p[0]) for p in (router.projection(context) for router in self.routers) if p is not None]
         parts = zip(self.routers, read.split(widths, dim=-1), strict=True)

@@ -57,11 +57,11 @@ from moesaic.routing import (
     AuxiliaryLoss,
     Gate,
     Joint,
-    Made,
     Map,
     MutualInformation,
     Router,
     RoutingContext,
+    Seen,
     Similarity,
     Site,
     Softmax,
@@ -117,10 +117,11 @@ class HotMoERouter(Router, ABC):
         key = _key(self)
         if not self.decodes:
             return self._made(context)
-        held: Made[Fold] | None = context.memory.get(key)
-        if held is None or not held.holds(self.read_from()):
-            held = context.memory[key] = Made(self._made(context), self.read_from())
-        return held.value
+        held: tuple[Seen, Fold] | None = context.memory.get(key)
+        if held is None or not held[0].holds():
+            held = context.memory[key] = Seen(), self._made(context)
+            held[0].inside(self)
+        return held[1]
 
     def _made(self, context: RoutingContext) -> Fold:
         key = _key(self)
@@ -165,9 +166,6 @@ class ExpertExpertRouter(HotMoERouter):
 
     def projection(self, context: RoutingContext | None = None) -> tuple[Tensor, Tensor]:
         return self.folded(context)
-
-    def read_from(self) -> tuple[Tensor, ...]:
-        return self.folds()
 
     def extra_repr(self) -> str:
         return "expert-expert"
@@ -229,10 +227,6 @@ class TokenExpertRouter(HotMoERouter):
         if torch.is_grad_enabled():
             return cast(Tensor, TokenAttention.apply(read, *fold))
         return token_attention(by_column(read), *fold)[0].t().view(*read.shape[:-1], self.num_experts)
-
-    def read_from(self) -> tuple[Tensor, ...]:
-        value, hidden = self.value, self.hidden
-        return *self.folds(), value.weight, value.bias, hidden.weight, hidden.bias
 
     @classmethod
     def from_projections(cls, routers: Sequence[Self], read: Tensor, joint: Joint) -> Tensor:

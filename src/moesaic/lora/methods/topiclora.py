@@ -84,9 +84,6 @@ class PrototypeRouter(Router):
         cosines = F.linear(F.normalize(read, dim=-1, eps=1e-6), self.prototypes.to(read.dtype))
         return cosines * torch.exp(-self.log_temperature.to(read.dtype)) if self.learn else cosines / self.temperature
 
-    def read_from(self) -> tuple[Tensor, ...]:
-        return self.read.weight, self.prototypes, *((self.log_temperature,) if self.learn else ())
-
     @classmethod
     def from_projections(cls, routers: Sequence[Self], read: Tensor, joint: Joint) -> Tensor:
         if "prototypes" not in joint.kept:
