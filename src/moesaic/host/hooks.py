@@ -216,10 +216,12 @@ class Host:
             runs += 1
         frame.records[record.site.name, adapter, runs] = record
 
-    def called(self, name: str) -> None:
-        frame = self.frame
-        if frame is not None:
+    def called(self, name: str) -> Frame | None:
+        """Told that a wrapped module runs: in which frame it does."""
+        frame: Frame | None = self.frame
+        if frame is not None and frame.complete:
             self.unused.called(frame, name)
+        return frame
 
     @contextmanager
     def use(self, frame: Frame | None) -> Iterator[None]:

@@ -21,7 +21,7 @@ class Unused:
         self._checked: set[bool] = set()
 
     def called(self, frame: Frame, name: str) -> None:
-        if frame.complete and len(self._checked) < 2 and not torch.compiler.is_compiling():
+        if len(self._checked) < 2 and not torch.compiler.is_compiling():
             frame.called.add(name)
 
     def check(self, frame: Frame) -> None:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from moesaic.errors import ConfigError
-from moesaic.host import Host
+from moesaic.host import Frame, Host
 from moesaic.host.fitting import in_three
 from moesaic.lora import reading
 from moesaic.lora.block import FeedForward
@@ -192,7 +192,7 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
             cast(Router, router).freeze_kept()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.host.called(self.name)
+        frame = self.host.called(self.name)
         adapters = [] if self.disable_adapters else [a for a in self.active_adapters if a in self.moe_lora_A]
         for adapter in adapters:
             if adapter in self.blocks:
@@ -201,21 +201,23 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
                 return self.blocks[adapter].forward(self, adapter, x, *args, **kwargs)
         out = self.base_layer(x, *args, **kwargs)
         for adapter in adapters:
-            out = self._add_adapter(adapter, x, out)
+            out = self._add_adapter(adapter, x, out, frame)
         return out
 
-    def _add_adapter(self, adapter: str, x: Tensor, out: Tensor) -> Tensor:
+    def _add_adapter(self, adapter: str, x: Tensor, out: Tensor, frame: Frame | None) -> Tensor:
         if x.dim() > 3:
             rows = in_three(x, self.host.view(self.stack, self.cross).tokens)
-            return self._add_adapter(adapter, rows, out.reshape(*rows.shape[:-1], out.shape[-1])).view(out.shape)
+            flat = out.reshape(*rows.shape[:-1], out.shape[-1])
+            return self._add_adapter(adapter, rows, flat, frame).view(out.shape)
         kind = x.device.type
         under_autocast = torch.is_autocast_enabled(kind)
         if under_autocast and not thin(x, self.moe_lora_A[adapter]):
             return self._mixed(adapter, x, x, out, few=False)
         with no_autocast(kind):
-            found = low_rank(self, adapter, x)
+            found = low_rank(self, adapter, x, frame)
             if found is not None:
-                return expand(*found, out, scaling=1.0 if adapter in self.moe_lora_scaling else self.scaling[adapter])
+                low, B, scaled = found
+                return expand(low, B, out, scaling=1.0 if scaled else self.scaling[adapter])
             A, x = self.moe_lora_A[adapter], self.host.in_float32(x) if under_autocast else x
             return self._mixed(adapter, x, self._cast_input_dtype(x, A.dtype), out, few=thin(x, A))
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from moesaic.host import Host
+from moesaic.host import Frame, Host
 from moesaic.lora.factors import Factors
 from moesaic.lora.mix import weigh
 from moesaic.routing import Gate, Joint, Router, Routing, RoutingContext, Seen
@@ -63,8 +63,8 @@ class Stacked(NamedTuple):
     """What the routers' class makes of the same tensors."""
 
 
-Part = tuple[Tensor, Tensor, Routing | None]
-"""A linear's `A x` with its weights (N, E*r), its B, and its routing where that is to be recorded."""
+Part = tuple[Tensor, Tensor, bool, Routing | None]
+"""A linear's `A x` with its weights (N, E*r), its B, whether the first is scaled, and its routing where recorded."""
 
 
 @dataclass(eq=False)
@@ -103,7 +103,8 @@ class Group:
             routings = [Routing(*each) for each in zip(*(part.unbind(-2) for part in parts), strict=True)]
         weights = weights if held.scaling is None else weights * held.scaling
         low = weigh(product[:, split:], weights.flatten(0, -3), len(held.up[0]))
-        return list(zip(low.unbind(1), held.up, routings, strict=True))
+        scaled = held.scaling is not None
+        return [(own, B, scaled, routing) for own, B, routing in zip(low.unbind(1), held.up, routings, strict=True)]
 
     def _routers(self) -> list[Router]:
         return [router for linear in self.linears if (router := linear.router(self.adapter)) is not None]
@@ -187,13 +188,13 @@ class Groups:
         state[self] = True
 
 
-def low_rank(linear: Linear, adapter: str, x: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The linear's `A x` with its weights (N, E*r), of x (..., d_in), and its B; None where it is computed by itself.
+def low_rank(linear: Linear, adapter: str, x: Tensor, frame: Frame | None) -> tuple[Tensor, Tensor, bool] | None:
+    """The linear's `A x` with its weights (N, E*r), of x (..., d_in), its B, and whether `A x` is scaled already.
+
+    None where the linear is computed by itself.
 
     Without autocast. In the first forward on a KV cache: notes which linears read x.
     """
-    host = linear.host
-    frame = host.frame
     if frame is None or not frame.keeps or torch.is_grad_enabled() or x.dim() < 2:
         return None
     groups: Groups | None = frame.memory.get((Group, adapter))
@@ -207,11 +208,11 @@ def low_rank(linear: Linear, adapter: str, x: Tensor) -> tuple[Tensor, Tensor] |
     made = frame.state.get(group)
     if made is None or made[0] is not x or made[1] != version or linear not in made[2]:
         groups.refresh(frame.state)
-        parts = group.low(x, frame.state, recorded=host.wants(adapter))
+        parts = group.low(x, frame.state, recorded=linear.host.wants(adapter))
         if parts is None:
             return None
         frame.state[group] = made = x, version, dict(zip(group.linears, parts, strict=True))
-    low, B, routing = made[2].pop(linear)
+    low, B, scaled, routing = made[2].pop(linear)
     if routing is not None:
         linear.record(adapter, x, routing, linear.context(adapter, x))
-    return low, B
+    return low, B, scaled
