@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -27,7 +28,7 @@ from moesaic.host.fitting import by_row, by_token, checked_ids, checked_scores, 
 from moesaic.host.frames import Frame, StackView
 from moesaic.host.fused import unfuse
 from moesaic.host.memory import remember
-from moesaic.host.running import Threads, of_thread
+from moesaic.host.running import Running, Threads, of_thread
 from moesaic.host.stacks import StackHook, inside
 from moesaic.host.unused import Unused
 from moesaic.routing import AuxiliaryLoss, Record, Records, RoutingContext, Site, TokenSums, no_autocast, pool
@@ -275,6 +276,7 @@ class Host:
             adapter = next(iter(frame.records))[1]
             step = self.step_of(adapter) if self.step_of else None
             self._delivery.expect(aux, adapter=adapter, step=step, warn=self.warn_once)
+            aux.register_hook(partial(_let_go, self.threads.current(), weakref.ref(aux)))
         frame.release()
         return carry(frame, output, aux, external=self.external, warn=self.warn_once)
 
@@ -312,6 +314,12 @@ class Host:
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(message, stacklevel=2)
+
+
+def _let_go(running: Running, aux: Callable[[], Tensor | None], grad: Tensor) -> None:
+    """Keep the auxiliary loss's value alone once its gradient has passed: its graph holds activations."""
+    if running.aux is not None and running.aux is aux():
+        running.aux = running.aux.detach()
 
 
 def _nobody(what: str) -> bool:

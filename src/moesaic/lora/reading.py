@@ -147,7 +147,7 @@ def _products(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | No
     found = product.split_with_sizes([len(weight) for weight in weights], dim=1)
     for part, bias in zip(found, biases, strict=False):
         if bias is not None:
-            part.add_(bias)
+            part.add_(bias[None])  # a compiler writes a short vector's numbers out: as many kernels as linears
     return found
 
 

@@ -197,8 +197,12 @@ class TokenExpertRouter(HotMoERouter):
         centred = expand - expand.mean(dim=(1, 2), keepdim=True)
         scaled = torch.cat([gamma.unsqueeze(-1) * centred, beta.unsqueeze(-1)], dim=-1)
         logits = torch.bmm(asked, scaled.transpose(1, 2).flatten(2)).view(len(asked), -1, HIDDEN + 2)
-        flat, constant = centred.flatten(1, 2), expand.new_tensor([0.0] * HIDDEN + [self.norm.eps]).diag()
-        variance = torch.baddbmm(constant, flat.transpose(1, 2), flat, alpha=1 / flat.shape[1])
+        flat = centred.flatten(1, 2)
+        count, row = flat.shape[1], (0, 0, 0, 1)
+        # The epsilon as a row of its own, padded: a compiler takes that for constant where parameters are.
+        parts = F.pad(flat[..., :-1], row), F.pad(flat[..., -1:], row, value=(count * self.norm.eps) ** 0.5)
+        rows = torch.cat(parts, dim=-1)
+        variance = torch.bmm(rows.transpose(1, 2), rows) / count
         return [logits], [variance]
 
     @property
