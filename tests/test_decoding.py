@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -13,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 from transformers import DynamicCache
 
 import moesaic
@@ -266,6 +270,136 @@ def in_double(model: PeftModel) -> None:
 )
 def test_all_else_that_changes_counts_at_once(change: Callable[[PeftModel], Any]) -> None:
     agree(mixture("mola"), mixture("mola"), change=change)
+
+
+def disabled_in_part(model: PeftModel) -> None:
+    for name, layer in tiny.mixtures(model).items():
+        layer.enable_adapters("layers.0.self_attn.k_proj" not in name)
+
+
+def doubled_before(model: PeftModel) -> None:
+    for name, layer in tiny.mixtures(model).items():
+        if "k_proj" in name:
+            layer.register_forward_pre_hook(lambda module, args: (2 * args[0] + 1,))
+
+
+def written_before(model: PeftModel) -> None:
+    for name, layer in tiny.mixtures(model).items():
+        if "k_proj" in name:
+            layer.register_forward_pre_hook(lambda module, args: (args[0].add_(1),))
+
+
+@pytest.mark.parametrize("change", [disabled_in_part, doubled_before, written_before], ids=lambda c: c.__name__)
+@pytest.mark.parametrize("name", ["mola", "rmoe", "sequence"])
+def test_routers_of_linears_that_do_not_read_the_same_do_not_run(name: str, change: Callable[[PeftModel], Any]) -> None:
+    """What a router hands on, or sums up, would be of a tensor that its linear never read."""
+    agree(mixture(name), mixture(name), change=change)
+
+
+def test_what_is_written_between_two_linears_counts_without_versions() -> None:
+    model, twin = mixture("mola"), mixture("mola")
+    with torch.inference_mode():
+        agree(model, twin, change=written_before)
+
+
+def test_a_place_that_is_used_again_is_not_taken_for_the_same_tensor() -> None:
+    def moved(model: PeftModel) -> None:
+        for layer in tiny.mixtures(model).values():
+            A = layer.moe_lora_A["default"]
+            place = A.data_ptr()
+            for _ in range(8):
+                A.data = A.data * 0.9
+                if A.data_ptr() == place:
+                    break
+
+    agree(mixture("mola"), mixture("mola"), change=moved)
+
+
+def other_gates(model: PeftModel) -> None:
+    for layer in tiny.mixtures(model).values():
+        layer.eval_gates = {"default": TopK(3)}
+
+
+def routed_otherwise(model: PeftModel) -> None:
+    for layer in tiny.mixtures(model).values():
+        router: Any = layer.router("default")
+        router.forward = lambda h, context=None, own=router.forward: -own(h, context)
+
+
+@pytest.mark.parametrize("change", [other_gates, routed_otherwise], ids=lambda c: c.__name__)
+def test_what_is_put_in_place_of_a_layers_parts_counts_at_once(change: Callable[[PeftModel], Any]) -> None:
+    agree(mixture("mola"), mixture("mola"), change=change)
+
+
+def test_a_routers_settings_count_at_once() -> None:
+    def sharper(model: PeftModel) -> None:
+        for layer in tiny.mixtures(model).values():
+            cast(PrototypeRouter, layer.router("default")).temperature = 1.0
+
+    agree(mixture("topiclora"), mixture("topiclora"), change=sharper)
+
+
+@pytest.mark.parametrize("name", ["mola", "hotmoe", "rmoe"])
+def test_a_linear_that_runs_twice_on_one_input_decodes(name: str) -> None:
+    def again(module: nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor:
+        return out + layers.MixtureLinear.forward(cast(layers.MixtureLinear, module), args[0])
+
+    model = mixture(name)
+    for key, layer in tiny.mixtures(model).items():
+        if "q_proj" in key:
+            layer.register_forward_hook(again)
+    torch.testing.assert_close(decoded(model), decoded_apart(model), rtol=1e-5, atol=3e-6)
+
+
+class Halved(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight / 2
+
+
+def test_a_computed_factor_is_computed_anew() -> None:
+    def mixed() -> PeftModel:
+        model = mixture("mola")
+        for layer in tiny.mixtures(model).values():
+            register_parametrization(layer.moe_lora_B.get_submodule("default"), "weight", Halved())
+        return model
+
+    def less(model: PeftModel) -> None:
+        for name, parameter in model.named_parameters():
+            if "moe_lora_B" in name:
+                parameter.mul_(0.9)
+
+    agree(mixed(), mixed(), change=less)
+
+
+@pytest.mark.parametrize("name", ["mola", "hotmoe", "rmoe"])
+def test_copies_of_one_cache_decode_in_threads(name: str) -> None:
+    """Each sees that parameters have changed, at the same time."""
+    model = mixture(name)
+    cache = DynamicCache(config=cast(Any, model).config)
+    ids = tokens_of(1, 6)
+
+    @torch.no_grad()
+    def step(own: DynamicCache) -> Tensor:
+        return cast(Tensor, model(input_ids=ids[:, :1], past_key_values=own).logits)
+
+    with torch.no_grad():
+        model(input_ids=ids, past_key_values=cache)
+    step(copy.deepcopy(cache))
+    every = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for _ in range(5):
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(0.97)
+            with apart():
+                wanted = step(copy.deepcopy(cache))
+            with ThreadPoolExecutor(4) as pool:
+                found = list(pool.map(lambda own: step(own), [copy.deepcopy(cache) for _ in range(4)]))
+            for logits in found:
+                torch.testing.assert_close(logits, wanted, rtol=1e-5, atol=3e-6)
+    finally:
+        sys.setswitchinterval(every)
 
 
 def test_an_adapter_that_joins_and_leaves_counts_at_once() -> None:

@@ -299,18 +299,22 @@ class MixtureLinear(nn.Module, BaseTunerLayer):
         router = self.router(adapter)
         if router is None or self.training or router.training or router._forward_pre_hooks or router._forward_hooks:
             return False
-        if adapter not in self.moe_lora_A or adapter in self.merging or self._drops(adapter):
+        if self._forward_pre_hooks or self.disable_adapters or adapter not in self.active_adapters:
+            return False  # it may read another tensor, or nothing
+        if not vars(router).keys().isdisjoint(("forward", "score")) or adapter in self.merging or self._drops(adapter):
             return False
         A, B = self.moe_lora_A[adapter], self.moe_lora_B[adapter]
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        here = type(A) is nn.Parameter and A.device == x.device and A.shape[-1] == x.shape[-1]
+        here = type(A) is type(B) is nn.Parameter and A.device == x.device and A.shape[-1] == x.shape[-1]
         return here and A.dtype == B.dtype == dtype and self._is_dense(adapter, router, A)
 
     def look(self, adapter: str, seen: Seen) -> None:
         """Have all looked at that a step's weighting of `A x` depends on beside x. B is read anew each time."""
         if self.router(adapter) is None:  # the adapter has left
             return
-        seen.value(vars(self), "training")
+        for setting in ("training", "eval_gates", "_active_adapter", "_disable_adapters"):
+            seen.value(vars(self), setting)
+        seen.may_grow(self._forward_pre_hooks)
         for factors in (self.moe_lora_A, self.moe_lora_B, self.moe_lora_scaling):
             if adapter in factors:
                 seen.value(factors._modules, adapter)

@@ -169,7 +169,8 @@ class Groups:
         last, groups = state.get(Group, (None, []))
         if last is not x:
             groups = []
-        group = next((g for g in groups if g.adapter == self.adapter and g.takes(linear)), None)
+        alike = (g for g in groups if g.adapter == self.adapter and g.made is None and g.takes(linear))
+        group = next(alike, None)
         if group is None:
             group = Group(self.adapter)
             groups.append(group)
@@ -181,10 +182,11 @@ class Groups:
     def refresh(self, state: MutableMapping[Any, Any]) -> None:
         """Let go of what is kept where anything it was made of has changed: asked once a forward."""
         if self not in state and not self.seen.holds():
-            self.seen = Seen()
-            for linear, group in self.of.items():
+            seen = Seen()
+            for linear, group in list(self.of.items()):
                 group.made = None
-                linear.look(self.adapter, self.seen)
+                linear.look(self.adapter, seen)
+            self.seen = seen  # last: copies of a cache, perhaps in other threads, share the groups
         state[self] = True
 
 

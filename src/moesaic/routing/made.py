@@ -14,19 +14,22 @@ _version, _place = attrgetter("_version"), Tensor.data_ptr
 class Seen:
     """Modules as they were when they were looked at: which tensors they hold, unwritten, in which mode, heard by whom.
 
-    Optimizer steps, loading, moving and assigning show; what is written through `.data` does not. A step of decoding
-    asks once, between products that leave nothing of this in the processor's caches: so it is flat lists, and short.
+    Optimizer steps, loading, moving and assigning show; what is written in place through `.data`, or replaced within a
+    module's own objects, does not. A step of decoding asks once, between products that leave nothing of this in the
+    processor's caches: so it is flat lists, and short.
     """
 
     def __init__(self) -> None:
         self._holders: list[Mapping[Any, Any]] = []
         self._keys: list[Any] = []
         self._values: list[Any] = []
-        self._hooks: list[Mapping[Any, Any]] = []
-        self._heard: list[int] = []
+        self._grown: list[Mapping[Any, Any]] = []
+        self._sizes: list[int] = []
         self._tensors: list[Tensor] = []
         self._versions: list[int] = []
         self._places: list[int] = []
+        self._storages: list[Any] = []
+        """Held, or another tensor might come to lie in the place of one that is let go."""
         self._modules: set[nn.Module] = set()
         self._tells = True
 
@@ -37,14 +40,21 @@ class Seen:
         self._values.append(holder[key])
 
     def module(self, holder: Mapping[Any, Any], key: Any) -> None:
-        """Look at a module that a dictionary has under a key: its mode, who hears it, and what it is made of."""
+        """Look at a module that a dictionary has under a key: its settings, who hears it, and what it is made of."""
         self.value(holder, key)
         module: nn.Module = holder[key]
-        self.value(vars(module), "training")
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            self._hooks.append(hooks)
-            self._heard.append(len(hooks))
+        own = vars(module)
+        for setting in own:
+            if isinstance(own[setting], int | float | str | None):
+                self.value(own, setting)
+        for each in (own, module._forward_pre_hooks, module._forward_hooks):
+            self.may_grow(each)
         self.inside(module)
+
+    def may_grow(self, holder: Mapping[Any, Any]) -> None:
+        """Look at how much a dictionary holds."""
+        self._grown.append(holder)
+        self._sizes.append(len(holder))
 
     def inside(self, module: nn.Module, *, written: bool = True) -> None:
         """Look at a module's tensors and modules, also at those that it borrows, and whether one is `written` to."""
@@ -67,6 +77,7 @@ class Seen:
             self._tensors.append(tensor)
             self._versions.append(_version(tensor))
             self._places.append(_place(tensor))
+            self._storages.append(tensor.untyped_storage())
 
     def holds(self) -> bool:
         """Whether all is as it was."""
@@ -75,5 +86,5 @@ class Seen:
         except KeyError:
             return False
         unwritten = self._tells and list(map(_version, self._tensors)) == self._versions
-        heard = list(map(len, self._hooks)) == self._heard
-        return same and heard and unwritten and list(map(_place, self._tensors)) == self._places
+        as_large = list(map(len, self._grown)) == self._sizes
+        return same and as_large and unwritten and list(map(_place, self._tensors)) == self._places

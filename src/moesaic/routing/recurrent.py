@@ -104,12 +104,12 @@ class RecurrentRouter(SharingRouter):
     def from_projections(cls, routers: Sequence[Self], read: Tensor, joint: Joint) -> Tensor:
         """One step of the cell for all, whose states stay together: so do the routers of the layer above find them."""
         first, passed, kept = routers[0], joint.state, joint.kept
-        if "alike" not in kept:
-            kept["alike"] = len({router.setting for router in routers}) == 1
-            kept["chains"] = first.owner("cell"), tuple(router.chain for router in routers)
-        owner, chains = kept["chains"]
+        if "chains" not in kept:
+            alike = len({router.setting for router in routers}) == 1
+            kept["chains"] = alike, first.owner("cell"), tuple(router.chain for router in routers)
+        alike, owner, chains = kept["chains"]
         below: State | None = passed.get((owner, chains, first.layer - 1))
-        apart = not kept["alike"]
+        apart = not alike
         if below is None:
             levels = {router.nearest(passed) for router in routers}
             below = passed.get((owner, chains, next(iter(levels))))
@@ -117,13 +117,14 @@ class RecurrentRouter(SharingRouter):
         if apart:
             return super().from_projections(routers, read, joint)
         below = below if below is not None and below.cell[0].shape == read.shape else None
-        if "heads" not in kept:
-            heads = [router.head.weight for router in routers if isinstance(router.head, nn.Linear)]
-            kept["heads"] = torch.stack(heads).to(read.dtype).transpose(1, 2)
-            kept["cell"] = joined(first.cell) if first.kind == "gru" else None
-        passed.setdefault((owner, False), kept["cell"])
+        if "weights" not in kept:
+            each = torch.stack([router.head.weight for router in routers if isinstance(router.head, nn.Linear)])
+            cell = joined(first.cell) if first.kind == "gru" else None
+            kept["weights"] = each.to(read.dtype).transpose(1, 2), cell
+        heads, cell = kept["weights"]
+        passed.setdefault((owner, False), cell)
         state = first.step(read, below.cell if below is not None and first.recurrence != "none" else None, passed)
-        logits = by_router(state[0], kept["heads"])
+        logits = by_router(state[0], heads)
         if below is not None and first.residual_alpha:
             logits = logits + first.residual_alpha * below.logits
         whole = State(state, logits)
