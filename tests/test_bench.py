@@ -48,7 +48,7 @@ def test_ratios_are_medians_round_by_round() -> None:
     assert rows["lora"] == {"ms": 2000.0, "ratio": 1.0, "low": 1.0, "high": 1.0}
     assert rows["slow"]["ms"] == 3000.0
     assert rows["slow"]["ratio"] == 2.0  # of 2, 1.5 and 5; the ratio of medians would be 1.5
-    assert (rows["slow"]["low"], rows["slow"]["high"]) == (1.5, 5.0)
+    assert (rows["slow"]["low"], rows["slow"]["high"]) == (1.75, 3.5)
 
 
 def test_overhead_is_a_share_of_the_loops() -> None:
@@ -214,7 +214,7 @@ def test_compiled_decoding_is_timed_apart_from_compiling(monkeypatch: pytest.Mon
     found = suite.run(suites=["compiled"], rounds=2, sizes=SIZES, only=["mola", "sequence"])
     torch.set_num_threads(threads)
     assert found["compiled"].keys() == {arms.FROZEN, "lora", "mola", arms.LOOP}
-    assert len(traced) == len(found["compiled"])
+    assert len(traced) == len(found["compiled"]) + 1  # the first is to warm up
     assert found["compiled"]["lora"]["compiling_ratio"] == 1.0
     assert found["compiled"]["mola"]["compiling"] > 0
     [(title, rows)] = bench.tables(found)
@@ -244,8 +244,8 @@ def one_thread() -> Iterator[None]:
 def test_the_crossover_is_where_pairs_alone_become_the_faster_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(ratios: list[float]) -> Any:
         left = iter(ratios)
-        row = {"ms": 1.0, "low": 1.0, "high": 1.0}
-        monkeypatch.setattr(measure, "table", lambda *args: {"rank": row, "grouped": {**row, "ratio": next(left)}})
+        row = {"ms": 1.0, "ratio": 0.5, "low": 0.5}
+        monkeypatch.setattr(measure, "table", lambda *args: {"rank": row, "grouped": {**row, "high": next(left)}})
         return crossover.run(2, SIZES["crossover"], lambda what: lambda index, total: None)
 
     monkeypatch.setattr(crossover, "EXPERTS", (4, 8, 16))
@@ -342,10 +342,44 @@ def test_figures_of_other_suites_stay_in_the_file(monkeypatch: pytest.MonkeyPatc
     for other in ("dtype=bfloat16", "rounds=4", "d=64"):
         with pytest.raises(ConfigError, match=r"bench.json holds figures of other settings .*name another file"):
             bench.main(["suites=scale", f"out={file}", other])
+    with pytest.raises(ConfigError, match=r"other settings \(methods not given, now \['mola'\]\)"):
+        bench.main(["suites=mix", "methods=mola", f"out={file}"])
     assert file.read_text() == kept
 
 
-def test_a_crossover_is_kept_for_this_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_run_goes_on_with_the_suites_that_its_file_lacks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, left = tmp_path / "bench.json", list(suite.SUITES)
+    monkeypatch.setattr(measure, "keep_freed_memory", lambda: None)
+    asked: list[list[str]] = []
+
+    def run(*, rounds: int, shape: Any, device: str, suites: Any, keep: Any, **settings: Any) -> Any:
+        asked.append(list(suites))
+        found = suite.described(rounds, shape, device)
+        for name in suites[:2]:
+            found[suite.KEYS[name]] = {}
+            keep(found)
+        file.write_text(json.dumps({**json.loads(file.read_text()), "of another process": 1}))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(suite, "run", run)
+    monkeypatch.setattr(bench, "tables", lambda result: [("Table of " + key, [{"arm": "x"}]) for key in result][2:])
+    for start in (0, 2):
+        with pytest.raises(KeyboardInterrupt):
+            bench.main([f"out={file}"])
+        told = capsys.readouterr()
+        assert asked[-1] == left[start:]
+        assert "goes on with the other suites" in told.err
+        assert told.out.count("│ x") == 2
+        assert told.out.count("beside a LoRA of rank 64") == 1
+    assert "has mix, train already" in " ".join(told.err.split())
+    assert "of another process" in json.loads(file.read_text())
+
+
+def test_a_crossover_is_kept_for_this_device(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from moesaic.lora import crossover as own
 
     monkeypatch.setattr(own, "file", lambda: tmp_path / "made" / "crossover.json")
@@ -354,9 +388,37 @@ def test_a_crossover_is_kept_for_this_device(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setattr(suite, "run", lambda **settings: {"crossover": {"limit": 96, "table": {}, **size}})
     monkeypatch.setattr(bench, "tables", lambda result: [])
     bench.main(["suites=crossover", "dtype=bfloat16"])
+    told = " ".join(capsys.readouterr().err.split())
+    assert "crossover.json: on cpu" in told
+    assert "up to E*r = 96" in told
+    bench.main(["suites=crossover", "rounds=4"])  # too few
     size["d"] = 64  # which says nothing of models
     bench.main(["suites=crossover", "dtype=float32"])
     assert own.read("cpu") == {"bfloat16": 96}
+    assert "the crossover is not kept" in capsys.readouterr().err
+    assert suite.described(4, {"dtype": "bfloat16"}, "cpu")["settings"]["crossover"] == 96
+    assert "crossover" not in suite.described(4, {}, "cpu")["settings"]
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "null", "[1]", '{"cpu": 3}', "\x00"], ids=lambda text: text[:8])
+def test_a_crossover_file_that_cannot_be_read_is_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str
+) -> None:
+    from moesaic.lora import crossover as own
+
+    monkeypatch.setenv("MOESAIC_CACHE", str(tmp_path))
+    (tmp_path / "crossover.json").write_text(text)
+    assert own.read("cpu") == {}
+    own.keep("cpu", "float32", 96)
+    assert own.read("cpu") == {"float32": 96}
+    assert [file.name for file in tmp_path.iterdir()] == ["crossover.json"]
+
+
+def test_a_folder_where_crossovers_are_kept_is_told_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MOESAIC_CACHE", str(tmp_path))
+    (tmp_path / "crossover.json").mkdir()
+    with pytest.raises(ConfigError, match=r"crossover.json, where crossovers are kept, is a folder; remove it"):
+        bench.main(["suites=crossover"])
 
 
 def test_a_crossover_that_could_not_be_kept_is_told_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -405,6 +467,11 @@ def test_arms_share_the_weights_of_their_base() -> None:
         (["methods=mol"], "methods: no method 'mol' to measure"),
         (["out=/dev/null/x.json"], "out=/dev/null/x.json cannot be written: Not a directory"),
         (["out=tests"], "out=tests is a folder"),
+        (["out=tests/../results/demo.json"], "holds something else than figures"),
+        (["methods=[]"], r"methods=\[\] names nothing"),
+        (["suites=[]"], r"suites=\[\] names nothing"),
+        (["methods=lora"], "methods: LoRA is always measured"),
+        (["dtype=float16"], "dtype=float16 has no fast products on a CPU"),
         (["round=3"], "round"),
     ],
 )

@@ -86,7 +86,9 @@ def mixture(method: str, targets: list[str], **settings: Any) -> MixtureConfig:
     cls = METHODS[method]
     wanted = {"r": RANK, "num_experts": EXPERTS, "top_k": TOP_K, "lora_dropout": 0.0, **settings}
     known = {f.name for f in fields(cls)}
-    return cls(target_modules=targets, **{k: v for k, v in wanted.items() if k in known})
+    config = cls(target_modules=targets, **{k: v for k, v in wanted.items() if k in known})
+    config.size_is_meant = True  # LoRA beside it has as many experts' rank
+    return config
 
 
 def lora(targets: list[str], *, rank: int = EXPERTS * RANK, **settings: Any) -> LoraConfig:

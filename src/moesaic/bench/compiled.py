@@ -49,6 +49,8 @@ def run(names: Iterable[str], rounds: int, size: Size, told: Told, progress: Cal
     base = model_of(size)
     beside_it: dict[str, Step] = {}
     found: dict[str, Any] = {}
+    progress("warming up the compiler")
+    compiling(decoding(adapted(base, None), size))
     for name, config in {FROZEN: None, **arms(LINEARS, names)}.items():
         model = adapted(base, config)
         if isinstance(config, MixtureConfig) and find_host(model).asks("by_prompt"):

@@ -19,7 +19,8 @@ EXPERTS = (4, 8, 12, 16, 24, 32, 64, 128)
 def run(rounds: int, size: Size, told: Told) -> dict[str, Any]:
     """`table`: E*r -> milliseconds of a forward and backward in rank space, and what pairs alone take of that.
 
-    `limit`: the largest E*r up to which rank space is the faster one; 0 where it never is.
+    `limit`: the largest E*r up to which pairs alone are not clearly faster, by their upper quartile; 0 if they always
+    are.
     """
     table: dict[str, dict[str, float]] = {}
     for experts in EXPERTS:
@@ -27,7 +28,7 @@ def run(rounds: int, size: Size, told: Told) -> dict[str, Any]:
         seconds = measure.interleave(steps, rounds, progress=told(f"crossover, E*r = {experts * RANK}"))
         rows = measure.table(seconds, "rank")
         table[str(experts * RANK)] = {**rows["grouped"], "ms": rows["rank"]["ms"]}
-    slower = [row["ratio"] >= 1 for row in table.values()]
+    slower = [row["high"] >= 1 for row in table.values()]
     first = slower.index(False) if False in slower else len(slower)
     return {"table": table, "limit": [0, *map(int, table)][first]}
 

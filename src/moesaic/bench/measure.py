@@ -47,7 +47,7 @@ def finish() -> None:
 
 def spread(values: list[float]) -> dict[str, float]:
     """Median and quartiles of a ratio."""
-    low, middle, high = statistics.quantiles(values, n=4)
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return {"ratio": middle, "low": low, "high": high}
 
 

@@ -8,6 +8,47 @@ Rows = list[dict[str, str]]
 """Column -> cell, a dictionary a row."""
 
 
+NOTES = {
+    "How cost grows: experts": "MoLA's training step, r=16, top-2, AdamW over all experts included; ratios to that of "
+    "8 experts.",
+    "How cost grows: length": "MoLA's training step; ratios to LoRA's on as many tokens.",
+    "How cost grows: depth": "MoLA's training step; ratios to LoRA's in as many layers.",
+    "How cost grows: adapters, decoding": "Arrow, top-2, over so many random adapters of rank 16; ratios to that of 8.",
+    "How cost grows: adapters, prefill": "The same, reading a prompt.",
+    "A step of decoding": "One token a row, with a KV cache of those before; milliseconds of a step of all rows. "
+    "Kernels are those of one row, counted as in training.",
+    "A step of decoding, compiled": "Each arm in turn with LoRA and the frozen base alone: ratios are of those turns, "
+    "and milliseconds of two arms need not have them. Seconds of compiling are those of a first step, in a process "
+    "that has compiled before. Methods that route by the prompt are left out: they do not decode so.",
+    "A training step": "Forward, loss with auxiliary losses, backward, AdamW; the frozen base: forward and backward to "
+    "its input. Events, kernels and syncs are those of forward and backward of a model of 4 layers and d=64, counted "
+    "by `torch.profiler` on the CPU: all of torch's operators, views and those within others included; of these the "
+    "ones below which no other computes, without views and memory, a grouped product as one; and reads of a value by "
+    "Python. Peak memory is that of a fresh process for each arm.",
+    "FFNs as experts: a training step beside its arithmetic": "An FFN's activation sits between its LoRAs, so experts "
+    "that are whole FFNs cannot be folded into rank space. k separate FFNs a token would do (2 + k) / 3 of the frozen "
+    "FFN's work: so the step is compared with plain LoRA's of the same total rank plus (k - 1) / 3 of the frozen FFNs' "
+    "forward and backward. Below 1 is possible: the last linear's frozen product is made once, of the weighted sum.",
+    "A training step over a quantised base": "Bases of packages that are not installed are left out.",
+}
+
+
+def note_of(title: str) -> str:
+    """What a table's figures are of; empty where its title says it."""
+    return NOTES.get(title.partition(" (")[0], "")
+
+
+def header(result: dict[str, Any]) -> str:
+    """What all tables of a result have in common, in a line."""
+    s, machine = result["settings"], result["machine"]
+    more = [f"{key} {s[key]}" for key in ("dropout", "crossover") if key in s]
+    return ", ".join(
+        [f"E={s['experts']} experts of r={s['r']}, top-{s['top_k']}, beside a LoRA of rank {s['experts'] * s['r']}",
+         f"{machine['device']}, {machine['threads']} thread", s["dtype"], *more,
+         f"{s['rounds']} rounds, medians and quartiles"]
+    )  # fmt: skip
+
+
 def tables(result: dict[str, Any]) -> list[tuple[str, Rows]]:
     """A title and rows for each table that was measured."""
     found = []
@@ -30,7 +71,13 @@ def tables(result: dict[str, Any]) -> list[tuple[str, Rows]]:
         found.append(_crossover(result["crossover"]))
     if "quantised" in result:
         found += _quantised(result["quantised"])
-    return found
+    return [(title, _filled(rows)) for title, rows in found]
+
+
+def _filled(rows: Rows) -> Rows:
+    """Without the columns that no row has anything in."""
+    filled = [column for column in rows[0] if any(row[column] for row in rows)]
+    return [{column: row[column] for column in filled} for row in rows]
 
 
 def _crossover(made: dict[str, Any]) -> tuple[str, Rows]:

@@ -31,7 +31,8 @@ from moesaic.bench.arms import (
     model_step,
 )
 from moesaic.bench.peers import TRAINED, XLORA
-from moesaic.lora.crossover import device_name
+from moesaic.lora.crossover import LIMITS, device_name
+from moesaic.lora.crossover import read as read_crossover
 
 SIZES: dict[str, Size] = {
     "linear": {"d": 1024, "tokens": 1024},
@@ -43,7 +44,12 @@ SIZES: dict[str, Size] = {
 }
 """What the suites measure: a linear; the model that is trained; that which generates (`new` tokens behind a `prompt`,
 again and again, or a prompt of `tokens`); those that cost is followed in; a mixture by itself; quantised models."""
-SUITES = ("mix", "train", "decode", "compiled", "prefill", "scale", "crossover", "quantised")
+KEYS = {
+    "mix": "linear", "train": "model_step", "decode": "decode", "compiled": "compiled", "prefill": "prefill",
+    "scale": "scale", "crossover": "crossover", "quantised": "quantised",
+}  # fmt: skip
+"""Suite -> what it leaves in the figures."""
+SUITES = tuple(KEYS)
 """One linear; a training step; steps of decoding with a KV cache, and compiled; reading a prompt into one; how cost
 grows; from where on products over routed pairs alone are faster; quantised bases."""
 
@@ -77,7 +83,7 @@ def run(
     sizes = {name: {**size, **(shape or {})} for name, size in sizes.items()}
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    found: dict[str, Any] = described(rounds, shape or {}, device)
+    found: dict[str, Any] = described(rounds, shape or {}, device, only)
     with torch.device(device):
         if "compiled" in suites:
             compiled.check()
@@ -89,13 +95,25 @@ def run(
     return found
 
 
-def described(rounds: int, shape: Size, device: str) -> dict[str, Any]:
+def described(rounds: int, shape: Size, device: str, only: Collection[str] | None = None) -> dict[str, Any]:
     """What figures hold for: settings, versions and the device."""
+    own: dict[str, Any] = {} if only is None else {"methods": sorted(only)}
+    kind, dtype = device.partition(":")[0], shape.get("dtype", "float32")
+    if (limit := read_crossover(kind).get(dtype, LIMITS[kind])) != LIMITS[kind]:
+        own["crossover"] = limit
     versions = {package.__name__: package.__version__ for package in (torch, transformers, peft)}
     with torch.device(device):
         machine = {"device": device_name(torch.get_default_device().type), "threads": 1, **versions}
     return {
-        "settings": {"experts": EXPERTS, "r": RANK, "top_k": TOP_K, "rounds": rounds, "dtype": "float32", **shape},
+        "settings": {
+            "experts": EXPERTS,
+            "r": RANK,
+            "top_k": TOP_K,
+            "rounds": rounds,
+            "dtype": "float32",
+            **shape,
+            **own,
+        },
         "machine": machine,
     }
 

@@ -37,14 +37,17 @@ def keep(kind: str, dtype: str, limit: int) -> None:
     """Keep what was measured on this device beside what was before; other processes read it when they start."""
     try:
         found = json.loads(file().read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         found = {}
     found = found if isinstance(found, dict) else {}
     own = {**read(kind), dtype: limit}
     file().parent.mkdir(parents=True, exist_ok=True)
     part = file().with_suffix(f".{os.getpid()}")
-    part.write_text(json.dumps({**found, device_name(kind): own}, indent=2) + "\n", encoding="utf-8")
-    part.replace(file())
+    try:
+        part.write_text(json.dumps({**found, device_name(kind): own}, indent=2) + "\n", encoding="utf-8")
+        part.replace(file())
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def file() -> Path:
@@ -64,7 +67,7 @@ def read(kind: str) -> dict[str, int]:
     try:
         found = json.loads(file().read_text(encoding="utf-8"))[device_name(kind)]
         return {name: limit for name, limit in found.items() if name in DTYPES and type(limit) is int and limit >= 0}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return {}
 
 
