@@ -58,7 +58,7 @@ def test_overhead_is_a_share_of_the_loops() -> None:
 
 def test_arithmetic_adds_the_last_products_of_further_experts() -> None:
     extra = {suite.MATCHED: [9.0, 9.0], suite.FFNS: [3.0, 3.0]}
-    row = suite.arithmetic([20.0, 20.0], extra)  # top-2: a third of the FFNs on top
+    row = suite.arithmetic([20.0, 20.0], extra, 2)  # top-2: a third of the FFNs on top
     assert (row["ms"], row["expected_ms"], row["ffn_ms"], row["ratio"]) == (20000.0, 10000.0, 3000.0, 2.0)
 
 
@@ -170,7 +170,7 @@ def test_tables_have_a_row_for_each_arm_and_the_same_columns(result: Any) -> Non
 
 
 def test_scale_follows_experts_adapters_length_and_depth(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, values in (("LENGTHS", (4, 8)), ("DEPTHS", (1, 2))):
+    for name, values in (("LENGTHS", (4, 8)), ("DEPTHS", (1, 2)), ("WIDTHS", (16, 32))):
         monkeypatch.setattr(scale, name, values)
     told: list[str] = []
 
@@ -184,7 +184,8 @@ def test_scale_follows_experts_adapters_length_and_depth(monkeypatch: pytest.Mon
     assert found["length"].keys() == {"4 tokens", "8 tokens"}
     assert found["depth"].keys() == {"1 layers", "2 layers"}
     assert found["adapters, prefill"]["8"]["megabytes"] == 4 * found["adapters, prefill"]["2"]["megabytes"]
-    assert len(told) == 7
+    assert found["width"].keys() == {"d=16", "d=32"}
+    assert len(told) == 9
     titles = [title for title, _ in bench.tables({"scale": found})]
     assert titles == [f"How cost grows: {what}" for what in found]
 
@@ -193,7 +194,7 @@ def test_suites_run_alone() -> None:
     threads = torch.get_num_threads()
     found = suite.run(suites=["prefill"], rounds=2, sizes=SIZES, only=["mola"])
     torch.set_num_threads(threads)
-    assert found.keys() == {"settings", "machine", "ceiling", "generating", "prefill"}
+    assert found.keys() == {"settings", "machine", "ceiling", "rank_space_up_to", "generating", "prefill"}
     assert found["ceiling"]["gflops"] > 0
     [(title, rows)] = bench.tables(found)
     assert "8 tokens" in title
@@ -315,8 +316,24 @@ def test_half_precision_and_dropout_train(result: Any) -> None:
         arms.LOOP,
     }  # those that drop nothing are left out
     assert [len(rows) for _, rows in bench.tables(found)] == [4, 4]
-    configs = arms.arms(arms.LINEARS, ["mola"], **arms.dropout_of(found["model"]))
+    configs = arms.arms(arms.LINEARS, ["mola"], arms.Mixtures.of(found["model"]))
     assert {config.lora_dropout for config in configs.values()} == {0.1}
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_mixtures_are_of_the_size_that_is_asked_for() -> None:
+    shape = {"experts": 3, "r": 2, "top_k": 1, "layers": 1}
+    found = suite.run(suites=["prefill"], rounds=2, sizes=SIZES, shape=shape, only=["mola"])
+    assert found["settings"] == {**shape, "rounds": 2, "dtype": "float32", "methods": ["mola"]}
+    assert "beside a LoRA of rank 6," in bench.header(found)
+    ways = generating.configs(["mola"], shape)
+    mola = ways["mola"]
+    assert (ways["lora"].r, mola.num_experts, mola.r, mola.top_k) == (6, 3, 2, 1)
+    model: Any = ways[peers.EINSUM](arms.llama(16, 1))
+    assert {tuple(m.lora_A.shape) for m in model.modules() if isinstance(m, peers.Einsum)} == {(3, 2, 16), (3, 2, 64)}
+    model = ways[peers.SUM](arms.llama(16, 1))
+    assert list(model.peft_config) == ["expert0", "expert1", "expert2"]
+    assert ways[peers.ACTIVE](arms.llama(16, 1)).peft_config["default"].r == 2
 
 
 def test_figures_of_other_suites_stay_in_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -396,8 +413,6 @@ def test_a_crossover_is_kept_for_this_device(
     bench.main(["suites=crossover", "dtype=float32"])
     assert own.read("cpu") == {"bfloat16": 96}
     assert "the crossover is not kept" in capsys.readouterr().err
-    assert suite.described(4, {"dtype": "bfloat16"}, "cpu")["settings"]["crossover"] == 96
-    assert "crossover" not in suite.described(4, {}, "cpu")["settings"]
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "null", "[1]", '{"cpu": 3}', "\x00"], ids=lambda text: text[:8])
@@ -471,6 +486,10 @@ def test_arms_share_the_weights_of_their_base() -> None:
         (["methods=[]"], r"methods=\[\] names nothing"),
         (["suites=[]"], r"suites=\[\] names nothing"),
         (["methods=lora"], "methods: LoRA is always measured"),
+        (["top_k=9"], "top_k=9 must be at most experts=8"),
+        (["experts=1"], "top_k=2 must be at most experts=1"),
+        (["tokens=0"], "tokens=0 must be at least 1"),
+        (["r=-1"], "r=-1 must be at least 1"),
         (["dtype=float16"], "dtype=float16 has no fast products on a CPU"),
         (["round=3"], "round"),
     ],

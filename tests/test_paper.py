@@ -27,11 +27,9 @@ def test_the_flops_of_an_adapter_are_those_that_torch_counts(method: str) -> Non
     base = arms.llama(TINY.d, TINY.layers)
     plain = counted(adapted(base, None))
     added = counted(adapted(base, arms.mixture(method, arms.LINEARS, backend="rank"))) - plain
-    assert counted(adapted(base, arms.lora(arms.LINEARS))) - plain == TOKENS * flops(
-        TINY.lora(arms.EXPERTS * arms.RANK)
-    )
-    routers = TINY.routers(arms.EXPERTS) if method == "mola" else 0
-    assert added == TOKENS * flops(TINY.lora(arms.EXPERTS * arms.RANK) + routers)
+    assert counted(adapted(base, arms.lora(arms.LINEARS))) - plain == TOKENS * flops(TINY.lora(arms.USUAL.rank))
+    routers = TINY.routers(arms.USUAL.experts) if method == "mola" else 0
+    assert added == TOKENS * flops(TINY.lora(arms.USUAL.rank) + routers)
 
 
 def test_the_weights_of_a_base_are_those_that_torch_counts() -> None:

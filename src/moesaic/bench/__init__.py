@@ -47,6 +47,10 @@ class BenchSettings:
     dtype: str = field(
         default="float32", metadata={"help": "of the base: float32, bfloat16 or float16, trained under autocast"}
     )
+    experts: int | None = field(default=None, metadata={"help": "of a mixture: 8; scale and crossover have their own"})
+    r: int | None = field(default=None, metadata={"help": "rank of an expert: 8; LoRA's is experts * r"})
+    top_k: int | None = field(default=None, metadata={"help": "experts a token: 2"})
+    tokens: int | None = field(default=None, metadata={"help": "a row; each suite's own where left out"})
     dropout: float = field(default=0.0, metadata={"help": "of what adapters read, LoRA's too"})
     d: int | None = field(
         default=None, metadata={"help": "hidden size, a multiple of 16; each suite's own where left out"}
@@ -183,7 +187,16 @@ def _checked(settings: BenchSettings) -> dict[str, Any]:
         torch.empty(1, device=settings.device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device={settings.device} cannot be used: {first_line(error)}") from None
-    shape = {"dtype": settings.dtype, "dropout": settings.dropout, "d": settings.d, "layers": settings.layers}
+    usual = arms.Mixtures()
+    for name in ("experts", "r", "top_k", "tokens"):
+        if (value := getattr(settings, name)) is not None and value < 1:
+            raise ConfigError(f"{name}={value} must be at least 1")
+    if (settings.top_k or usual.top_k) > (settings.experts or usual.experts):
+        raise ConfigError(
+            f"top_k={settings.top_k or usual.top_k} must be at most experts={settings.experts or usual.experts}"
+        )
+    given = ("dtype", "dropout", "d", "layers", "tokens", "experts", "r", "top_k")
+    shape = {name: getattr(settings, name) for name in given}
     return {key: value for key, value in shape.items() if value}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any, cast
 
 import torch
@@ -16,7 +16,6 @@ from moesaic.lora import METHODS, MixtureConfig
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 LINEARS = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
-EXPERTS, RANK, TOP_K = 8, 8, 2
 VOCABULARY = 1024
 
 LOOP = "loop over experts"
@@ -28,7 +27,29 @@ COUNTED = {"d": 64, "layers": 4, "batch": 2, "tokens": 32}
 
 Step = Callable[[], None]
 Size = dict[str, Any]
-"""Of a model: d, layers, batch and tokens; its dtype by name (float32 where left out), and adapters' dropout."""
+"""Of a model: d, layers, batch and tokens; its dtype by name (float32 where left out); and `Mixtures`' fields."""
+
+
+@dataclass(frozen=True)
+class Mixtures:
+    """How large all mixtures of a table are, and with them the LoRA that they are measured beside."""
+
+    experts: int = 8
+    r: int = 8
+    top_k: int = 2
+    dropout: float = 0.0
+
+    @classmethod
+    def of(cls, size: Size) -> Mixtures:
+        return cls(**{f.name: size[f.name] for f in fields(cls) if f.name in size})
+
+    @property
+    def rank(self) -> int:
+        """Of all experts together."""
+        return self.experts * self.r
+
+
+USUAL = Mixtures()
 
 
 class OneLinear(nn.Module):
@@ -54,11 +75,6 @@ def in_autocast(size: Size) -> Any:
     return torch.autocast(torch.get_default_device().type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-def dropout_of(size: Size) -> dict[str, float]:
-    """The setting of a config."""
-    return {"lora_dropout": size["dropout"]} if size.get("dropout") else {}
-
-
 def model_of(size: Size) -> LlamaForCausalLM:
     model: Any = llama(size["d"], size["layers"])
     return cast(LlamaForCausalLM, model.to(dtype_of(size)))
@@ -82,29 +98,30 @@ def methods(level: str) -> list[str]:
     return [name for name, cls in own.items() if cls.level == level]
 
 
-def mixture(method: str, targets: list[str], **settings: Any) -> MixtureConfig:
+def mixture(method: str, targets: list[str], made: Mixtures = USUAL, **settings: Any) -> MixtureConfig:
     cls = METHODS[method]
-    wanted = {"r": RANK, "num_experts": EXPERTS, "top_k": TOP_K, "lora_dropout": 0.0, **settings}
+    wanted = {
+        "r": made.r, "num_experts": made.experts, "top_k": made.top_k, "lora_dropout": made.dropout, **settings,
+    }  # fmt: skip
     known = {f.name for f in fields(cls)}
     config = cls(target_modules=targets, **{k: v for k, v in wanted.items() if k in known})
     config.size_is_meant = True  # LoRA beside it has as many experts' rank
     return config
 
 
-def lora(targets: list[str], *, rank: int = EXPERTS * RANK, **settings: Any) -> LoraConfig:
-    return LoraConfig(r=rank, target_modules=targets, **{"lora_dropout": 0.0, **settings})
+def lora(targets: list[str], *, rank: int = USUAL.rank, dropout: float = 0.0, **settings: Any) -> LoraConfig:
+    return LoraConfig(r=rank, target_modules=targets, lora_dropout=dropout, **settings)
 
 
-def arms(targets: list[str], names: Iterable[str], **settings: Any) -> dict[str, Any]:
+def arms(targets: list[str], names: Iterable[str], made: Mixtures = USUAL, **settings: Any) -> dict[str, Any]:
     """Name -> config: LoRA of rank E*r, the named methods, HotMoE's two routers alone, and a loop over experts."""
-    dropout = {key: settings[key] for key in ("lora_dropout",) if key in settings}
-    configs: dict[str, Any] = {"lora": lora(targets, **dropout)}
+    configs: dict[str, Any] = {"lora": lora(targets, rank=made.rank, dropout=made.dropout)}
     for name in names:
-        configs[name] = mixture(name, targets, **settings)
+        configs[name] = mixture(name, targets, made, **settings)
         if name == "hotmoe":
-            configs["hotmoe (expert-expert only)"] = mixture(name, targets, ee_fraction=1.0, **settings)
-            configs["hotmoe (token-expert only)"] = mixture(name, targets, ee_fraction=0.0, **settings)
-    configs[LOOP] = mixture("mola", targets, backend="reference", **settings)
+            configs["hotmoe (expert-expert only)"] = mixture(name, targets, made, ee_fraction=1.0, **settings)
+            configs["hotmoe (token-expert only)"] = mixture(name, targets, made, ee_fraction=0.0, **settings)
+    configs[LOOP] = mixture("mola", targets, made, backend="reference", **settings)
     return configs
 
 
@@ -131,7 +148,7 @@ def linear_steps(names: Iterable[str], size: Size) -> dict[str, Step]:
         return run
 
     steps = {"frozen linear": step(OneLinear(d).to(dtype).requires_grad_(False))}
-    configs = arms(["linear"], names, aux_weight=0.0, **dropout_of(size))
+    configs = arms(["linear"], names, Mixtures.of(size), aux_weight=0.0)
     configs.pop("hotmoe", None)  # its two routers are measured by themselves: one layer has one of them
     for name, config in configs.items():
         model = get_peft_model(cast(Any, OneLinear(d).to(dtype)), config).train()
@@ -149,9 +166,10 @@ def batch_for(config: Any, size: Size) -> dict[str, Tensor]:
     labels[:, : tokens // 4] = -100
     inputs = {"input_ids": ids, "labels": labels}
     if isinstance(config, MixtureConfig):
-        inputs[TASK_IDS] = torch.arange(batch) % EXPERTS
+        experts = Mixtures.of(size).experts
+        inputs[TASK_IDS] = torch.arange(batch) % experts
         if config.kind.needs_targets:
-            inputs[TARGETS] = torch.rand(batch, EXPERTS).softmax(dim=-1)
+            inputs[TARGETS] = torch.rand(batch, experts).softmax(dim=-1)
     return inputs
 
 

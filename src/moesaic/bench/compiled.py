@@ -17,7 +17,7 @@ from transformers import StaticCache
 from transformers.cache_utils import StaticLayer
 
 from moesaic.bench import measure
-from moesaic.bench.arms import FROZEN, LINEARS, VOCABULARY, Size, Step, arms, model_of
+from moesaic.bench.arms import FROZEN, LINEARS, VOCABULARY, Mixtures, Size, Step, arms, model_of
 from moesaic.bench.generating import Told, adapted, beside
 from moesaic.errors import ConfigError
 from moesaic.host import find_host
@@ -51,7 +51,7 @@ def run(names: Iterable[str], rounds: int, size: Size, told: Told, progress: Cal
     found: dict[str, Any] = {}
     progress("warming up the compiler")
     compiling(decoding(adapted(base, None), size))
-    for name, config in {FROZEN: None, **arms(LINEARS, names)}.items():
+    for name, config in {FROZEN: None, **arms(LINEARS, names, Mixtures.of(size))}.items():
         model = adapted(base, config)
         if isinstance(config, MixtureConfig) and find_host(model).asks("by_prompt"):
             continue

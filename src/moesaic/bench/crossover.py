@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from moesaic.bench import measure
-from moesaic.bench.arms import TOP_K, Size, Step, dtype_of
+from moesaic.bench.arms import USUAL, Size, Step, dtype_of
 from moesaic.bench.generating import Told
 from moesaic.lora.mix import Backend, mix
 
+TOP_K = USUAL.top_k
 RANK = 8
 EXPERTS = (4, 8, 12, 16, 24, 32, 64, 128)
 

@@ -16,13 +16,14 @@ from moesaic.bench.arms import (
     FROZEN,
     LINEARS,
     VOCABULARY,
+    Mixtures,
     Size,
     Step,
     arms,
     model_of,
     wrapped,
 )
-from moesaic.bench.peers import GENERATES
+from moesaic.bench.peers import GENERATES, sized
 from moesaic.host import find_host
 from moesaic.lora import MixtureConfig
 
@@ -31,9 +32,10 @@ ROWS = (1, 8, 32)
 Told = Callable[[str], Callable[[int, int], None]]
 
 
-def configs(names: Iterable[str]) -> dict[str, Any]:
+def configs(names: Iterable[str], size: Size | None = None) -> dict[str, Any]:
     """Name -> config, or function of a base; None for the frozen base."""
-    return {FROZEN: None, **arms(LINEARS, names), **GENERATES}
+    made = Mixtures.of(size or {})
+    return {FROZEN: None, **arms(LINEARS, names, made), **sized(GENERATES, made)}
 
 
 def adapted(base: nn.Module, config: Any) -> nn.Module:
@@ -82,7 +84,7 @@ def run_decoding(names: Iterable[str], rounds: int, size: Size, rows: Iterable[i
     found: dict[str, Any] = {}
     torch.manual_seed(0)
     base = model_of(size)
-    models = {name: adapted(base, config) for name, config in configs(names).items()}
+    models = {name: adapted(base, config) for name, config in configs(names, size).items()}
     for number in rows:
         steps = {name: decoding(model, size, number) for name, model in models.items()}
         seconds = measure.interleave(steps, rounds, progress=told(f"decoding, {number} rows"))
@@ -94,7 +96,7 @@ def run_prefill(names: Iterable[str], rounds: int, size: Size, told: Told) -> di
     """Arm -> milliseconds, ratios to LoRA and to the frozen base."""
     torch.manual_seed(0)
     base = model_of(size)
-    steps = {name: prefill(adapted(base, config), size) for name, config in configs(names).items()}
+    steps = {name: prefill(adapted(base, config), size) for name, config in configs(names, size).items()}
     return beside(measure.interleave(steps, rounds, progress=told("prefill")))
 
 
@@ -105,12 +107,12 @@ def beside(seconds: measure.Seconds, *, steps_a_turn: int = 1) -> dict[str, Any]
     return {name: {**row, "to_base": to_base[name]["ratio"]} for name, row in each.items()}
 
 
-def count(names: Iterable[str], told: Callable[[str], None]) -> dict[str, dict[str, int]]:
+def count(names: Iterable[str], size: Size, told: Callable[[str], None]) -> dict[str, dict[str, int]]:
     """Arm -> events, kernels and syncs of one step of one row."""
     found = {}
     with torch.device("cpu"):
         base = model_of(COUNTED)
-        for name, config in configs(names).items():
+        for name, config in configs(names, size).items():
             told(f"kernels of decoding: {name}")
             found[name] = measure.kernels(decoding(adapted(base, config), {"prompt": 4, "new": 1}, 1))
     return found

@@ -12,7 +12,7 @@ from peft import prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from moesaic.bench import measure
-from moesaic.bench.arms import LINEARS, Size, Step, lora, mixture, model_of, stepping, wrapped
+from moesaic.bench.arms import LINEARS, Mixtures, Size, Step, lora, mixture, model_of, stepping, wrapped
 from moesaic.bench.generating import Told, decoding
 from moesaic.errors import ConfigError
 
@@ -53,7 +53,8 @@ def installed() -> list[str]:
 def run(names: Iterable[str], rounds: int, size: Size, told: Told) -> dict[str, Any]:
     """Kind -> base -> arm -> milliseconds and the ratio to LoRA over the same base; `to_plain`, to the same arm over
     the base as it is."""
-    arms = {"lora": lora(LINEARS), **{name: mixture(name, LINEARS) for name in names}}
+    made = Mixtures.of(size)
+    arms = {"lora": lora(LINEARS, rank=made.rank), **{name: mixture(name, LINEARS, made) for name in names}}
     steps: dict[str, dict[str, Step]] = {"training": {}, "decoding": {}}
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)

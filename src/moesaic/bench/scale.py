@@ -1,4 +1,4 @@
-"""How cost grows: with experts that are trained, with adapters that are composed, with length and with depth."""
+"""How cost grows: with experts that are trained, adapters that are composed, length, depth and width."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from moesaic.bench import measure
-from moesaic.bench.arms import LINEARS, TOP_K, Size, Step, lora, mixture, model_of, model_step
+from moesaic.bench.arms import LINEARS, USUAL, Size, Step, lora, mixture, model_of, model_step
 from moesaic.bench.generating import Told, adapted, decoding, prefill
 from moesaic.lora import METHODS
 
+TOP_K = USUAL.top_k
 RANK = 16
 EXPERTS = (2, 8, 32, 128, 256)
 ADAPTERS = (2, 8, 64, 512)
 LENGTHS = (64, 256, 1024)
 DEPTHS = (1, 4, 16)
+WIDTHS = (64, 256, 1024)
 REFERENCE = 8
 """Experts, or adapters, that the others are compared with."""
 
@@ -31,6 +33,7 @@ def run(rounds: int, size: Size, told: Told, *, experts: Any = EXPERTS, adapters
     found: dict[str, Any] = {
         "experts": _experts(rounds, size, told, experts),
         "length": _to_lora(rounds, told, {f"{n} tokens": {**size, "tokens": n, "batch": 1} for n in LENGTHS}, "length"),
+        "width": _to_lora(rounds, told, {f"d={n}": {**size, "d": n, "batch": 1} for n in WIDTHS}, "width"),
         "depth": _to_lora(rounds, told, {f"{n} layers": {**size, "layers": n, "batch": 1} for n in DEPTHS}, "depth"),
     }
     for kind, table in _adapters(rounds, size, told, adapters).items():

@@ -12,6 +12,7 @@ NOTES = {
     "How cost grows: experts": "MoLA's training step, r=16, top-2, AdamW over all experts included; ratios to that of "
     "8 experts.",
     "How cost grows: length": "MoLA's training step; ratios to LoRA's on as many tokens.",
+    "How cost grows: width": "MoLA's training step; ratios to LoRA's at the same hidden size.",
     "How cost grows: depth": "MoLA's training step; ratios to LoRA's in as many layers.",
     "How cost grows: adapters, decoding": "Arrow, top-2, over so many random adapters of rank 16; ratios to that of 8.",
     "How cost grows: adapters, prefill": "The same, reading a prompt.",
@@ -41,7 +42,8 @@ def note_of(title: str) -> str:
 def header(result: dict[str, Any]) -> str:
     """What all tables of a result have in common, in a line."""
     s, machine = result["settings"], result["machine"]
-    more = [f"{key} {s[key]}" for key in ("dropout", "crossover") if key in s]
+    more = [f"dropout {s['dropout']}"] if "dropout" in s else []
+    more += [f"all experts up to E*r = {result['rank_space_up_to']}"] if "rank_space_up_to" in result else []
     return ", ".join(
         [f"E={s['experts']} experts of r={s['r']}, top-{s['top_k']}, beside a LoRA of rank {s['experts'] * s['r']}",
          f"{machine['device']}, {machine['threads']} thread", s["dtype"], *more,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import peft
@@ -14,15 +15,13 @@ from moesaic.bench import compiled, crossover, generating, measure, quantised, s
 from moesaic.bench.arms import (
     ATTENTION,
     COUNTED,
-    EXPERTS,
     FROZEN,
     LINEARS,
     LOOP,
-    RANK,
-    TOP_K,
+    USUAL,
+    Mixtures,
     Size,
     arms,
-    dropout_of,
     dtype_of,
     frozen_steps,
     linear_steps,
@@ -30,9 +29,8 @@ from moesaic.bench.arms import (
     methods,
     model_step,
 )
-from moesaic.bench.peers import TRAINED, XLORA
-from moesaic.lora.crossover import LIMITS, device_name
-from moesaic.lora.crossover import read as read_crossover
+from moesaic.bench.peers import TRAINED, XLORA, sized
+from moesaic.lora.crossover import device_name, limit
 
 SIZES: dict[str, Size] = {
     "linear": {"d": 1024, "tokens": 1024},
@@ -74,7 +72,7 @@ def run(
     Args:
         suites: these of SUITES.
         rounds: of each suite; the single linear, which is quick and noisy, runs three times as often.
-        shape: what every size has instead of its own: d, layers, dtype, dropout.
+        shape: what every size has instead of its own: d, layers, tokens, dtype, and fields of `Mixtures`.
         device: as torch names it.
         only: these methods instead of all.
         memory: also the peak memory of training, on a CPU in a fresh process for each arm.
@@ -90,6 +88,7 @@ def run(
         if "quantised" in suites:
             quantised.check()
         found["ceiling"] = measure.ceiling(dtype_of(sizes["linear"]))
+        found["rank_space_up_to"] = limit(torch.get_default_device().type, dtype_of(sizes["linear"]))
         for _ in _measure(found, suites, rounds, sizes, only, memory, progress):
             keep(found)
     return found
@@ -98,17 +97,12 @@ def run(
 def described(rounds: int, shape: Size, device: str, only: Collection[str] | None = None) -> dict[str, Any]:
     """What figures hold for: settings, versions and the device."""
     own: dict[str, Any] = {} if only is None else {"methods": sorted(only)}
-    kind, dtype = device.partition(":")[0], shape.get("dtype", "float32")
-    if (limit := read_crossover(kind).get(dtype, LIMITS[kind])) != LIMITS[kind]:
-        own["crossover"] = limit
     versions = {package.__name__: package.__version__ for package in (torch, transformers, peft)}
     with torch.device(device):
         machine = {"device": device_name(torch.get_default_device().type), "threads": 1, **versions}
     return {
         "settings": {
-            "experts": EXPERTS,
-            "r": RANK,
-            "top_k": TOP_K,
+            **{key: value for key, value in asdict(USUAL).items() if key != "dropout"},
             "rounds": rounds,
             "dtype": "float32",
             **shape,
@@ -147,7 +141,7 @@ def _measure(
     if {"decode", "compiled", "prefill"} & set(suites):
         found["generating"] = {**size, "targets": "all seven linears"}
     if "decode" in suites:
-        counts = generating.count(names, progress)
+        counts = generating.count(names, size, progress)
         found["decode_kernels"] = {name: _beside(own, counts["lora"]) for name, own in counts.items()}
         found["decode"] = generating.run_decoding(names, rounds, size, generating.ROWS, counted)
         yield
@@ -179,12 +173,13 @@ def _training(
     progress: Callable[[str], None],
     counted: generating.Told,
 ) -> dict[str, Any]:
-    peers = {} if size.get("dropout") else TRAINED
-    configs = arms(LINEARS, [*by_linear, *by_block], **dropout_of(size)) | peers
+    made = Mixtures.of(size)
+    peers = {} if made.dropout else sized(TRAINED, made)
+    configs = arms(LINEARS, [*by_linear, *by_block], made) | peers
     frozen, ffns = frozen_steps(size)
     steps = {FROZEN: frozen} | {name: model_step(config, size) for name, config in configs.items()}
     if by_block:
-        steps |= {FFNS: ffns, MATCHED: model_step(matched_lora(**dropout_of(size)), size)}
+        steps |= {FFNS: ffns, MATCHED: model_step(matched_lora(made), size)}
     whole = measure.interleave(steps, rounds, progress=counted("model step"))
     extra = {name: whole.pop(name) for name in (FFNS, MATCHED) if name in whole}
     launches: dict[str, dict[str, int]] = {}
@@ -192,7 +187,7 @@ def _training(
     for name, config in configs.items():
         progress(f"kernels: {name}")
         with torch.device("cpu"):
-            launches[name] = measure.kernels(model_step(config, COUNTED, optimizer=False))
+            launches[name] = measure.kernels(model_step(config, {**COUNTED, "experts": made.experts}, optimizer=False))
     del steps
     for name, config in configs.items() if memory and measure.can_measure_memory() else ():
         progress(f"peak memory: {name}")
@@ -204,7 +199,7 @@ def _training(
         "model_step": measure.table(whole, "lora"),
         "model_overhead_share_of_loop": measure.overhead_share(whole, base=FROZEN, loop=LOOP),
         "model_overhead_share_of_xlora": shares,
-        "arithmetic": {name: arithmetic(whole[name], extra) for name in by_block},
+        "arithmetic": {name: arithmetic(whole[name], extra, made.top_k) for name in by_block},
         "kernels": {name: _beside(counts, launches["lora"]) for name, counts in launches.items()},
         "peak_memory_mib": {name: {"mib": v, "ratio": v / peaks["lora"]} for name, v in peaks.items()},
     }
@@ -214,20 +209,20 @@ def _beside(counts: dict[str, int], reference: dict[str, int]) -> dict[str, floa
     return {**counts, **{f"{key}_ratio": counts[key] / reference[key] for key in ("events", "kernels")}}
 
 
-def matched_lora(**settings: Any) -> Any:
+def matched_lora(made: Mixtures = USUAL) -> Any:
     """LoRA with the total rank that a method with FFNs as experts has: E*r on the FFNs, r on attention."""
-    own = dict.fromkeys(ATTENTION, RANK)
-    return lora(LINEARS, rank_pattern=own, alpha_pattern=own, **settings)
+    own = dict.fromkeys(ATTENTION, made.r)
+    return lora(LINEARS, rank=made.rank, dropout=made.dropout, rank_pattern=own, alpha_pattern=own)
 
 
-def arithmetic(seconds: list[float], extra: measure.Seconds) -> dict[str, float]:
+def arithmetic(seconds: list[float], extra: measure.Seconds, top_k: int) -> dict[str, float]:
     """A training step beside what k separate FFNs a token would cost at the speed of the frozen products.
 
     They are (2 + k) / 3 of the frozen FFN's work: the first linears' products are shared, the last one's come after a
     nonlinearity that differs by expert. So (k - 1) / 3 of the FFNs' forward and backward is added to a step of plain
     LoRA of the same total rank. Below 1: faster than that, since the last products too can be shared.
     """
-    more = (TOP_K - 1) / 3
+    more = (top_k - 1) / 3
     expected = [base + more * ffn for base, ffn in zip(extra[MATCHED], extra[FFNS], strict=True)]
     return {
         "ms": statistics.median(seconds) * 1e3,
@@ -241,5 +236,6 @@ def measure_peak(name: str, size: Size) -> float:
     """Runs in the fresh process of `measure.peak_memory`."""
     method = name.partition(" (")[0]
     known = {*methods("linear"), *methods("block")}
-    configs = arms(LINEARS, [method] if method in known else [], **dropout_of(size)) | TRAINED
+    made = Mixtures.of(size)
+    configs = arms(LINEARS, [method] if method in known else [], made) | sized(TRAINED, made)
     return measure.peak_of(model_step(configs[name], size))
