@@ -72,6 +72,16 @@ def test_arms_run_in_turn_and_warm_up_is_not_counted() -> None:
     assert all(sorted(ran[i : i + 3]) == ["a", "b", "c"] for i in range(0, 15, 3))
 
 
+def test_steps_run_without_the_mode_that_models_are_made_in() -> None:
+    seen: list[int] = []
+    with torch.device("cpu"):
+        measure.interleave(
+            {"a": lambda: seen.append(torch._C._len_torch_function_stack())}, 1, progress=lambda i, n: None
+        )
+        assert torch._C._len_torch_function_stack() == 1
+    assert seen == [0, 0, 0]
+
+
 def test_kernels_are_operators_that_compute() -> None:
     x, weight = torch.randn(4, 8), torch.randn(8, 8)
     assert measure.kernels(lambda: None) == {"events": 0, "kernels": 0, "syncs": 0}

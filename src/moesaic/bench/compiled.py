@@ -73,7 +73,7 @@ def run(names: Iterable[str], rounds: int, size: Size, told: Told, progress: Cal
 def compiling(step: Step) -> float:
     """Seconds of a first step, nothing of which was compiled before."""
     start = time.perf_counter()
-    with fresh_cache():
+    with measure.as_users(), fresh_cache():
         step()
     return time.perf_counter() - start
 

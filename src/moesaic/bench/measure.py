@@ -11,11 +11,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.overrides import _pop_mode_temporarily
 from torch.profiler import ProfilerActivity, profile
 
 from moesaic.bench.arms import Size, Step
@@ -26,23 +27,27 @@ Seconds = dict[str, list[float]]
 def interleave(steps: dict[str, Step], rounds: int, *, progress: Callable[[int, int], None]) -> Seconds:
     """Seconds of every step, `rounds` times in turn after two warm-up rounds, in a new order each round."""
     seconds: Seconds = {name: [] for name in steps}
-    names, order = list(steps), random.Random(0)
-    for index in range(rounds + 2):
-        progress(index, rounds + 2)
-        order.shuffle(names)
-        for name in names:
-            start = time.perf_counter()
-            steps[name]()
-            finish()
-            if index >= 2:
-                seconds[name].append(time.perf_counter() - start)
+    names, order, on_gpu = list(steps), random.Random(0), torch.get_default_device().type == "cuda"
+    with as_users():
+        for index in range(rounds + 2):
+            progress(index, rounds + 2)
+            order.shuffle(names)
+            for name in names:
+                start = time.perf_counter()
+                steps[name]()
+                if on_gpu:
+                    torch.cuda.synchronize()
+                if index >= 2:
+                    seconds[name].append(time.perf_counter() - start)
     return seconds
 
 
-def finish() -> None:
-    """Wait for what a GPU has been told to do."""
-    if torch.get_default_device().type == "cuda":
-        torch.cuda.synchronize()
+def as_users() -> AbstractContextManager[Any]:
+    """Without `with torch.device(...)`, by which models are made: it calls Python for each call of torch.
+
+    In decoding that is a tenth of LoRA's step, and more of a mixture's.
+    """
+    return _pop_mode_temporarily() if torch._C._len_torch_function_stack() else nullcontext()
 
 
 def spread(values: list[float]) -> dict[str, float]:
