@@ -136,6 +136,24 @@ def reached(plain: dict[str, Any], dropped: dict[str, Any], half: dict[str, Any]
     return "\n".join(lines)
 
 
+def costs(plain: dict[str, Any], half: dict[str, Any], real: dict[str, Any]) -> list[str]:
+    """The README's table: a few arms, as ratios to LoRA of the same total rank."""
+    names = ("mola", "dynmole", "hotmoe", "rmoe", "loop over experts", "peft, x-lora", "peft, arrow")
+    rows = [
+        ("a training step, float32", plain["model_step"]),
+        ("a training step, bf16", half["model_step"]),
+        ("a step of decoding, float32", plain["decode"]["1"]),
+        ("a step of decoding, bf16", half["decode"]["1"]),
+        ("SmolLM2-135M, a training step", real["training"]),
+        ("SmolLM2-135M, a token of `generate`", real["decoding"]),
+    ]
+    lines = ["| to LoRA of the same rank | " + " | ".join(names) + " |", "| --- " * (len(names) + 1) + "|"]
+    for what, found in rows:
+        cells = (f"{found[name]['ratio']:.2f}" if name in found else "" for name in names)
+        lines.append(f"| {what} | {' | '.join(cells)} |")
+    return lines
+
+
 METHODS = (*LINEAR_ROUTERS, "hotmoe", "rmoe", "sequence", "topiclora", "moelora", "mixlora")
 OTHERS = tuple(name for name in METHODS if name not in (*LINEAR_ROUTERS, "hotmoe"))
 
@@ -238,6 +256,7 @@ Kernels of one step of decoding at batch 1, a Llama of 4 layers, all seven linea
 | fewer look-ups in the check of what is kept | half of what Python adds | mola less LoRA, d=64: 1.3 to 0.7 ms a step |
 | what is kept is asked for once a forward, by flat lists | 3 % | hotmoe 1.14 to 1.11, mola 1.07 to 1.05 |
 | the same in bf16 | likewise | hotmoe 1.18 to 1.14, rmoe 1.21 to 1.17, mola 1.10 to 1.07 |
+| steps timed without the mode of `with torch.device(...)` | 1 us a call of torch | hotmoe 1.18 to 1.09 |
 | fewer kernels are less time on a CPU | a fifth | did not pay: a few percent of a step at d=1024, none for rmoe |
 | another layout of the stacked matrix | some | none, and not kept |
 | RMoE's routers step without contexts, and name their states when asked | 0.1 of its 0.3 ms a step | within the noise |

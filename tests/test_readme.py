@@ -92,6 +92,9 @@ def test_figures_are_those_of_the_results(monkeypatch: pytest.MonkeyPatch) -> No
     mean, (least, most) = adapters("minilm")
     said = f"the merges have {least:.1f} to {most:.1f}, GLIDER has {mean['glider']:.1f}, and each task's own adapter"
     assert f"{said} {mean['oracle']:.1f}" in " ".join(README.split())
+    files = (result(name) for name in ("bench", "bench-bfloat16", "bench-smollm2"))
+    table = importlib.import_module("results_bench").costs(*files)
+    assert "\n".join(["<!-- costs -->", *table, "<!-- end -->"]) in README
     scores = result("demo")["mixture"]["scores"]
     lost = [100 * statistics.mean(scores[arm].values()) for arm in ("lora", "hotmoe")]
     assert f"in act two it loses by {lost[0] - lost[1]:.1f} points" in " ".join(README.split())
