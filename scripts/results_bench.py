@@ -314,5 +314,5 @@ On a GPU `model.generate(..., cache_implementation="static")` compiles by itself
 | with `freezing`, a router's map and A in one | as many products as LoRA | 43 a step of two layers, as LoRA |
 | HotMoE's biases as rows: vectors of 8 are written out in kernels | a kernel for all routers | 18 of 4 layers, not 32 |
 | HotMoE's epsilon by padding, constant to a compiler | its fold out of the step | 28 calls of 4 layers less |
-| arms timed in turn with LoRA, not with all | who runs the same kernels costs the same | they were 7 % apart, now 2 % |
+| arms timed in turn with LoRA, not with all | same kernels, same time | not so: 7 % apart by where packed weights lie |
 | a name for each arm's function, by which numbers become inputs | 28 inputs of a step less | as predicted |"""

@@ -41,9 +41,9 @@ def run(names: Iterable[str], rounds: int, size: Size, told: Told, progress: Cal
     """Arm -> milliseconds a step of one row, ratios to LoRA and to the frozen base, and seconds of compiling.
 
     One graph for the whole step, weights as constants (`freezing`); on a GPU it is captured as one, too. Each arm holds
-    a copy of the base's weights, so it is timed in turn with LoRA and the frozen base, and let go: with all at once,
-    two that run the same kernels differed by 7 %. Methods that route by the prompt are left out: they do not decode
-    under `torch.compile`.
+    a copy of the base's weights, so it is timed in turn with LoRA and the frozen base, and let go. Two that run the
+    same kernels may still differ by some percent, by where their copies lie. Methods that route by the prompt are left
+    out: they do not decode under `torch.compile`.
     """
     torch.manual_seed(0)
     base = model_of(size)
